@@ -1,0 +1,235 @@
+"""Who am I among the ranks, and the few collectives that are not the engine's: plain torch.distributed.
+
+Every function that takes or gives something of all ranks is a collective: all ranks call it, in the same order.
+Objects travel pickled, so only between the processes of one job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from simple_llama.common.errors import UserError
+
+# Names of (rank, world size, local rank, local world size) per launcher; the first set found wins.
+_LAUNCHER_VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun; deepspeed says LOCAL_SIZE for the last
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+_MOST_NAMED = 8  # differing ranks shown in one message
+_MOST_SHOWN = 200  # characters of a value shown in one message
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job. `local_*` count the ranks of this host only."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
+    """Join the job's process group and say which rank this is.
+
+    The place comes from the launcher's variables (deepspeed, torchrun, mpirun, srun); without any, or with a world of
+    one, this process is the whole job and opens no port. Groups: gloo on the CPU, nccl on CUDA (gloo for CPU tensors).
+
+    Args:
+        device: "auto" (CUDA when there is one), "cpu" or "cuda".
+        timeout_s: seconds that a rank waits for the others, here and in each collective of this group.
+
+    Raises:
+        UserError: variables missing or impossible, no CUDA device for this rank, or the others did not come in time.
+    """
+    rank, world_size, local_rank, local_world_size = _place()
+    torch_device = _device(device, local_rank, local_world_size)
+    _join(rank, world_size, torch_device, timeout_s)
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it even where a group exists already
+    if local_world_size is None:
+        hosts: list[str | None] = [None] * world_size
+        dist.all_gather_object(hosts, socket.gethostname())
+        local_world_size = Counter(hosts)[socket.gethostname()]
+    if torch_device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    return Ranks(rank, world_size, local_rank, local_world_size, torch_device)
+
+
+def close_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of `tensor` over all ranks, on every rank, as a new tensor of the same shape and dtype."""
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def broadcast_object(obj: Any, ranks: Ranks) -> Any:
+    """Rank 0's `obj`, on every rank; what the other ranks pass does not matter."""
+    box = [obj if ranks.is_main else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
+    """Each rank's `obj` in the order of ranks, on every rank."""
+    objects: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(objects, obj)
+    return objects
+
+
+def barrier(ranks: Ranks) -> None:
+    """Return when every rank has come here."""
+    dist.barrier(device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None)
+
+
+def require_same(what: str, value: Any, ranks: Ranks) -> None:
+    """Raise the same UserError on every rank, naming the hosts and ranks whose `value` differs from rank 0's.
+
+    `value` is plain data compared with `==`; of dicts only the keys that differ are shown.
+    """
+    seen = gather_objects((socket.gethostname(), value), ranks)
+    main_host, expected = seen[0]
+    odd = [(rank, host, found) for rank, (host, found) in enumerate(seen) if found != expected]
+    if not odd:
+        return
+    lines = [f"{what} must be the same on all {ranks.world_size} ranks, but differs from rank 0 (host {main_host}):"]
+    for rank, host, found in odd[:_MOST_NAMED]:
+        lines.append(f"  rank {rank} on host {host}: {_difference(expected, found)}")
+    if len(odd) > _MOST_NAMED:
+        lines.append(f"  and {len(odd) - _MOST_NAMED} more ranks")
+    lines.append("Give all hosts the same files and settings (a shared disk, or equal copies) and start again.")
+    raise UserError("\n".join(lines))
+
+
+@contextlib.contextmanager
+def fail_together(ranks: Ranks) -> Iterator[None]:
+    """Run the body on every rank; if it fails on one, fail on all, at once and not at a collective's timeout.
+
+    The failing rank raises its own error, the others a UserError that names it. The body holds no collectives.
+    """
+    host = socket.gethostname()
+    try:
+        yield
+    except Exception as error:
+        gather_objects((host, _one_line(error)), ranks)
+        raise
+    for rank, failure in enumerate(gather_objects(None, ranks)):
+        if failure is not None:
+            raise UserError(f"rank {rank} on host {failure[0]} failed: {failure[1]}")
+
+
+def _place() -> tuple[int, int, int, int | None]:
+    """(rank, world size, local rank, local world size or None when unknown) by the launcher's variables."""
+    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError("RANK is set but WORLD_SIZE is not; set both, or neither for one process")
+    for names in _LAUNCHER_VARIABLES:
+        if names[0] in os.environ and names[1] in os.environ:
+            break
+    else:
+        return 0, 1, 0, 1
+    rank, world_size = _integer(names[0]), _integer(names[1])
+    if not 0 <= rank < world_size:
+        raise UserError(f"{names[0]} is {rank}, expected 0 to {world_size - 1} ({names[1]} is {world_size})")
+    if world_size == 1:
+        return 0, 1, 0, 1
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"{names[1]} is {world_size} but {name} is not set; start with deepspeed or torchrun, export the "
+                f"address and a free port of the first host, or unset {names[0]} and {names[1]} for one process"
+            )
+    if names[2] not in os.environ:
+        raise UserError(f"{names[0]} is set but {names[2]} is not; set it to this rank's number on its host, from 0")
+    local_names = [name for name in (names[3], "LOCAL_SIZE") if name in os.environ]
+    return rank, world_size, _integer(names[2]), _integer(local_names[0]) if local_names else None
+
+
+def _integer(name: str) -> int:
+    """An environment variable as an integer."""
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UserError(f"environment variable {name}: expected a number, found {os.environ[name]!r}") from None
+
+
+def _device(wanted: str, local_rank: int, local_world_size: int | None) -> torch.device:
+    """The device of a rank. Found out before the group is made, so that no rank waits for one that cannot come."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: expected auto, cpu or cuda, found {wanted!r}")
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("device is cuda, but torch finds no CUDA device; check the driver, or set device to cpu")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    needed, found = max(local_rank + 1, local_world_size or 0), torch.cuda.device_count()
+    if needed > found:
+        raise UserError(
+            f"host {socket.gethostname()} has {needed} ranks but shows {found} CUDA devices; start one rank per device "
+            "(slots= in the hostfile), and let each rank see all devices of its host (CUDA_VISIBLE_DEVICES)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _join(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
+    """Make the default process group; returns when every rank is there."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_s)
+    if world_size == 1:  # a store in memory: no port, so any number of single runs share a machine
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:  # torch's DistError and gloo's own
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {rank} of {world_size} on host {socket.gethostname()} could not join the others at {address} within "
+            f"{timeout_s:g} s: {_one_line(error)}\nCheck that every host started, that the port is free and reachable, "
+            "and that host names do not resolve to 127.0.1.1 (else set GLOO_SOCKET_IFNAME to the network interface)"
+        ) from error
+
+
+def _difference(expected: Any, found: Any) -> str:
+    """`found` beside `expected`, shortened; of two dicts only the keys that differ."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        missing = "nothing"
+        keys = [key for key in {**expected, **found} if expected.get(key, missing) != found.get(key, missing)]
+        expected = {key: expected.get(key, missing) for key in keys}
+        found = {key: found.get(key, missing) for key in keys}
+    return f"expected {_short(expected)}, found {_short(found)}"
+
+
+def _short(value: Any) -> str:
+    """A value as text that fits a message."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _one_line(error: Exception) -> str:
+    """An error's first line; with its type unless it is written for people."""
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,123 @@
+"""Two gloo ranks on one host run every collective once; the tests look at what each rank got."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+WORKER = """
+import json, sys, torch
+from simple_llama.common.distributed import *
+from simple_llama.common.errors import UserError
+
+def message_of(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def odd_body(rank):
+    with fail_together(ranks):
+        if rank == 1:
+            raise OSError("disk\\nsecond line")
+
+ranks = init_ranks("cpu", timeout_s=60)
+rank, mine = ranks.rank, torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
+seen = {
+    "place": [rank, ranks.world_size, ranks.local_rank, ranks.local_world_size],
+    "threads": torch.get_num_threads(),
+    "sum": all_reduce_sum(mine).tolist(),
+    "mine": mine.tolist(),
+    "gathered": gather_objects({"rank": rank}, ranks),
+    "broadcast": broadcast_object(f"from {rank}", ranks),
+    "same": message_of(lambda: require_same("seed", 5, ranks)),
+    "odd": message_of(lambda: require_same("reference store", "ab" if rank == 0 else "cd", ranks)),
+    "odd_setting": message_of(lambda: require_same("config", {"beta": 0.5, "lr": 1.0 + rank}, ranks)),
+    "failure": message_of(lambda: odd_body(rank)),
+}
+barrier(ranks)
+close_ranks()
+json.dump(seen, open(sys.argv[1], "w"))
+"""
+
+
+def start(rank: int, code: str, *arguments: str, port: int) -> subprocess.Popen[str]:
+    """One rank of two, with the variables of the deepspeed launcher; LOCAL_SIZE is left for the ranks to find out."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")}
+    environment |= {name: str(value) for name, value in place.items()}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two ranks got."""
+    folder, port = tmp_path_factory.mktemp("ranks"), free_port()
+    processes = [start(rank, WORKER, str(folder / f"{rank}.json"), port=port) for rank in (0, 1)]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+pytestmark = pytest.mark.dist
+
+
+def test_each_rank_knows_its_place(seen: list[dict[str, Any]]) -> None:
+    """Two ranks of one host share its cores, also when the launcher does not say how many ranks a host has."""
+    assert [rank["place"] for rank in seen] == [[0, 2, 0, 2], [1, 2, 1, 2]]
+    assert {rank["threads"] for rank in seen} == {max(1, len(os.sched_getaffinity(0)) // 2)}
+
+
+def test_the_sum_is_over_all_ranks(seen: list[dict[str, Any]]) -> None:
+    """[1, 10] + [2, 20] = [3, 30] on both ranks, and each rank's own tensor is as before."""
+    assert [rank["sum"] for rank in seen] == [[3.0, 30.0]] * 2
+    assert [rank["mine"] for rank in seen] == [[1.0, 10.0], [2.0, 20.0]]
+
+
+def test_objects_travel(seen: list[dict[str, Any]]) -> None:
+    """Gathered in the order of ranks on every rank; broadcast from rank 0."""
+    assert [rank["gathered"] for rank in seen] == [[{"rank": 0}, {"rank": 1}]] * 2
+    assert [rank["broadcast"] for rank in seen] == ["from 0"] * 2
+
+
+def test_require_same_names_the_odd_rank_on_every_rank(seen: list[dict[str, Any]]) -> None:
+    """Equal values pass; else both ranks get one message with the host, the rank and what differs."""
+    assert [rank["same"] for rank in seen] == [None, None]
+    assert seen[0]["odd"] == seen[1]["odd"]
+    assert seen[0]["odd"].startswith("UserError: reference store must be the same on all 2 ranks")
+    assert f"rank 1 on host {socket.gethostname()}: expected 'ab', found 'cd'" in seen[0]["odd"]
+    assert "expected {'lr': 1.0}, found {'lr': 2.0}" in seen[0]["odd_setting"]
+
+
+def test_failure_on_one_rank_ends_all(seen: list[dict[str, Any]]) -> None:
+    """Rank 1 raises its own error, rank 0 one that names rank 1; nobody waits for a timeout."""
+    assert seen[1]["failure"] == "OSError: disk\nsecond line"
+    assert seen[0]["failure"] == f"UserError: rank 1 on host {socket.gethostname()} failed: OSError: disk"
+
+
+def test_a_rank_that_never_comes_is_a_user_error() -> None:
+    """Rank 1 is not started: rank 0 ends after its 2 seconds with the address and what to check."""
+    port = free_port()
+    code = "from simple_llama.common.distributed import init_ranks; init_ranks('cpu', timeout_s=2)"
+    process = start(0, code, port=port)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "UserError: rank 0 of 2 on host" in errors and f"127.0.0.1:{port} within 2 s" in errors
