@@ -1,0 +1,27 @@
+"""Converts HH-RLHF and PKU-SafeRLHF files into preference data for launch/train_dpo.py.
+
+python launch/prepare_data.py --inputs hh_harmless.jsonl.gz --output hh_harmless.jsonl
+python launch/prepare_data.py --inputs pku.jsonl --output pku.jsonl --prefer safety
+"""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf.prepare_data import PrepareConfig, prepare
+
+
+def main() -> None:
+    """Parses the command line, converts, prints one line of counts; ends with status 1 and a message on bad input."""
+    config = tyro.cli(PrepareConfig, description=__doc__)
+    try:
+        print(prepare(config))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

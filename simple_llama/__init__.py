@@ -1,0 +1,1 @@
+"""SimpleLLaMA with Direct Preference Optimization on DeepSpeed."""

@@ -1,0 +1,1 @@
+"""The tokenizer: loading and training it, and reading JSON records."""

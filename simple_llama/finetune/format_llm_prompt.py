@@ -1,0 +1,96 @@
+"""The chat format, as text and as token ids.
+
+    <SOT>{system}<EOT>
+
+    <SOU>{user}<EOU>
+    <SOA>{assistant}<EOA>
+
+Turns are joined by an empty line. Scored tokens are the last assistant message and its <EOA>. Ids are made segment by
+segment with special tokens switched off in the text: the same ids as tokenizing the formatted text in one go, except
+that a message which spells "<EOA>" cannot end itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from tokenizers import Tokenizer
+
+from simple_llama.dataset.tokenizer import SPECIAL_IDS
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You are SimpleLLaMA, a careful and friendly assistant. Give honest, clear and useful answers. Say so when you are "
+    "not sure. Decline requests that would hurt someone, explain why in a sentence, and offer a safe way forward."
+)
+
+
+class Segment(NamedTuple):
+    """A piece of a chat: one special token, or text that may hold anything."""
+
+    kind: Literal["special", "text"]
+    text: str
+
+
+def chat_segments(system: str, users: Sequence[str], assistants: Sequence[str]) -> list[Segment]:
+    """Pieces of a chat in order. With one answer fewer than users the chat ends with <SOA>, ready to be answered.
+
+    Raises ValueError for any other number of answers, or no user.
+    """
+    if not users or len(users) - len(assistants) not in (0, 1):
+        raise ValueError(f"expected as many answers as users or one fewer, found {len(assistants)} for {len(users)}")
+    segments = _wrapped("<SOT>", system, "<EOT>")
+    for turn, user in enumerate(users):
+        segments += [Segment("text", "\n\n"), *_wrapped("<SOU>", user, "<EOU>"), Segment("text", "\n")]
+        if turn < len(assistants):
+            segments += _wrapped("<SOA>", assistants[turn], "<EOA>")
+        else:
+            segments.append(Segment("special", "<SOA>"))
+    return segments
+
+
+def format_chat(system: str, users: Sequence[str], assistants: Sequence[str]) -> str:
+    """The chat as one string; with one answer fewer than users it ends with <SOA>."""
+    return "".join(segment.text for segment in chat_segments(system, users, assistants))
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[int]]:
+    """Token ids of each different text, tokenized in one batch; no special token can come out of it."""
+    assert tokenizer.encode_special_tokens, "load the tokenizer with load_tokenizer"
+    different = list(dict.fromkeys(texts))
+    encodings = tokenizer.encode_batch_fast(different, add_special_tokens=False)
+    return {text: encoding.ids for text, encoding in zip(different, encodings, strict=True)}
+
+
+def join_ids(segments: Sequence[Segment], ids_of_text: Mapping[str, Sequence[int]]) -> list[int]:
+    """Token ids of a chat from the ids of its texts (see `encode_texts`)."""
+    ids: list[int] = []
+    for segment in segments:
+        if segment.kind == "special":
+            ids.append(SPECIAL_IDS[segment.text])
+        else:
+            ids.extend(ids_of_text[segment.text])
+    return ids
+
+
+def encode_chat(
+    tokenizer: Tokenizer, system: str, users: Sequence[str], assistants: Sequence[str]
+) -> tuple[list[int], int]:
+    """Token ids of a whole chat, and how many of its last tokens are scored: the last answer and its <EOA>."""
+    if len(users) != len(assistants):
+        raise ValueError(f"expected an answer for each user message, found {len(assistants)} for {len(users)}")
+    segments = chat_segments(system, users, assistants)
+    ids_of_text = encode_texts(tokenizer, (segment.text for segment in segments if segment.kind == "text"))
+    return join_ids(segments, ids_of_text), len(ids_of_text[assistants[-1]]) + 1
+
+
+def encode_prompt(tokenizer: Tokenizer, system: str, users: Sequence[str], assistants: Sequence[str]) -> list[int]:
+    """Token ids up to the last <SOA>, for the model to continue; `assistants` has one entry fewer than `users`."""
+    if len(users) != len(assistants) + 1:
+        raise ValueError(f"expected one answer fewer than user messages, found {len(assistants)} for {len(users)}")
+    segments = chat_segments(system, users, assistants)
+    return join_ids(segments, encode_texts(tokenizer, (s.text for s in segments if s.kind == "text")))
+
+
+def _wrapped(start: str, text: str, end: str) -> list[Segment]:
+    return [Segment("special", start), Segment("text", text), Segment("special", end)]

@@ -1,0 +1,1 @@
+"""Direct Preference Optimization; apply_dpo.py is the file to read first."""

@@ -1,0 +1,145 @@
+"""A preference pair as one packed sequence: the shared prompt is computed once for both answers.
+
+    stream of one pair   [ prefix | chosen branch | rejected branch ]
+    positions            0..P-1     P..             P..
+
+The last token of each branch predicts nothing and is not in the stream; the last prefix row predicts the first token
+of both branches. Shapes: B pairs, T packed rows, N scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from simple_llama.common.files import digest
+from simple_llama.ops.attention import PackedLayout
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Two chats that answer the same prompt, split into their common prefix and a branch each (int32 token ids)."""
+
+    prefix: np.ndarray  # common first tokens, never past the first scored token of either chat
+    chosen: np.ndarray  # the rest of the chosen chat; its last `chosen_scored` tokens are scored
+    rejected: np.ndarray  # the rest of the rejected chat
+    chosen_scored: int
+    rejected_scored: int
+    digest: bytes  # 16 bytes over both whole chats and the scored spans: the pair's name in the reference store
+
+    @classmethod
+    def from_chats(
+        cls, chosen_ids: Sequence[int], chosen_scored: int, rejected_ids: Sequence[int], rejected_scored: int
+    ) -> TokenizedPair:
+        """Builds a pair from two whole chats (token ids) whose last `*_scored` tokens are scored.
+
+        Raises ValueError when a scored span is empty or leaves no token before it to predict its first one.
+        """
+        for side, ids, scored in (("chosen", chosen_ids, chosen_scored), ("rejected", rejected_ids, rejected_scored)):
+            if not 0 < scored < len(ids):
+                raise ValueError(f"{side}: {scored} scored of {len(ids)} tokens; expected 1..{len(ids) - 1}")
+        chosen, rejected = np.asarray(chosen_ids, dtype=np.int32), np.asarray(rejected_ids, dtype=np.int32)
+        limit = min(len(chosen) - chosen_scored, len(rejected) - rejected_scored)
+        differs = np.flatnonzero(chosen[:limit] != rejected[:limit])
+        shared = int(differs[0]) if len(differs) else limit
+        if shared == 0:
+            raise ValueError("the two chats do not start with the same token")
+        header = np.asarray([len(chosen), chosen_scored, len(rejected), rejected_scored], dtype="<i8")
+        name = digest(header.tobytes(), chosen.astype("<i4").tobytes(), rejected.astype("<i4").tobytes(), size=16)
+        return cls(
+            prefix=chosen[:shared],
+            chosen=chosen[shared:],
+            rejected=rejected[shared:],
+            chosen_scored=chosen_scored,
+            rejected_scored=rejected_scored,
+            digest=name,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the packed stream: every token but the last one of each branch."""
+        return len(self.prefix) + len(self.chosen) + len(self.rejected) - 2
+
+    @property
+    def chosen_len(self) -> int:
+        """Tokens of the whole chosen chat."""
+        return len(self.prefix) + len(self.chosen)
+
+    @property
+    def rejected_len(self) -> int:
+        """Tokens of the whole rejected chat."""
+        return len(self.prefix) + len(self.rejected)
+
+    def without_sharing(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
+        """Both chats whole, each with its scored count: what a trainer without prefix sharing computes."""
+        whole = (np.concatenate([self.prefix, branch]) for branch in (self.chosen, self.rejected))
+        chosen, rejected = whole
+        return (chosen, self.chosen_scored), (rejected, self.rejected_scored)
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs packed into one stream, ready for the model. Scored rows stand pair after pair, chosen then rejected."""
+
+    tokens_T: torch.Tensor  # int64 input token ids
+    positions_T: torch.Tensor  # int64 position of each row in its own chat
+    layout: PackedLayout  # which rows see which
+    rows_N: torch.Tensor  # int64 row of the stream that predicts each scored token
+    targets_N: torch.Tensor  # int64 scored token ids
+    counts: tuple[tuple[int, int], ...]  # scored tokens of (chosen, rejected) a pair, on the host
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @classmethod
+    def pack(cls, pairs: Sequence[TokenizedPair]) -> PairBatch:
+        """Packs `pairs` in the given order (B >= 1), on the CPU."""
+        tokens, positions, rows, targets, segments = [], [], [], [], []
+        start = 0
+        for pair in pairs:
+            shared = len(pair.prefix)
+            tokens += [pair.prefix, pair.chosen[:-1], pair.rejected[:-1]]
+            positions += [np.arange(shared)]
+            branch_start = start + shared
+            for branch, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored)):
+                positions.append(np.arange(shared, shared + len(branch) - 1))
+                # branch token i is predicted by branch row i - 1, and token 0 by the last prefix row
+                predicted_by = np.arange(branch_start - 1, branch_start + len(branch) - 1)
+                predicted_by[0] = start + shared - 1
+                rows.append(predicted_by[len(branch) - scored :])
+                targets.append(branch[len(branch) - scored :])
+                branch_start += len(branch) - 1
+            segments.append((shared, (len(pair.chosen) - 1, len(pair.rejected) - 1)))
+            start = branch_start
+
+        def stack(parts: list[np.ndarray]) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+        return cls(
+            tokens_T=stack(tokens),
+            positions_T=stack(positions),
+            layout=PackedLayout(segments=tuple(segments)),
+            rows_N=stack(rows),
+            targets_N=stack(targets),
+            counts=tuple((pair.chosen_scored, pair.rejected_scored) for pair in pairs),
+        )
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The same batch on `device`; copies to a GPU do not block the host."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens_T=move(self.tokens_T),
+            positions_T=move(self.positions_T),
+            layout=self.layout.to(device),
+            rows_N=move(self.rows_N),
+            targets_N=move(self.targets_N),
+        )
