@@ -1,0 +1,1 @@
+"""The hot operations: attention over packed layouts, and log-probs without stored logits."""

@@ -1,0 +1,224 @@
+"""Attention over a packed stream of rows, where each row sees only its own sequence; sequences may share a prefix.
+
+    one segment of the stream   [ prefix | branch 0 | branch 1 | ... ]
+    what a row of branch i sees [ prefix | branch i up to the row itself ]
+
+So a segment is one causal block, [prefix | branch 0], and one rectangular block for each further branch: its queries
+are the last rows of its keys, [prefix | branch i] ("bottom-right causal"). CUDA in half precision runs all blocks of a
+stream in one varlen call; everything else runs one SDPA call a block, which is the specification.
+
+Shapes: T query rows, S key rows, H heads, K query/key width, V value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from simple_llama.ops.linear import emulates_bf16
+
+# Part of a reference's identity: raise it when the numbers that attention gives change beyond rounding.
+ATTENTION_VERSION = "1"
+
+_VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+_VARLEN_MAX_WIDTH = 256  # widest head that the flash kernels have
+
+
+class Block(NamedTuple):
+    """Query rows [start, start + rows) that see `prefix` rows from `prefix_start` on, and themselves causally."""
+
+    start: int
+    rows: int
+    prefix_start: int
+    prefix: int
+
+
+class VarlenPlan(NamedTuple):
+    """The blocks of a layout as the varlen kernel wants them, on one device."""
+
+    key_rows_S: torch.Tensor | None  # int64 row of the stream for each key; None when keys are the stream itself
+    query_starts: torch.Tensor  # int32, cumulative rows of each block's queries, from 0
+    key_starts: torch.Tensor  # int32, the same of its keys
+    longest_query: int
+    longest_key: int
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Which rows of a packed stream see which. Index tensors and masks are made once and serve all layers.
+
+    One entry of `segments` is (prefix rows, (rows of branch 0, rows of branch 1, ...)); a plain causal sequence of n
+    rows is (n, ()). Any count may be 0.
+    """
+
+    segments: tuple[tuple[int, tuple[int, ...]], ...]
+    _made: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def causal(cls, lengths: Sequence[int]) -> PackedLayout:
+        """Sequences of the given lengths, one after the other, that share nothing."""
+        return cls(tuple((length, ()) for length in lengths))
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of the whole stream."""
+        return sum(prefix + sum(branches) for prefix, branches in self.segments)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: a prefix with its longest branch."""
+        return max((prefix + max(branches, default=0) for prefix, branches in self.segments), default=0)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The stream's blocks in order, empty ones left out."""
+        return tuple(block for block in self._all_blocks() if block.rows)
+
+    def _all_blocks(self) -> Iterator[Block]:
+        start = 0
+        for prefix, branches in self.segments:
+            trunk = prefix + sum(branches[:1])
+            yield Block(start, trunk, start, 0)
+            branch_start = start + trunk
+            for rows in branches[1:]:
+                yield Block(branch_start, rows, start, prefix)
+                branch_start += rows
+            start = branch_start
+
+    def to(self, device: torch.device | str) -> PackedLayout:
+        """The layout itself, with what a GPU needs already on its way there; the host does not wait."""
+        device = torch.device(device)
+        if device.type == "cuda":
+            self.varlen_plan(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()))
+        return self
+
+    def varlen_plan(self, device: torch.device) -> VarlenPlan:
+        """Index tensors for the varlen kernel on `device` (as tensors name it: with its index), made on first use."""
+        key = ("varlen", device)
+        if key not in self._made:
+            self._made[key] = _varlen_plan(self.blocks, device)
+        return self._made[key]
+
+    def mask(self, rows: int, prefix: int, like: torch.Tensor) -> torch.Tensor:
+        """Additive bottom-right causal mask (rows, prefix + rows) in the dtype and place of `like`."""
+        key = (rows, prefix, like.dtype, like.device)
+        if key not in self._made:
+            self._made[key] = suffix_mask(rows, prefix + rows, like)
+        return self._made[key]
+
+
+def attend(
+    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, layout: PackedLayout, scale: float
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over what `layout` lets each row see: (T, H, V) in the dtype of v."""
+    width = max(q_THK.shape[-1], v_THV.shape[-1])
+    if q_THK.is_cuda and q_THK.dtype in _VARLEN_DTYPES and width <= _VARLEN_MAX_WIDTH:
+        return _attend_varlen(q_THK, k_THK, v_THV, layout, scale)
+    return attend_by_block(q_THK, k_THK, v_THV, layout, scale)
+
+
+def attend_by_block(
+    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, layout: PackedLayout, scale: float
+) -> torch.Tensor:
+    """`attend` by one SDPA call a block, on any device and dtype."""
+    dtype = v_THV.dtype
+    if emulates_bf16(v_THV):
+        q_THK, k_THK, v_THV = q_THK.float(), k_THK.float(), v_THV.float()
+    # split, not slices: the backward of a slice fills a whole stream with zeros
+    lengths = [block.rows for block in layout.blocks]
+    parts = zip(layout.blocks, q_THK.split(lengths), k_THK.split(lengths), v_THV.split(lengths), strict=True)
+    outputs = []
+    trunk_k, trunk_v = k_THK[:0], v_THV[:0]
+    for (_, rows, _, prefix), q, k, v in parts:
+        mask = None
+        if prefix:  # then the block before the branches was [prefix | branch 0]
+            k, v = torch.cat((trunk_k[:prefix], k)), torch.cat((trunk_v[:prefix], v))
+            mask = layout.mask(rows, prefix, q)
+        else:
+            trunk_k, trunk_v = k, v
+        outputs.append(attend_suffix(q, k, v, scale, mask))
+    return torch.cat(outputs).to(dtype)
+
+
+def attend_suffix(
+    q_THK: torch.Tensor, k_SHK: torch.Tensor, v_SHV: torch.Tensor, scale: float, mask_TS: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Causal attention of T rows that are the last T of S: a branch after its prefix, or a step of generation.
+
+    Args:
+        mask_TS: `suffix_mask(T, S)` where the caller has it already; otherwise made here if one is needed.
+
+    Returns (T, H, V) in the dtype of v.
+    """
+    rows, keys = q_THK.shape[0], k_SHK.shape[0]
+    square = rows == keys
+    if mask_TS is None and not square and rows > 1:  # a single last row sees every key
+        mask_TS = suffix_mask(rows, keys, q_THK)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_SHK, v_SHV))
+    out = F.scaled_dot_product_attention(q, k, v, None if square else mask_TS, is_causal=square, scale=scale)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def suffix_mask(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """Additive mask (rows, keys): 0 where row i of the last `rows` sees key j <= keys - rows + i, else -inf."""
+    return like.new_full((rows, keys), -torch.inf).triu(keys - rows + 1)
+
+
+def _attend_varlen(
+    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, layout: PackedLayout, scale: float
+) -> torch.Tensor:
+    """`attend` by one flash call: block by block, keys are [prefix | own rows], aligned at the last row."""
+    from torch.nn.attention.varlen import varlen_attn  # registers operators when imported
+
+    plan = layout.varlen_plan(q_THK.device)
+    value_width = v_THV.shape[-1]
+    if plan.key_rows_S is not None:
+        k_THK, v_THV = k_THK.index_select(0, plan.key_rows_S), v_THV.index_select(0, plan.key_rows_S)
+    # one width for all three, a multiple of 8: zeros add nothing to q k^T and give zero columns of the output
+    width = -(-max(q_THK.shape[-1], value_width) // 8) * 8
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_THK, k_THK, v_THV))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        plan.query_starts,
+        plan.key_starts,
+        plan.longest_query,
+        plan.longest_key,
+        scale=scale,
+        window_size=(-1, 0),
+    )
+    assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary outputs are asked for
+    return out[..., :value_width]
+
+
+def _varlen_plan(blocks: Sequence[Block], device: torch.device) -> VarlenPlan:
+    """Keys block by block: the prefix's rows of the stream, then the block's own; cumulative lengths beside them."""
+    queries = [block.rows for block in blocks]
+    keys = [block.prefix + block.rows for block in blocks]
+    key_rows = None
+    if any(block.prefix for block in blocks):
+        pieces = [
+            torch.arange(first, first + count)
+            for block in blocks
+            for first, count in ((block.prefix_start, block.prefix), (block.start, block.rows))
+        ]
+        key_rows = _send(torch.cat(pieces), device)
+    return VarlenPlan(
+        key_rows,
+        _send(torch.tensor([0, *accumulate(queries)], dtype=torch.int32), device),
+        _send(torch.tensor([0, *accumulate(keys)], dtype=torch.int32), device),
+        max(queries, default=0),
+        max(keys, default=0),
+    )
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device`; from pinned memory a GPU fetches it without making the host wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

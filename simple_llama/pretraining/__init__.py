@@ -1,0 +1,1 @@
+"""The model: its configuration, layers and checkpoint files."""

@@ -1,0 +1,35 @@
+"""Keys and values of the tokens that one sequence has so far, so that generation computes each token once.
+
+Shapes: L layers, S rows of room, T rows at hand, H heads, K query/key width, V value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from simple_llama.ops.attention import attend_suffix
+
+
+@dataclass
+class KVCache:
+    """Rows [0, length) are filled in every layer."""
+
+    keys_LSHK: torch.Tensor
+    values_LSHV: torch.Tensor
+    length: int = 0
+
+    @property
+    def room(self) -> int:
+        """Rows in all."""
+        return self.keys_LSHK.shape[1]
+
+    def attend(
+        self, q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, *, layer: int, scale: float
+    ) -> torch.Tensor:
+        """Writes the T rows behind the filled ones of `layer`; returns attention over all of them, (T, H, V)."""
+        end = self.length + k_THK.shape[0]
+        self.keys_LSHK[layer, self.length : end] = k_THK
+        self.values_LSHV[layer, self.length : end] = v_THV
+        return attend_suffix(q_THK, self.keys_LSHK[layer, :end], self.values_LSHV[layer, :end], scale)

@@ -1,0 +1,132 @@
+"""The SimpleLLaMA transformer over a packed stream of rows. Parameter names are those of upstream's checkpoints.
+
+Shapes: B sequences, T packed rows (or tokens of a sequence), D width, V vocabulary, H heads.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from simple_llama.common.errors import UserError
+from simple_llama.ops.attention import PackedLayout, attend
+from simple_llama.ops.linear import Linear
+from simple_llama.pretraining.attention_blocks import MLA, Attend, MHSelfAttention
+from simple_llama.pretraining.config import TrainingConfig, check_model_config
+from simple_llama.pretraining.kv_cache import KVCache
+from simple_llama.pretraining.layers import FeedForward, RMSNorm
+from simple_llama.pretraining.rotary import Rotation, rotation
+
+VOCAB_SIZE = 8192  # tokens of dataset/bpe_8k.json; TrainingConfig does not hold it
+
+
+class DecoderBlock(nn.Module):
+    """Attention, then feed-forward, each behind a norm and added to its input."""
+
+    def __init__(self, config: TrainingConfig):
+        super().__init__()
+        self.attention = MLA(config) if config.use_mla else MHSelfAttention(config)
+        self.ffwd = FeedForward(config.n_embd, config.multiple_of, config.dropout)
+        self.norm1 = RMSNorm(config.n_embd, config.eps)
+        self.norm2 = RMSNorm(config.n_embd, config.eps)
+
+    def forward(self, x_TD: torch.Tensor, by: Rotation, attend: Attend) -> torch.Tensor:
+        """Rows (T, D) to rows (T, D)."""
+        h_TD = x_TD + self.attention(self.norm1(x_TD), by, attend)
+        return h_TD + self.ffwd(self.norm2(h_TD))
+
+
+class LLaMaTransformer(nn.Module):
+    """Embeddings, decoder blocks, a norm and an untied vocabulary matrix.
+
+    `activation_checkpointing` (off; set it after construction) computes the blocks again in backward: less memory for
+    about a third more time.
+    """
+
+    def __init__(self, config: TrainingConfig, vocab_size: int = VOCAB_SIZE):
+        """Random weights: normal(0, 0.02), smaller where a block adds to the stream. UserError for impossible sizes."""
+        super().__init__()
+        check_model_config(config)
+        self.config = config
+        self.activation_checkpointing = False
+        self.embeddings = nn.Embedding(vocab_size, config.n_embd)
+        self.decoder_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.n_embd, config.eps)
+        self.final_linear = Linear(config.n_embd, vocab_size, bias=False)
+        nn.init.normal_(self.embeddings.weight, std=0.02)
+        for name, parameter in self.decoder_blocks.named_parameters():
+            if name.endswith(("attention.out.weight", "attention.wo.weight", "ffwd.w2.weight")):
+                # 2 * n_layers outputs add up in the stream (GPT-2)
+                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layers) ** 0.5)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) of B sequences of equal length."""
+        batch, length = ids_BT.shape
+        layout = PackedLayout.causal([length] * batch).to(ids_BT.device)
+        positions_T = torch.arange(length, device=ids_BT.device).repeat(batch)
+        hidden_TD = self.hidden(ids_BT.flatten(), positions_T, layout)
+        return self.final_linear(hidden_TD).view(batch, length, -1)
+
+    def hidden(self, tokens_T: torch.Tensor, positions_T: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        """Rows (T, D) after the last norm: what the vocabulary matrix is multiplied with.
+
+        Args:
+            tokens_T: token ids of the packed stream.
+            positions_T: each row's position in its own sequence.
+            layout: which rows see which; UserError when a sequence of it is longer than config.max_seq_len.
+        """
+        self._check_length(layout.longest)
+        by = self._rotation(positions_T)
+        mix = partial(attend, layout=layout)
+        x_TD = self.embeddings(tokens_T)
+        for block in self.decoder_blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                keep_rng = self.training and self.config.dropout > 0  # the same dropout mask both times
+                x_TD = checkpoint(block, x_TD, by, mix, use_reentrant=False, preserve_rng_state=keep_rng)
+            else:
+                x_TD = block(x_TD, by, mix)
+        return self.norm(x_TD)
+
+    def new_cache(self, max_len: int) -> KVCache:
+        """An empty cache for one sequence of up to `max_len` tokens (UserError beyond config.max_seq_len)."""
+        self._check_length(max_len)
+        config, weight = self.config, self.embeddings.weight
+        value = config.v_head_dim if config.use_mla else config.n_embd // config.n_heads
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim if config.use_mla else value
+        shape = (config.n_layers, max_len, config.n_heads)
+        return KVCache(weight.new_zeros(*shape, key), weight.new_zeros(*shape, value))
+
+    @torch.no_grad()
+    def decode(self, tokens_T: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits (V,) after the last of T tokens that follow the cached ones: a whole prompt first, then one by one.
+
+        Fills the cache. UserError when it has no room left.
+        """
+        start, end = cache.length, cache.length + tokens_T.shape[0]
+        if end > cache.room:
+            raise UserError(f"generation: expected at most {cache.room} tokens (new_cache), found {end}")
+        by = self._rotation(torch.arange(start, end, device=tokens_T.device))
+        x_TD = self.embeddings(tokens_T)
+        for layer, block in enumerate(self.decoder_blocks):
+            x_TD = block(x_TD, by, partial(cache.attend, layer=layer))
+        cache.length = end
+        return self.final_linear(self.norm(x_TD[-1:]))[0]
+
+    def _rotation(self, positions_T: torch.Tensor) -> Rotation:
+        config = self.config
+        width = config.qk_rope_head_dim if config.use_mla else config.n_embd // config.n_heads
+        return rotation(positions_T, width, config.theta)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.config.max_seq_len:
+            limit = self.config.max_seq_len
+            raise UserError(f"sequence: expected at most the model's max_seq_len = {limit} tokens, found {tokens}")
+
+
+def count_parameters(config: TrainingConfig, vocab_size: int = VOCAB_SIZE) -> int:
+    """Parameters of the model that `config` describes; takes no memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LLaMaTransformer(config, vocab_size).parameters())

@@ -1,0 +1,182 @@
+"""Weights files `{model_state_dict, config, metadata}`: load (running no code), check, build a model, save, digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import atomic_path
+from simple_llama.pretraining.config import TrainingConfig, check_model_config
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+
+_EXPECTED = "expected a SimpleLLaMA checkpoint: a torch.save file with `model_state_dict` and `config`"
+_WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of data-parallel wrappers
+_NAMES_SHOWN = 6  # of wrong tensors in a message
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a weights file holds, on the CPU. The tensors may still be on disk: they are mapped, not read."""
+
+    state_dict: dict[str, torch.Tensor]  # by upstream's parameter names
+    config: TrainingConfig
+    metadata: dict[str, Any]  # empty in upstream's own files
+    path: Path
+
+
+def find_weights(path: str | os.PathLike[str]) -> Path:
+    """`path` itself if it is a file; in a folder, its newest .pth. UserError when there is none."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: expected a .pth file, or a folder with one, found nothing there")
+    files = [file for file in path.glob("*.pth") if not file.name.startswith(".")]
+    if not files:
+        raise UserError(f"{path}: expected a folder with a .pth file, found none; train or copy a model into it first")
+    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+
+def load_weights(path: str | os.PathLike[str]) -> LoadedModel:
+    """Reads a weights file. It can run no code: only tensors, plain values and TrainingConfig are unpickled.
+
+    Raises UserError naming the file for anything that is no such checkpoint.
+    """
+    path = Path(path)
+    try:
+        with torch.serialization.safe_globals([TrainingConfig]):
+            # mapped: the ranks of a machine share one copy in the page cache
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # damaged files fail in many ways, all with the same answer
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{path}: {_EXPECTED}, found one that cannot be read ({type(error).__name__}: {reason})"
+        ) from error
+    if not isinstance(found, dict) or not {"model_state_dict", "config"} <= found.keys():
+        keys = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise UserError(f"{path}: {_EXPECTED}, found {keys}")
+    config, metadata = found["config"], found.get("metadata", {})
+    if not isinstance(config, TrainingConfig) or not isinstance(metadata, dict):
+        raise UserError(f"{path}: {_EXPECTED}, found a config of {type(config).__name__}")
+    return LoadedModel(_plain_state_dict(found["model_state_dict"], path), config, metadata, path)
+
+
+def build_model(
+    loaded: LoadedModel, dtype: torch.dtype, device: torch.device | str, dropout: float = 0.0
+) -> LLaMaTransformer:
+    """The model of a weights file, with its own copy of the weights in `dtype` on `device`. Draws no random numbers.
+
+    Raises UserError when tensors are missing, unexpected, of another shape than the config says, or not finite.
+    """
+    config = replace_dropout(loaded.config, dropout)
+    try:
+        check_model_config(config)
+    except UserError as error:
+        raise UserError(f"{loaded.path}: config: {error}") from error
+    with torch.device("meta"):  # shapes only; the real tensors are assigned below
+        model = LLaMaTransformer(config, vocab_size(loaded.state_dict))
+    _check_fit(model, loaded)
+    tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in loaded.state_dict.items()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    if not all(finite):
+        broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
+        raise UserError(f"{loaded.path}: expected finite weights in {dtype}, found inf or nan in {_some(broken)}")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model
+
+
+def vocab_size(state_dict: Mapping[str, torch.Tensor]) -> int:
+    """Tokens that the model knows; 0 without embeddings. The config does not hold it."""
+    embeddings = state_dict.get("embeddings.weight")
+    return 0 if embeddings is None or embeddings.dim() != 2 else embeddings.shape[0]
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    state_dict: Mapping[str, torch.Tensor],
+    config: TrainingConfig,
+    metadata: dict[str, Any],
+) -> None:
+    """Writes a weights file that upstream's inference script loads, whole or not at all.
+
+    Args:
+        metadata: JSON values only (TypeError otherwise), so that `load_weights` reads them back.
+    """
+    json.dumps(metadata)
+    tensors = {name: _compact(tensor) for name, tensor in state_dict.items()}
+    checkpoint = {"model_state_dict": _plain_state_dict(tensors, path), "config": config, "metadata": metadata}
+    try:
+        with atomic_path(path) as temp:
+            torch.save(checkpoint, temp)
+    except RuntimeError as error:  # torch's own writer reports a full disk so
+        raise UserError(f"cannot write {path}: {error}; free space or choose another place") from error
+
+
+def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Hex digest of names, dtypes, shapes and values: independent of the order of the dict and of any file."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach()
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        state.update(tensor.to("cpu", torch.float32).contiguous().view(-1).numpy().data)
+    return state.hexdigest()
+
+
+def replace_dropout(config: TrainingConfig, dropout: float) -> TrainingConfig:
+    """The config with another dropout. Restored configs may lack or add fields, so not through `__init__`."""
+    changed = TrainingConfig.__new__(TrainingConfig)
+    changed.__dict__.update(config.__dict__, dropout=dropout)
+    return changed
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, copied if it is a view: torch.save would write the whole buffer behind a view."""
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _plain_state_dict(state_dict: Any, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The state dict under upstream's names: prefixes of wrappers taken off."""
+    if not isinstance(state_dict, Mapping):
+        raise UserError(f"{path}: {_EXPECTED}, found a model_state_dict of {type(state_dict).__name__}")
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise UserError(f"{path}: {_EXPECTED}, found {name!r} in it that is no tensor of real numbers")
+        while name.startswith(_WRAPPER_PREFIXES):
+            name = name.split(".", 1)[1]
+        if name in plain:
+            raise UserError(f"{path}: {_EXPECTED}, found {name} twice, with and without a wrapper's prefix")
+        plain[name] = tensor
+    return plain
+
+
+def _check_fit(model: LLaMaTransformer, loaded: LoadedModel) -> None:
+    """UserError naming the tensors that do not fit the model that the file's own config describes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict.items()}
+    problems = []
+    if missing := sorted(expected.keys() - found.keys()):
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        problems.append(f"unexpected {_some(unexpected)}")
+    misfits = [name for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]]
+    if shapes := [f"{name} {found[name]} instead of {expected[name]}" for name in misfits]:
+        problems.append(f"wrong shapes: {_some(shapes)}")
+    if problems:
+        raise UserError(f"{loaded.path}: expected the tensors that its config describes, found " + "; ".join(problems))
+
+
+def _some(items: list[str]) -> str:
+    """The first few items, and how many more."""
+    more = f" and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
+    return ", ".join(items[:_NAMES_SHOWN]) + more

@@ -1,0 +1,147 @@
+"""Attention over packed rows: each row sees its prefix and its own branch, and nothing else."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simple_llama.ops import attention
+from simple_llama.ops.attention import PackedLayout, attend, attend_suffix, suffix_mask
+
+H, K, V = 2, 4, 6
+MIXED = PackedLayout(((3, (2, 4)), (0, (1, 2)), (2, ()), (4, (0, 3)), (1, (2, 0, 1)), (3, (2, 4))))
+
+
+def _visible(layout: PackedLayout) -> torch.Tensor:
+    """Boolean (T, T) straight from the definition: same prefix or same branch, and not later."""
+    owner: list[tuple[int, int]] = []  # (segment, branch) of each row; branch -1 is the prefix
+    for segment, (prefix, branches) in enumerate(layout.segments):
+        owner += [(segment, -1)] * prefix
+        for branch, rows in enumerate(branches):
+            owner += [(segment, branch)] * rows
+    sees = [
+        [key <= row and s == sk and bk in (b, -1) for key, (sk, bk) in enumerate(owner)]
+        for row, (s, b) in enumerate(owner)
+    ]
+    return torch.tensor(sees)
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float) -> torch.Tensor:
+    """The formula over the whole stream, invisible scores at -inf."""
+    scores = torch.einsum("thk,shk->hts", q, k) * scale
+    weights = scores.masked_fill(~_visible(layout), -torch.inf).softmax(-1)
+    return torch.einsum("hts,shv->thv", weights, v)
+
+
+def _rows(layout: PackedLayout, dtype: torch.dtype = torch.float32, value: int = V) -> list[torch.Tensor]:
+    """Queries, keys and values for a layout, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((layout.rows, H, width) for width in (K, K, value))
+    return [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def _with_gradients(run, layout: PackedLayout, dtype: torch.dtype = torch.float32, value: int = V):
+    """Value and the three gradients of `run`, for one fixed upstream gradient, all in fp32."""
+    rows = _rows(layout, dtype, value)
+    out = run(*rows, layout, 0.7)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [x.float() for x in (out.detach(), *torch.autograd.grad(out, rows, grad))]
+
+
+def test_layout_counts():
+    """3 + 2 + 4, 0 + 1 + 2, 2, 4 + 0 + 3, 1 + 2 + 0 + 1 and 9 rows; the longest sequence is 4 + 3 tokens."""
+    assert MIXED.rows == 9 + 3 + 2 + 7 + 4 + 9
+    assert MIXED.longest == 7
+    assert PackedLayout.causal([3, 5]).segments == ((3, ()), (5, ()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=3))
+def test_any_layout_equals_the_definition(segments: list[tuple[int, list[int]]]):
+    """Value and gradients equal the dense formula under the definition's mask, empty prefixes and branches included."""
+    layout = PackedLayout(tuple((prefix, tuple(branches)) for prefix, branches in segments))
+    if layout.rows == 0:
+        return
+    for ours, exact in zip(_with_gradients(attend, layout), _with_gradients(_dense, layout), strict=True):
+        assert torch.allclose(ours, exact, atol=1e-5)
+
+
+def test_rows_outside_get_no_gradient():
+    """Rows of branch 1 depend on the prefix and themselves only: branch 0 (rows 3, 4) gets exactly zero."""
+    layout = PackedLayout(((3, (2, 4)),))
+    q, k, v = _rows(layout)
+    for grad in torch.autograd.grad(attend(q, k, v, layout, 1.0)[5:].sum(), (k, v)):
+        assert not grad[3:5].any()
+        assert grad[:3].any()
+        assert grad[5:].any()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_is_near_fp32(monkeypatch: pytest.MonkeyPatch, fast: bool):
+    """With and without bf16 units the result is bf16 and within its rounding (2^-8 of values below 4)."""
+    monkeypatch.setattr("simple_llama.ops.linear.has_fast_bf16", lambda device: fast)
+    q, k, v = _rows(MIXED, torch.bfloat16)
+    assert attend(q, k, v, MIXED, 0.7).dtype == torch.bfloat16
+    low, exact = (_with_gradients(attend, MIXED, dtype) for dtype in (torch.bfloat16, torch.float32))
+    for ours, theirs in zip(low, exact, strict=True):
+        assert torch.allclose(ours, theirs, atol=0.06)
+
+
+def test_masks_are_made_once_a_layout(monkeypatch: pytest.MonkeyPatch):
+    """Two layers over a layout with two equal rectangles (3 + 4 keys, 4 rows) make that mask once."""
+    made: list[tuple[int, int]] = []
+    real = attention.suffix_mask
+    monkeypatch.setattr(attention, "suffix_mask", lambda r, k, like: made.append((r, k)) or real(r, k, like))
+    layout = PackedLayout(((3, (2, 4)), (3, (1, 4))))
+    for _ in range(2):
+        q, k, v = _rows(layout)
+        attend(q, k, v, layout, 1.0)
+    assert made == [(4, 7)]
+
+
+def test_suffix_mask_by_hand():
+    """Two rows that are the last of four: the first sees three keys, the second all."""
+    assert suffix_mask(2, 4, torch.zeros(())).tolist() == [[0, 0, 0, -torch.inf], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("last", [1, 3, 5])
+def test_suffix_is_the_end_of_the_whole(last: int):
+    """The last rows against all keys give what they give inside the whole sequence."""
+    layout = PackedLayout.causal([5])
+    q, k, v = _rows(layout)
+    whole = attend(q, k, v, layout, 0.5)
+    assert torch.allclose(attend_suffix(q[-last:], k, v, 0.5), whole[-last:], atol=1e-6)
+
+
+def _varlen_by_definition(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """What torch.nn.attention.varlen promises for a causal window, in plain torch: blocks aligned at the last row."""
+    assert window_size == (-1, 0)
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    assert q.shape[-1] % 8 == 0
+    spans = list(zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True))
+    assert max_q == max(b - a for (a, b), _ in spans)
+    assert max_k == max(b - a for _, (a, b) in spans)
+    return torch.cat([attend_suffix(q[a:b], k[c:d], v[c:d], scale) for (a, b), (c, d) in spans])
+
+
+@pytest.mark.parametrize("value", [2, V])
+@pytest.mark.parametrize("layout", [MIXED, PackedLayout.causal([3, 1, 4])], ids=["branches", "causal"])
+def test_varlen_arguments(monkeypatch: pytest.MonkeyPatch, layout: PackedLayout, value: int):
+    """The one varlen call for GPUs gets blocks, gathered keys and padded widths that add up to the SDPA path."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen_by_definition)
+    ours = _with_gradients(attention._attend_varlen, layout, value=value)
+    for mine, exact in zip(ours, _with_gradients(attend, layout, value=value), strict=True):
+        assert torch.allclose(mine, exact, atol=1e-5)
+
+
+def test_causal_layouts_gather_no_keys():
+    """Sequences that share nothing use the stream itself as keys: no copy."""
+    assert PackedLayout.causal([3, 4]).varlen_plan(torch.device("cpu")).key_rows_S is None
+    gathered = PackedLayout(((2, (3, 1)),)).varlen_plan(torch.device("cpu")).key_rows_S
+    assert gathered is not None
+    assert gathered.tolist() == [0, 1, 2, 3, 4, 0, 1, 5]
