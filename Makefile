@@ -1,0 +1,43 @@
+# Every target does its own set-up: the first one run makes .venv and installs into it.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu check format tensorboard clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamp comes last: a killed install is done again.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## the whole main job on shipped data, on two CPU cores, in minutes
+	$(BIN)/python benchmarks/demo.py
+
+test: $(INSTALLED) ## the tests that need neither a GPU nor root
+	$(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: $(INSTALLED) ## format, lint, types, import floors
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## rewrite the files as `make check` wants them
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+tensorboard: $(INSTALLED) ## curves of all runs, on http://localhost:6006
+	$(BIN)/tensorboard --logdir runs --host localhost
+
+clean: ## remove .venv and all caches; runs and checkpoints stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
