@@ -54,7 +54,7 @@ def atomic_write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def digest(*chunks: bytes | bytearray | memoryview, size: int = 16) -> bytes:
-    """blake2b of the chunks, joined, in `size` bytes. Boundaries do not count: callers with several fields mark them."""
+    """blake2b of the joined chunks in `size` bytes. Boundaries do not count: callers with several fields mark them."""
     state = hashlib.blake2b(digest_size=size)
     for chunk in chunks:
         state.update(chunk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,7 +58,7 @@ def test_every_scored_token_is_predicted_by_the_token_before_it(triples):
 def test_digest_names_tokens_and_scored_spans():
     """Same tokens with another scored span, swapped sides or one other token are other pairs."""
     base = TokenizedPair.from_chats([1, 2, 3], 1, [1, 2, 4], 1)
-    assert base.digest == TokenizedPair.from_chats(np.array([1, 2, 3]), 1, (1, 2, 4), 1).digest
+    assert base.digest == TokenizedPair.from_chats((1, 2, 3), 1, (1, 2, 4), 1).digest
     others = [([1, 2, 3], 2, [1, 2, 4], 2), ([1, 2, 4], 1, [1, 2, 3], 1), ([1, 2, 3], 1, [1, 2, 5], 1)]
     digests = {base.digest, *(TokenizedPair.from_chats(*other).digest for other in others)}
     assert len(digests) == 4 and all(len(name) == 16 for name in digests)

@@ -177,7 +177,7 @@ def test_lookup_is_a_dict(keys: list[tuple[bytes, int]], stored: int) -> None:
 
 
 def test_folder_follows_what_moves_the_numbers(tmp_path: Path) -> None:
-    """Other weights, another tokenizer, dtype or head each have a folder; the same reference has one, in any key order."""
+    """Other weights, tokenizer, dtype or head each have a folder; the same reference has one, in any key order."""
     numerics = REFERENCE["numerics"]
     references = [
         REFERENCE,
@@ -193,7 +193,7 @@ def test_folder_follows_what_moves_the_numbers(tmp_path: Path) -> None:
 
 
 def test_run_settings_do_not_enter(tmp_path: Path) -> None:
-    """reference.json lists all that is digested: no path, seed, learning rate, rank or data. A moved cache still hits."""
+    """reference.json lists what is digested: no path, seed, learning rate, rank or data. A moved cache still hits."""
     store = filled(tmp_path / "a", [0])
     described = json.loads((store.folder / "reference.json").read_text())
     assert described == {
@@ -304,7 +304,7 @@ def test_a_pass_cannot_store_impossible_sums(tmp_path: Path, value: float) -> No
 
 
 def test_rounding_above_zero_is_sound(tmp_path: Path) -> None:
-    """One scored token of probability 1 whose fp32 log-prob came out as 2^-22: stored. Sums in bf16 or fp16: refused."""
+    """A scored token of probability 1 whose fp32 log-prob came out as 2^-22: stored. Sums in bf16 or fp16: refused."""
     store = RefStore.open(tmp_path, REFERENCE)
     store.add(pairs([0]), np.full((1, 2), 2.0**-22, np.float32))
     assert RefStore.open(tmp_path, REFERENCE).missing(pairs([0])) == []
@@ -338,7 +338,7 @@ def test_a_folder_with_a_shard_s_name_is_unreadable_not_fatal(tmp_path: Path, ca
 def test_a_shard_that_another_rank_sets_aside_first_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All ranks load at once: a damaged shard can be gone when it is read, or when it is renamed; no word about that."""
+    """All ranks load at once: a damaged shard can be gone when it is read, or renamed; no word about that."""
     store = filled(tmp_path, [0])
     listed = [*shards(store), store.folder / ("a" * 32 + ".npy")]
     monkeypatch.setattr(ref_store, "_listed", lambda folder: listed)
@@ -400,7 +400,7 @@ def test_an_unreadable_folder_is_a_user_error(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_writer_flushes_by_pairs_by_time_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """every_pairs 3, every_s 10: after pairs 0-1 nothing, after 2-3 a shard of 4, pair 4 after 10 s, pair 5 at the end."""
+    """every_pairs 3, every_s 10: after pairs 0-1 nothing, after 2-3 a shard of 4, pair 4 after 10 s, 5 at the end."""
     now = [100.0]
     monkeypatch.setattr(ref_store.time, "monotonic", lambda: now[0])
     store, counts = RefStore.open(tmp_path, REFERENCE), []
@@ -449,7 +449,7 @@ def start_pass(cache_dir: Path, dies: str = "never") -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("dies", ["half-written", "before the rename", "buffered"])
 def test_kill_9_loses_at_most_one_flush(tmp_path: Path, dies: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Killed while writing the third shard of 5: 10 pairs are there and right, 20 are missing; the next pass ends it."""
+    """Killed while writing the third shard of 5: 10 pairs are there and right, 20 missing; the next pass ends it."""
     assert start_pass(tmp_path, dies).wait(60) == -signal.SIGKILL
     store = RefStore.open(tmp_path, REFERENCE)
     assert store.missing(pairs(range(30))) == list(range(10, 30)) and store.set_aside == []

@@ -1,0 +1,149 @@
+"""What a run leaves on disk: the `.pth` that upstream's inference loads, and the state from which it resumes.
+
+    <ckpt_dir>/<run>/
+        dpo_{epoch}E_{loss}L_{max_seq_len}MSQ.pth      fp32 weights, TrainingConfig, metadata
+        state/step_00000120/                           complete or absent: written beside, then renamed
+            rank_00000.safetensors ...                 master weights and AdamW moments, by parameter name
+            state.json                                 step, digests of the files, what the run depends on
+        latest                                         name of the newest state, written last
+
+A parameter's state stands whole in one file, so a run may resume on another number of ranks, and nothing is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from simple_llama.common.distributed import Ranks, barrier, gather_objects
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import atomic_path, atomic_write, atomic_write_json, file_digest, read_json
+from simple_llama.common.logging import LOGGER
+from simple_llama.reinforcement_learning.rlhf.engine import Engine
+
+FORMAT = 1  # of state.json; a reader refuses another one
+
+
+class SavedState(NamedTuple):
+    """A complete state on disk."""
+
+    folder: Path
+    facts: dict[str, Any]  # state.json
+
+
+def save_state(folder: Path, engine: Engine, facts: dict[str, Any], keep: int, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Writes `folder`/state/step_N and prunes older ones (collective); `facts` must hold `step`.
+
+    Each parameter's state is written by one rank, in turn. Returns the fp32 master weights on rank 0 (CPU, by name),
+    gathered on the way, so that the `.pth` costs no second pass; an empty dict on other ranks.
+    """
+    name = f"step_{facts['step']:08d}"
+    temp = folder / "state" / f".{name}.tmp"
+    if ranks.is_main:
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+    barrier(ranks)
+    mine, weights = {}, {}
+    for index, (parameter, tensors) in enumerate(engine.full_state()):
+        if index % ranks.world_size == ranks.rank:
+            mine |= {f"{parameter}|{key}": tensor.cpu() for key, tensor in tensors.items()}
+        if ranks.is_main:
+            weights[parameter] = tensors["weight"].cpu()
+    shard = temp / f"rank_{ranks.rank:05d}.safetensors"
+    with atomic_path(shard) as part:
+        save_file({key: tensor.contiguous() for key, tensor in mine.items()}, part)
+    digests = gather_objects((shard.name, file_digest(shard)), ranks)
+    if ranks.is_main:
+        atomic_write_json(temp / "state.json", {"format": FORMAT, **facts, "files": dict(digests)})
+        final = temp.with_name(name)
+        shutil.rmtree(final, ignore_errors=True)
+        temp.rename(final)
+        atomic_write(folder / "latest", f"{name}\n".encode())
+        for old in state_folders(folder)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier(ranks)
+    return weights
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """State folders of a run, newest (highest step) first."""
+    return sorted((folder / "state").glob("step_*"), reverse=True)
+
+
+def newest_state(folder: Path) -> SavedState:
+    """The newest state whose files are all there and unchanged; damaged ones are named in a warning and passed over.
+
+    Raises UserError when there is none.
+    """
+    for candidate in state_folders(folder):
+        problem, facts = check_state(candidate)
+        if not problem:
+            return SavedState(candidate, facts)
+        LOGGER.warning("state %s is not used: %s", candidate, problem)
+    raise UserError(f"{folder}: expected a state to resume from (state/step_*), found no complete one")
+
+
+def check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
+    """What is wrong with a state folder ("" when nothing is), and its facts."""
+    try:
+        facts = read_json(candidate / "state.json")
+    except (UserError, OSError) as error:
+        return str(error), {}
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        return f"state.json: expected format {FORMAT}", {}
+    for name, expected in facts["files"].items():
+        path = candidate / Path(name).name
+        if not path.is_file():
+            return f"{name} is missing", {}
+        if file_digest(path) != expected:
+            return f"{name} is damaged (digest differs)", {}
+    return "", facts
+
+
+def load_state(saved: SavedState, engine: Engine) -> None:
+    """Sets master weights, moments and computing weights of `engine` from a checked state (every rank reads)."""
+    engine.load_full_state(read_parameters(saved), int(saved.facts["optimizer_steps"]))
+
+
+def read_parameters(saved: SavedState) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(parameter name, {weight, exp_avg, exp_avg_sq}) of a state, one at a time, fp32 on the CPU."""
+    for name in saved.facts["files"]:
+        path = saved.folder / Path(name).name
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = [key.rsplit("|", 1) for key in sorted(file.keys())]
+                for parameter, group in groupby(keys, key=lambda key: key[0]):
+                    yield parameter, {kind: file.get_tensor(f"{parameter}|{kind}") for _, kind in group}
+        except SafetensorError as error:
+            raise UserError(f"{path}: expected a safetensors file, found: {error}") from error
+
+
+def check_same_run(facts: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuses to resume where the order of the data or the reference would differ from the saved run's."""
+    for key, value in now.items():
+        if facts.get(key) != value:
+            raise UserError(
+                f"{folder}: cannot resume: {key} was {json.dumps(facts.get(key))}, is now {json.dumps(value)}; "
+                "resume with the settings, data and model of the run, or start another run_name"
+            )
+
+
+def weights_name(epochs_done: float, loss: float, max_seq_len: int) -> str:
+    """File name of exported weights; whole epochs without a fraction: dpo_2E_0.5312L_2048MSQ.pth."""
+    return f"dpo_{epochs_done:.4g}E_{loss:.4f}L_{max_seq_len}MSQ.pth"
+
+
+def newest_run(ckpt_dir: Path) -> str:
+    """Name of the run under `ckpt_dir` that saved a state last. Raises UserError when there is none."""
+    marks = sorted(ckpt_dir.glob("*/latest"), key=lambda path: path.stat().st_mtime)
+    if not marks:
+        raise UserError(f"{ckpt_dir}: expected a run to resume (<run>/latest), found none")
+    return marks[-1].parent.name

@@ -1,0 +1,31 @@
+"""How every command starts and ends: settings, ranks, one message for a mistake, a traceback for a bug."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+
+from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common.errors import UserError
+from simple_llama.common.logging import get_logger
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
+
+MISTAKE = 2  # exit status when a person can put it right
+
+
+def run_command(work: Callable[[DPOConfig, Ranks], None], description: str | None) -> None:
+    """Parses the command line, joins the ranks, calls `work`; ends the process non-zero on any error."""
+    config, ranks = None, None
+    try:
+        config = parse_config(description=description)
+        ranks = init_ranks(config.device, config.timeout_s)
+        get_logger(None, ranks)
+        work(config, ranks)
+        close_ranks()
+    except UserError as error:
+        if config is not None and config.debug:
+            raise
+        where = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks and ranks.world_size > 1 else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        sys.exit(MISTAKE)

@@ -1,0 +1,80 @@
+"""`--dry_run`: everything that can be said about a run before it starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import torch
+from tokenizers import Tokenizer
+
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.cost import estimate_memory, model_size
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config, zero_stage
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
+from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
+
+
+def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
+    """The whole report as text; computes nothing on a device and writes nothing."""
+    pairs = inputs.train_pairs
+    plan = BatchPlan(
+        tuple(pair.rows for pair in pairs), config.seed, world_size, config.batch_size, config.grad_accum_steps
+    )
+    ds_config = full_ds_config(config, world_size)
+    sections = {
+        "config": json.dumps(asdict(config), indent=2),
+        "DeepSpeed": json.dumps(ds_config, indent=2),
+        "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
+        "batches": batch_arithmetic(config, plan, pairs),
+        "memory per rank (estimate)": memory_table(config, inputs, plan, ds_config),
+        "first pair (scored tokens in [[ ]])": show_pair(inputs.tokenizer, pairs[0]),
+    }
+    return "\n\n".join(f"== {title} ==\n{body}" for title, body in sections.items())
+
+
+def batch_arithmetic(config: DPOConfig, plan: BatchPlan, pairs: list[TokenizedPair]) -> str:
+    """Steps, pairs and tokens, with what sharing the prefix and packing save."""
+    packed = sum(plan.rows)
+    whole = sum(pair.chosen_len + pair.rejected_len for pair in pairs)
+    steps = plan.steps_per_epoch * config.epochs
+    last = len(pairs) - (plan.steps_per_epoch - 1) * plan.pairs_per_step
+    return "\n".join(
+        [
+            f"{config.batch_size} pairs a micro-batch x {config.grad_accum_steps} micro-batches x {plan.world_size} "
+            f"ranks = {plan.pairs_per_step} pairs an optimizer step",
+            f"{len(pairs)} pairs = {plan.steps_per_epoch} steps an epoch (the last has {last} pairs); "
+            f"{config.epochs} epochs = {steps} steps, {config.warmup_iterations} of them warm-up",
+            f"{packed} packed tokens an epoch; both chats whole would be {whole} ({whole / packed:.2f} times as many)",
+        ]
+    )
+
+
+def memory_table(config: DPOConfig, inputs: Inputs, plan: BatchPlan, ds_config: dict) -> str:
+    """Weights, gradients, optimizer shard and activations of the largest micro-batch of the first epoch, in GiB."""
+    steps = [plan.step(index) for index in range(plan.steps_per_epoch)]
+    micro_batches = [micro for step in steps for rank in step for micro in rank if micro]
+    largest = max(micro_batches, key=lambda micro: sum(plan.rows[i] for i in micro))
+    batch = PairBatch.pack([inputs.train_pairs[i] for i in largest])
+    with torch.device("meta"):  # counts, no memory
+        size = model_size(LLaMaTransformer(inputs.model_config, inputs.vocab_size))
+    estimate = estimate_memory(size, inputs.model_config, batch, inputs.dtype, plan.world_size, zero_stage(ds_config))
+    lines = [f"{name:12} {amount / 2**30:8.3f} GiB" for name, amount in estimate._asdict().items()]
+    lines.append(f"{'sum':12} {sum(estimate) / 2**30:8.3f} GiB")
+    lines.append(
+        f"{sum(size):,} weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
+    )
+    return "\n".join(lines)
+
+
+def show_pair(tokenizer: Tokenizer, pair: TokenizedPair) -> str:
+    """Both chats decoded, special tokens shown, scored tokens between [[ and ]]."""
+    lines = []
+    for (ids, scored), side in zip(pair.without_sharing(), ("chosen", "rejected"), strict=True):
+        head, tail = (
+            tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in (ids[:-scored], ids[-scored:])
+        )
+        lines.append(f"{side} ({len(ids)} tokens, {scored} scored): {head}[[{tail}]]")
+    return "\n".join(lines)

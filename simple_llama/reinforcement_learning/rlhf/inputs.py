@@ -1,0 +1,85 @@
+"""What a run reads: the tokenizer, the pairs, the SFT model, and the identity of the frozen reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from simple_llama.common.errors import UserError
+from simple_llama.dataset.tokenizer import load_tokenizer, tokenizer_digest
+from simple_llama.ops.attention import ATTENTION_VERSION
+from simple_llama.ops.logprob import HEAD_VERSION
+from simple_llama.pretraining.config import TrainingConfig, architecture
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.weights import build_model, find_weights, load_weights, vocab_size, weights_digest
+from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.ds_config import model_dtype, read_ds_config
+from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.ref_store import reference_id
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything read from disk before the first computation."""
+
+    tokenizer: Tokenizer
+    data: RLDatasetLoader
+    start_path: Path  # the SFT model: start of the policy, and the reference
+    model_config: TrainingConfig  # its shape
+    vocab_size: int  # rows of its vocabulary matrix
+    dtype: torch.dtype  # of the computing weights
+    max_seq_len: int
+    reference: dict  # what names the reference: weights, tokenizer, numerics
+
+    def build_model(self, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
+        """The start model in the computing dtype, read from disk again: its fp32 copy does not stay in memory."""
+        return build_model(load_weights(self.start_path), self.dtype, device, dropout=dropout)
+
+    @property
+    def train_pairs(self) -> list[TokenizedPair]:
+        """Token ids of the training pairs."""
+        return [pair.tokenized for pair in self.data.train]
+
+    @property
+    def validation_pairs(self) -> list[TokenizedPair]:
+        """Token ids of the held-out pairs."""
+        return [pair.tokenized for pair in self.data.validation]
+
+
+def load_inputs(config: DPOConfig) -> Inputs:
+    """Reads and checks all inputs; the same on every rank. Raises UserError with the file and what is wrong."""
+    dtype = model_dtype(read_ds_config(config))
+    tokenizer = load_tokenizer(config.tokenize_path)
+    start = load_weights(find_weights(config.model_path))
+    vocab = vocab_size(start.state_dict)
+    if tokenizer.get_vocab_size() > vocab:
+        raise UserError(
+            f"{config.tokenize_path}: {tokenizer.get_vocab_size()} tokens, but the model {start.path} knows {vocab}; "
+            "expected the tokenizer that the model was trained with (tokenize_path)"
+        )
+    max_seq_len = config.max_seq_len or start.config.max_seq_len
+    if max_seq_len > start.config.max_seq_len:
+        raise UserError(
+            f"max_seq_len: expected at most the model's {start.config.max_seq_len} tokens ({start.path}), "
+            f"found {config.max_seq_len}"
+        )
+    data = RLDatasetLoader(
+        config.rlhf_dataset_path,
+        tokenizer,
+        max_seq_len,
+        val_share=config.val_share,
+        seed=config.seed,
+        default_system=config.system_prompt,
+    )
+    numerics = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": ATTENTION_VERSION,
+        "head": HEAD_VERSION,
+        **{name: str(value) for name, value in architecture(start.config).items()},  # theta, eps, heads: not weights
+    }
+    reference = reference_id(weights_digest(start.state_dict), tokenizer_digest(config.tokenize_path), numerics)
+    return Inputs(tokenizer, data, start.path, start.config, vocab, dtype, max_seq_len, reference)

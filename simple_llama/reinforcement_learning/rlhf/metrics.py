@@ -1,0 +1,111 @@
+"""The numbers of a run: collected on the device, reduced over all ranks once an interval, written to disk.
+
+Names are the field's: loss, rewards/*, logps/*, grad_norm, learning_rate, epoch, perf/*; the same under eval_.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from simple_llama.common.distributed import all_reduce_sum
+
+SUMMED = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "pairs",
+    "tokens",
+    "useful_flops",
+)
+
+
+def pair_statistics(losses_B: torch.Tensor, logps_B2: torch.Tensor, rewards_B2: torch.Tensor) -> torch.Tensor:
+    """Sums over the pairs of a batch, in the order of SUMMED (fp64, on the device, tokens and FLOPs 0).
+
+    A tie of the rewards counts one half in the accuracy: a policy that equals its reference scores 0.5.
+    """
+    margins_B = rewards_B2[:, 0] - rewards_B2[:, 1]
+    right_B = (margins_B > 0).double() + 0.5 * (margins_B == 0)
+    columns = torch.stack(
+        [
+            losses_B.double(),
+            rewards_B2[:, 0].double(),
+            rewards_B2[:, 1].double(),
+            right_B,
+            margins_B.double(),
+            logps_B2[:, 0].double(),
+            logps_B2[:, 1].double(),
+            torch.ones_like(right_B),
+            torch.zeros_like(right_B),
+            torch.zeros_like(right_B),
+        ]
+    )
+    return columns.sum(dim=1)
+
+
+class MetricSums:
+    """Sums over micro-batches of this rank; no host sync until `means`."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=device)
+
+    def add(self, statistics: torch.Tensor, tokens: int = 0, useful_flops: float = 0.0) -> None:
+        """Adds a batch's `pair_statistics`, the packed tokens computed and the FLOPs the result needed."""
+        self.sums += statistics
+        self.sums[-2] += tokens
+        self.sums[-1] += useful_flops
+
+    def means(self) -> dict[str, float]:
+        """Means over all pairs of all ranks (collective), plus the totals `pairs`, `tokens` and `useful_flops`."""
+        totals = dict(zip(SUMMED, all_reduce_sum(self.sums).tolist(), strict=True))
+        count = max(totals["pairs"], 1.0)
+        return {name: value if name in SUMMED[-3:] else value / count for name, value in totals.items()}
+
+    def reset(self) -> None:
+        """Starts a new interval."""
+        self.sums.zero_()
+
+
+class RunWriter:
+    """metrics.jsonl and TensorBoard events of a run, on rank 0; elsewhere every call does nothing.
+
+    A run that resumes at step s drops what was written beyond s, so that each step stands once.
+    """
+
+    def __init__(self, folder: Path, is_main: bool, resume_step: int | None = None):
+        self.is_main = is_main
+        if not is_main:
+            return
+        self.path = folder / "metrics.jsonl"
+        if resume_step is not None and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resume_step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+        purge = None if resume_step is None else resume_step + 1
+        self.board = SummaryWriter(str(folder), purge_step=purge)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line of metrics.jsonl and one point of each curve at optimizer step `step`."""
+        if not self.is_main:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Writes a page of TensorBoard's text tab."""
+        if self.is_main:
+            self.board.add_text(name, markdown, step)
+
+    def close(self) -> None:
+        """Flushes the events to disk."""
+        if self.is_main:
+            self.board.close()

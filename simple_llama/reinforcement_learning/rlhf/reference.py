@@ -1,0 +1,54 @@
+"""Where the reference's log-probs come from: the store on disk, or the frozen model in memory (the simple baseline)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from simple_llama.common.errors import UserError
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.policy import pair_logps
+from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
+
+RefLogps = Callable[[Sequence[TokenizedPair], PairBatch], torch.Tensor]  # -> (B, 2) fp32 on the batch's device
+
+AUDIT_PAIRS = 8
+# Largest honest difference a scored token (nats): the same weights in another micro-batch round differently.
+AUDIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
+def from_store(store: RefStore) -> RefLogps:
+    """Looks the pairs of a batch up by their digests; no model in memory."""
+
+    def look_up(pairs: Sequence[TokenizedPair], batch: PairBatch) -> torch.Tensor:
+        return torch.from_numpy(store.lookup(pairs)).to(batch.tokens_T.device, non_blocking=True)
+
+    return look_up
+
+
+def from_model(frozen: LLaMaTransformer) -> RefLogps:
+    """Computes the reference with a frozen model that stays in memory."""
+    return lambda pairs, batch: pair_logps(frozen, batch)
+
+
+def audit(model: LLaMaTransformer, ref_logps: RefLogps, pairs: Sequence[TokenizedPair], device: torch.device) -> float:
+    """Recomputes a few pairs with the untrained policy and compares them with the reference's numbers.
+
+    Returns the largest difference a scored token (nats). Raises UserError when it is beyond rounding: the reference
+    was computed with another model, or by other numerics. Same work on every rank.
+    """
+    sample = list(pairs[:: max(1, len(pairs) // AUDIT_PAIRS)][:AUDIT_PAIRS])
+    batch = PairBatch.pack(sample).to(device)
+    counts_B2 = torch.tensor(batch.counts, device=device)
+    difference_B2 = (pair_logps(model, batch) - ref_logps(sample, batch)).abs() / counts_B2
+    worst = float(difference_B2.max())
+    allowed = AUDIT_TOLERANCE[model.final_linear.weight.dtype]
+    if not worst <= allowed:
+        raise UserError(
+            f"step-0 audit: the policy and the stored reference differ by {worst:.3g} nats a token on {len(sample)} "
+            f"pairs, expected at most {allowed:g}. The store does not belong to this model or machine: delete its "
+            "folder under ref_cache_dir and run launch/precompute_ref.py again"
+        )
+    return worst

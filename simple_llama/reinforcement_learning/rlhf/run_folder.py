@@ -1,0 +1,86 @@
+"""The run directory: what is needed to read a run and to repeat it.
+
+<log_dir>/<run>/  config.json  ds_config.json  environment.json  metrics.jsonl  samples.jsonl  train.log
+                  events.out.tfevents.*
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from simple_llama.common.distributed import Ranks, broadcast_object
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import atomic_write_json
+from simple_llama.common.paths import root_path
+from simple_llama.reinforcement_learning.rlhf.checkpoint import newest_run
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+
+PACKAGES = ("torch", "deepspeed", "tokenizers", "numpy", "safetensors", "tensorboard", "simple-llama-dpo")
+
+
+def name_run(config: DPOConfig, ranks: Ranks) -> str:
+    """The run's name, the same on every rank: `run_name`, or the newest run to resume, or the date and time."""
+    name = config.run_name
+    if not name and config.resume:
+        name = newest_run(Path(config.ckpt_dir))
+    name = broadcast_object(name or time.strftime("%Y%m%d-%H%M%S"), ranks)
+    folder = Path(config.ckpt_dir) / name
+    if not config.resume and folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
+        )
+    return name
+
+
+def write_records(folder: Path, config: DPOConfig, ds_config: dict[str, Any]) -> None:
+    """Writes config.json, ds_config.json and environment.json (versions and git revision, no variables)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(folder / "config.json", asdict(config))
+    atomic_write_json(folder / "ds_config.json", ds_config)
+    atomic_write_json(folder / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes, and the project's git revision where there is one."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"python": platform.python_version(), "machine": platform.platform(), **versions, "git": git_revision()}
+
+
+def git_revision() -> str | None:
+    """`git describe` of the project's folder, with -dirty; None outside a checkout or without git."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root_path(),
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """Lines of samples.jsonl: {step, prompts, answers}; the first one is the start model's."""
+    path = folder / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_samples(folder: Path, step: int, prompts: list[str], answers: list[str]) -> None:
+    """Adds a line to samples.jsonl."""
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "prompts": prompts, "answers": answers}) + "\n")

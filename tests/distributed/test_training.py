@@ -1,0 +1,114 @@
+"""Two ranks on one machine (gloo): the same numbers as one rank, ZeRO-2 and ZeRO-3, kills, and the real launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_job import ROOT, TinyJob, make_job, run_ranks, start_rank, write_pairs
+
+pytestmark = pytest.mark.dist
+PRECOMPUTE, TRAIN = "launch/precompute_ref.py", "launch/train_dpo.py"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_two(script: str, settings: dict[str, object], *flags: str) -> str:
+    return run_ranks(script, settings, world=2, port=free_port(), flags=flags)
+
+
+@pytest.fixture
+def job(tmp_path) -> TinyJob:
+    return make_job(tmp_path)
+
+
+def test_two_ranks_equal_one_and_resume_on_another_number(job):
+    """fp32, 8 pairs a step: two ranks (2 x 2) and one rank (2 x 4) have the same curve; so has a run of two ranks that
+    one rank takes up in the middle of the first epoch."""
+    two = {**job.settings, "run_name": "two", "grad_accum_steps": 2, "save_interval": 2, "keep_states": 9}
+    output = run_two(PRECOMPUTE, two)
+    assert "computed 24 pairs" in output and "2 ranks" in output
+    run_two(TRAIN, two)
+    one = {**job.settings, "run_name": "one"}
+    assert "24 of 24 pairs are there" in run_ranks(PRECOMPUTE, one, world=1)
+    run_ranks(TRAIN, one, world=1)
+    checkpoints = job.folder / "checkpoints"
+    shutil.copytree(checkpoints / "two", checkpoints / "moved")
+    for state in (checkpoints / "moved" / "state").iterdir():
+        if state.name != "step_00000002":
+            shutil.rmtree(state)
+    run_ranks(TRAIN, {**one, "run_name": "moved"}, world=1, flags=("--resume",))
+    for name in ("loss", "rewards/margins", "logps/chosen", "eval_loss"):
+        assert job.curve(name, "two") == pytest.approx(job.curve(name, "one"), abs=1e-4), name
+    assert job.curve("loss", "moved") == pytest.approx(job.curve("loss", "one")[2:], abs=1e-4)
+    for name, tensor in job.weights("two").items():
+        torch.testing.assert_close(tensor, job.weights("one")[name], atol=2e-5, rtol=0)
+        torch.testing.assert_close(tensor, job.weights("moved")[name], atol=2e-5, rtol=0)
+
+
+def test_bf16_zero_2_and_zero_3_agree(job):
+    """The same bf16 arithmetic partitioned more or less: equal curves to bf16's noise, step 0 at ln 2 within 1e-3."""
+    base = {**job.settings, "grad_accum_steps": 2}
+    for name in ("zero2_bf16", "zero3_bf16"):
+        settings = {**base, "run_name": name, "deepspeed_config": str(ROOT / "ds_configs" / f"{name}.json")}
+        run_two(PRECOMPUTE, settings)
+        run_two(TRAIN, settings)
+        assert job.curve("eval_loss", name)[0] == pytest.approx(0.693147, abs=1e-3)
+        assert job.curve("loss", name)[0] == pytest.approx(0.693147, abs=1e-3)
+    assert job.curve("loss", "zero3_bf16") == pytest.approx(job.curve("loss", "zero2_bf16"), abs=5e-3)
+    assert job.weights("zero3_bf16").keys() == job.weights("zero2_bf16").keys()
+
+
+def test_reference_pass_killed_in_the_middle_resumes(job):
+    """kill -9 after the first shards: the second pass computes the rest, and only the rest."""
+    write_pairs(job.folder / "pairs.jsonl", range(600))
+    settings = {**job.settings, "batch_size": 1, "ref_flush_pairs": 5}
+    process = start_rank(PRECOMPUTE, settings)
+    store = Path(str(settings["ref_cache_dir"]))
+    deadline = time.time() + 120
+    while len(list(store.glob("*/*.npy"))) < 4 and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    output = run_ranks(PRECOMPUTE, settings, world=1)
+    there = int(output.split(" of 600 pairs are there")[0].split()[-1])
+    assert 20 <= there < 600 and f"computed {600 - there} pairs" in output
+    assert "600 of 600 pairs are there" in run_ranks(PRECOMPUTE, settings, world=1)
+
+
+def test_documented_command_through_the_launcher(job, tmp_path):
+    """`deepspeed --hostfile hostfile launch/...` with two slots on this machine; it appends --local_rank itself."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile), "--no_ssh_check"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    arguments = [f"--{name}={value}" for name, value in {**job.settings, "epochs": 1, "n_samples": 0}.items()]
+    for script in (PRECOMPUTE, TRAIN):
+        done = subprocess.run([*launcher, script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert job.curve("loss")[0] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_ranks_with_different_settings_are_named(job):
+    """Rank 1 started with another beta: both ranks end with a message that says which rank and what differs."""
+    run_ranks(PRECOMPUTE, job.settings, world=1)
+    port = free_port()
+    ranks = [start_rank(TRAIN, {**job.settings, "beta": beta}, rank, 2, port) for rank, beta in enumerate((0.5, 0.1))]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    for output in outputs:
+        assert "settings must be the same" in output and "'beta': 0.1" in output and "rank 1 on host" in output
+        assert "Traceback" not in output

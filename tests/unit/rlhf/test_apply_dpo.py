@@ -1,0 +1,226 @@
+"""Whole runs in one process on a tiny job: step-0 facts, learning, records, resume, and stops."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common.errors import UserError
+from simple_llama.pretraining.weights import load_weights
+from simple_llama.reinforcement_learning.rlhf.apply_dpo import Run, TrainingStopped, train
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from simple_llama.reinforcement_learning.rlhf.precompute import precompute
+from tiny_job import TinyJob, make_job, write_pairs
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    yield init_ranks("cpu")
+    close_ranks()
+
+
+@pytest.fixture
+def job(tmp_path) -> TinyJob:
+    return make_job(tmp_path)
+
+
+def run_job(job: TinyJob, ranks: Ranks, **settings):
+    """Precompute and train with the job's settings, changed by `settings`; gives the exported path."""
+    config = DPOConfig(**{**job.settings, **settings})
+    inputs = load_inputs(config)
+    precompute(config, inputs, ranks)
+    return train(config, inputs, ranks)
+
+
+def test_whole_run_starts_at_ln_2_learns_and_leaves_its_records(job, ranks):
+    """fp32: margin 0 and loss ln 2 to 1e-6 at step 0; the training loss falls; one line a step; all files there."""
+    path = run_job(job, ranks)
+    first = job.lines()[0]
+    assert first["step"] == 0 and first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["eval_rewards/accuracies"] == 0.5 and first["eval_rewards/margins"] == 0
+    losses = job.curve("loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < losses[0] - 0.01
+    assert [line["step"] for line in job.lines() if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    for line in job.lines():
+        if "loss" in line:
+            assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
+            assert line["logps/chosen"] < 0 and line["logps/rejected"] < 0 and 0 < line["perf/mfu"] < 1.5
+    names = {file.name for file in (job.folder / "runs" / "tiny").iterdir()}
+    assert {"config.json", "ds_config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "train.log"} <= names
+    exported = load_weights(path)
+    assert exported.metadata["step"] == 6 and exported.metadata["dpo_config"]["beta"] == 0.5
+    assert exported.state_dict.keys() == load_weights(job.folder / "start.pth").state_dict.keys()
+    assert path.name.startswith("dpo_2E_") and path.name.endswith("L_512MSQ.pth")
+
+
+def test_reference_in_memory_equals_the_store(job, ranks):
+    """reference=online: the frozen model's numbers, so the same losses and weights."""
+    run_job(job, ranks)
+    run_job(job, ranks, reference="online", run_name="online")
+    assert job.curve("loss", "online") == pytest.approx(job.curve("loss"), abs=1e-6)
+    for name, tensor in job.weights("online").items():
+        torch.testing.assert_close(tensor, job.weights()[name], atol=2e-6, rtol=0)
+
+
+def test_micro_batches_do_not_change_the_step(job, ranks):
+    """8 pairs a step as 4 x 2, 2 x 4 and 1 x 8: same losses to 1e-5, same gradient norms to 1e-4."""
+    for batch, accum in ((2, 4), (4, 2), (8, 1)):
+        run_job(job, ranks, batch_size=batch, grad_accum_steps=accum, run_name=f"b{batch}")
+    for other in ("b4", "b8"):
+        assert job.curve("loss", other) == pytest.approx(job.curve("loss", "b2"), abs=1e-5)
+        assert job.curve("grad_norm", other) == pytest.approx(job.curve("grad_norm", "b2"), rel=1e-4)
+
+
+def test_resume_in_the_middle_of_an_epoch_is_exact(job, ranks):
+    """Saved after step 2 of 3 in epoch 1: a run taken up there has the same curve and, bit for bit, weights."""
+    run_job(job, ranks, save_interval=2, keep_states=9)
+    shutil.copytree(job.folder / "checkpoints" / "tiny", job.folder / "checkpoints" / "again")
+    shutil.copytree(job.folder / "runs" / "tiny", job.folder / "runs" / "again")
+    for state in (job.folder / "checkpoints" / "again" / "state").iterdir():
+        if state.name != "step_00000002":
+            shutil.rmtree(state)
+    run_job(job, ranks, save_interval=2, keep_states=9, run_name="again", resume=True)
+    assert job.curve("loss", "again") == job.curve("loss")
+    assert job.curve("eval_loss", "again") == job.curve("eval_loss")
+    assert [line["step"] for line in job.lines("again")] == [line["step"] for line in job.lines()]
+    for name, tensor in job.weights("again").items():
+        assert torch.equal(tensor, job.weights()[name]), name
+
+
+def test_resume_refuses_another_reference_and_other_settings(job, ranks):
+    """A trained policy must not become the reference: resuming with the exported model as start is refused."""
+    exported = run_job(job, ranks)
+    with pytest.raises(UserError, match="cannot resume: reference"):
+        run_job(job, ranks, resume=True, model_path=str(exported))
+    with pytest.raises(UserError, match="cannot resume: beta was 0.5, is now 0.1"):
+        run_job(job, ranks, resume=True, beta=0.1)
+    write_pairs(job.folder / "pairs.jsonl", range(25))
+    with pytest.raises(UserError, match="cannot resume: data"):
+        run_job(job, ranks, resume=True)
+
+
+def test_damaged_state_is_passed_over(job, ranks, caplog):
+    """One byte of the newest state flipped: the one before is used, and the damage is named."""
+    run_job(job, ranks, save_interval=2, keep_states=9)
+    before = job.weights()
+    newest = job.folder / "checkpoints" / "tiny" / "state" / "step_00000006" / "rank_00000.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    run_job(job, ranks, save_interval=2, keep_states=9, resume=True)
+    assert "step_00000006 is not used: rank_00000.safetensors is damaged" in caplog.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in job.weights().items())
+
+
+def test_a_run_of_the_same_name_is_not_overwritten(job, ranks):
+    run_job(job, ranks)
+    with pytest.raises(UserError, match="--resume to continue it, or another --run_name"):
+        run_job(job, ranks)
+
+
+def test_only_the_newest_states_are_kept(job, ranks):
+    run_job(job, ranks, save_interval=1, keep_states=2)
+    states = sorted(path.name for path in (job.folder / "checkpoints" / "tiny" / "state").iterdir())
+    assert states == ["step_00000005", "step_00000006"]
+    assert (job.folder / "checkpoints" / "tiny" / "latest").read_text() == "step_00000006\n"
+
+
+def test_not_a_number_stops_before_the_weights_change(job, ranks):
+    """A NaN weight makes every loss NaN: the step and the pairs are named, nothing is saved."""
+    config = DPOConfig(**job.settings)
+    inputs = load_inputs(config)
+    precompute(config, inputs, ranks)
+    run = Run(config, inputs, ranks)
+    run.check_start()
+    run.engine.model.norm.weight.data[0] = math.nan
+    with pytest.raises(
+        TrainingStopped, match=r"step 4: the loss of 8 pairs is not finite: .*pairs\.jsonl:\d+.* no chec"
+    ):
+        run.accumulate(3)
+    assert not list((job.folder / "checkpoints").glob("tiny/*"))
+
+
+def test_audit_stops_a_store_of_another_model(job, ranks):
+    """A store whose numbers are off (as by a model of the same name): the audit says so before step 1."""
+    config = DPOConfig(**job.settings)
+    inputs = load_inputs(config)
+    precompute(config, inputs, ranks)
+    run = Run(config, inputs, ranks)
+    honest = run.ref_logps
+    run.ref_logps = lambda pairs, batch: honest(pairs, batch) - 0.1
+    with pytest.raises(UserError, match="step-0 audit"):
+        run.check_start()
+
+
+def test_missing_pairs_are_named_with_the_command(job, ranks):
+    config = DPOConfig(**job.settings)
+    with pytest.raises(UserError, match="precompute_ref"):
+        train(config, load_inputs(config), ranks)
+
+
+def test_second_pass_computes_nothing_and_new_pairs_only(job, ranks):
+    """24 pairs, then none, then 10 more."""
+    config = DPOConfig(**job.settings)
+    assert precompute(config, load_inputs(config), ranks) == 24
+    assert precompute(config, load_inputs(config), ranks) == 0
+    write_pairs(job.folder / "pairs.jsonl", range(34))
+    assert precompute(config, load_inputs(config), ranks) == 10
+
+
+def test_settings_of_a_sweep_share_one_store(job, ranks):
+    """lr, seed, epochs, batch size, paths and run name do not enter the reference's name."""
+    config = DPOConfig(**job.settings)
+    precompute(config, load_inputs(config), ranks)
+    moved = job.folder / "elsewhere.pth"
+    shutil.copy(job.folder / "start.pth", moved)
+    changes = {"max_lr": 2e-3, "seed": 1, "epochs": 9, "batch_size": 5, "run_name": "x", "model_path": str(moved)}
+    other = DPOConfig(**{**job.settings, **changes})
+    assert precompute(other, load_inputs(other), ranks) == 0
+
+
+def test_swapped_labels_drive_the_margin_the_other_way(tmp_path, ranks):
+    """The same pairs with the sides swapped: what was the chosen answer loses against what was rejected."""
+    job = make_job(tmp_path / "swapped")
+    path = job.folder / "pairs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["Accepted"], row["Rejected"] = row["Rejected"], row["Accepted"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    straight = make_job(tmp_path / "straight")
+    for one in (straight, job):
+        run_job(one, ranks, val_share=0.0, epochs=4)
+    assert straight.curve("rewards/margins")[-1] > 0.05 and job.curve("rewards/margins")[-1] > 0.05
+    a, b = (torch.cat([t.flatten() for t in one.weights().values()]) for one in (straight, job))
+    start = torch.cat([t.flatten() for t in load_weights(straight.folder / "start.pth").state_dict.values()])
+    assert torch.cosine_similarity(a - start, b - start, dim=0) < -0.2
+
+
+def test_eight_pairs_are_learnt_by_heart(tmp_path, ranks):
+    job = make_job(tmp_path, pairs=8)
+    run_job(job, ranks, val_share=0.0, epochs=12, grad_accum_steps=4, n_samples=0)
+    assert job.curve("rewards/accuracies")[-1] == 1.0 and job.curve("loss")[-1] < 0.3
+
+
+def test_lora_only_trains_the_adapters(tmp_path, ranks):
+    """trainable=lora moves lora_a / lora_b and nothing else; a checkpoint without adapters is refused."""
+    job = make_job(tmp_path / "lora", use_lora=True, lora_rank=4)
+    exported = load_weights(run_job(job, ranks, trainable="lora")).state_dict
+    start = load_weights(job.folder / "start.pth").state_dict
+    moved = {name for name in start if not torch.equal(start[name], exported[name])}
+    assert moved and all("_lora_layer." in name for name in moved)
+    with pytest.raises(UserError, match="LoRA"):
+        run_job(make_job(tmp_path / "plain"), ranks, trainable="lora")
+
+
+@pytest.mark.parametrize("loss", [("hinge", 1.0), ("ipo", 1.0)])
+def test_other_losses_start_where_their_papers_say(job, ranks, loss):
+    """hinge: 1; ipo: 1 / (4 beta^2) = 1 at beta 0.5."""
+    name, expected = loss
+    run_job(job, ranks, loss_type=name, epochs=1)
+    assert job.curve("loss")[0] == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,102 @@
+"""Settings: documented names and defaults, defaults < file < flags, and mistakes with a message each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.paths import root_path
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, config_from_dict, parse_config
+
+
+def test_documented_defaults():
+    """Names and values that users and older notes rely on."""
+    rl = ("simple_llama", "reinforcement_learning")
+    expected = {
+        "model_path": root_path("simple_llama", "finetune", "full_sft", "sft_checkpoints"),
+        "tokenize_path": root_path("simple_llama", "dataset", "bpe_8k.json"),
+        "rlhf_dataset_path": root_path(*rl, "rl_dataset"),
+        "ckpt_dir": root_path(*rl, "rlhf", "rlhf_checkpoints"),
+        "batch_size": 16,
+        "grad_accum_steps": 8,
+        "beta": 0.5,
+        "epochs": 3,
+        "warmup_iterations": 50,
+        "max_lr": 5e-7,
+        "min_lr": 1e-7,
+        "dropout": 0.0,
+    }
+    assert {name: getattr(DPOConfig(), name) for name in expected} == expected
+
+
+def test_defaults_then_file_then_flags(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"beta": 0.1, "epochs": 2, "max_lr": 1}))
+    config = parse_config(["--config", str(path), "--epochs", "5", "--local_rank=3", "--resume"])
+    assert (config.beta, config.epochs, config.max_lr, config.batch_size) == (0.1, 5, 1.0, 16)
+    assert config.resume and isinstance(config.max_lr, float)
+
+
+def test_every_field_has_a_help_text(capsys):
+    """The comment behind a field is what --help says."""
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in fields(DPOConfig):
+        assert f"--{field.name.replace('_', '-')}" in shown.replace("_", "-")
+    assert "pairs per micro-batch per rank" in shown
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"beta": 0}, ["beta", "above 0"]),
+        ({"beta": -1.0}, ["beta", "-1.0"]),
+        ({"beta": float("nan")}, ["beta"]),
+        ({"beta": float("inf")}, ["beta", "inf"]),
+        ({"batch_size": 0}, ["batch_size", "from 1", "found 0"]),
+        ({"grad_accum_steps": -2}, ["grad_accum_steps", "found -2"]),
+        ({"batch_size": 10**20}, ["batch_size"]),
+        ({"epochs": 0}, ["epochs"]),
+        ({"eval_interval": -1}, ["eval_interval", "found -1"]),
+        ({"val_share": 0.7}, ["val_share", "0.5"]),
+        ({"label_smoothing": 0.5}, ["label_smoothing"]),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, ["label_smoothing", "ignores"]),
+        ({"min_lr": 1e-3}, ["min_lr", "max_lr"]),
+        ({"max_lr": 0.0, "min_lr": 0.0}, ["max_lr"]),
+        ({"run_name": "../x"}, ["run_name"]),
+        ({"timeout_s": float("inf")}, ["timeout_s"]),
+        ({"betta": 0.1}, ["unknown setting 'betta'", "beta"]),
+        ({"batch_size": "16"}, ["batch_size", "expected int"]),
+        ({"batch_size": True}, ["batch_size", "expected int", "true"]),
+        ({"resume": 1}, ["resume", "expected bool"]),
+        ({"loss_type": "dpo"}, ["loss_type", "sigmoid, hinge, ipo"]),
+        ({"batch_size": None}, ["batch_size", "null"]),
+        (["beta"], ["JSON object"]),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_allowed(setting, words):
+    with pytest.raises(UserError) as error:
+        config_from_dict(setting, "my.json")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_unknown_flag_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--betta", "0.1"])
+    assert stop.value.code == 2
+    assert "betta" in capsys.readouterr().err
+
+
+def test_missing_and_doubled_config_files(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        parse_config(["--config", str(tmp_path / "none.json")])
+    with pytest.raises(UserError, match="end of the command line"):
+        parse_config(["--config"])
+    with pytest.raises(UserError, match="one file, found 2"):
+        parse_config(["--config", "a", "--config=b"])
