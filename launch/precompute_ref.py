@@ -17,7 +17,7 @@ from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 
 def main(config: DPOConfig, ranks: Ranks) -> None:
     """Reads the inputs, then fills the store or, with --dry_run, says what there is."""
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, ranks)
     if config.dry_run:
         if ranks.is_main:
             print(describe(config, inputs, ranks.world_size))

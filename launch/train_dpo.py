@@ -17,7 +17,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 
 def main(config: DPOConfig, ranks: Ranks) -> None:
     """Reads the inputs, then trains or, with --dry_run, says what it would do."""
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, ranks)
     if config.dry_run:
         if ranks.is_main:
             print(describe(config, inputs, ranks.world_size))

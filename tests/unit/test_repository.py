@@ -57,6 +57,19 @@ def test_readme_lists_every_python_file(files: list[Path]) -> None:
     assert sorted(path.name for path in shipped if path.name != "__init__.py" and path.name not in listed) == []
 
 
+def test_readme_table_is_the_settings() -> None:
+    """README.md has one row a field of DPOConfig, in order, with its default (paths from the root) and its comment."""
+    source = (ROOT / "simple_llama/reinforcement_learning/rlhf/dpo_config.py").read_text()
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    expected = []
+    for field in dataclasses.fields(DPOConfig):
+        default = str(field.default).removeprefix(f"{ROOT}/")
+        shown = "the project's own" if field.name == "system_prompt" else f"`{default}`" if default else "(empty)"
+        expected.append((field.name, shown, comments[field.name]))
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [row for row in rows if row[0] in comments] == expected
+
+
 def test_launch_scripts_are_short(files: list[Path]) -> None:
     """A launch script parses settings and calls one function: at most 60 lines."""
     scripts = [path for path in files if path.parent == ROOT / "launch" and path.suffix == ".py"]

@@ -9,65 +9,16 @@ Algorithm: Rafailov et al., "Direct Preference Optimization", arXiv:2305.18290.
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from simple_llama.common.distributed import Ranks, all_reduce_sum, gather_objects, require_same
-from simple_llama.common.errors import UserError
-from simple_llama.common.files import digest
-from simple_llama.common.logging import LOGGER, get_logger, progress
-from simple_llama.pretraining.weights import load_weights, save_weights
-from simple_llama.reinforcement_learning.rlhf import checkpoint, reference
-from simple_llama.reinforcement_learning.rlhf.batch_plan import BatchPlan, MicroBatch, sweep
+from simple_llama.common.distributed import Ranks
+from simple_llama.common.logging import LOGGER, progress
 from simple_llama.reinforcement_learning.rlhf.command import run_command
-from simple_llama.reinforcement_learning.rlhf.cost import model_size, peak_flops, peak_memory_gb, useful_flops
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
-from simple_llama.reinforcement_learning.rlhf.engine import Engine
-from simple_llama.reinforcement_learning.rlhf.evaluate import evaluate
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
-from simple_llama.reinforcement_learning.rlhf.metrics import MetricSums, RunWriter, pair_statistics
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
-from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
-from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss, step0_loss
-from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
-from simple_llama.reinforcement_learning.rlhf.run_folder import (
-    append_samples,
-    environment,
-    name_run,
-    read_samples,
-    write_records,
-)
-from simple_llama.reinforcement_learning.rlhf.sampling import answers, sample_page, sample_prompts
-from simple_llama.reinforcement_learning.rlhf.schedule import learning_rate
-
-# Settings that a resumed run must share with the saved one: they decide the data order, the loss or the update.
-SAME_ON_RESUME = (
-    "seed",
-    "epochs",
-    "loss_type",
-    "beta",
-    "label_smoothing",
-    "warmup_iterations",
-    "max_lr",
-    "min_lr",
-    "weight_decay",
-    "beta1",
-    "beta2",
-    "max_grad_norm",
-    "dropout",
-    "trainable",
-)
-
-
-class TrainingStopped(UserError):
-    """The loss or the gradient is no longer a finite number."""
+from simple_llama.reinforcement_learning.rlhf.training_run import Run
 
 
 def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
@@ -76,11 +27,20 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
     Raises UserError for what a person can put right, TrainingStopped for a loss or gradient that is not finite.
     """
     run = Run(config, inputs, ranks)
+    try:
+        return run_steps(run)
+    finally:
+        run.writer.close()
+
+
+def run_steps(run: Run) -> Path:
+    """From step 0 or the saved step to the end; returns the last exported `.pth`."""
+    config, ranks = run.config, run.ranks
     first = run.restore() if config.resume else run.check_start()
     for index in progress(range(first, run.total_steps), total=run.total_steps - first, desc="train", ranks=ranks):
         step, rate = index + 1, run.rate(index)
         run.accumulate(index)
-        run.update(rate)
+        run.update(step, rate)
         ends_epoch = step % run.plan.steps_per_epoch == 0
         saves = ends_epoch or due(step, config.save_interval)
         if saves or due(step, config.log_interval):
@@ -89,7 +49,8 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
             run.evaluate(step)
         if saves:
             run.save(step)
-    return run.finish()
+    LOGGER.info("finished: %s", run.last_path)
+    return run.last_path
 
 
 def due(step: int, interval: int) -> bool:
@@ -97,273 +58,12 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-class Run:
-    """One training run: the policy under DeepSpeed, its data, its reference, and where its records go."""
-
-    def __init__(self, config: DPOConfig, inputs: Inputs, ranks: Ranks):
-        self.config, self.inputs, self.ranks = config, inputs, ranks
-        self.pairs, self.held_out = inputs.train_pairs, inputs.validation_pairs
-        self.plan = BatchPlan(
-            tuple(pair.rows for pair in self.pairs),
-            config.seed,
-            ranks.world_size,
-            config.batch_size,
-            config.grad_accum_steps,
-        )
-        self.total_steps = self.plan.steps_per_epoch * config.epochs
-        self.loss_fn = PreferenceLoss(config.loss_type, config.beta, config.label_smoothing)
-        self.ref_logps, store_digest = self.open_reference()
-        require_same("package versions", environment(), ranks)
-        require_same("settings", asdict(config), ranks)
-        require_same("data set (digest)", self.data_digest(), ranks)
-        require_same("reference store (digest)", store_digest, ranks)
-
-        self.name = name_run(config, ranks)
-        self.log_folder, self.ckpt_folder = Path(config.log_dir) / self.name, Path(config.ckpt_dir) / self.name
-        get_logger(self.log_folder / "train.log", ranks)
-        self.saved = checkpoint.newest_state(self.ckpt_folder) if config.resume else None
-        self.engine = self.build_engine()
-        if ranks.is_main:
-            write_records(self.log_folder, config, self.engine.ds_config)
-        self.writer = RunWriter(self.log_folder, ranks.is_main, self.saved.facts["step"] if self.saved else None)
-        LOGGER.info(
-            "run %s: %d pairs, %d held out, %d steps", self.name, len(self.pairs), len(self.held_out), self.total_steps
-        )
-        LOGGER.info("to watch: tensorboard --logdir %s", config.log_dir)
-        self.peak = peak_flops(ranks.device, inputs.dtype) * ranks.world_size
-        self.sums = MetricSums(ranks.device)
-        self.grad_norm, self.last_loss, self.since = 0.0, math.nan, time.perf_counter()
-        self.prompts = sample_prompts(inputs.data.validation, config.n_samples)
-
-    # === Start ===
-
-    def open_reference(self) -> tuple[reference.RefLogps, str]:
-        """Where reference log-probs come from, and a digest of what will be looked up."""
-        if self.config.reference == "online":
-            frozen = self.inputs.build_model(self.ranks.device).requires_grad_(False)
-            return reference.from_model(frozen), "online"
-        store = RefStore.open(self.config.ref_cache_dir, self.inputs.reference)
-        return reference.from_store(store), store.content_digest(self.pairs + self.held_out)
-
-    def build_engine(self) -> Engine:
-        """The start model as a policy under DeepSpeed, with the weights that are to be trained marked."""
-        model = self.inputs.build_model(self.ranks.device, dropout=self.config.dropout)
-        model.activation_checkpointing = self.config.activation_checkpointing
-        if self.config.trainable == "lora":
-            if not self.inputs.model_config.use_lora:
-                raise UserError(
-                    f"trainable: expected a checkpoint with LoRA for 'lora', found none in {self.inputs.start_path}"
-                )
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("_lora_layer." in name)
-        self.size = model_size(model)
-        start_weights = load_weights(self.inputs.start_path).state_dict
-        return Engine(DPOPolicy(model, self.loss_fn), start_weights, self.config, self.ranks)
-
-    def check_start(self) -> int:
-        """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known. Gives 0."""
-        worst = reference.audit(self.engine.model, self.ref_logps, self.pairs, self.ranks.device)
-        LOGGER.info("step-0 audit: policy and reference differ by at most %.2g nats a token", worst)
-        self.evaluate(0)
-        expected = step0_loss(self.config.loss_type, self.config.beta, self.config.label_smoothing)
-        LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.last_loss, expected)
-        return 0
-
-    def restore(self) -> int:
-        """Takes up the newest complete state; returns the optimizer steps done."""
-        assert self.saved is not None
-        checkpoint.check_same_run(self.saved.facts, self.must_agree(), self.saved.folder)
-        checkpoint.load_state(self.saved, self.engine)
-        self.last_loss = self.saved.facts["loss"]
-        LOGGER.info("resumed from %s at step %d", self.saved.folder, self.saved.facts["step"])
-        return int(self.saved.facts["step"])
-
-    def must_agree(self) -> dict[str, Any]:
-        """What a resumed run must share with the saved one; the same pairs a step may be dealt to other ranks."""
-        return {
-            **{name: getattr(self.config, name) for name in SAME_ON_RESUME},
-            "pairs_per_step": self.plan.pairs_per_step,
-            "data": self.data_digest(),
-            "reference": self.inputs.reference,
-        }
-
-    def data_digest(self) -> str:
-        """Digest of all pairs in order, training then held-out."""
-        return digest(*(pair.digest for pair in self.pairs + self.held_out)).hex()
-
-    # === A step ===
-
-    def rate(self, index: int) -> float:
-        """Learning rate of optimizer step `index` (from 0)."""
-        config = self.config
-        return learning_rate(index, self.total_steps, config.warmup_iterations, config.max_lr, config.min_lr)
-
-    def accumulate(self, index: int) -> None:
-        """Forward and backward of this rank's micro-batches of one step; the gradient is that of the step's mean loss.
-
-        Raises TrainingStopped, naming the pairs, when the loss is not finite: before the weights change.
-        """
-        if self.config.dropout > 0:  # a resumed run must drop the same units
-            torch.manual_seed(self.config.seed + 1_000_003 * index + self.ranks.rank)
-        step = self.plan.step(index)
-        pairs_in_step = sum(len(micro_batch) for rank in step for micro_batch in rank)
-        mine, losses = step[self.ranks.rank], []
-        for place, micro_batch in enumerate(mine):
-            # A step with fewer pairs than ranks leaves some ranks none: they compute any pair, with weight 0.
-            chosen = [self.pairs[i] for i in micro_batch or step[0][0]]
-            weight = self.ranks.world_size / pairs_in_step if micro_batch else 0.0
-            batch = PairBatch.pack(chosen).to(self.ranks.device)
-            ref_B2 = self.ref_logps(chosen, batch)
-            out = self.engine.backward(batch, ref_B2, weight, last=place == len(mine) - 1)
-            if micro_batch:
-                rewards_B2 = self.loss_fn.rewards(out.logps_B2, ref_B2)
-                flops = useful_flops(self.size, self.inputs.model_config, batch, backward=True)
-                self.sums.add(pair_statistics(out.losses_B, out.logps_B2, rewards_B2), len(batch.tokens_T), flops)
-                losses.append(out.losses_B)
-        self.stop_if_not_finite(index, mine, losses)
-
-    def stop_if_not_finite(self, index: int, mine: tuple[MicroBatch, ...], losses: list[torch.Tensor]) -> None:
-        """One reduction and one host read a step (collective)."""
-        total = (
-            torch.stack([loss.sum() for loss in losses]).sum() if losses else torch.zeros((), device=self.ranks.device)
-        )
-        if math.isfinite(all_reduce_sum(total).item()):
-            return
-        micro_batches = [micro_batch for micro_batch in mine if micro_batch]
-        bad = [
-            self.inputs.data.train[i].origin
-            for micro_batch, loss_B in zip(micro_batches, losses, strict=True)
-            for i, finite in zip(micro_batch, loss_B.isfinite().tolist(), strict=True)
-            if not finite
-        ]
-        named = [origin for rank in gather_objects(bad, self.ranks) for origin in rank]
-        raise TrainingStopped(
-            f"step {index + 1}: the loss of {len(named)} pairs is not finite: {', '.join(named[:8])}; weights were not "
-            f"changed by this step; {self.last_good()}"
-        )
-
-    def last_good(self) -> str:
-        """Where to go on from after a stop."""
-        states = checkpoint.state_folders(self.ckpt_folder)
-        return f"last good checkpoint: {states[0]}" if states else f"no checkpoint was saved yet in {self.ckpt_folder}"
-
-    def update(self, rate: float) -> None:
-        """Clips, steps AdamW, keeps the gradient norm before the clip; TrainingStopped when that is not finite."""
-        self.grad_norm = self.engine.step(rate)
-        if not (math.isfinite(self.grad_norm) and self.grad_norm >= 0):
-            raise TrainingStopped(f"the gradient norm is not finite ({self.grad_norm}); {self.last_good()}")
-
-    # === Records ===
-
-    def log(self, step: int, rate: float) -> None:
-        """Reduces the interval's sums over all ranks and writes them (collective)."""
-        means = self.sums.means()
-        peak_gb = max(gather_objects(peak_memory_gb(self.ranks.device), self.ranks))
-        seconds = time.perf_counter() - self.since
-        steps = means["pairs"] / self.plan.pairs_per_step
-        values = {name: value for name, value in means.items() if name not in ("pairs", "tokens", "useful_flops")}
-        values |= {
-            "grad_norm": self.grad_norm,
-            "learning_rate": rate,
-            "epoch": step / self.plan.steps_per_epoch,
-            "perf/pairs_per_second": means["pairs"] / seconds,
-            "perf/tokens_per_second": means["tokens"] / seconds,
-            "perf/mfu": means["useful_flops"] / seconds / self.peak,
-            "perf/step_time_s": seconds / max(steps, 1e-9),
-            "perf/peak_memory_gb": peak_gb,
-        }
-        self.writer.scalars(step, values)
-        self.log_line(f"step {step}/{self.total_steps}", values)
-        if not self.held_out:
-            self.last_loss = values["loss"]
-        self.sums.reset()
-        self.since = time.perf_counter()
-
-    def log_line(self, head: str, values: dict[str, float], prefix: str = "") -> None:
-        """One line of train.log."""
-        shown = {
-            "loss": "loss %.4f",
-            "rewards/accuracies": "accuracy %.3f",
-            "rewards/margins": "margin %.4f",
-            "grad_norm": "grad norm %.3f",
-            "learning_rate": "lr %.3g",
-            "perf/pairs_per_second": "%.2f pairs/s",
-        }
-        parts = [form % values[prefix + name] for name, form in shown.items() if prefix + name in values]
-        LOGGER.info("%s  %s", head, "  ".join(parts))
-
-    def evaluate(self, step: int) -> None:
-        """Held-out metrics and sample answers after `step` steps (collective); their time counts for no step."""
-        started = time.perf_counter()
-        if self.held_out:
-            model, device = self.engine.model, self.ranks.device
-            rows = [pair.rows for pair in self.held_out]
-            mine = sweep(rows, self.config.batch_size, self.ranks.world_size)[self.ranks.rank]
-            mine = progress(mine, total=len(mine), desc="evaluate", ranks=self.ranks)
-            values = evaluate(model, self.loss_fn, self.ref_logps, self.held_out, mine, device)
-            self.last_loss = values["eval_loss"]
-            self.writer.scalars(step, values)
-            self.log_line(f"evaluation at step {step}", values, "eval_")
-        if self.prompts:
-            self.sample(step)
-        self.since += time.perf_counter() - started
-
-    def sample(self, step: int) -> None:
-        """Answers the fixed prompts (collective): shared out over the ranks, or together under ZeRO-3."""
-        tokenizer, ranks = self.inputs.tokenizer, self.ranks
-        share = slice(None) if self.engine.partitioned else slice(ranks.rank, None, ranks.world_size)
-        mine = answers(self.engine.model, tokenizer, self.prompts[share], self.config.sample_tokens)
-        gathered = gather_objects(mine, ranks)
-        if not ranks.is_main:
-            return
-        now = (
-            mine
-            if self.engine.partitioned
-            else [gathered[i % len(gathered)][i // len(gathered)] for i in range(len(self.prompts))]
-        )
-        prompts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in self.prompts]
-        append_samples(self.log_folder, step, prompts, now)
-        first = read_samples(self.log_folder)[0]["answers"]
-        for index, (prompt, before, after) in enumerate(zip(prompts, first, now, strict=True)):
-            self.writer.text(step, f"samples/prompt_{index}", sample_page(prompt, before, after))
-            LOGGER.info("sample %d at step %d: %s", index, step, after.replace("\n", " "))
-
-    def save(self, step: int) -> None:
-        """Exports the `.pth` and saves the state to resume from (collective)."""
-        facts = {"step": step, "optimizer_steps": step, "loss": self.last_loss, **self.must_agree()}
-        weights = checkpoint.save_state(self.ckpt_folder, self.engine, facts, self.config.keep_states, self.ranks)
-        path = self.ckpt_folder / checkpoint.weights_name(
-            step / self.plan.steps_per_epoch, self.last_loss, self.inputs.max_seq_len
-        )
-        if self.ranks.is_main:
-            frozen = load_weights(self.inputs.start_path)  # parameters that are not trained keep their fp32 values
-            state_dict = {name: weights.get(name, tensor) for name, tensor in frozen.state_dict.items()}
-            metadata = {
-                "run": self.name,
-                "step": step,
-                "epochs": step / self.plan.steps_per_epoch,
-                "loss": self.last_loss,
-                "dpo_config": asdict(self.config),
-                "reference": self.inputs.reference,
-                "environment": environment(),
-            }
-            save_weights(path, state_dict, frozen.config, metadata)
-            LOGGER.info("saved %s", path)
-        self.last_path = path
-        self.since = time.perf_counter()
-
-    def finish(self) -> Path:
-        """Closes the records; returns the last exported `.pth`."""
-        self.writer.close()
-        LOGGER.info("finished: %s", self.last_path)
-        return self.last_path
-
-
 def run_all(config: DPOConfig, ranks: Ranks) -> None:
     """The whole job: dry run, or reference pass and training."""
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, ranks)
     if config.dry_run:
-        print(describe(config, inputs, ranks.world_size))
+        if ranks.is_main:
+            print(describe(config, inputs, ranks.world_size))
         return
     if config.reference == "store":
         precompute(config, inputs, ranks)

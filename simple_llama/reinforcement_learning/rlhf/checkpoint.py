@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from simple_llama.common.distributed import Ranks, barrier, gather_objects
+from simple_llama.common.distributed import Ranks, fail_together, gather_objects
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_path, atomic_write, atomic_write_json, file_digest, read_json
 from simple_llama.common.logging import LOGGER
@@ -39,18 +39,26 @@ class SavedState(NamedTuple):
     facts: dict[str, Any]  # state.json
 
 
-def save_state(folder: Path, engine: Engine, facts: dict[str, Any], keep: int, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Writes `folder`/state/step_N and prunes older ones (collective); `facts` must hold `step`.
+def save_state(
+    folder: Path,
+    engine: Engine,
+    facts: dict[str, Any],
+    keep: int,
+    ranks: Ranks,
+    export: Callable[[dict[str, torch.Tensor]], None],
+) -> None:
+    """Writes `folder`/state/step_N and prunes older states (collective); `facts` must hold `step`.
 
-    Each parameter's state is written by one rank, in turn. Returns the fp32 master weights on rank 0 (CPU, by name),
-    gathered on the way, so that the `.pth` costs no second pass; an empty dict on other ranks.
+    Each parameter's state is written by one rank, in turn. `export` is called on rank 0 with the fp32 master weights
+    (CPU, by name) before the state can be seen: a state that is there has its `.pth` beside it. An error on one rank
+    is an error on all.
     """
     name = f"step_{facts['step']:08d}"
     temp = folder / "state" / f".{name}.tmp"
-    if ranks.is_main:
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
-    barrier(ranks)
+    with fail_together(ranks):
+        if ranks.is_main:
+            shutil.rmtree(temp, ignore_errors=True)
+            make_folder(temp)
     mine, weights = {}, {}
     for index, (parameter, tensors) in enumerate(engine.full_state()):
         if index % ranks.world_size == ranks.rank:
@@ -58,19 +66,40 @@ def save_state(folder: Path, engine: Engine, facts: dict[str, Any], keep: int, r
         if ranks.is_main:
             weights[parameter] = tensors["weight"].cpu()
     shard = temp / f"rank_{ranks.rank:05d}.safetensors"
-    with atomic_path(shard) as part:
-        save_file({key: tensor.contiguous() for key, tensor in mine.items()}, part)
-    digests = gather_objects((shard.name, file_digest(shard)), ranks)
-    if ranks.is_main:
-        atomic_write_json(temp / "state.json", {"format": FORMAT, **facts, "files": dict(digests)})
-        final = temp.with_name(name)
-        shutil.rmtree(final, ignore_errors=True)
-        temp.rename(final)
-        atomic_write(folder / "latest", f"{name}\n".encode())
-        for old in state_folders(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    barrier(ranks)
-    return weights
+    with fail_together(ranks):
+        with atomic_path(shard) as part:
+            save_file({key: tensor.contiguous() for key, tensor in mine.items()}, part)
+        written = (shard.name, file_digest(shard))
+    digests = gather_objects(written, ranks)
+    with fail_together(ranks):
+        if ranks.is_main:
+            for shard_name, _ in digests:
+                if not (temp / shard_name).is_file():
+                    raise UserError(f"{temp}: {shard_name} of another rank is missing; ckpt_dir must be a shared disk")
+            export(weights)
+            atomic_write_json(temp / "state.json", {"format": FORMAT, **facts, "files": dict(digests)})
+            final = temp.with_name(name)
+            shutil.rmtree(final, ignore_errors=True)
+            temp.rename(final)
+            atomic_write(folder / "latest", f"{name}\n".encode())
+            prune(folder, name, keep)
+
+
+def prune(folder: Path, newest: str, keep: int) -> None:
+    """Deletes states but the `keep` up to `newest`; later ones are damaged, or of a course that was given up."""
+    states = state_folders(folder)
+    kept = [state for state in states if state.name <= newest][:keep]
+    for state in states:
+        if state not in kept:
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents; UserError where the disk does not let it."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror or error}; choose another ckpt_dir") from error
 
 
 def state_folders(folder: Path) -> list[Path]:

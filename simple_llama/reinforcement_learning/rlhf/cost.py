@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from simple_llama.ops.logprob_torch import CHUNK_ROWS
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
 
@@ -90,23 +91,35 @@ class MemoryEstimate(NamedTuple):
 
 
 def estimate_memory(
-    size: ModelSize, config: TrainingConfig, batch: PairBatch, dtype: torch.dtype, world_size: int, stage: int
+    size: ModelSize,
+    trained: int,
+    config: TrainingConfig,
+    batch: PairBatch,
+    dtype: torch.dtype,
+    world_size: int,
+    stage: int,
+    recompute: bool = False,
 ) -> MemoryEstimate:
     """Bytes a rank needs to train on its largest micro-batch: ZeRO paper's accounting (arXiv:1910.02054, Sec. 3.1).
 
     Activations: about ten vectors of width D and SwiGLU's three hidden ones a row and layer, without recomputation,
-    plus the head's scored rows and one fp32 chunk of logits. An estimate, to tell 10 GB from 100 GB.
+    with recomputation one a row and layer and all of one layer; plus the head's scored rows, its fp32 weight gradient
+    and one fp32 chunk of logits. An estimate, to tell 10 GB from 100 GB.
+
+    Args:
+        size: all weights. trained: how many of them have a gradient and an optimizer state.
     """
     weights = sum(size)
     item = torch.finfo(dtype).bits // 8
-    shard = weights // world_size
+    shard = trained // world_size
     hidden = config.multiple_of * -(-int(8 / 3 * config.n_embd) // config.multiple_of)
     rows, scored = len(batch.tokens_T), len(batch.targets_N)
     per_row_layer = 10 * config.n_embd + 3 * hidden
-    logits = min(scored, 2048) * (size.head // config.n_embd) * 4
+    head = min(scored, CHUNK_ROWS["cuda"]) * (size.head // config.n_embd) * 4 + size.head * 4
+    stored = config.n_embd * config.n_layers + per_row_layer if recompute else per_row_layer * config.n_layers
     return MemoryEstimate(
-        weights=(shard if stage == 3 else weights) * item,
-        gradients=(shard if stage >= 2 else weights) * 4,
-        optimizer=(shard if stage >= 1 else weights) * 12,
-        activations=rows * per_row_layer * config.n_layers * item + scored * config.n_embd * item + logits,
+        weights=(weights // world_size if stage == 3 else weights) * item,
+        gradients=(shard if stage >= 2 else trained) * 4,
+        optimizer=shard * 12,
+        activations=rows * stored * item + scored * config.n_embd * item + head,
     )

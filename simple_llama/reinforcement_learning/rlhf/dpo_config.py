@@ -61,8 +61,8 @@ class DPOConfig:
 
     # === Intervals ===
     log_interval: int = 1  # optimizer steps between lines of metrics
-    eval_interval: int = 50  # optimizer steps between evaluations; 0: only at the start and the end
-    save_interval: int = 0  # optimizer steps between checkpoints; 0: at the end of each epoch only
+    eval_interval: int = 50  # optimizer steps between evaluations, beside those at the start and each epoch's end; 0: only these
+    save_interval: int = 0  # optimizer steps between checkpoints, beside those at each epoch's end; 0: only these
     keep_states: int = 2  # resumable states kept, newest first
     n_samples: int = 4  # validation prompts that are answered at each evaluation; 0: none
     sample_tokens: int = 64  # tokens of a sample answer, at most
@@ -70,7 +70,7 @@ class DPOConfig:
 
     # === Run ===
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    timeout_s: float = 1800.0  # seconds that a rank waits for another one
+    timeout_s: float = 1800.0  # seconds that a rank waits for the others at the start and in collectives of ours
     resume: bool = False  # continue the run `run_name` (or the newest) from its last state
     dry_run: bool = False  # print what would be done, and end
     debug: bool = False  # show tracebacks of errors that have a message
@@ -80,7 +80,7 @@ class DPOConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"{name}: expected a number from {low} to {high}, found {value!r}")
-        for name in ("beta", "max_lr", "timeout_s"):
+        for name in ("beta", "max_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name}: expected a finite number above 0, found {getattr(self, name)!r}")
         if self.min_lr > self.max_lr:
@@ -106,6 +106,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup_iterations": (0, WHOLE),
     "min_lr": (0.0, 1.0),
     "max_lr": (0.0, 1.0),
+    "timeout_s": (1.0, 1e6),
     "weight_decay": (0.0, 10.0),
     "beta1": (0.0, 0.99999),
     "beta2": (0.0, 0.999999),

@@ -59,8 +59,21 @@ def memory_table(config: DPOConfig, inputs: Inputs, plan: BatchPlan, ds_config: 
     largest = max(micro_batches, key=lambda micro: sum(plan.rows[i] for i in micro))
     batch = PairBatch.pack([inputs.train_pairs[i] for i in largest])
     with torch.device("meta"):  # counts, no memory
-        size = model_size(LLaMaTransformer(inputs.model_config, inputs.vocab_size))
-    estimate = estimate_memory(size, inputs.model_config, batch, inputs.dtype, plan.world_size, zero_stage(ds_config))
+        model = LLaMaTransformer(inputs.model_config, inputs.vocab_size)
+    size = model_size(model)
+    lora = sum(p.numel() for name, p in model.named_parameters() if "_lora_layer." in name)
+    estimate = estimate_memory(
+        size,
+        lora if config.trainable == "lora" else sum(size),
+        inputs.model_config,
+        batch,
+        inputs.dtype,
+        plan.world_size,
+        zero_stage(ds_config),
+        config.activation_checkpointing,
+    )
+    if config.reference == "online":
+        estimate = estimate._replace(weights=estimate.weights + sum(size) * inputs.dtype.itemsize)
     lines = [f"{name:12} {amount / 2**30:8.3f} GiB" for name, amount in estimate._asdict().items()]
     lines.append(f"{'sum':12} {sum(estimate) / 2**30:8.3f} GiB")
     lines.append(

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import (
-    lazy_init_hp_params_optimizer_state,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from deepspeed.utils import logger as deepspeed_logger
 
 from simple_llama.common.distributed import Ranks
 from simple_llama.common.errors import UserError
@@ -26,7 +16,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
-from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, PolicyOutput
+from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, PolicyOutput, evaluating, pair_logps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the master weight: what a resumed run needs of a parameter
 
@@ -43,15 +33,13 @@ class Engine:
         Args:
             start_weights: fp32 values of the model's parameters by name, as the checkpoint has them.
         """
-        deepspeed_logger.setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
-        # On a CPU, DeepSpeed would compile a shared-memory op at start; gloo does without, and hosts need no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = import_deepspeed(ranks.device)
+        self.utils = deepspeed.utils
         self.ds_config: dict[str, Any] = full_ds_config(config, ranks.world_size)
         self.stage = zero_stage(self.ds_config)
         trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
-            decay_groups(list(trainable.values()), config.weight_decay),
+            decay_groups(trainable, config.weight_decay),
             lr=config.max_lr,
             betas=(config.beta1, config.beta2),
             fused=True,
@@ -62,7 +50,7 @@ class Engine:
         self.engine: Any = engine
         self.optimizer: Any = zero_optimizer
         self.trainable = trainable
-        make_moments(self.optimizer, self.stage)
+        self.make_moments()
         self.load_full_state(((name, {"weight": start_weights[name]}) for name in trainable), optimizer_steps=0)
 
     @property
@@ -86,6 +74,14 @@ class Engine:
         self.engine.backward(out.loss * weight, scale_wrt_gas=False)
         return out
 
+    def logps(self, batch: PairBatch) -> torch.Tensor:
+        """Log-prob sums (B, 2) with the current weights, as `policy.pair_logps`; with ZeRO-3 on every rank at once."""
+        if not self.partitioned:
+            return pair_logps(self.model, batch)
+        ignored_B2 = torch.zeros(len(batch), 2, device=batch.tokens_T.device)
+        with torch.no_grad(), evaluating(self.engine.module):  # only the engine's forward gathers the head's weight
+            return self.engine(batch, ignored_B2).logps_B2
+
     def step(self, rate: float) -> float:
         """Clips by the global norm, makes one AdamW step at learning rate `rate`; returns the norm before the clip."""
         for group in self.optimizer.param_groups:
@@ -97,8 +93,8 @@ class Engine:
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name, {weight, exp_avg, exp_avg_sq}) of each trained parameter, whole, fp32, one at a time (collective)."""
         for name, parameter in self.trainable.items():
-            state: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            state["weight"] = safe_get_full_fp32_param(parameter)
+            state: dict[str, Any] = {key: self.utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            state["weight"] = self.utils.safe_get_full_fp32_param(parameter)
             yield name, state
 
     def load_full_state(self, state: Iterable[tuple[str, dict[str, torch.Tensor]]], optimizer_steps: int) -> None:
@@ -118,11 +114,11 @@ class Engine:
             for key, tensor in tensors.items():
                 value = tensor.to(device=parameter.device, dtype=torch.float32)
                 if self.partitioned:
-                    set_local_part(parameter, value, None if key == "weight" else key)
+                    self.set_local_part(parameter, value, None if key == "weight" else key)
                 elif key == "weight":
-                    safe_set_full_fp32_param(parameter, value)
+                    self.utils.safe_set_full_fp32_param(parameter, value)
                 else:
-                    safe_set_full_optimizer_state(parameter, value, key)
+                    self.utils.safe_set_full_optimizer_state(parameter, value, key)
         if missing:
             raise UserError(f"state to load: expected all trained parameters, missing {', '.join(sorted(missing)[:4])}")
         self.round_to_computing_weights()
@@ -137,45 +133,64 @@ class Engine:
         flats, masters = self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat
         for flat, master in zip(flats, masters, strict=True):
             flat.data.copy_(master.data)
+        if whole := self.optimizer.persistent_parameters:  # small ones, of which every rank holds a whole copy
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+
+    def set_local_part(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
+        """Sets this rank's part of a ZeRO-3 parameter's master weight or moment from the whole fp32 value.
+
+        DeepSpeed's own safe_set_full_* (0.19.8) fails on the last rank where the size is no multiple of the ranks.
+        """
+        size = parameter.ds_tensor.ds_numel
+        start = size * torch.distributed.get_rank()
+        part = value.flatten()[start : start + size]
+        part = torch.nn.functional.pad(part, (0, size - len(part)))
+        if moment is None:
+            self.utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            self.utils.safe_set_local_optimizer_state(parameter, part, moment)
+
+    def make_moments(self) -> None:
+        """Gives AdamW its zero moments before the first step, and ZeRO its links to them.
+
+        ZeRO 1/2 (0.19.8) links all groups after the first group's step, when the others have no moments yet: without
+        this the state of a second group could be neither saved nor loaded.
+        """
+        zero = self.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.partitioned else zero.single_partition_of_fp32_groups
+        for flat in flats:
+            step = torch.zeros((), dtype=torch.float32, device=flat.device)
+            zero.optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        if not self.partitioned:
+            for group, flat in zip(zero.bit16_groups, flats, strict=True):
+                self.utils.lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
+            zero._hp_optimizer_states_linked = True
 
 
-def set_local_part(parameter: Any, value: torch.Tensor, moment: str | None) -> None:
-    """Sets this rank's part of a ZeRO-3 parameter's master weight or moment from the whole fp32 value.
+def import_deepspeed(device: torch.device) -> Any:
+    """Imports deepspeed for this kind of device; late, since it looks for an accelerator and takes a second.
 
-    DeepSpeed's own safe_set_full_* (0.19.8) fails on the last rank where the size is no multiple of the ranks.
+    It would otherwise choose a GPU by itself, also for a run that is told to use the CPU.
     """
-    size = parameter.ds_tensor.ds_numel
-    start = size * torch.distributed.get_rank()
-    part = value.flatten()[start : start + size]
-    part = torch.nn.functional.pad(part, (0, size - len(part)))
-    if moment is None:
-        safe_set_local_fp32_param(parameter, part)
-    else:
-        safe_set_local_optimizer_state(parameter, part, moment)
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+    import deepspeed.utils
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    # On a CPU, DeepSpeed would compile a shared-memory op at start; gloo does without, and hosts need no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
-def decay_groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay, vectors (norms, biases) do not. One group where nothing decays."""
+def decay_groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups by name: matrices decay; norms, biases and embeddings do not. One group where nothing decays."""
     if not weight_decay:
-        return [{"params": parameters, "weight_decay": 0.0}]
+        return [{"params": list(parameters.values()), "weight_decay": 0.0}]
+    decays = {name: p.dim() >= 2 and not name.startswith("embeddings.") for name, p in parameters.items()}
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if decays[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if not decays[name]], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def make_moments(optimizer: Any, stage: int) -> None:
-    """Gives AdamW its zero moments before the first step, and ZeRO its links to them.
-
-    ZeRO 1/2 (0.19.8) links all groups after the first group's step, when the others have no moments yet: without this
-    the state of a second group could be neither saved nor loaded.
-    """
-    flats = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-    for flat in flats:
-        step = torch.zeros((), dtype=torch.float32, device=flat.device)
-        optimizer.optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
-    if stage != 3:
-        for group, flat in zip(optimizer.bit16_groups, flats, strict=True):
-            lazy_init_hp_params_optimizer_state(group, flat, optimizer.optimizer.state)
-        optimizer._hp_optimizer_states_linked = True

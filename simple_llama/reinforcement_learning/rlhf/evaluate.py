@@ -6,17 +6,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.batch_plan import MicroBatch
 from simple_llama.reinforcement_learning.rlhf.metrics import MetricSums, pair_statistics
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.reference import RefLogps
+from simple_llama.reinforcement_learning.rlhf.reference import Logps, RefLogps
 
 
 def evaluate(
-    model: LLaMaTransformer,
+    logps: Logps,
     loss_fn: PreferenceLoss,
     ref_logps: RefLogps,
     pairs: Sequence[TokenizedPair],
@@ -26,13 +24,15 @@ def evaluate(
     """Means over all held-out pairs of all ranks, as `eval_loss`, `eval_rewards/accuracies`, ... (collective).
 
     Args:
-        pairs: all held-out pairs. micro_batches: this rank's share of them (`batch_plan.sweep`), as positions.
+        logps: gives the log-prob sums (B, 2) of a batch.
+        pairs: all held-out pairs.
+        micro_batches: this rank's share of them (`batch_plan.sweep`), as positions.
     """
     sums = MetricSums(device)
     for micro_batch in micro_batches:
         chosen = [pairs[i] for i in micro_batch or (0,)]  # an empty one still makes its forward call, for nothing
         batch = PairBatch.pack(chosen).to(device)
-        logps_B2 = pair_logps(model, batch)
+        logps_B2 = logps(batch)
         ref_B2 = ref_logps(chosen, batch)
         if not micro_batch:
             continue

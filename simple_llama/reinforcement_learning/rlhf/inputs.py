@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
+from simple_llama.common.distributed import Ranks, fail_together, require_same
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import digest
 from simple_llama.dataset.tokenizer import load_tokenizer, tokenizer_digest
 from simple_llama.ops.attention import ATTENTION_VERSION
 from simple_llama.ops.logprob import HEAD_VERSION
@@ -20,6 +23,8 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.ds_config import model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.ref_store import reference_id
+
+PACKAGES = ("torch", "deepspeed", "tokenizers", "numpy", "safetensors", "tensorboard", "simple-llama-dpo")
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,32 @@ class Inputs:
         return [pair.tokenized for pair in self.data.train]
 
     @property
+    def data_digest(self) -> str:
+        """Hex digest of all pairs in order, training then held-out."""
+        return digest(*(pair.digest for pair in self.train_pairs + self.validation_pairs)).hex()
+
+    @property
     def validation_pairs(self) -> list[TokenizedPair]:
         """Token ids of the held-out pairs."""
         return [pair.tokenized for pair in self.data.validation]
 
 
-def load_inputs(config: DPOConfig) -> Inputs:
-    """Reads and checks all inputs; the same on every rank. Raises UserError with the file and what is wrong."""
+def load_inputs(config: DPOConfig, ranks: Ranks) -> Inputs:
+    """Reads and checks all inputs on every rank, then that all ranks have read the same (collective).
+
+    Raises UserError with the file and what is wrong, or with the host and rank that differ from rank 0.
+    """
+    with fail_together(ranks):
+        inputs = read_inputs(config)
+    require_same("package versions", versions(), ranks)
+    require_same("settings", asdict(config), ranks)
+    require_same("data set (digest)", inputs.data_digest, ranks)
+    require_same("reference model (digests)", inputs.reference, ranks)
+    return inputs
+
+
+def read_inputs(config: DPOConfig) -> Inputs:
+    """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     tokenizer = load_tokenizer(config.tokenize_path)
     start = load_weights(find_weights(config.model_path))
@@ -83,3 +107,14 @@ def load_inputs(config: DPOConfig) -> Inputs:
     }
     reference = reference_id(weights_digest(start.state_dict), tokenizer_digest(config.tokenize_path), numerics)
     return Inputs(tokenizer, data, start.path, start.config, vocab, dtype, max_seq_len, reference)
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what decides a run's numbers; None for a package that is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -12,6 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from simple_llama.common.distributed import all_reduce_sum
+from simple_llama.common.files import atomic_write
 
 SUMMED = (
     "loss",
@@ -74,22 +75,33 @@ class MetricSums:
         self.sums.zero_()
 
 
+def rewind(path: Path, step: int) -> None:
+    """Drops the lines of a .jsonl file that lie beyond `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    atomic_write(path, "".join(kept).encode())
+
+
 class RunWriter:
     """metrics.jsonl and TensorBoard events of a run, on rank 0; elsewhere every call does nothing.
 
-    A run that resumes at step s drops what was written beyond s, so that each step stands once.
+    Starting after step `done` (-1: nothing) drops what an earlier try wrote beyond it, so that each step stands once.
     """
 
-    def __init__(self, folder: Path, is_main: bool, resume_step: int | None = None):
+    def __init__(self, folder: Path, is_main: bool, done: int = -1):
         self.is_main = is_main
         if not is_main:
             return
         self.path = folder / "metrics.jsonl"
-        if resume_step is not None and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= resume_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
-        purge = None if resume_step is None else resume_step + 1
-        self.board = SummaryWriter(str(folder), purge_step=purge)
+        rewind(self.path, done)
+        self.board = SummaryWriter(str(folder), purge_step=done + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl and one point of each curve at optimizer step `step`."""
@@ -105,7 +117,12 @@ class RunWriter:
         if self.is_main:
             self.board.add_text(name, markdown, step)
 
+    def flush(self) -> None:
+        """Brings the events to disk."""
+        if self.is_main:
+            self.board.flush()
+
     def close(self) -> None:
-        """Flushes the events to disk."""
+        """Brings the events to disk and ends."""
         if self.is_main:
             self.board.close()

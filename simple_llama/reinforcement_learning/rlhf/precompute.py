@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from simple_llama.common.distributed import Ranks, barrier, broadcast_object
+from simple_llama.common.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.common.logging import LOGGER, progress
 from simple_llama.reinforcement_learning.rlhf.batch_plan import sweep
 from simple_llama.reinforcement_learning.rlhf.cost import peak_memory_gb
@@ -30,7 +30,7 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     started = time.perf_counter()
     todo = [pairs[i] for i in missing]
     mine = sweep([pair.rows for pair in todo], config.batch_size, ranks.world_size)[ranks.rank]
-    with store.writer(every_pairs=config.ref_flush_pairs) as writer:
+    with fail_together(ranks), store.writer(every_pairs=config.ref_flush_pairs) as writer:
         for micro_batch in progress(mine, total=len(mine), desc="reference", ranks=ranks):
             chosen = [todo[i] for i in micro_batch]
             if not chosen:
@@ -38,7 +38,6 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
             batch = PairBatch.pack(chosen).to(ranks.device)
             logps_B2 = pair_logps(model, batch)
             writer.add(chosen, logps_B2.cpu().numpy())
-    barrier(ranks)
     seconds = time.perf_counter() - started
     LOGGER.info(
         "reference pass: computed %d pairs in %.1f s (%.2f pairs/s, %d ranks, %.2f GiB peak)",

@@ -12,6 +12,7 @@ from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, Token
 from simple_llama.reinforcement_learning.rlhf.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
 
+Logps = Callable[[PairBatch], torch.Tensor]  # -> (B, 2) fp32: log-prob sums with the current weights
 RefLogps = Callable[[Sequence[TokenizedPair], PairBatch], torch.Tensor]  # -> (B, 2) fp32 on the batch's device
 
 AUDIT_PAIRS = 8
@@ -33,7 +34,9 @@ def from_model(frozen: LLaMaTransformer) -> RefLogps:
     return lambda pairs, batch: pair_logps(frozen, batch)
 
 
-def audit(model: LLaMaTransformer, ref_logps: RefLogps, pairs: Sequence[TokenizedPair], device: torch.device) -> float:
+def audit(
+    logps: Logps, ref_logps: RefLogps, pairs: Sequence[TokenizedPair], dtype: torch.dtype, device: torch.device
+) -> float:
     """Recomputes a few pairs with the untrained policy and compares them with the reference's numbers.
 
     Returns the largest difference a scored token (nats). Raises UserError when it is beyond rounding: the reference
@@ -42,9 +45,9 @@ def audit(model: LLaMaTransformer, ref_logps: RefLogps, pairs: Sequence[Tokenize
     sample = list(pairs[:: max(1, len(pairs) // AUDIT_PAIRS)][:AUDIT_PAIRS])
     batch = PairBatch.pack(sample).to(device)
     counts_B2 = torch.tensor(batch.counts, device=device)
-    difference_B2 = (pair_logps(model, batch) - ref_logps(sample, batch)).abs() / counts_B2
+    difference_B2 = (logps(batch) - ref_logps(sample, batch)).abs() / counts_B2
     worst = float(difference_B2.max())
-    allowed = AUDIT_TOLERANCE[model.final_linear.weight.dtype]
+    allowed = AUDIT_TOLERANCE[dtype]
     if not worst <= allowed:
         raise UserError(
             f"step-0 audit: the policy and the stored reference differ by {worst:.3g} nats a token on {len(sample)} "

@@ -11,32 +11,34 @@ import platform
 import subprocess
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from simple_llama.common.distributed import Ranks, broadcast_object
+from simple_llama.common.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write_json
 from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.checkpoint import newest_run
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-
-PACKAGES = ("torch", "deepspeed", "tokenizers", "numpy", "safetensors", "tensorboard", "simple-llama-dpo")
+from simple_llama.reinforcement_learning.rlhf.inputs import versions
 
 
 def name_run(config: DPOConfig, ranks: Ranks) -> str:
-    """The run's name, the same on every rank: `run_name`, or the newest run to resume, or the date and time."""
-    name = config.run_name
-    if not name and config.resume:
-        name = newest_run(Path(config.ckpt_dir))
-    name = broadcast_object(name or time.strftime("%Y%m%d-%H%M%S"), ranks)
-    folder = Path(config.ckpt_dir) / name
-    if not config.resume and folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"{folder}: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
-        )
-    return name
+    """The run's name, rank 0's word (collective): `run_name`, or the newest run to resume, or the date and time.
+
+    Raises UserError when a run of that name has checkpoints and is not to be resumed.
+    """
+    name = ""
+    with fail_together(ranks):
+        if ranks.is_main:
+            newest = newest_run(Path(config.ckpt_dir)) if config.resume and not config.run_name else ""
+            name = config.run_name or newest or time.strftime("%Y%m%d-%H%M%S")
+            folder = Path(config.ckpt_dir) / name
+            if not config.resume and folder.exists() and any(folder.iterdir()):
+                raise UserError(
+                    f"{folder}: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
+                )
+    return broadcast_object(name, ranks)
 
 
 def write_records(folder: Path, config: DPOConfig, ds_config: dict[str, Any]) -> None:
@@ -49,13 +51,7 @@ def write_records(folder: Path, config: DPOConfig, ds_config: dict[str, Any]) ->
 
 def environment() -> dict[str, Any]:
     """Versions of what computes, and the project's git revision where there is one."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {"python": platform.python_version(), "machine": platform.platform(), **versions, "git": git_revision()}
+    return {"python": platform.python_version(), "machine": platform.platform(), **versions(), "git": git_revision()}
 
 
 def git_revision() -> str | None:

@@ -12,10 +12,11 @@ import torch
 from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.weights import load_weights
-from simple_llama.reinforcement_learning.rlhf.apply_dpo import Run, TrainingStopped, train
+from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
+from simple_llama.reinforcement_learning.rlhf.training_run import Run, TrainingStopped
 from tiny_job import TinyJob, make_job, write_pairs
 
 
@@ -33,7 +34,7 @@ def job(tmp_path) -> TinyJob:
 def run_job(job: TinyJob, ranks: Ranks, **settings):
     """Precompute and train with the job's settings, changed by `settings`; gives the exported path."""
     config = DPOConfig(**{**job.settings, **settings})
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, ranks)
     precompute(config, inputs, ranks)
     return train(config, inputs, ranks)
 
@@ -134,7 +135,7 @@ def test_only_the_newest_states_are_kept(job, ranks):
 def test_not_a_number_stops_before_the_weights_change(job, ranks):
     """A NaN weight makes every loss NaN: the step and the pairs are named, nothing is saved."""
     config = DPOConfig(**job.settings)
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, ranks)
     precompute(config, inputs, ranks)
     run = Run(config, inputs, ranks)
     run.check_start()
@@ -149,7 +150,7 @@ def test_not_a_number_stops_before_the_weights_change(job, ranks):
 def test_audit_stops_a_store_of_another_model(job, ranks):
     """A store whose numbers are off (as by a model of the same name): the audit says so before step 1."""
     config = DPOConfig(**job.settings)
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, ranks)
     precompute(config, inputs, ranks)
     run = Run(config, inputs, ranks)
     honest = run.ref_logps
@@ -161,27 +162,27 @@ def test_audit_stops_a_store_of_another_model(job, ranks):
 def test_missing_pairs_are_named_with_the_command(job, ranks):
     config = DPOConfig(**job.settings)
     with pytest.raises(UserError, match="precompute_ref"):
-        train(config, load_inputs(config), ranks)
+        train(config, load_inputs(config, ranks), ranks)
 
 
 def test_second_pass_computes_nothing_and_new_pairs_only(job, ranks):
     """24 pairs, then none, then 10 more."""
     config = DPOConfig(**job.settings)
-    assert precompute(config, load_inputs(config), ranks) == 24
-    assert precompute(config, load_inputs(config), ranks) == 0
+    assert precompute(config, load_inputs(config, ranks), ranks) == 24
+    assert precompute(config, load_inputs(config, ranks), ranks) == 0
     write_pairs(job.folder / "pairs.jsonl", range(34))
-    assert precompute(config, load_inputs(config), ranks) == 10
+    assert precompute(config, load_inputs(config, ranks), ranks) == 10
 
 
 def test_settings_of_a_sweep_share_one_store(job, ranks):
     """lr, seed, epochs, batch size, paths and run name do not enter the reference's name."""
     config = DPOConfig(**job.settings)
-    precompute(config, load_inputs(config), ranks)
+    precompute(config, load_inputs(config, ranks), ranks)
     moved = job.folder / "elsewhere.pth"
     shutil.copy(job.folder / "start.pth", moved)
     changes = {"max_lr": 2e-3, "seed": 1, "epochs": 9, "batch_size": 5, "run_name": "x", "model_path": str(moved)}
     other = DPOConfig(**{**job.settings, **changes})
-    assert precompute(other, load_inputs(other), ranks) == 0
+    assert precompute(other, load_inputs(other, ranks), ranks) == 0
 
 
 def test_swapped_labels_drive_the_margin_the_other_way(tmp_path, ranks):
