@@ -12,7 +12,7 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.policy import pair_logps
-from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.reference import open_store
 
 
 def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
@@ -21,7 +21,7 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     A pass that was killed resumes: what it wrote is there, and only the missing pairs are computed.
     """
     pairs = inputs.train_pairs + inputs.validation_pairs
-    store = RefStore.open(config.ref_cache_dir, inputs.reference)
+    store = open_store(config.ref_cache_dir, inputs.reference, ranks)
     missing = broadcast_object(store.missing(pairs), ranks)  # one rank's word, or two ranks could share out differently
     LOGGER.info("reference store %s: %d of %d pairs are there", store.folder, len(pairs) - len(missing), len(pairs))
     if not missing:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from simple_llama.common.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
@@ -18,6 +19,17 @@ RefLogps = Callable[[Sequence[TokenizedPair], PairBatch], torch.Tensor]  # -> (B
 AUDIT_PAIRS = 8
 # Largest honest difference a scored token (nats): the same weights in another micro-batch round differently.
 AUDIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
+def open_store(cache_dir: str, reference: dict, ranks: Ranks) -> RefStore:
+    """Opens the store of `reference` on every rank (collective), rank 0 first: it is the one that reports damage."""
+    store = None
+    for main_turn in (True, False):
+        with fail_together(ranks):
+            if ranks.is_main == main_turn:
+                store = RefStore.open(cache_dir, reference)
+    assert store is not None
+    return store
 
 
 def from_store(store: RefStore) -> RefLogps:

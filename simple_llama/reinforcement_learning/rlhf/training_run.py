@@ -28,7 +28,6 @@ from simple_llama.reinforcement_learning.rlhf.metrics import MetricSums, RunWrit
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy
 from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss, step0_loss
-from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
 from simple_llama.reinforcement_learning.rlhf.run_folder import (
     append_samples,
     environment,
@@ -81,8 +80,7 @@ class Run:
         )
         self.total_steps = self.plan.steps_per_epoch * config.epochs
         self.loss_fn = PreferenceLoss(config.loss_type, config.beta, config.label_smoothing)
-        with fail_together(ranks):
-            self.ref_logps, store_digest = self.open_reference()
+        self.ref_logps, store_digest = self.open_reference()
         require_same("reference store (digest)", store_digest, ranks)
 
         self.name = name_run(config, ranks)
@@ -129,8 +127,10 @@ class Run:
         if self.config.reference == "online":
             frozen = self.inputs.build_model(self.ranks.device).requires_grad_(False)
             return reference.from_model(frozen), "online"
-        store = RefStore.open(self.config.ref_cache_dir, self.inputs.reference)
-        return reference.from_store(store), store.content_digest(self.pairs + self.held_out)
+        store = reference.open_store(self.config.ref_cache_dir, self.inputs.reference, self.ranks)
+        with fail_together(self.ranks):
+            content = store.content_digest(self.pairs + self.held_out)  # raises where pairs are missing
+        return reference.from_store(store), content
 
     def build_engine(self) -> Engine:
         """The start model as a policy under DeepSpeed, with the weights that are to be trained marked."""

@@ -1,0 +1,119 @@
+"""The commands as a person types them: one message for a mistake, a traceback on demand, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_job import ROOT, TinyJob, make_job
+
+pytestmark = pytest.mark.dist
+PRECOMPUTE, TRAIN = "launch/precompute_ref.py", "launch/train_dpo.py"
+RLHF = ROOT / "simple_llama" / "reinforcement_learning" / "rlhf"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> TinyJob:
+    """The tiny job, made anew."""
+    return make_job(tmp_path)
+
+
+def call(
+    script: str, job: TinyJob, *flags: str, cwd: Path = ROOT, **changes: object
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script to its end with the job's settings, changed by `changes`, and `flags`."""
+    arguments = [f"--{name}={value}" for name, value in {**job.settings, **changes}.items()]
+    command = [sys.executable, script, *arguments, *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def files(job: TinyJob) -> set[str]:
+    """Files and folders of the job: its inputs, and what a command left."""
+    return {path.name for path in job.folder.iterdir()}
+
+
+INPUTS = {"pairs.jsonl", "start.pth", "tokenizer.json"}
+
+
+def assert_one_message(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Status 2 and a single line `error: ...` that has all the words; no traceback anywhere."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_tokenizer_that_is_not_there(job: TinyJob) -> None:
+    """The path, and what was expected there."""
+    path = str(job.folder / "none.json")
+    done = call(PRECOMPUTE, job, tokenize_path=path)
+    assert_one_message(done, path, "expected a tokenizer JSON file", "No such file")
+    assert files(job) == INPUTS
+
+
+def test_a_model_folder_that_is_not_there(job: TinyJob) -> None:
+    """The same message from training; `--debug` adds the traceback, and ends with another status than 2."""
+    path = str(job.folder / "none")
+    done = call(TRAIN, job, model_path=path)
+    assert_one_message(done, path, "expected a .pth file, or a folder with one, found nothing there")
+    debug = call(PRECOMPUTE, job, "--debug", model_path=path)
+    assert debug.returncode == 1
+    assert "Traceback (most recent call last)" in debug.stderr and "in find_weights" in debug.stderr
+    assert "found nothing there" in debug.stderr
+    assert files(job) == INPUTS
+
+
+def test_a_record_that_is_no_pair(job: TinyJob) -> None:
+    """File, line, key, expected and found."""
+    path = job.folder / "pairs.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps({"Template": ["CUSTOM"], "User": ["hi"], "Accepted": "yes", "Rejected": ["no"]})
+    path.write_text("\n".join(lines))
+    done = call(PRECOMPUTE, job)
+    assert_one_message(done, f"{path}:3: Accepted", "expected a list of one or more strings, found a string")
+    assert files(job) == INPUTS
+
+
+def test_a_setting_out_of_range_in_a_file(job: TinyJob, tmp_path: Path) -> None:
+    """The setting, what is allowed and what was found."""
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"beta": -1.0}))
+    done = call(PRECOMPUTE, job, "--config", str(path))
+    assert_one_message(done, "beta", "expected a finite number above 0", "found -1.0")
+    assert files(job) == INPUTS | {"settings.json"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"), [("--betta=0.1", ["Unrecognized", "--betta"]), ("--beta=0", ["beta", "above 0", "found 0.0"])]
+)
+def test_a_flag_that_cannot_be(job: TinyJob, flag: str, words: list[str]) -> None:
+    """An unknown name, and a value out of range: the words in one box, status 2."""
+    done = call(PRECOMPUTE, job, flag)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    shown = " ".join(done.stderr.split())
+    assert all(word in shown for word in words), shown
+    assert done.stderr.count("For full helptext") == 1
+    assert files(job) == INPUTS
+
+
+def test_dry_run_prints_and_writes_nothing(job: TinyJob) -> None:
+    """The report on stdout; no folder for checkpoints, reference or records."""
+    done = call(TRAIN, job, "--dry_run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for words in ("kept 24 of 24 pairs", "= 8 pairs an optimizer step", "45,984 weights", "<EOA>]]"):
+        assert words in done.stdout
+    assert files(job) == INPUTS
+
+
+def test_apply_dpo_runs_from_its_own_folder(job: TinyJob) -> None:
+    """`python3 apply_dpo.py`: the folder's own modules must not hide installed ones of the same name."""
+    done = call("apply_dpo.py", job, "--dry_run", cwd=RLHF)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== batches ==" in done.stdout
+    assert files(job) == INPUTS

@@ -1,0 +1,179 @@
+"""The report before a run: literal numbers of a tiny job, and that nothing is computed or written for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf import dry_run
+from simple_llama.reinforcement_learning.rlhf.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.cost import MemoryEstimate
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.dry_run import batch_arithmetic, describe
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
+from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
+from tiny_job import TinyJob, make_job
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """One process as a whole job."""
+    yield init_ranks("cpu")
+    close_ranks()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
+    """24 pairs, and one behind them whose two answers are the same."""
+    job = make_job(tmp_path_factory.mktemp("job"))
+    same = {"Template": ["CUSTOM"], "User": ["hi"], "Accepted": ["the cat"], "Rejected": ["the cat"]}
+    with (job.folder / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps(same) + "\n")
+    return job
+
+
+@pytest.fixture(scope="module")
+def config(job: TinyJob) -> DPOConfig:
+    """2 pairs x 4 micro-batches, 2 epochs, fp32, a short system prompt."""
+    return DPOConfig(**{**job.settings, "system_prompt": "Be kind."})
+
+
+@pytest.fixture(scope="module")
+def inputs(config: DPOConfig, ranks: Ranks) -> Inputs:
+    """What the job reads from disk."""
+    return load_inputs(config, ranks)
+
+
+def sections(report: str) -> dict[str, str]:
+    """The report's parts by their titles."""
+    parts = report.removeprefix("== ").split("\n\n== ")
+    return {part.split(" ==\n", 1)[0]: part.split(" ==\n", 1)[1] for part in parts}
+
+
+def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs) -> None:
+    """Six parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
+    found = sections(describe(config, inputs, 3))
+    assert list(found) == [
+        "config",
+        "DeepSpeed",
+        "data",
+        "batches",
+        "memory per rank (estimate)",
+        "first pair (scored tokens in [[ ]])",
+    ]
+    assert json.loads(found["config"])["system_prompt"] == "Be kind."
+    assert json.loads(found["DeepSpeed"])["train_batch_size"] == 24
+
+
+def test_kept_dropped_and_held_out_pairs(job: TinyJob, config: DPOConfig, inputs: Inputs) -> None:
+    """25 records, the last one identical on both sides; what is held out and what is trained on are the 24 others."""
+    lines = sections(describe(config, inputs, 1))["data"].splitlines()
+    assert lines[0] == f"kept 24 of 25 pairs (1 identical); first identical: {job.folder}/pairs.jsonl:25"
+    held_out = len(inputs.data.validation)
+    assert 0 < held_out < 24
+    assert lines[1:] == [f"{24 - held_out} pairs train, {held_out} are held out by prompt"]
+
+
+def test_batch_arithmetic_by_hand(config: DPOConfig) -> None:
+    """21 pairs of prefix 3, branches of 2 and 3 tokens, on 2 ranks.
+
+    A step has 2 * 4 * 2 = 16 pairs; 21 pairs are a step of 16 and one of 5; two epochs are 4 steps. A pair has
+    3 + 1 + 2 = 6 packed rows, 126 in all, and 5 + 6 = 11 tokens as whole chats, 231 in all; 231 / 126 = 1.83.
+    """
+    pairs = [TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3)] * 21
+    plan = BatchPlan(tuple(pair.rows for pair in pairs), 0, 2, config.batch_size, config.grad_accum_steps)
+    assert batch_arithmetic(config, plan, pairs) == (
+        "2 pairs a micro-batch x 4 micro-batches x 2 ranks = 16 pairs an optimizer step\n"
+        "21 pairs = 2 steps an epoch (the last has 5 pairs); 2 epochs = 4 steps, 2 of them warm-up\n"
+        "126 packed tokens an epoch; both chats whole would be 231 (1.83 times as many)"
+    )
+
+
+def test_a_full_last_step_is_said_so(config: DPOConfig) -> None:
+    """16 pairs in steps of 8: two steps, the last has 8."""
+    pairs = [TokenizedPair.from_chats([1, 2], 1, [1, 3], 1)] * 16
+    plan = BatchPlan((1,) * 16, 0, 1, config.batch_size, config.grad_accum_steps)
+    assert "16 pairs = 2 steps an epoch (the last has 8 pairs); 2 epochs = 4 steps" in batch_arithmetic(
+        config, plan, pairs
+    )
+
+
+def test_memory_lines(config: DPOConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 1, 2, 3 and 0.5 GiB and their sum; the weights are counted by hand.
+
+    Width 32, 2 layers, vocabulary 300: embeddings and vocabulary matrix 9,600 each, layers 2 * 13,312, 5 norms of 32:
+    45,984. The largest micro-batch is that of most rows.
+    """
+    asked: list[Any] = []
+
+    def estimate(*args: Any) -> MemoryEstimate:
+        asked.append(args)
+        return MemoryEstimate(2**30, 2**31, 3 * 2**30, 2**29)
+
+    monkeypatch.setattr(dry_run, "estimate_memory", estimate)
+    lines = sections(describe(config, inputs, 2))["memory per rank (estimate)"].splitlines()
+    assert lines[:5] == [
+        "weights         1.000 GiB",
+        "gradients       2.000 GiB",
+        "optimizer       3.000 GiB",
+        "activations     0.500 GiB",
+        "sum             6.500 GiB",
+    ]
+    [(size, trained, _, batch, dtype, world_size, stage, recompute)] = asked
+    assert (sum(size), trained) == (45_984, 45_984)
+    assert (dtype, world_size, stage, recompute) == (torch.float32, 2, 2, False)
+    assert lines[5:] == [
+        f"45,984 weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
+    ]
+    plan = BatchPlan(tuple(pair.rows for pair in inputs.train_pairs), config.seed, 2, 2, 4)
+    steps = [plan.step(index) for index in range(plan.steps_per_epoch)]
+    rows = [sum(plan.rows[i] for i in micro) for step in steps for rank in step for micro in rank]
+    assert len(batch.tokens_T) == max(rows) > min(rows)
+
+
+def test_the_first_pair_is_shown_with_its_scored_tokens(config: DPOConfig, inputs: Inputs) -> None:
+    """[[ ]] stand around each answer and its <EOA>, and nowhere else. (Each text begins with the tokenizer's space.)"""
+    pair = inputs.data.train[0]
+    tokenized = pair.tokenized
+    prompt = f"<SOT> Be kind.<EOT> \n\n<SOU> {pair.users[0]}<EOU> \n<SOA>"
+    assert sections(describe(config, inputs, 1))["first pair (scored tokens in [[ ]])"] == (
+        f"chosen ({tokenized.chosen_len} tokens, {tokenized.chosen_scored} scored): "
+        f"{prompt}[[ {pair.chosen[0]}<EOA>]]\n"
+        f"rejected ({tokenized.rejected_len} tokens, {tokenized.rejected_scored} scored): "
+        f"{prompt}[[ {pair.rejected[0]}<EOA>]]"
+    )
+
+
+def test_it_writes_nothing_and_computes_on_meta_only(
+    job: TinyJob, config: DPOConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file appears or changes; the one model made has no memory, is never called, and none is read from disk."""
+    devices: set[str] = set()
+    count = dry_run.model_size
+
+    def watched(model: LLaMaTransformer) -> Any:
+        devices.update(parameter.device.type for parameter in model.parameters())
+        return count(model)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a dry run computes nothing")
+
+    monkeypatch.setattr(dry_run, "model_size", watched)
+    monkeypatch.setattr(LLaMaTransformer, "hidden", refuse)
+    monkeypatch.setattr(Inputs, "build_model", refuse)
+    before = snapshot(job.folder)
+    describe(config, inputs, 2)
+    assert devices == {"meta"}
+    assert snapshot(job.folder) == before and before.keys() == {"pairs.jsonl", "start.pth", "tokenizer.json"}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """All files below a folder with their contents."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
