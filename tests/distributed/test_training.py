@@ -60,8 +60,8 @@ def test_two_ranks_equal_one_and_resume_on_another_number(job):
 
 
 def test_bf16_zero_2_and_zero_3_agree(job):
-    """The same bf16 arithmetic partitioned more or less: equal curves to bf16's noise, step 0 at ln 2 within 1e-3. And a
-    ZeRO-3 run that is taken up in the middle of an epoch ends where the one never stopped did."""
+    """The same bf16 arithmetic partitioned more or less: equal curves to bf16's noise, step 0 at ln 2 within 1e-3.
+    And a ZeRO-3 run that is taken up in the middle of an epoch ends where the one never stopped did."""
     base = {**job.settings, "grad_accum_steps": 2, "save_interval": 2, "keep_states": 9}
     for name in ("zero2_bf16", "zero3_bf16"):
         settings = {**base, "run_name": name, "deepspeed_config": str(ROOT / "ds_configs" / f"{name}.json")}

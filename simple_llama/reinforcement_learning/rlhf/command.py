@@ -25,23 +25,24 @@ def run_command(work: Callable[[DPOConfig, Ranks], None], description: str | Non
         get_logger(None, ranks)
         work(config, ranks)
         close_ranks()
-        if ranks.world_size > 1:
-            leave()
+        leave(0, ranks)
     except UserError as error:
         if config is not None and config.debug:
             raise
         where = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks and ranks.world_size > 1 else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(MISTAKE)
+        leave(MISTAKE, ranks)
 
 
-def leave() -> None:
-    """Ends this process with status 0 at once: everything is written and the ranks have parted.
+def leave(status: int, ranks: Ranks | None) -> None:
+    """Ends this process: one of several ranks at once, since everything is written and said.
 
-    A gloo rank was seen to abort in C++ destructors on its way out ("terminate called without an active exception"),
-    which a launcher takes for a failure of the whole job.
+    A gloo rank was seen to abort in C++ destructors on its way out ("terminate called without an active exception",
+    status -6), which a launcher takes for a failure of the whole job.
     """
+    if ranks is None or ranks.world_size == 1:
+        sys.exit(status)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

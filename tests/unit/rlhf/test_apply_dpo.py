@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.weights import load_weights
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
@@ -18,12 +18,6 @@ from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.training_run import Run, TrainingStopped
 from tiny_job import TinyJob, make_job, write_pairs
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    yield init_ranks("cpu")
-    close_ranks()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import file_digest
 from simple_llama.reinforcement_learning.rlhf.checkpoint import (
@@ -33,13 +32,6 @@ from simple_llama.reinforcement_learning.rlhf.checkpoint import (
 )
 
 SHARD = "rank_00000.safetensors"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    """One process as a whole job."""
-    yield init_ranks("cpu")
-    close_ranks()
 
 
 def parameter(first: float) -> dict[str, torch.Tensor]:

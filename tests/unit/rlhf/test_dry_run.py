@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common.distributed import Ranks
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf import dry_run
 from simple_llama.reinforcement_learning.rlhf.batch_plan import BatchPlan
@@ -20,13 +19,6 @@ from simple_llama.reinforcement_learning.rlhf.dry_run import batch_arithmetic, d
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
 from tiny_job import TinyJob, make_job
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    """One process as a whole job."""
-    yield init_ranks("cpu")
-    close_ranks()
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common.distributed import Ranks
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.evaluate import evaluate
@@ -27,13 +27,6 @@ PAIRS = [
 ]
 REFERENCE = {PAIRS[0].digest: (-5.0, -9.0), PAIRS[1].digest: (-3.0, -6.0), PAIRS[2].digest: (-9.0, -2.0)}
 BETA = 0.5
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    """One process as a whole job."""
-    yield init_ranks("cpu")
-    close_ranks()
 
 
 @pytest.fixture

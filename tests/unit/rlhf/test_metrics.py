@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common.distributed import Ranks
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
@@ -23,13 +21,6 @@ OF_PAIRS |= {"logps/chosen", "logps/rejected"}
 OF_STEPS = {"grad_norm", "learning_rate", "epoch"}
 OF_STEPS |= {f"perf/{name}" for name in ("pairs_per_second", "tokens_per_second", "mfu", "step_time_s")}
 OF_STEPS |= {"perf/peak_memory_gb"}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    """One process as a whole job."""
-    yield init_ranks("cpu")
-    close_ranks()
 
 
 def three_pairs() -> torch.Tensor:

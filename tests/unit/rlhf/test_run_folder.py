@@ -6,13 +6,12 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf import run_folder
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, config_from_file
@@ -24,13 +23,6 @@ from simple_llama.reinforcement_learning.rlhf.run_folder import (
     read_samples,
     write_records,
 )
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    """One process as a whole job."""
-    yield init_ranks("cpu")
-    close_ranks()
 
 
 def config_of(folder: Path, **changes: Any) -> DPOConfig:
