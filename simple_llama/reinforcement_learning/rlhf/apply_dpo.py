@@ -15,8 +15,7 @@ from simple_llama.common.distributed import Ranks
 from simple_llama.common.logging import LOGGER, progress
 from simple_llama.reinforcement_learning.rlhf.command import run_command
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.dry_run import describe
-from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.training_run import Run
 
@@ -58,17 +57,12 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def run_all(config: DPOConfig, ranks: Ranks) -> None:
-    """The whole job: dry run, or reference pass and training."""
-    inputs = load_inputs(config, ranks)
-    if config.dry_run:
-        if ranks.is_main:
-            print(describe(config, inputs, ranks.world_size))
-        return
+def precompute_and_train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
+    """The whole job (collective): the reference pass for pairs that the store lacks, then training."""
     if config.reference == "store":
         precompute(config, inputs, ranks)
-    train(config, inputs, ranks)
+    return train(config, inputs, ranks)
 
 
 if __name__ == "__main__":
-    run_command(run_all, __doc__)
+    run_command(precompute_and_train, __doc__)

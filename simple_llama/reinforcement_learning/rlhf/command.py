@@ -12,18 +12,27 @@ from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import get_logger
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
+from simple_llama.reinforcement_learning.rlhf.dry_run import describe
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 
 MISTAKE = 2  # exit status when a person can put it right
 
 
-def run_command(work: Callable[[DPOConfig, Ranks], None], description: str | None) -> None:
-    """Parses the command line, joins the ranks, calls `work`; ends the process non-zero on any error."""
+def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description: str | None) -> None:
+    """Parses the command line, joins the ranks, reads the inputs, then calls `work` or, with --dry_run, describes it.
+
+    Ends the process non-zero on any error.
+    """
     config, ranks = None, None
     try:
         config = parse_config(description=description)
         ranks = init_ranks(config.device, config.timeout_s)
         get_logger(None, ranks)
-        work(config, ranks)
+        inputs = load_inputs(config, ranks)
+        if not config.dry_run:
+            work(config, inputs, ranks)
+        elif ranks.is_main:
+            print(describe(config, inputs, ranks.world_size))
         close_ranks()
         leave(0, ranks)
     except UserError as error:
