@@ -104,7 +104,8 @@ def _triton_gradient_(
 
 
 def _block(vocab: int) -> int:
-    return min(triton.next_power_of_2(vocab), MAX_BLOCK)
+    """Columns a program takes at a time: all of a small vocabulary, as a power of two."""
+    return min(1 << (vocab - 1).bit_length(), MAX_BLOCK)
 
 
 TRITON_ROWS = RowKernels(_triton_logps_, _triton_gradient_)
