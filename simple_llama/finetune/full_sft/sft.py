@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.finetune.format_llm_prompt import encode_chat
 from simple_llama.ops import logprob
@@ -58,6 +59,8 @@ def finetune(
     encoded = [encode_chat(tokenizer, *chat) for chat in chats]
     usable = [(np.asarray(ids), scored) for ids, scored in encoded if len(ids) <= model_config.max_seq_len]
     LOGGER.info("SFT: kept %d of %d chats (%d too long)", len(usable), len(encoded), len(encoded) - len(usable))
+    if not usable:
+        raise UserError(f"SFT: expected chats of at most max_seq_len {model_config.max_seq_len} tokens, found none")
     torch.manual_seed(config.seed)
     model = LLaMaTransformer(model_config, tokenizer.get_vocab_size()).to(device)
     optimizer = torch.optim.AdamW(

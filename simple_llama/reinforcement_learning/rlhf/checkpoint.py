@@ -128,7 +128,10 @@ def check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
         return str(error), {}
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         return f"state.json: expected format {FORMAT}", {}
-    for name, expected in facts["files"].items():
+    files = facts.get("files")
+    if not isinstance(files, dict) or not files or "step" not in facts:
+        return "state.json: expected a step and the digests of its files", {}
+    for name, expected in files.items():
         path = candidate / Path(name).name
         if not path.is_file():
             return f"{name} is missing", {}

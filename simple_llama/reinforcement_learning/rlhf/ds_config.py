@@ -32,6 +32,11 @@ def read_ds_config(config: DPOConfig) -> dict[str, Any]:
             raise UserError(
                 f"{config.deepspeed_config}: {key}: this number lives in DPOConfig ({name}); delete it from the JSON"
             )
+    for key in ("bf16", "fp16", "amp", "data_types", "zero_optimization"):
+        if not isinstance(found.get(key, {}), dict):
+            raise UserError(f"{config.deepspeed_config}: {key}: expected a JSON object, found {found[key]!r}")
+    if "bfloat16" in found:
+        raise UserError(f"{config.deepspeed_config}: bfloat16: expected this section under its other name, bf16")
     for key in ("fp16", "amp"):
         if enabled(found, key):
             raise UserError(f"{config.deepspeed_config}: {key}: expected bf16 or fp32 (no {key}), found it enabled")
@@ -40,10 +45,9 @@ def read_ds_config(config: DPOConfig) -> dict[str, Any]:
             f'{config.deepspeed_config}: data_types.grad_accum_dtype: expected "fp32" with bf16 (a bf16 sum of '
             f"micro-batches loses small gradients), found {found.get('data_types', {}).get('grad_accum_dtype')!r}"
         )
-    if zero_stage(found) not in (1, 2, 3):
-        raise UserError(
-            f"{config.deepspeed_config}: zero_optimization.stage: expected 1, 2 or 3, found {zero_stage(found)}"
-        )
+    stage = found.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise UserError(f"{config.deepspeed_config}: zero_optimization.stage: expected 1, 2 or 3, found {stage!r}")
     return found
 
 
@@ -71,5 +75,4 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 
 def enabled(ds_config: dict[str, Any], key: str) -> bool:
     """Whether a DeepSpeed section is there and on."""
-    section = ds_config.get(key, {})
-    return bool(section.get("enabled", False)) if isinstance(section, dict) else bool(section)
+    return bool(ds_config.get(key, {}).get("enabled", False))

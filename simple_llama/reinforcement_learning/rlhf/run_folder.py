@@ -34,7 +34,8 @@ def name_run(config: DPOConfig, ranks: Ranks) -> str:
             newest = newest_run(Path(config.ckpt_dir)) if config.resume and not config.run_name else ""
             name = config.run_name or newest or time.strftime("%Y%m%d-%H%M%S")
             folder = Path(config.ckpt_dir) / name
-            if not config.resume and folder.exists() and any(folder.iterdir()):
+            has_checkpoints = (folder / "latest").exists() or any(folder.glob("dpo_*.pth"))
+            if not config.resume and has_checkpoints:
                 raise UserError(
                     f"{folder}: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
                 )

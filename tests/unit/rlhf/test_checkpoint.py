@@ -272,3 +272,10 @@ def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
     assert 'reference was {"weights": "ab"}, is now {"weights": "cd"};' in str(error.value)
     with pytest.raises(UserError, match="seed was null, is now 1;"):
         check_same_run(facts, {"seed": 1}, tmp_path)
+
+
+@pytest.mark.parametrize("files", [None, [], {}, [SHARD]])
+def test_a_state_without_its_files_is_no_state(tmp_path: Path, files: Any) -> None:
+    """state.json that names no file, or names them otherwise: passed over, not trusted and not a traceback."""
+    problem, facts = check_state(write_state(tmp_path, 7, files=files))
+    assert problem == "state.json: expected a step and the digests of its files" and facts == {}

@@ -144,3 +144,18 @@ def test_the_shipped_files_are_accepted() -> None:
         assert settings["train_batch_size"] == 16 * 8 * 2
         found[path.name] = (model_dtype(settings), zero_stage(settings))
     assert found == SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bfloat16": {"enabled": True}}, "bfloat16: expected this section under its other name, bf16"),
+        ({"zero_optimization": True}, "zero_optimization: expected a JSON object, found True"),
+        ({"data_types": None}, "data_types: expected a JSON object, found None"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage: expected 1, 2 or 3, found 'two'"),
+        ({"zero_optimization": {"stage": 2.7}}, "zero_optimization.stage: expected 1, 2 or 3, found 2.7"),
+    ],
+)
+def test_sections_of_another_kind_are_refused(tmp_path: Path, change: dict, words: str) -> None:
+    """DeepSpeed's second spelling of bf16, sections that are no objects, and stages that are no whole number."""
+    assert refusal(tmp_path, {**BF16, **change}) == words
