@@ -41,8 +41,8 @@ def finished_run(folder: Path, name: str, seconds: int) -> None:
 
 
 def test_a_run_with_checkpoints_is_not_overwritten(tmp_path: Path, ranks: Ranks) -> None:
-    """The name is refused while its folder holds a checkpoint; with resume it is taken; an empty folder is no run, nor is
-    one that a kill left in the middle of its first save."""
+    """The name is refused while its folder holds a checkpoint; with resume it is taken; an empty folder is no run,
+    nor is one that a kill left in the middle of its first save."""
     finished_run(tmp_path, "a", 1000)
     expected = f"{tmp_path}/a: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
     with pytest.raises(UserError) as error:
