@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from tokenizers import Tokenizer
@@ -25,7 +25,7 @@ def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
     )
     ds_config = full_ds_config(config, world_size)
     sections = {
-        "config": json.dumps(asdict(config), indent=2),
+        "config": json.dumps(asdict(replace(config, max_seq_len=inputs.max_seq_len)), indent=2),
         "DeepSpeed": json.dumps(ds_config, indent=2),
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
         "batches": batch_arithmetic(config, plan, pairs),
@@ -46,7 +46,7 @@ def batch_arithmetic(config: DPOConfig, plan: BatchPlan, pairs: list[TokenizedPa
             f"{config.batch_size} pairs a micro-batch x {config.grad_accum_steps} micro-batches x {plan.world_size} "
             f"ranks = {plan.pairs_per_step} pairs an optimizer step",
             f"{len(pairs)} pairs = {plan.steps_per_epoch} steps an epoch (the last has {last} pairs); "
-            f"{config.epochs} epochs = {steps} steps, {config.warmup_iterations} of them warm-up",
+            f"{config.epochs} epochs = {steps} steps; warm-up over {config.warmup_iterations}",
             f"{packed} packed tokens an epoch; both chats whole would be {whole} ({whole / packed:.2f} times as many)",
         ]
     )

@@ -83,7 +83,7 @@ def test_batch_arithmetic_by_hand(config: DPOConfig) -> None:
     plan = BatchPlan(tuple(pair.rows for pair in pairs), 0, 2, config.batch_size, config.grad_accum_steps)
     assert batch_arithmetic(config, plan, pairs) == (
         "2 pairs a micro-batch x 4 micro-batches x 2 ranks = 16 pairs an optimizer step\n"
-        "21 pairs = 2 steps an epoch (the last has 5 pairs); 2 epochs = 4 steps, 2 of them warm-up\n"
+        "21 pairs = 2 steps an epoch (the last has 5 pairs); 2 epochs = 4 steps; warm-up over 2\n"
         "126 packed tokens an epoch; both chats whole would be 231 (1.83 times as many)"
     )
 
