@@ -96,15 +96,24 @@ def test_reference_pass_killed_in_the_middle_resumes(job):
 
 
 def test_documented_command_through_the_launcher(job, tmp_path):
-    """`deepspeed --hostfile hostfile launch/...` with two slots on this machine; it appends --local_rank itself."""
+    """`deepspeed --hostfile hostfile launch/...` with two slots on this machine; it appends --local_rank itself. The
+    compilers on the PATH are stubs that leave a note: nobody calls one."""
+    called, stubs = tmp_path / "called", tmp_path / "bin"
+    stubs.mkdir()
+    for name in ("cc", "gcc", "c++", "g++", "clang", "ninja", "nvcc"):
+        (stubs / name).write_text(f"#!/bin/sh\necho {name} >>{called}\nexit 1\n")
+        (stubs / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{stubs}:{os.environ['PATH']}"}
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=2\n")
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile), "--no_ssh_check"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     arguments = [f"--{name}={value}" for name, value in {**job.settings, "epochs": 1, "n_samples": 0}.items()]
     for script in (PRECOMPUTE, TRAIN):
-        done = subprocess.run([*launcher, script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        command = [*launcher, script, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert not called.exists(), f"{script} called {called.read_text().split()}"
     assert job.curve("loss")[0] == pytest.approx(0.693147, abs=1e-6)
 
 

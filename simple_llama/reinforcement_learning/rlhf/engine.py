@@ -175,12 +175,14 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
+    import deepspeed.ops
     import deepspeed.utils
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     # On a CPU, DeepSpeed would compile a shared-memory op at start; gloo does without, and hosts need no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Set, not edited: reading this table would call the compiler to find out which ops could be built.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed
 
 

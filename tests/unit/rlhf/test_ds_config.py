@@ -83,17 +83,17 @@ def test_bf16_without_fp32_accumulation_is_refused(tmp_path: Path, section: dict
     assert read_ds_config(config_with(tmp_path, fp32)) == fp32
 
 
-@pytest.mark.parametrize("stage", [0, 4, -1])
+@pytest.mark.parametrize("stage", [0, 1, 4, -1])
 def test_other_zero_stages_are_refused(tmp_path: Path, stage: int) -> None:
     """0 by number and by silence, and numbers that are no stage."""
-    expected = "zero_optimization.stage: expected 1, 2 or 3, found "
+    expected = "zero_optimization.stage: expected 2 or 3, found "
     assert refusal(tmp_path, {**BF16, "zero_optimization": {"stage": stage}}) == f"{expected}{stage}"
     without = {key: value for key, value in BF16.items() if key != "zero_optimization"}
     assert refusal(tmp_path, without) == f"{expected}0"
     assert refusal(tmp_path, {**BF16, "zero_optimization": {}}) == f"{expected}0"
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_the_users_settings_come_back_as_they_are(tmp_path: Path, stage: int) -> None:
     """Nothing is added or lost on reading, whatever else stands there."""
     settings = {**BF16, "zero_optimization": {"stage": stage, "overlap_comm": True}, "wall_clock_breakdown": False}
@@ -152,8 +152,8 @@ def test_the_shipped_files_are_accepted() -> None:
         ({"bfloat16": {"enabled": True}}, "bfloat16: expected this section under its other name, bf16"),
         ({"zero_optimization": True}, "zero_optimization: expected a JSON object, found True"),
         ({"data_types": None}, "data_types: expected a JSON object, found None"),
-        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage: expected 1, 2 or 3, found 'two'"),
-        ({"zero_optimization": {"stage": 2.7}}, "zero_optimization.stage: expected 1, 2 or 3, found 2.7"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage: expected 2 or 3, found 'two'"),
+        ({"zero_optimization": {"stage": 2.7}}, "zero_optimization.stage: expected 2 or 3, found 2.7"),
     ],
 )
 def test_sections_of_another_kind_are_refused(tmp_path: Path, change: dict, words: str) -> None:
