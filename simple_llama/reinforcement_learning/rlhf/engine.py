@@ -182,7 +182,8 @@ def import_deepspeed(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
     # On a CPU, DeepSpeed would compile a shared-memory op at start; gloo does without, and hosts need no compiler.
     # Set, not edited: reading this table would call the compiler to find out which ops could be built.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    ops: Any = deepspeed.ops
+    ops.__compatible_ops__ = {}
     return deepspeed
 
 
