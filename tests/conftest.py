@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Settings of the whole session, and of the processes that tests start."""
     config.stash[DESELECTED] = []
     torch.set_num_threads(2)
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ["OMP_NUM_THREADS"] = "2"
     for name in list(os.environ):
         if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
             del os.environ[name]  # a test that means to be a rank sets its own
