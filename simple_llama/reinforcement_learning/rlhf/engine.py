@@ -154,7 +154,7 @@ class Engine:
     def make_moments(self) -> None:
         """Gives AdamW its zero moments before the first step, and ZeRO its links to them.
 
-        ZeRO 1/2 (0.19.8) links all groups after the first group's step, when the others have no moments yet: without
+        ZeRO-2 (0.19.8) links all groups after the first group's step, when the others have no moments yet: without
         this the state of a second group could be neither saved nor loaded.
         """
         zero = self.optimizer

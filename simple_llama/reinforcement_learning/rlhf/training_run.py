@@ -207,7 +207,7 @@ class Run:
         pairs_in_step = sum(len(micro_batch) for rank in step for micro_batch in rank)
         mine, losses = step[self.ranks.rank], []
         for place, micro_batch in enumerate(mine):
-            # A step with fewer pairs than ranks leaves some ranks none: they compute any pair, with weight 0.
+            # Where a short step's pairs do not go round, a rank computes any pair, with weight 0.
             chosen = [self.pairs[i] for i in micro_batch or step[0][0]]
             weight = self.ranks.world_size / pairs_in_step if micro_batch else 0.0
             batch = PairBatch.pack(chosen).to(self.ranks.device)
