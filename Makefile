@@ -1,6 +1,6 @@
 # Every target does its own set-up: the first one run makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu bench check format tensorboard clean
+.PHONY: help demo test test-gpu test-hosts bench check format tensorboard clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +24,9 @@ test: $(INSTALLED) ## the tests that need neither a GPU nor root
 
 test-gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
+
+test-hosts: $(INSTALLED) ## two hosts in network namespaces: needs root, iproute2, openssh-server, pdsh
+	$(BIN)/python -m pytest -m hosts
 
 bench: $(INSTALLED) ## time the log-prob head and a decoder block on this CPU
 	$(BIN)/python benchmarks/bench_ops.py

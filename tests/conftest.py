@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 WHY_DESELECTED = {
     "gpu": "need an NVIDIA GPU; make test-gpu",
-    "hosts": "need root, for two hosts in network namespaces; pytest -m hosts",
+    "hosts": "need root, for two hosts in network namespaces; make test-hosts",
 }
 DESELECTED = pytest.StashKey[list[pytest.Item]]()
 LAUNCHER_PREFIXES = ("OMPI_COMM_WORLD_", "SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_")
