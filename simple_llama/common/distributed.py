@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from simple_llama.common.errors import UserError
 
@@ -53,7 +54,7 @@ def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
 
     Args:
         device: "auto" (CUDA when there is one), "cpu" or "cuda".
-        timeout_s: seconds that a rank waits for the others, here and in each collective of this group.
+        timeout_s: seconds that a rank waits for the others, here and, until `set_collective_timeout`, in collectives.
 
     Raises:
         UserError: variables missing or impossible, no CUDA device for this rank, or the others did not come in time.
@@ -69,6 +70,11 @@ def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     if torch_device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     return Ranks(rank, world_size, local_rank, local_world_size, torch_device)
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """Lets a collective wait longer than the start did: for a rank that writes a checkpoint, say."""
+    c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def close_ranks() -> None:

@@ -11,50 +11,64 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from simple_llama.common import stopping
 from simple_llama.common.distributed import Ranks
-from simple_llama.common.logging import LOGGER, progress
+from simple_llama.common.logging import progress
 from simple_llama.reinforcement_learning.rlhf.command import run_command
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
-from simple_llama.reinforcement_learning.rlhf.training_run import Run
+from simple_llama.reinforcement_learning.rlhf.run_folder import locked, name_run
+from simple_llama.reinforcement_learning.rlhf.training_run import Run, due
 
 
 def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
     """Trains the policy (collective); returns the last exported `.pth`.
 
-    Raises UserError for what a person can put right, TrainingStopped for a loss or gradient that is not finite.
+    Raises UserError for what a person can put right, TrainingStopped for a loss or gradient that is not finite, and
+    Stopped on request, after a save.
     """
-    run = Run(config, inputs, ranks)
-    try:
-        return run_steps(run)
-    finally:
-        run.writer.close()
-
-
-def run_steps(run: Run) -> Path:
-    """From step 0 or the saved step to the end; returns the last exported `.pth`."""
-    config, ranks = run.config, run.ranks
-    first = run.restore() if config.resume else run.check_start()
-    for index in progress(range(first, run.total_steps), total=run.total_steps - first, desc="train", ranks=ranks):
-        step, rate = index + 1, run.rate(index)
-        run.accumulate(index)
-        run.update(step, rate)
-        ends_epoch = step % run.plan.steps_per_epoch == 0
-        saves = ends_epoch or due(step, config.save_interval)
-        if saves or due(step, config.log_interval):
-            run.log(step, rate)
-        if ends_epoch or due(step, config.eval_interval):
-            run.evaluate(step)
-        if saves:
-            run.save(step)
-    LOGGER.info("finished: %s", run.last_path)
+    stopping.begin()
+    name = name_run(config, ranks)
+    with locked(Path(config.ckpt_dir) / name, ranks) as check_lock:
+        run = Run(config, inputs, ranks, name, check_lock)
+        try:
+            run_steps(run)
+        except stopping.Stopped:
+            run.save_stopped()
+            raise
+        finally:
+            run.writer.close()
+        run.finish()
     return run.last_path
 
 
-def due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps (0: never) happens after `step` steps."""
-    return interval > 0 and step % interval == 0
+def run_steps(run: Run) -> None:
+    """From the start, or from where the saved run was, to the end."""
+    config = run.config
+    if run.saved:
+        run.restore()
+    if run.unfinished:
+        finish_step(run, run.done)
+    left = range(run.done, run.total_steps)
+    for index in progress(left, total=len(left), desc="train", ranks=run.ranks):
+        step, rate = index + 1, run.rate(index)
+        run.accumulate(index)
+        run.update(step, rate)
+        if run.saves_at(step) or due(step, config.log_interval):
+            run.log(step, rate)
+        finish_step(run, step)
+
+
+def finish_step(run: Run, step: int) -> None:
+    """What is due after `step` steps: the checks of the start, an evaluation, a checkpoint."""
+    if step == 0:
+        run.check_start()
+    elif run.ends_epoch(step) or due(step, run.config.eval_interval):
+        run.evaluate(step)
+    run.unfinished = False
+    if run.saves_at(step):
+        run.save(step)
 
 
 def precompute_and_train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:

@@ -1,46 +1,87 @@
-"""How every command starts and ends: settings, ranks, one message for a mistake, a traceback for a bug."""
+"""How every command starts and ends: settings, ranks, one message for a mistake, a traceback for a bug.
+
+Exit status: 0 done, 1 a bug (traceback), 2 a mistake that a person can put right, 3 a rank, host or link was lost or
+hung, 75 stopped on request after a save, 130 ended by a second Ctrl-C. The last line of a job that is done is FINISHED.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.common import stopping, watchdog
+from simple_llama.common.distributed import Ranks, barrier, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
-from simple_llama.common.logging import get_logger
+from simple_llama.common.logging import LOGGER, get_logger
+from simple_llama.common.supervisor import FINISHED
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 
-MISTAKE = 2  # exit status when a person can put it right
+BUG, MISTAKE, INTERRUPTED = 1, 2, 130  # exit status; with watchdog.LOST and stopping.STOPPED these are all
 
 
 def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description: str | None) -> None:
     """Parses the command line, joins the ranks, reads the inputs, then calls `work` or, with --dry_run, describes it.
 
-    Ends the process non-zero on any error.
+    Ends the process, non-zero on any error.
     """
     config, ranks = None, None
+    stopping.install()
     try:
         config = parse_config(description=description)
-        ranks = init_ranks(config.device, config.timeout_s)
+        ranks = init_ranks(config.device, config.peer_timeout_s)
         get_logger(None, ranks)
+        watchdog.start(ranks, config.peer_timeout_s, config.step_timeout_s, config.io_timeout_s)
         inputs = load_inputs(config, ranks)
         if not config.dry_run:
             work(config, inputs, ranks)
         elif ranks.is_main:
             print(describe(config, inputs, ranks.world_size))
+        barrier(ranks)  # all ranks have done all: only now may one of them leave
+        LOGGER.info(FINISHED)
+        watchdog.close()
         close_ranks()
         leave(0, ranks)
+    except stopping.Stopped as stop:
+        say(f"stopped{where(ranks)}: {stop}; --resume goes on from what is saved")
+        watchdog.fail(f"stopped: {stop}")
+        leave(stopping.STOPPED, ranks)
     except UserError as error:
+        watchdog.fail(str(error))
         if config is not None and config.debug:
             raise
-        where = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks and ranks.world_size > 1 else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        say(f"error{where(ranks)}: {error}")
         leave(MISTAKE, ranks)
+    except KeyboardInterrupt:
+        watchdog.fail("interrupted")
+        say(f"interrupted{where(ranks)}")
+        leave(INTERRUPTED, ranks)
+    except Exception as error:
+        watchdog.await_verdict()  # a peer that was killed looks like a bug in the collective that waits for it
+        watchdog.fail(f"{type(error).__name__}: {error}")
+        if ranks is None or ranks.world_size == 1:
+            raise
+        traceback.print_exc()
+        leave(BUG, ranks)
+    finally:
+        stopping.uninstall()
+
+
+def where(ranks: Ranks | None) -> str:
+    """Which of several ranks speaks."""
+    return f" (rank {ranks.rank} on {socket.gethostname()})" if ranks and ranks.world_size > 1 else ""
+
+
+def say(message: str) -> None:
+    """One message on stderr, if somebody still reads it."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def leave(status: int, ranks: Ranks | None) -> None:
@@ -52,6 +93,7 @@ def leave(status: int, ranks: Ranks | None) -> None:
     if ranks is None or ranks.world_size == 1:
         sys.exit(status)
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)

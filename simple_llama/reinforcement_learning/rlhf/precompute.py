@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from simple_llama.common import stopping, watchdog
 from simple_llama.common.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.common.logging import LOGGER, progress
 from simple_llama.reinforcement_learning.rlhf.batch_plan import sweep
@@ -18,8 +19,10 @@ from simple_llama.reinforcement_learning.rlhf.reference import open_store
 def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     """Fills the store for all pairs of the data set (collective). Returns the number of pairs computed.
 
-    A pass that was killed resumes: what it wrote is there, and only the missing pairs are computed.
+    A pass that was killed resumes: what it wrote is there, and only the missing pairs are computed. Raises Stopped on
+    request, with all that was computed on disk.
     """
+    stopping.begin()
     pairs = inputs.train_pairs + inputs.validation_pairs
     store = open_store(config.ref_cache_dir, inputs.reference, ranks)
     missing = broadcast_object(store.missing(pairs), ranks)  # one rank's word, or two ranks could share out differently
@@ -33,11 +36,16 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     with fail_together(ranks), store.writer(every_pairs=config.ref_flush_pairs) as writer:
         for micro_batch in progress(mine, total=len(mine), desc="reference", ranks=ranks):
             chosen = [todo[i] for i in micro_batch]
+            watchdog.beat("reference pass")
+            if stopping.requested():
+                break  # what is computed is written; a later pass computes the rest
             if not chosen:
                 continue
             batch = PairBatch.pack(chosen).to(ranks.device)
             logps_B2 = pair_logps(model, batch)
             writer.add(chosen, logps_B2.cpu().numpy())
+            watchdog.started()
+    stopping.agree(ranks, at_once=True)
     seconds = time.perf_counter() - started
     LOGGER.info(
         "reference pass: computed %d pairs in %.1f s (%.2f pairs/s, %d ranks, %.2f GiB peak)",

@@ -1,26 +1,33 @@
 """The run directory: what is needed to read a run and to repeat it.
 
 <log_dir>/<run>/  config.json  ds_config.json  environment.json  metrics.jsonl  samples.jsonl  train.log
-                  events.out.tfevents.*
+                  events.out.tfevents.*  finished.json (at the end)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from simple_llama.common import watchdog
 from simple_llama.common.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write_json
+from simple_llama.common.lock import NAME as LOCK_NAME
+from simple_llama.common.lock import FolderLock
 from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.checkpoint import newest_run
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
+
+SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all
 
 
 def name_run(config: DPOConfig, ranks: Ranks) -> str:
@@ -40,6 +47,53 @@ def name_run(config: DPOConfig, ranks: Ranks) -> str:
                     f"{folder}: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
                 )
     return broadcast_object(name, ranks)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of a checkpoint folder while the body runs (collective). Gives a check for rank 0, which
+    raises UserError where another run took the folder over meanwhile.
+
+    Raises UserError when another run writes there, or when a rank does not see the folder of rank 0.
+    """
+    lock: FolderLock | None = None
+    made: list[Path] = []
+    with fail_together(ranks):
+        if ranks.is_main:
+            made = [path for path in (folder, folder.parent) if not path.exists()]  # none stays behind empty
+            lock = FolderLock.take(folder)
+            watchdog.before_end(lock.release)
+    try:
+        with fail_together(ranks):
+            wait_for_lock(folder)
+        yield lock.check if lock else lambda: None
+    finally:
+        if lock:
+            lock.release()
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def wait_for_lock(folder: Path) -> None:
+    """Returns when this host sees the lock of rank 0; UserError when it does not: the disk is not shared."""
+    for _ in range(SEEN_TRIES):
+        if (folder / LOCK_NAME).exists():
+            return
+        time.sleep(1)  # network file systems show a new file late
+    raise UserError(
+        f"{folder}: rank 0's {LOCK_NAME} cannot be seen on this host; expected ckpt_dir on a disk that all hosts share"
+    )
+
+
+def mark_finished(folder: Path, step: int, weights: Path) -> None:
+    """Writes finished.json: the whole run is done. A launcher's exit status 0 alone does not say so."""
+    atomic_write_json(folder / "finished.json", {"step": step, "weights": str(weights)})
+
+
+def unmark_finished(folder: Path) -> None:
+    """Takes finished.json away, at the start of a run that goes on."""
+    (folder / "finished.json").unlink(missing_ok=True)
 
 
 def write_records(folder: Path, config: DPOConfig, ds_config: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from tokenizers import Tokenizer
 
+from simple_llama.common import watchdog
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.dataset_loader import PreferencePair
@@ -26,6 +27,7 @@ def generate(model: LLaMaTransformer, prompt_ids: Sequence[int], max_new_tokens:
         cache = model.new_cache(len(prompt_ids) + max(room, 0))
         ahead = torch.tensor(list(prompt_ids), device=device)
         while len(answer) < room:
+            watchdog.beat("sample answers")
             token = int(model.decode(ahead, cache).argmax())
             if token == stop_id:
                 break

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from simple_llama.common import stopping, watchdog
 from simple_llama.common.distributed import Ranks, all_reduce_sum, fail_together, gather_objects, require_same
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER, get_logger, progress
@@ -31,8 +33,9 @@ from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceL
 from simple_llama.reinforcement_learning.rlhf.run_folder import (
     append_samples,
     environment,
-    name_run,
+    mark_finished,
     read_samples,
+    unmark_finished,
     write_records,
 )
 from simple_llama.reinforcement_learning.rlhf.sampling import answers, sample_page, sample_prompts
@@ -68,8 +71,10 @@ class TrainingStopped(UserError):
 class Run:
     """One training run: the policy under DeepSpeed, its data, its reference, and where its records go."""
 
-    def __init__(self, config: DPOConfig, inputs: Inputs, ranks: Ranks):
+    def __init__(self, config: DPOConfig, inputs: Inputs, ranks: Ranks, name: str, check_lock: Callable[[], object]):
+        """Sets all up (collective). `check_lock` raises where another run has taken over the checkpoint folder."""
         self.config, self.inputs, self.ranks = config, inputs, ranks
+        self.name, self.check_lock = name, check_lock
         self.pairs, self.held_out = inputs.train_pairs, inputs.validation_pairs
         self.plan = BatchPlan(
             tuple(pair.rows for pair in self.pairs),
@@ -83,7 +88,6 @@ class Run:
         self.ref_logps, store_digest = self.open_reference()
         require_same("reference store (digest)", store_digest, ranks)
 
-        self.name = name_run(config, ranks)
         self.log_folder, self.ckpt_folder = Path(config.log_dir) / self.name, Path(config.ckpt_dir) / self.name
         with fail_together(ranks):
             self.saved = checkpoint.newest_state(self.ckpt_folder) if config.resume else None
@@ -105,6 +109,8 @@ class Run:
         self.grad_norm, self.last_loss = 0.0, math.nan
         self.since, self.steps_since = time.perf_counter(), 0  # of the current interval of metrics
         self.last_path = self.ckpt_folder  # of an exported .pth, once there is one
+        self.done, self.saved_step = 0, -1  # optimizer steps, of this moment and of the newest state on disk
+        self.unfinished = True  # whether something that is due after `done` steps is still to do
         self.prompts = sample_prompts(inputs.data.validation, config.n_samples)
 
     # === Start ===
@@ -117,6 +123,7 @@ class Run:
                 resolved = replace(self.config, run_name=self.name, max_seq_len=self.inputs.max_seq_len)
                 write_records(self.log_folder, resolved, self.engine.ds_config)
             if self.ranks.is_main:
+                unmark_finished(self.log_folder)
                 rewind(self.log_folder / "samples.jsonl", done)
             get_logger(self.log_folder / "train.log", self.ranks)
             self.writer = RunWriter(self.log_folder, self.ranks.is_main, done)
@@ -147,8 +154,8 @@ class Run:
         start_weights = load_weights(self.inputs.start_path).state_dict
         return Engine(DPOPolicy(model, self.loss_fn), start_weights, self.config, self.ranks)
 
-    def check_start(self) -> int:
-        """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known. Gives 0."""
+    def check_start(self) -> None:
+        """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known."""
         worst = reference.audit(self.engine.logps, self.ref_logps, self.pairs, self.inputs.dtype, self.ranks.device)
         LOGGER.info("step-0 audit: policy and reference differ by at most %.2g nats a token", worst)
         self.evaluate(0)
@@ -162,23 +169,24 @@ class Run:
                     "ref_cache_dir and run launch/precompute_ref.py again"
                 )
         self.start_interval()
-        return 0
 
     def start_interval(self) -> None:
         """Starts the sums and the clock of the next interval of metrics."""
         self.sums.reset()
         self.since, self.steps_since = time.perf_counter(), 0
 
-    def restore(self) -> int:
-        """Takes up the newest complete state; returns the optimizer steps done."""
+    def restore(self) -> None:
+        """Takes up the newest complete state."""
         assert self.saved is not None
-        checkpoint.check_same_run(self.saved.facts, self.must_agree(), self.saved.folder)
+        facts = self.saved.facts
+        checkpoint.check_same_run(facts, self.must_agree(), self.saved.folder)
         checkpoint.load_state(self.saved, self.engine)
-        self.last_loss = self.saved.facts["loss"]
-        self.last_path = self.ckpt_folder / self.saved.facts["weights"]
-        LOGGER.info("resumed from %s at step %d", self.saved.folder, self.saved.facts["step"])
+        self.last_loss = math.nan if facts["loss"] is None else facts["loss"]
+        self.last_path = self.ckpt_folder / facts["weights"]
+        self.done = self.saved_step = int(facts["step"])
+        self.unfinished = bool(facts.get("unfinished", False))
+        LOGGER.info("resumed from %s at step %d", self.saved.folder, self.done)
         self.start_interval()
-        return int(self.saved.facts["step"])
 
     def must_agree(self) -> dict[str, Any]:
         """What a resumed run must share with the saved one; the same pairs a step may be dealt to other ranks."""
@@ -206,7 +214,7 @@ class Run:
         step = self.plan.step(index)
         pairs_in_step = sum(len(micro_batch) for rank in step for micro_batch in rank)
         mine, losses = step[self.ranks.rank], []
-        for place, micro_batch in enumerate(mine):
+        for place, micro_batch in enumerate(self.stoppable(mine, f"step {index + 1}")):
             # Where a short step's pairs do not go round, a rank computes any pair, with weight 0.
             chosen = [self.pairs[i] for i in micro_batch or step[0][0]]
             weight = self.ranks.world_size / pairs_in_step if micro_batch else 0.0
@@ -219,6 +227,14 @@ class Run:
                 self.sums.add(pair_statistics(out.losses_B, out.logps_B2, rewards_B2), len(batch.tokens_T), flops)
                 losses.append(out.losses_B)
         self.stop_if_not_finite(index, mine, losses)
+        watchdog.started()
+
+    def stoppable(self, micro_batches: Iterable[MicroBatch], place: str) -> Iterator[MicroBatch]:
+        """The micro-batches, of which each rank has as many (collective); between two of them the run may stop."""
+        for micro_batch in micro_batches:
+            watchdog.beat(place)
+            stopping.agree(self.ranks)
+            yield micro_batch
 
     def stop_if_not_finite(self, index: int, mine: tuple[MicroBatch, ...], losses: list[torch.Tensor]) -> None:
         """One reduction and one host read a step (collective)."""
@@ -253,6 +269,16 @@ class Run:
         if not (math.isfinite(self.grad_norm) and self.grad_norm >= 0):
             raise TrainingStopped(f"step {step}: the gradient norm is {self.grad_norm}; {self.last_good()}")
         self.steps_since += 1
+        self.done, self.unfinished = step, True
+        watchdog.beat(f"after step {step}")
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether `step` steps are whole epochs."""
+        return step > 0 and step % self.plan.steps_per_epoch == 0
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return self.ends_epoch(step) or (step > 0 and due(step, self.config.save_interval))
 
     # === Records ===
 
@@ -297,7 +323,9 @@ class Run:
         if self.held_out:
             rows = [pair.rows for pair in self.held_out]
             mine = sweep(rows, self.config.batch_size, self.ranks.world_size)[self.ranks.rank]
-            mine = progress(mine, total=len(mine), desc="evaluate", ranks=self.ranks)
+            mine = progress(
+                self.stoppable(mine, f"evaluation at step {step}"), total=len(mine), desc="evaluate", ranks=self.ranks
+            )
             values = evaluate(self.engine.logps, self.loss_fn, self.ref_logps, self.held_out, mine, self.ranks.device)
             self.last_loss = values["eval_loss"]
             self.writer.scalars(step, values)
@@ -334,8 +362,6 @@ class Run:
         started = time.perf_counter()
         epochs = step / self.plan.steps_per_epoch
         self.last_path = self.ckpt_folder / checkpoint.weights_name(epochs, self.last_loss, self.inputs.max_seq_len)
-        facts = {"step": step, "optimizer_steps": step, "loss": self.last_loss, "weights": self.last_path.name}
-        facts |= self.must_agree()
         metadata = {
             "run": self.name,
             "step": step,
@@ -351,7 +377,40 @@ class Run:
             state_dict = {name: weights.get(name, tensor) for name, tensor in start.state_dict.items()}
             save_weights(self.last_path, state_dict, start.config, metadata)
 
-        checkpoint.save_state(self.ckpt_folder, self.engine, facts, self.config.keep_states, self.ranks, export)
-        self.writer.flush()
+        self.save_state(export, self.last_path.name)
         LOGGER.info("saved %s", self.last_path)
         self.since += time.perf_counter() - started
+
+    def save_stopped(self) -> None:
+        """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no `.pth`."""
+        if self.saved_step != self.done:
+            self.save_state(lambda weights: None, "")
+        LOGGER.info("stopped after step %d; --resume goes on from there", self.done)
+
+    def save_state(self, export: Callable[[dict[str, torch.Tensor]], None], weights_name: str) -> None:
+        """Saves the state after `done` steps (collective), if no other run has taken over the folder."""
+
+        def checked_export(weights: dict[str, torch.Tensor]) -> None:
+            self.check_lock()
+            export(weights)
+
+        facts = {"step": self.done, "optimizer_steps": self.done, "weights": weights_name}
+        facts |= {"loss": None if math.isnan(self.last_loss) else self.last_loss, "unfinished": self.unfinished}
+        facts |= self.must_agree()
+        keep = self.config.keep_states
+        with watchdog.patience(f"saving step {self.done}"):
+            checkpoint.save_state(self.ckpt_folder, self.engine, facts, keep, self.ranks, checked_export)
+            self.writer.flush()
+        self.saved_step = self.done
+
+    def finish(self) -> None:
+        """Leaves the mark of success in the run's folder (collective)."""
+        with fail_together(self.ranks):
+            if self.ranks.is_main:
+                mark_finished(self.log_folder, self.done, self.last_path)
+        LOGGER.info("finished: %s", self.last_path)
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps (0: never) happens after `step` steps."""
+    return interval > 0 and step % interval == 0

@@ -131,7 +131,7 @@ def test_not_a_number_stops_before_the_weights_change(job, ranks):
     config = DPOConfig(**job.settings)
     inputs = load_inputs(config, ranks)
     precompute(config, inputs, ranks)
-    run = Run(config, inputs, ranks)
+    run = Run(config, inputs, ranks, "stopped", lambda: None)
     run.check_start()
     run.engine.model.norm.weight.data[0] = math.nan
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_audit_stops_a_store_of_another_model(job, ranks):
     config = DPOConfig(**job.settings)
     inputs = load_inputs(config, ranks)
     precompute(config, inputs, ranks)
-    run = Run(config, inputs, ranks)
+    run = Run(config, inputs, ranks, "stopped", lambda: None)
     honest = run.ref_logps
     run.ref_logps = lambda pairs, batch: honest(pairs, batch) - 0.1
     with pytest.raises(UserError, match="step-0 audit"):

@@ -69,7 +69,7 @@ def test_every_field_has_a_help_text(capsys):
         ({"min_lr": 1e-3}, ["min_lr", "max_lr"]),
         ({"max_lr": 0.0, "min_lr": 0.0}, ["max_lr"]),
         ({"run_name": "../x"}, ["run_name"]),
-        ({"timeout_s": float("inf")}, ["timeout_s", "1000000.0"]),
+        ({"peer_timeout_s": float("inf")}, ["peer_timeout_s", "1000000.0"]),
         ({"betta": 0.1}, ["unknown setting 'betta'", "beta"]),
         ({"batch_size": "16"}, ["batch_size", "expected int"]),
         ({"batch_size": True}, ["batch_size", "expected int", "true"]),
