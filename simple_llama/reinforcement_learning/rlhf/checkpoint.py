@@ -57,7 +57,7 @@ def save_state(
     temp = folder / "state" / f".{name}.tmp"
     with fail_together(ranks):
         if ranks.is_main:
-            shutil.rmtree(temp, ignore_errors=True)
+            sweep_temps(folder)
             make_folder(temp)
     mine, weights = {}, {}
     for index, (parameter, tensors) in enumerate(engine.full_state()):
@@ -92,6 +92,16 @@ def prune(folder: Path, newest: str, keep: int) -> None:
     for state in states:
         if state not in kept:
             shutil.rmtree(state, ignore_errors=True)
+
+
+def sweep_temps(folder: Path) -> None:
+    """Deletes what killed saves left half-written. The folder is locked, so nobody is writing it any more."""
+    for pattern in (".dpo_*.tmp", ".latest.*.tmp", "state/.step_*.tmp"):
+        for temp in folder.glob(pattern):
+            if temp.is_dir():
+                shutil.rmtree(temp, ignore_errors=True)
+            else:
+                temp.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -173,9 +183,20 @@ def weights_name(epochs_done: float, loss: float, max_seq_len: int) -> str:
     return f"dpo_{epochs_done:.4g}E_{loss:.4f}L_{max_seq_len}MSQ.pth"
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run's folder holds something that starting anew would overwrite.
+
+    A `.pth` beside nothing but an unfinished state is none: a kill in the first save leaves it, and nothing to resume.
+    """
+    if (folder / "latest").exists() or state_folders(folder):
+        return True
+    return any(folder.glob("dpo_*.pth")) and not any((folder / "state").glob(".step_*.tmp"))
+
+
 def newest_run(ckpt_dir: Path) -> str:
     """Name of the run under `ckpt_dir` that saved a state last. Raises UserError when there is none."""
-    marks = sorted(ckpt_dir.glob("*/latest"), key=lambda path: path.stat().st_mtime)
-    if not marks:
+    saved = {path: path.parent.name for path in ckpt_dir.glob("*/latest")}
+    saved |= {path: path.parent.parent.name for path in ckpt_dir.glob("*/state/step_*")}  # killed before its `latest`
+    if not saved:
         raise UserError(f"{ckpt_dir}: expected a run to resume (<run>/latest), found none")
-    return marks[-1].parent.name
+    return saved[max(saved, key=lambda path: path.stat().st_mtime)]

@@ -23,7 +23,7 @@ from simple_llama.common.files import atomic_write_json
 from simple_llama.common.lock import NAME as LOCK_NAME
 from simple_llama.common.lock import FolderLock
 from simple_llama.common.paths import root_path
-from simple_llama.reinforcement_learning.rlhf.checkpoint import newest_run
+from simple_llama.reinforcement_learning.rlhf.checkpoint import has_checkpoints, newest_run
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
 
@@ -41,8 +41,7 @@ def name_run(config: DPOConfig, ranks: Ranks) -> str:
             newest = newest_run(Path(config.ckpt_dir)) if config.resume and not config.run_name else ""
             name = config.run_name or newest or time.strftime("%Y%m%d-%H%M%S")
             folder = Path(config.ckpt_dir) / name
-            has_checkpoints = (folder / "latest").exists() or any(folder.glob("dpo_*.pth"))
-            if not config.resume and has_checkpoints:
+            if not config.resume and has_checkpoints(folder):
                 raise UserError(
                     f"{folder}: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
                 )

@@ -217,6 +217,17 @@ def test_what_save_state_writes_is_read_back(tmp_path: Path, ranks: Ranks) -> No
     }
 
 
+def test_the_next_save_deletes_what_killed_ones_left(tmp_path: Path, ranks: Ranks) -> None:
+    """Half an exported file, half a `latest` and half a state of another step; the lock and other files stay."""
+    (tmp_path / "state" / ".step_00000001.tmp").mkdir(parents=True)
+    (tmp_path / "state" / ".step_00000001.tmp" / SHARD).write_bytes(b"half")
+    for name in (".dpo_1E_0.6931L_512MSQ.pth.7.ab.tmp", ".latest.7.ab.tmp", ".mine.tmp", "lock"):
+        (tmp_path / name).write_bytes(b"half")
+    save_state(tmp_path, engine_of(norm=parameter(1.0)), {"step": 2}, keep=1, ranks=ranks, export=lambda weights: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "latest", "lock", "state"]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000002"]
+
+
 def test_a_state_is_not_seen_before_its_export_is_there(tmp_path: Path, ranks: Ranks) -> None:
     """The export fails (full disk): the state before stays the newest, and `latest` names it."""
 
@@ -243,6 +254,8 @@ def test_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:
         os.utime(tmp_path / name / "latest", (seconds, seconds))
     (tmp_path / "c").mkdir()
     assert newest_run(tmp_path) == "a"
+    os.utime(write_state(tmp_path / "killed", 1), (3000, 3000))  # before it wrote `latest`
+    assert newest_run(tmp_path) == "killed"
 
 
 @pytest.mark.parametrize(

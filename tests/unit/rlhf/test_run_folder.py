@@ -52,8 +52,14 @@ def test_a_run_with_checkpoints_is_not_overwritten(tmp_path: Path, ranks: Ranks)
     (tmp_path / "empty").mkdir()
     assert name_run(config_of(tmp_path, run_name="empty"), ranks) == "empty"
     (tmp_path / "killed" / "state" / ".step_00000001.tmp").mkdir(parents=True)
+    (tmp_path / "killed" / "dpo_1E_0.6931L_512MSQ.pth").touch()  # written before its state can be seen
     assert name_run(config_of(tmp_path, run_name="killed"), ranks) == "killed"
     assert name_run(config_of(tmp_path, run_name="new"), ranks) == "new"
+    for path in ("weights/dpo_1E_0.6931L_512MSQ.pth", "state/state/step_00000001/state.json"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+        with pytest.raises(UserError, match="has checkpoints"):
+            name_run(config_of(tmp_path, run_name=path.split("/")[0]), ranks)
 
 
 def test_resume_without_a_name_takes_the_newest_run(tmp_path: Path, ranks: Ranks) -> None:
