@@ -73,7 +73,7 @@ class TinyJob:
             "eval_interval": 2,
             "n_samples": 2,
             "sample_tokens": 4,
-            "peer_timeout_s": 60.0,
+            "start_timeout_s": 120.0,
         }
 
     def lines(self, run: str = "tiny") -> list[dict[str, float]]:

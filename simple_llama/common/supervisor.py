@@ -1,10 +1,281 @@
-"""Runs a launcher command to an honest end; `launch/supervise.py` is its command. Starts no torch.
+"""Runs a launcher's command to an honest end; `launch/supervise.py` is its command line. Needs no torch.
 
-DeepSpeed's launcher, by itself, waits for ever for a host that hangs or is cut off, returns 0 when its own child was
-killed, and leaves ranks running when it is killed. Here every start ends, the status is 0 only after the job itself
-said that it finished, and nothing that was started stays behind.
+A launcher by itself (DeepSpeed: pdsh, then a process on each host) waits for ever for a host that hangs or is cut off,
+returns 0 when its own child was killed, and leaves ranks behind when it is killed. Under supervision
+
+- a launch in which one host has failed ends, on all hosts, `grace_s` later;
+- the status is 0 only when the job itself said FINISHED;
+- SIGTERM, SIGINT or SIGUSR1 ask the ranks to save and stop (status 75), not the launcher to kill them;
+- no process that was started on this host stays behind, whichever of them was killed, this one too.
 """
 
 from __future__ import annotations
 
-FINISHED = "job finished on all ranks"
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from simple_llama.common.errors import UserError
+
+FINISHED = "job finished on all ranks"  # the last line of a job that is done
+KEEPALIVE = "-o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"  # ssh notices a dead link in 15 s
+UNFINISHED = 1  # exit status where the launcher's own would be 0
+
+_POLL_S = 0.2
+_KILL_S = 20.0  # from SIGTERM to SIGKILL of a launcher: it asks all hosts to end their processes
+_CLEAN_UP_S = 40.0  # the same for what a killed launcher left: it may be saving
+_HOST_FAILED = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code")
+_HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
+
+
+def supervise(command: Sequence[str], grace_s: float = 20.0) -> int:
+    """Runs `command` (a launcher with its arguments) to its end; returns the exit status to end with.
+
+    Args:
+        grace_s: seconds that the other hosts have to end by themselves after the first has failed.
+
+    Raises:
+        UserError: no such program, or a hostfile or environment file that the launcher would stumble over.
+    """
+    if not command or shutil.which(command[0]) is None:
+        raise UserError(f"expected a launcher's command, like deepspeed ..., found {' '.join(command) or 'nothing'}")
+    hosts = read_hostfile(option(command, "--hostfile", "-H"))
+    check_environment_files(os.environ)
+    launch = _Launch(command, hosts)
+    launch.wait(grace_s)
+    launch.clean_up()
+    return launch.status()
+
+
+class _Launch:
+    """One run of a launcher and of all that it started."""
+
+    def __init__(self, command: Sequence[str], hosts: Sequence[str]):
+        self.command, self.hosts = command, hosts
+        self.finished = False
+        self.failed_host, self.failed_at = "", 0.0
+        self.signals: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda received, frame: self.signals.append(received))
+        _prctl(_SET_CHILD_SUBREAPER, 1)  # what a killed launcher leaves becomes our child, and is ended
+        self.process = subprocess.Popen(
+            command,
+            env=environment_with_keepalive(os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C comes to this process alone
+            preexec_fn=_die_with_parent,
+        )
+        for source, sink in ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)):
+            threading.Thread(target=self.pass_on, args=(source, sink.buffer), daemon=True).start()
+
+    def pass_on(self, source: IO[bytes], sink: IO[bytes]) -> None:
+        """Copies the launcher's output, and notes what it says of the job's end."""
+        for line in source:
+            if line.rstrip().endswith(FINISHED.encode()):
+                self.finished = True
+            if (found := _HOST_FAILED.search(line)) and not self.failed_host:
+                self.failed_host, self.failed_at = found[1].decode(errors="replace"), time.monotonic()
+            with contextlib.suppress(OSError, ValueError):  # nobody reads us any more: the job goes on
+                sink.write(line)
+                sink.flush()
+
+    def wait(self, grace_s: float) -> None:
+        """Until the launcher has ended, by itself or by us."""
+        asked = 0
+        while self.process.poll() is None:
+            if len(self.signals) > asked:
+                asked = len(self.signals)
+                if asked == 1:
+                    say(f"{signal.Signals(self.signals[0]).name}: asking all ranks to save and stop")
+                    self.stop_ranks()
+                else:
+                    say(f"{signal.Signals(self.signals[-1]).name} again: ending the launcher")
+                    self.terminate()
+            if self.failed_host and time.monotonic() - self.failed_at > grace_s:
+                say(f"host {self.failed_host} has failed, others have not ended within {grace_s:g} s: ending all")
+                self.terminate()
+            time.sleep(_POLL_S)
+
+    def terminate(self) -> None:
+        """Ends the launcher; DeepSpeed's then ends its processes on all hosts that it can reach."""
+        self.process.terminate()
+        try:
+            self.process.wait(_KILL_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def stop_ranks(self) -> None:
+        """Sends SIGTERM to the ranks: through pdsh where there are several hosts, else to the ranks on this one."""
+        if len(self.hosts) > 1 and shutil.which("pdsh"):
+            script = next((word for word in self.command[1:] if word.endswith(".py")), "")
+            pattern = f"{re.escape(script)} [-]-local_rank="  # the bracket keeps the remote shell out of it
+            remote = f"pkill -TERM -u $(id -u) -f '{pattern}'"
+            environment = {**environment_with_keepalive(os.environ), "PDSH_RCMD_TYPE": "ssh"}
+            subprocess.Popen(["pdsh", "-w", ",".join(self.hosts), remote], env=environment, start_new_session=True)
+            return
+        ranks = [pid for pid in descendants(os.getpid()) if is_rank(pid)]
+        for pid in ranks or [self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def clean_up(self) -> None:
+        """Ends what the launcher left on this host, gently first: ranks may be saving."""
+        deadline = time.monotonic() + _CLEAN_UP_S
+        told: set[int] = set()
+        while left := descendants(os.getpid()):
+            for pid in left:
+                kill = time.monotonic() > deadline
+                if kill or pid not in told:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
+            if not told:
+                say(f"ending {len(left)} processes that the launcher left")
+            told.update(left)
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            time.sleep(_POLL_S)
+
+    def status(self) -> int:
+        """The launcher's exit status, a shell's 128 + n for a signal; never 0 for a job that has not finished."""
+        status = self.process.returncode
+        if status < 0:
+            say(f"the launcher was ended by {signal.Signals(-status).name}")
+            status = 128 - status
+        if not status and not self.finished:
+            say("the launcher ended with status 0, but the job did not say that it finished: taken for a failure")
+            status = UNFINISHED
+        if self.failed_host:
+            say(f"host {self.failed_host} failed first; see its lines above")
+        return status
+
+
+def option(command: Sequence[str], *names: str) -> str:
+    """The value of a launcher's option, as `--name VALUE` or `--name=VALUE`, before the script; empty without one."""
+    words = iter(command[1:])
+    for word in words:
+        if word.endswith(".py"):
+            break
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else next(words, "")
+    return ""
+
+
+def read_hostfile(path: str) -> list[str]:
+    """Host names of a DeepSpeed hostfile; none for an empty path.
+
+    Raises UserError where DeepSpeed's launcher would end with a traceback, start nothing, or read half a line.
+    """
+    if not path:
+        return []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: expected a hostfile with lines like 'node-1 slots=8', found: {reason}") from error
+    hosts: list[str] = []
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        found = _HOSTFILE_LINE.fullmatch(text)
+        if found is None or text.startswith("-"):  # ssh would take the name for an option
+            raise UserError(f"{path}:{number}: expected 'HOST slots=N', found {text[:80]!r}")
+        if not 0 < int(found[2][:6]) <= 1024:
+            raise UserError(f"{path}:{number}: expected 1 to 1024 slots, found {found[2][:20]}")
+        if found[1] in hosts:
+            raise UserError(f"{path}:{number}: expected each host once, found {found[1]} again; add up its slots")
+        hosts.append(found[1])
+    if not hosts:
+        raise UserError(f"{path}: expected at least one line 'HOST slots=N', found none")
+    return hosts
+
+
+def check_environment_files(environment: Mapping[str, str]) -> None:
+    """UserError for a `.deepspeed_env` that DeepSpeed's launcher cannot read: it wants NAME=value lines alone."""
+    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    for folder in (os.path.expanduser("~"), "."):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            continue
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if not re.match(r"[A-Za-z_]\w*=", line):
+                    raise UserError(
+                        f"{path}:{number}: expected NAME=value, found {line.strip()[:80]!r}; "
+                        "blank lines and comments are not allowed there"
+                    )
+
+
+def environment_with_keepalive(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment, with options for pdsh's ssh that end a connection over a dead link."""
+    options = environment.get("PDSH_SSH_ARGS_APPEND", "")
+    if "ServerAlive" not in options:
+        options = f"{options} {KEEPALIVE}".strip()
+    return {**environment, "PDSH_SSH_ARGS_APPEND": options}
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids of all that `root` started and that runs still, zombies left out; empty without /proc."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in _processes():
+        children.setdefault(parent, []).append(pid)
+    found, ahead = [], [root]
+    while ahead:
+        ahead += (below := children.get(ahead.pop(), []))
+        found += below
+    return found
+
+
+def is_rank(pid: int) -> bool:
+    """Whether a launcher started this process as a rank: LOCAL_RANK is set in it, and not in its parent."""
+    return _has_local_rank(pid) and not any(_has_local_rank(parent) for child, parent in _processes() if child == pid)
+
+
+def _processes() -> Iterator[tuple[int, int]]:
+    """(pid, parent's pid) of each process that is no zombie."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            state, parent = (folder / "stat").read_bytes().rpartition(b")")[2].split()[:2]
+            if state != b"Z":
+                yield int(folder.name), int(parent)
+
+
+def _has_local_rank(pid: int) -> bool:
+    """Whether LOCAL_RANK was in a process's environment when it started."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(variable.startswith((b"LOCAL_RANK=", b"SLURM_LOCALID=")) for variable in variables)
+
+
+def _prctl(what: int, value: int) -> None:
+    """Linux's prctl; nothing elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(what, value, 0, 0, 0)
+
+
+def _die_with_parent() -> None:
+    """In the launcher, before it starts: SIGTERM when this process is killed, however hard."""
+    _prctl(_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def say(message: str) -> None:
+    """A line of the supervisor's own, on stderr."""
+    with contextlib.suppress(OSError):
+        print(f"supervise: {message}", file=sys.stderr, flush=True)

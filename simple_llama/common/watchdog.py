@@ -78,9 +78,9 @@ class Watchdog:
         self,
         ranks: Ranks,
         peers: list[Peer],
-        peer_timeout_s: float = 40.0,
-        step_timeout_s: float = 60.0,
-        io_timeout_s: float = 1800.0,
+        peer_timeout_s: float,
+        step_timeout_s: float,
+        io_timeout_s: float,
     ):
         self.ranks, self.peers = ranks, peers
         self.peer_timeout_s, self.step_timeout_s, self.io_timeout_s = peer_timeout_s, step_timeout_s, io_timeout_s
@@ -234,13 +234,15 @@ class Watchdog:
 _watchdog: Watchdog | None = None
 
 
-def start(ranks: Ranks, peer_timeout_s: float, step_timeout_s: float, io_timeout_s: float) -> None:
-    """Starts this rank's watchdog (collective).
+def start(
+    ranks: Ranks, start_timeout_s: float, peer_timeout_s: float, step_timeout_s: float, io_timeout_s: float
+) -> None:
+    """Starts this rank's watchdog (collective); the times are those of DPOConfig.
 
     Raises UserError when rank 0 cannot be reached.
     """
     global _watchdog
-    peers = [] if ranks.world_size == 1 else connect(ranks, peer_timeout_s)
+    peers = [] if ranks.world_size == 1 else connect(ranks, start_timeout_s)
     _watchdog = Watchdog(ranks, peers, peer_timeout_s, step_timeout_s, io_timeout_s)
     if ranks.world_size > 1:
         set_collective_timeout(2 * io_timeout_s)  # from here on it is the watchdog that ends a wait

@@ -35,9 +35,9 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
     stopping.install()
     try:
         config = parse_config(description=description)
-        ranks = init_ranks(config.device, config.peer_timeout_s)
+        ranks = init_ranks(config.device, config.start_timeout_s)
         get_logger(None, ranks)
-        watchdog.start(ranks, config.peer_timeout_s, config.step_timeout_s, config.io_timeout_s)
+        watchdog.start(ranks, config.start_timeout_s, config.peer_timeout_s, config.step_timeout_s, config.io_timeout_s)
         inputs = load_inputs(config, ranks)
         if not config.dry_run:
             work(config, inputs, ranks)

@@ -70,7 +70,8 @@ class DPOConfig:
 
     # === Run ===
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    peer_timeout_s: float = 40.0  # seconds that another rank may be late at the start, or silent later, before all end (killed, host down, link cut)
+    start_timeout_s: float = 45.0  # seconds that a rank waits for the others to come at the start
+    peer_timeout_s: float = 20.0  # seconds that another rank's process may be silent before all end (hung or stopped, host down, link cut)
     step_timeout_s: float = 60.0  # seconds without a finished micro-batch or sample on any rank before all end (hang); at least 4 times the longest so far
     io_timeout_s: float = 1800.0  # the same while data is read and checkpoints are written
     resume: bool = False  # continue the run `run_name` (or the newest) from its last state
@@ -108,7 +109,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup_iterations": (0, WHOLE),
     "min_lr": (0.0, 1.0),
     "max_lr": (0.0, 1.0),
-    "peer_timeout_s": (2.0, 1e6),
+    "start_timeout_s": (1.0, 1e6),
+    "peer_timeout_s": (5.0, 1e6),
     "step_timeout_s": (1.0, 1e6),
     "io_timeout_s": (1.0, 1e6),
     "weight_decay": (0.0, 10.0),

@@ -1,0 +1,33 @@
+"""Runs a launcher's command so that it always ends, and with status 0 only when the job has finished.
+
+    python launch/supervise.py deepspeed --hostfile hostfile launch/train_dpo.py [--flags]
+    python launch/supervise.py --grace_s 60 deepspeed ...      # seconds for the other hosts after the first has failed
+
+Exit status: the launcher's own; 1 where it says 0 but the job did not say that it finished; 2 for a bad hostfile; 75
+after SIGTERM, SIGINT or SIGUSR1, when all ranks have saved: start again with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.supervisor import supervise
+
+
+def main() -> int:
+    """Parses the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grace_s", type=float, default=20.0, help="seconds (default 20)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the launcher and its arguments")
+    options = parser.parse_args()
+    try:
+        return supervise(options.command, options.grace_s)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
