@@ -1,4 +1,4 @@
-"""A tiny job on the two hosts, started as README.md says: `deepspeed --hostfile hostfile launch/...` on host-a."""
+"""A job on the two hosts: through `deepspeed --hostfile hostfile launch/...` on host-a, or a process on each."""
 
 from __future__ import annotations
 
@@ -87,3 +87,35 @@ def launch(rig: Rig, folder: Path, script: str, settings: dict[str, object], *fl
             stderr=subprocess.STDOUT,
         )
     return Launch(rig, script, process, log)
+
+
+def run_on_each(
+    rig: Rig, script: str, settings: dict[str, object], *flags: str, **environment: str
+) -> list[tuple[int, str]]:
+    """Runs a script with a rank on each host and no launcher; gives exit status and output of each.
+
+    Seconds faster than `launch`, and the variables are what torchrun would set.
+    """
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    processes = []
+    for rank, host in enumerate(ADDRESSES):
+        place = {"RANK": rank, "WORLD_SIZE": len(ADDRESSES), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        place |= {"MASTER_ADDR": ADDRESSES["host-a"], "MASTER_PORT": 29500}
+        variables = {name: str(value) for name, value in place.items()}
+        processes.append(
+            rig.start(
+                host,
+                *(sys.executable, script, *arguments, *flags),
+                cwd=ROOT,
+                env={**os.environ, **variables, "GLOO_SOCKET_IFNAME": "eth0", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        end_jobs(rig)
+        raise
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]

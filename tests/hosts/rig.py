@@ -39,7 +39,6 @@ BatchMode yes
 StrictHostKeyChecking yes
 """
 SSHD_CONFIG = """\
-ListenAddress {address}
 HostKey /etc/ssh/host_key
 AuthorizedKeysFile /etc/ssh/key.pub
 PidFile none
@@ -169,20 +168,20 @@ class Rig:
         for host in ADDRESSES:
             keys[host] = _make_key(self.folder / host / "ssh" / "host_key")
         _make_key(self.folder / "key")
-        for host, address in ADDRESSES.items():
+        for host in ADDRESSES:
             ssh = self.folder / host / "ssh"
             shutil.copy(self.folder / "key", ssh)
             shutil.copy(self.folder / "key.pub", ssh)
             (ssh / "ssh_config").write_text(SSH_CONFIG)
-            (ssh / "sshd_config").write_text(SSHD_CONFIG.format(address=address))
+            (ssh / "sshd_config").write_text(SSHD_CONFIG)
             known = [f"{name},{ADDRESSES[name]} {key}" for name, key in keys.items()]
             (ssh / "ssh_known_hosts").write_text("".join(known))
             self.name_hosts(host)
 
-    def name_hosts(self, host: str, **addresses: str) -> None:
-        """Writes the host's /etc/hosts, with other addresses for some names (`host_b="127.0.1.1"`)."""
-        other = {name.replace("_", "-"): address for name, address in addresses.items()}
-        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in {**ADDRESSES, **other}.items())]
+    def name_hosts(self, host: str, own_address: str = "") -> None:
+        """Writes the host's /etc/hosts; there its own name may have another address than for the others."""
+        addresses = {**ADDRESSES, host: own_address or ADDRESSES[host]}
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
         (self.folder / host / "hosts").write_text("\n".join(lines) + "\n")  # in place: a bind mount follows the inode
 
     def _start(self) -> None:

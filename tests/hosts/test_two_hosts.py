@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hosts.launch import PRECOMPUTE, TRAIN, Launch, launch
-from hosts.rig import Rig
+from hosts.launch import PRECOMPUTE, TRAIN, Launch, launch, run_on_each
+from hosts.rig import ADDRESSES, Rig
 from tiny_job import ROOT, TinyJob, make_job, run_ranks, write_pairs
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
@@ -62,11 +62,13 @@ def finish(run: Launch) -> Launch:
     return run
 
 
-def failure(run: Launch) -> str:
-    """Output of a launch that must end with a message for people."""
-    assert run.wait() != 0, run.output
-    assert "Traceback" not in run.output, run.output
-    return run.output
+def refusal(rig: Rig, settings: dict[str, object], *flags: str, **environment: str) -> str:
+    """Output of both ranks of a training that must end on each with a message and the status of a mistake."""
+    done = run_on_each(rig, TRAIN, settings, *flags, **environment)
+    output = "\n".join(output for _, output in done)
+    assert [status for status, _ in done] == [2, 2], output
+    assert "Traceback" not in output, output
+    return output
 
 
 @contextlib.contextmanager
@@ -122,56 +124,57 @@ def test_two_hosts_resume(rig: Rig, job: TinyJob, trained: tuple[Launch, Launch]
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.weights("again").items())
 
 
-def test_host_with_other_data_is_named(rig: Rig, job: TinyJob, trained: tuple[Launch, Launch], tmp_path: Path) -> None:
+def test_host_with_other_data_is_named(rig: Rig, job: TinyJob, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", range(1, 25))
     with mounted(rig, "host-b", tmp_path / "pairs.jsonl", job.folder / "pairs.jsonl"):
-        output = failure(launch(rig, job.folder, TRAIN, settings(job, run_name="data")))
-    assert "data set (digest) must be the same on all 2 ranks" in output
-    assert "rank 1 on host host-b: expected" in output
+        output = refusal(rig, settings(job))
+    assert output.count("data set (digest) must be the same on all 2 ranks") == 2
+    assert output.count("rank 1 on host host-b: expected") == 2
 
 
-def test_host_with_another_setting_is_named(
-    rig: Rig, job: TinyJob, trained: tuple[Launch, Launch], tmp_path: Path
-) -> None:
+def test_host_with_another_setting_is_named(rig: Rig, job: TinyJob, tmp_path: Path) -> None:
     shared, other = job.folder / "config.json", tmp_path / "config.json"
     shared.write_text(json.dumps({"beta": 0.5}))
     other.write_text(json.dumps({"beta": 0.1}))
     with mounted(rig, "host-b", other, shared):
-        output = failure(launch(rig, job.folder, TRAIN, settings(job, run_name="setting"), f"--config={shared}"))
-    assert "settings must be the same on all 2 ranks" in output
-    assert "rank 1 on host host-b: expected {'beta': 0.5}, found {'beta': 0.1}" in output
+        output = refusal(rig, settings(job), f"--config={shared}")
+    assert output.count("settings must be the same on all 2 ranks") == 2
+    assert output.count("rank 1 on host host-b: expected {'beta': 0.5}, found {'beta': 0.1}") == 2
 
 
-def test_host_with_another_version_is_named(
-    rig: Rig, job: TinyJob, trained: tuple[Launch, Launch], tmp_path: Path
-) -> None:
+def test_host_with_another_version_is_named(rig: Rig, job: TinyJob, tmp_path: Path) -> None:
     """host-b's environment says that it has tokenizers 0.0.1."""
     installed = distribution("tokenizers")
     metadata = Path(str(installed.locate_file(f"tokenizers-{installed.version}.dist-info"))) / "METADATA"
     (tmp_path / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 0.0.1\n")
     with mounted(rig, "host-b", tmp_path / "METADATA", metadata):
-        output = failure(launch(rig, job.folder, TRAIN, settings(job, run_name="version")))
+        output = refusal(rig, settings(job))
     expected = f"{{'tokenizers': '{installed.version}'}}"
-    assert f"rank 1 on host host-b: expected {expected}, found {{'tokenizers': '0.0.1'}}" in output
+    assert output.count(f"rank 1 on host host-b: expected {expected}, found {{'tokenizers': '0.0.1'}}") == 2
+
+
+def test_names_that_are_loopback_give_the_hint(rig: Rig, job: TinyJob) -> None:
+    """Debian's line for each host's own name, and no GLOO_SOCKET_IFNAME: no rank can reach the other. One gives up at
+    once, the one that listens after five times peer_timeout_s: gloo's rule."""
+    for host in ADDRESSES:
+        rig.name_hosts(host, own_address="127.0.1.1")
+    try:
+        output = refusal(rig, settings(job, peer_timeout_s=6), GLOO_SOCKET_IFNAME="")
+    finally:
+        for host in ADDRESSES:
+            rig.name_hosts(host)
+    for host in ADDRESSES:
+        assert f"of 2 on host {host} could not join the others" in output
+    assert "host names do not resolve to 127.0.1.1 (else set GLOO_SOCKET_IFNAME" in output
 
 
 @pytest.mark.parametrize("setting", ["ref_cache_dir", "ckpt_dir"])
 def test_disk_that_is_not_shared_is_named(
     rig: Rig, job: TinyJob, trained: tuple[Launch, Launch], tmp_path: Path, setting: str
 ) -> None:
-    """host-b has an empty folder in the place of the shared one."""
-    run = settings(job, run_name=f"own_{setting}", epochs=1, n_samples=0)
-    with mounted(rig, "host-b", tmp_path, Path(str(run[setting]))):
-        output = failure(launch(rig, job.folder, TRAIN, run))
-    assert "host-b" in output and setting in output
-
-
-def test_name_that_is_loopback_gives_the_hint(rig: Rig, job: TinyJob, trained: tuple[Launch, Launch]) -> None:
-    """Debian's 127.0.1.1 line for host-b's own name, and no GLOO_SOCKET_IFNAME: host-a cannot reach it."""
-    rig.name_hosts("host-b", host_b="127.0.1.1")
-    run = settings(job, run_name="loopback", timeout_s=20)
-    try:
-        output = failure(launch(rig, job.folder, TRAIN, run, GLOO_SOCKET_IFNAME=""))
-    finally:
-        rig.name_hosts("host-b")
-    assert "host names do not resolve to 127.0.1.1 (else set GLOO_SOCKET_IFNAME" in output
+    """host-b has an empty folder in the place of the shared one; the message comes through the launcher."""
+    mine = settings(job, run_name=f"own_{setting}", epochs=1, n_samples=0)
+    with mounted(rig, "host-b", tmp_path, Path(str(mine[setting]))):
+        run = launch(rig, job.folder, TRAIN, mine)
+        assert run.wait() == 2, run.output
+    assert "Traceback" not in run.output and "host-b" in run.output and setting in run.output
