@@ -55,34 +55,49 @@ def save_state(
     """
     name = f"step_{facts['step']:08d}"
     temp = folder / "state" / f".{name}.tmp"
-    with fail_together(ranks):
+    try:
+        with fail_together(ranks):
+            if ranks.is_main:
+                sweep_temps(folder)
+                make_folder(temp)
+        weights, digests = write_shards(temp, engine, ranks)
+        with fail_together(ranks):
+            if ranks.is_main:
+                export(weights)
+                atomic_write_json(temp / "state.json", {"format": FORMAT, **facts, "files": digests})
+                final = temp.with_name(name)
+                shutil.rmtree(final, ignore_errors=True)
+                temp.rename(final)
+                atomic_write(folder / "latest", f"{name}\n".encode())
+                prune(folder, name, keep)
+    except UserError:
         if ranks.is_main:
-            sweep_temps(folder)
-            make_folder(temp)
+            shutil.rmtree(temp, ignore_errors=True)  # on a full disk, the room that it takes is needed
+        raise
+
+
+def write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Writes each rank's share of a state (collective). Gives fp32 master weights, on rank 0, and digests by file."""
     mine, weights = {}, {}
     for index, (parameter, tensors) in enumerate(engine.full_state()):
         if index % ranks.world_size == ranks.rank:
-            mine |= {f"{parameter}|{key}": tensor.cpu() for key, tensor in tensors.items()}
+            mine |= {f"{parameter}|{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
         if ranks.is_main:
             weights[parameter] = tensors["weight"].cpu()
-    shard = temp / f"rank_{ranks.rank:05d}.safetensors"
+    shard = folder / f"rank_{ranks.rank:05d}.safetensors"
     with fail_together(ranks):
-        with atomic_path(shard) as part:
-            save_file({key: tensor.contiguous() for key, tensor in mine.items()}, part)
+        try:
+            with atomic_path(shard) as part:
+                save_file(mine, part)
+        except SafetensorError as error:  # how its writer reports a full disk
+            raise UserError(f"cannot write {shard}: {error}; free space or choose another place") from error
         written = (shard.name, file_digest(shard))
-    digests = gather_objects(written, ranks)
+    digests = dict(gather_objects(written, ranks))
     with fail_together(ranks):
-        if ranks.is_main:
-            for shard_name, _ in digests:
-                if not (temp / shard_name).is_file():
-                    raise UserError(f"{temp}: {shard_name} of another rank is missing; ckpt_dir must be a shared disk")
-            export(weights)
-            atomic_write_json(temp / "state.json", {"format": FORMAT, **facts, "files": dict(digests)})
-            final = temp.with_name(name)
-            shutil.rmtree(final, ignore_errors=True)
-            temp.rename(final)
-            atomic_write(folder / "latest", f"{name}\n".encode())
-            prune(folder, name, keep)
+        for name in digests if ranks.is_main else ():
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: {name} of another rank is missing; ckpt_dir must be a shared disk")
+    return weights, digests
 
 
 def prune(folder: Path, newest: str, keep: int) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from simple_llama.common.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import file_digest
+from simple_llama.reinforcement_learning.rlhf import checkpoint
 from simple_llama.reinforcement_learning.rlhf.checkpoint import (
     SavedState,
     check_same_run,
@@ -229,7 +231,7 @@ def test_the_next_save_deletes_what_killed_ones_left(tmp_path: Path, ranks: Rank
 
 
 def test_a_state_is_not_seen_before_its_export_is_there(tmp_path: Path, ranks: Ranks) -> None:
-    """The export fails (full disk): the state before stays the newest, and `latest` names it."""
+    """The export fails (full disk): the state before stays the newest, `latest` names it, and the other half goes."""
 
     def full(weights: dict[str, torch.Tensor]) -> None:
         raise UserError("cannot write")
@@ -239,6 +241,24 @@ def test_a_state_is_not_seen_before_its_export_is_there(tmp_path: Path, ranks: R
     with pytest.raises(UserError, match="cannot write"):
         save_state(tmp_path, engine, {"step": 2}, keep=1, ranks=ranks, export=full)
     assert newest_state(tmp_path).facts["step"] == 1 and (tmp_path / "latest").read_text() == "step_00000001\n"
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000001"]
+
+
+def test_a_disk_that_is_full_for_a_shard_is_a_user_error(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors has an error of its own for it."""
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(
+        UserError, match=r"cannot write .*rank_00000.safetensors: .*No space left on device.*free space"
+    ):
+        save_state(tmp_path, engine_of(norm=parameter(1.0)), {"step": 1}, 1, ranks, lambda weights: None)
+    assert list((tmp_path / "state").iterdir()) == []
 
 
 # === names and settings ===
