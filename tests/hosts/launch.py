@@ -62,10 +62,19 @@ def end_jobs(rig: Rig) -> None:
                 process.kill()
 
 
-def launch(rig: Rig, folder: Path, script: str, settings: dict[str, object], *flags: str, **environment: str) -> Launch:
+def launch(
+    rig: Rig,
+    folder: Path,
+    script: str,
+    settings: dict[str, object],
+    *flags: str,
+    supervised: bool = False,
+    **environment: str,
+) -> Launch:
     """Starts a script on both hosts, one rank each; hostfile, `.deepspeed_env` and log lie in `folder`.
 
-    `environment` reaches the ranks through `.deepspeed_env`; an empty value leaves a variable out.
+    `environment` reaches the ranks through `.deepspeed_env`; an empty value leaves a variable out. `supervised` puts
+    launch/supervise.py in front.
     """
     hostfile, env_file = folder / "hostfile", folder / "deepspeed_env"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in ADDRESSES))
@@ -73,7 +82,8 @@ def launch(rig: Rig, folder: Path, script: str, settings: dict[str, object], *fl
     env_file.write_text("".join(f"{name}={value}\n" for name, value in variables.items() if value))
     log = folder / f"launch-{time.monotonic_ns()}.log"
     arguments = [f"--{name}={value}" for name, value in settings.items()]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile), script]
+    front = [sys.executable, "launch/supervise.py"] if supervised else []
+    command = [*front, str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hostfile), script]
     with log.open("w") as output:
         process = rig.start(
             "host-a",
