@@ -8,13 +8,24 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from simple_llama.common.errors import UserError
 
 _READ_BYTES = 1 << 20  # of a file digested at a time
+_MOST_JSON_BYTES = 64 << 20  # of a file of settings or facts: far above any honest one, far below a machine's memory
+_MOST_SHOWN = 200  # characters of a value shown in one message
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 @contextlib.contextmanager
@@ -65,7 +76,7 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     """Hex of the 16-byte `digest` of a file's bytes. UserError when the file cannot be read."""
     state = hashlib.blake2b(digest_size=16)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(_READ_BYTES):
                 state.update(chunk)
     except OSError as error:
@@ -73,14 +84,51 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     return state.hexdigest()
 
 
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
+    """Opens a file to read its bytes. OSError for a pipe, a device or a folder: they might hang, or never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe hangs here
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind == stat.S_IFREG:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    code = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+    raise OSError(code, f"expected a file, found {_KINDS.get(kind, 'something else')}", os.fspath(path))
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """A whole file. OSError as in `open_file`, and for a file of more than `most` bytes."""
+    with open_file(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"expected at most {most:,} bytes, found more", os.fspath(path))
+    return data
+
+
+def shown(value: Any) -> str:
+    """A value from a file as text that fits a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, a nested list
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def brief(value: Any, most: int = _MOST_SHOWN) -> str:
+    """A value of a JSON file as JSON that fits a message."""
+    text = json.dumps(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The object in a UTF-8 JSON file. UserError naming the file, and the line where its text goes wrong."""
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path, _MOST_JSON_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        return json.loads(data.decode("utf-8-sig"))  # -sig: some editors put a byte order mark in front
+        return json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=_object
+        )  # -sig: some editors put a byte order mark in front
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: expected UTF-8 text, found byte 0x{data[error.start]:02x}") from error
@@ -88,6 +136,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested without end
         raise UserError(f"{path}: not JSON that can be read: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key stands twice: which value counts is not guessed."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {shown(key)} stands twice; keep one of them")
+        found[key] = value
+    return found
 
 
 def _fsync(path: Path) -> None:

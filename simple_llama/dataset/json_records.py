@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import open_file, shown
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+MOST_LIST_BYTES = 2 << 30  # of a .json file, which stands in memory whole; a .jsonl file may have any size
+MOST_LINE_BYTES = 64 << 20  # of a line of a .jsonl file: hundreds of times the longest chat a model can read
+MOST_EXPANSION = 100  # bytes of text from a byte of a .gz file; text becomes 3 to 10 times smaller
+_BLOCK_BYTES = 1 << 20  # unpacked at a time
+_FREE_BYTES = 4 << 20  # unpacked before the expansion is looked at: small files may be all repetitions
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,15 @@ def data_files(path: str | Path) -> list[Path]:
     Raises UserError when there is nothing to read.
     """
     place, kinds = Path(path), ", ".join(f"*{suffix}" for suffix in SUFFIXES)
-    if not place.exists():
-        raise UserError(f"{place}: expected a data file or a folder of them ({kinds}), found nothing there")
-    if not place.is_dir():
-        return [place]
-    names = sorted(entry.name for entry in place.iterdir() if not entry.name.startswith(".") and not entry.is_dir())
+    try:
+        if not place.exists():
+            raise UserError(f"{place}: expected a data file or a folder of them ({kinds}), found nothing there")
+        if not place.is_dir():
+            return [place]
+        entries = list(place.iterdir())
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read: {error.strerror or error}") from error
+    names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir())
     files = [place / name for name in names if name.endswith(SUFFIXES)]
     if not files:
         found = ", ".join(names[:5]) or "no files"
@@ -101,7 +111,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
         if not isinstance(value, dict):
             raise UserError(f"{file}:{number}: expected a JSON object, found {json_type(value)}")
         if isinstance(value, RepeatedKey):
-            raise UserError(f"{file}:{number}: key {value.key!r} stands twice; keep one of them")
+            raise UserError(f"{file}:{number}: key {shown(value.key)} stands twice; keep one of them")
         yield Record(file, number, value)
 
 
@@ -113,43 +123,65 @@ def json_type(value: Any) -> str:
         return "a string"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"the number {value}"
+    return f"the number {shown(value)}"
 
 
 def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
-    with _opened(file) as stream:
-        lines = enumerate(stream, 1)  # only a line feed ends a line: a string may hold other line breaks as they are
-        while (item := _next_line(file, lines)) is not None:
-            number, line = item
-            text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{file}:{number}").strip()
-            if text:
-                yield number, _parsed(text, f"{file}:{number}", "one JSON object on a line")
+    for number, line in enumerate(_lines(file), 1):
+        text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{file}:{number}").strip()
+        if text:
+            yield number, _parsed(text, f"{file}:{number}", "one JSON object on a line")
 
 
 def _json_list(file: str) -> Iterator[tuple[int, Any]]:
-    with _opened(file) as stream:
-        try:
-            data = stream.read()
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{file}: cannot be read: {error}") from None
+    data = b"".join(_blocks(file, MOST_LIST_BYTES))
     value = _parsed(_decoded(data.removeprefix(b"\xef\xbb\xbf"), file), file, "one JSON list")
     if not isinstance(value, list):
         raise UserError(f"{file}: expected a JSON list of objects, found {json_type(value)}")
     yield from enumerate(value, 1)
 
 
-def _opened(file: str) -> gzip.GzipFile | BufferedReader:
-    try:
-        return gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+def _lines(file: str) -> Iterator[bytes]:
+    """Lines without their ends. Only a line feed ends a line: a string may hold other line breaks as they are."""
+    rest, number = b"", 1
+    for block in _blocks(file):
+        *whole, rest = (rest + block).split(b"\n")
+        yield from whole
+        number += len(whole)
+        if len(rest) > MOST_LINE_BYTES:
+            raise UserError(
+                f"{file}:{number}: expected a line of at most {MOST_LINE_BYTES:,} bytes, found a longer one"
+            )
+    yield rest
 
 
-def _next_line(file: str, lines: Iterator[tuple[int, bytes]]) -> tuple[int, bytes] | None:
+def _blocks(file: str, most: float = float("inf")) -> Iterator[bytes]:
+    """The bytes of a file, unpacked, a block at a time. UserError for what unpacks to many times its size.
+
+    `most` is how many bytes there may be, for those who keep them all.
+    """
+    too_long = f"{file}: expected a list of at most {most:,} bytes, found more; a .jsonl file may have any size"
     try:
-        return next(lines, None)
-    except (OSError, EOFError, zlib.error) as error:  # a damaged or cut .gz file
-        raise UserError(f"{file}: cannot be read: {error}") from None
+        with open_file(file) as packed:
+            if not file.endswith(".gz"):
+                if os.fstat(packed.fileno()).st_size > most:
+                    raise UserError(too_long)
+                while block := packed.read(_BLOCK_BYTES):
+                    yield block
+                return
+            length = 0
+            with gzip.GzipFile(fileobj=packed) as stream:
+                while block := stream.read(_BLOCK_BYTES):
+                    length += len(block)
+                    if length > _FREE_BYTES and length > MOST_EXPANSION * packed.tell():
+                        raise UserError(
+                            f"{file}: expected text that unpacks to at most {MOST_EXPANSION} times its size, found more"
+                        )
+                    if length > most:
+                        raise UserError(too_long)
+                    yield block
+    except (OSError, EOFError, zlib.error) as error:  # also a damaged or cut .gz file
+        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _decoded(data: bytes, origin: str) -> str:
@@ -176,7 +208,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
-    names = [name for name, _ in pairs]
-    repeated = RepeatedKey(fields)
-    repeated.key = next(name for name in names if names.count(name) > 1)
+    repeated, met = RepeatedKey(fields), set()
+    repeated.key = next(name for name, _ in pairs if name in met or met.add(name))
     return repeated

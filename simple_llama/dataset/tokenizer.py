@@ -6,14 +6,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, models
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import digest
+from simple_llama.common.files import digest, read_bytes
 
 # fmt: off
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>")
 # fmt: on
+MOST_BYTES = 256 << 20  # of a tokenizer's file; vocabularies of a quarter million tokens take 20 MB
 SPECIAL_IDS = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
 
 
@@ -25,12 +26,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises UserError when the file is no tokenizer or its special tokens are not the ids 0-9.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(read_bytes(path, MOST_BYTES).decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: expected a tokenizer JSON file, found {error.strerror}") from None
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for whatever it cannot read
-        raise UserError(f"{path}: expected a tokenizer JSON file, found: {error}") from None
+        raise UserError(f"{path}: expected a tokenizer JSON file, found: {str(error)[:200]}") from None
+    if not isinstance(tokenizer.model, models.BPE):
+        raise UserError(f"{path}: expected a byte-level BPE tokenizer, found {type(tokenizer.model).__name__}")
     check_special_tokens(tokenizer, path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -39,6 +41,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def token_count(tokenizer: Tokenizer) -> int:
+    """Rows that a model's vocabulary needs: one more than the highest id, whether or not all below it are used."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def check_special_tokens(tokenizer: Tokenizer, path: str | Path) -> None:

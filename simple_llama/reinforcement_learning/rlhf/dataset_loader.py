@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import digest
+from simple_llama.common.files import digest, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.json_records import KeptCount, Record, Tally, data_files, json_type, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
@@ -132,7 +132,7 @@ def parse_record(record: Record, default_system: str, extra_keys: Tally) -> Conv
     """Checks a record against the format; counts its unknown keys in `extra_keys`. Raises UserError."""
     for key in KEYS:
         if key not in record.fields:
-            raise UserError(f"{record.origin}: expected key {key!r}, found {list(record.fields)}")
+            raise UserError(f"{record.origin}: expected key {key!r}, found {shown(list(record.fields))}")
     template, users, chosen, rejected = (_strings(record, key) for key in KEYS)
     for key, answers in (("Accepted", chosen), ("Rejected", rejected)):
         if len(answers) != len(users):
@@ -146,7 +146,7 @@ def parse_record(record: Record, default_system: str, extra_keys: Tally) -> Conv
         )
     for key in record.fields:
         if key not in KEYS:
-            extra_keys.add(repr(key), record.origin)
+            extra_keys.add(shown(key), record.origin)
     system = default_system if template[0] == "CUSTOM" else template[0]
     return Conversation(system, users, chosen, rejected, record.file, record.number)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write
+from simple_llama.common.files import atomic_write, shown
 from simple_llama.dataset.json_records import KeptCount, Record, json_type, read_records
 
 Value = TypeVar("Value", str, int, bool)
@@ -139,7 +139,7 @@ def kind_of(record: Record) -> str:
         if all(key in record.fields for key in keys):
             return kind
     expected = " or ".join(f"{', '.join(keys)} ({kind})" for kind, keys in KEYS_OF_KIND.items())
-    raise UserError(f"{record.origin}: expected keys {expected}, found {list(record.fields)}")
+    raise UserError(f"{record.origin}: expected keys {expected}, found {shown(list(record.fields))}")
 
 
 def from_hh(record: Record) -> RawPair:
@@ -172,7 +172,7 @@ def from_pku(record: Record, prefer: str | None, keep_unsafe: bool) -> RawPair:
     is_safe = [_typed(record, f"is_response_{side}_safe", bool) for side in (0, 1)]
     chosen = _typed(record, PKU_LABEL[prefer], int)
     if chosen not in (0, 1):
-        raise UserError(f"{record.origin}: {PKU_LABEL[prefer]}: expected 0 or 1, found {chosen}")
+        raise UserError(f"{record.origin}: {PKU_LABEL[prefer]}: expected 0 or 1, found {shown(chosen)}")
     if not is_safe[chosen] and not keep_unsafe:
         raise Dropped("with an unsafe preferred answer")
     return RawPair([prompt], [answers[chosen]], [answers[1 - chosen]])
@@ -182,7 +182,7 @@ def _typed(record: Record, key: str, kind: type[Value]) -> Value:
     """The value under `key`, which has to be of type `kind` exactly (true is no number)."""
     expected = {str: "a string", int: "a whole number", bool: "true or false"}[kind]
     if key not in record.fields:
-        raise UserError(f"{record.origin}: expected key {key!r} with {expected}, found {list(record.fields)}")
+        raise UserError(f"{record.origin}: expected key {key!r} with {expected}, found {shown(list(record.fields))}")
     value = record.fields[key]
     if type(value) is not kind:
         raise UserError(f"{record.origin}: {key}: expected {expected}, found {json_type(value)}")
