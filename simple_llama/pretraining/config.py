@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import shown
 from simple_llama.common.paths import root_path
 
 
@@ -87,6 +88,10 @@ class TrainingConfig:
 
 _SIZES = ("max_seq_len", "n_embd", "n_heads", "n_layers", "multiple_of")
 _MLA_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_MOST = {"n_layers": 1000, "max_seq_len": 2**31 - 1}  # far above any model; others: _MOST_WIDTH
+_MOST_WIDTH = 2**24
+_LARGEST_FLOAT = 3e38  # what fp32 can hold
+_SWITCHES = ("use_mla", "use_lora", "q_lora", "k_lora", "v_lora", "o_lora")
 _LORA_FIELDS = ("lora_rank", "lora_alpha", "q_lora", "k_lora", "v_lora", "o_lora")
 
 
@@ -100,17 +105,22 @@ def architecture(config: TrainingConfig) -> dict[str, Any]:
 
 def check_model_config(config: TrainingConfig) -> None:
     """Raises UserError for the first value that no model can have. Checkpoints come from people: types count too."""
+    for name in _SWITCHES:
+        if type(getattr(config, name)) is not bool:
+            raise UserError(f"{name}: expected True or False, found {shown(getattr(config, name))}")
     sizes = _SIZES + (_MLA_SIZES if config.use_mla else ()) + (("lora_rank",) if config.use_lora else ())
     for name in sizes:
         value = getattr(config, name)
         if type(value) is not int or value < 1:
-            raise UserError(f"{name}: expected a whole number of at least 1, found {value!r}")
-    for name in ("eps", "theta"):
+            raise UserError(f"{name}: expected a whole number of at least 1, found {shown(value)}")
+        if value > (most := _MOST.get(name, _MOST_WIDTH)):
+            raise UserError(f"{name}: expected at most {most}, found {shown(value)}")
+    for name in ("eps", "theta", *(("lora_alpha",) if config.use_lora else ())):
         value = getattr(config, name)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise UserError(f"{name}: expected a positive number, found {value!r}")
+        if type(value) not in (int, float) or not 0 < value <= _LARGEST_FLOAT:
+            raise UserError(f"{name}: expected a positive number, found {shown(value)}")
     if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
-        raise UserError(f"dropout: expected a probability in [0, 1), found {config.dropout!r}")
+        raise UserError(f"dropout: expected a probability in [0, 1), found {shown(config.dropout)}")
     if config.n_embd % config.n_heads:
         raise UserError(f"n_embd: expected a multiple of n_heads = {config.n_heads}, found {config.n_embd}")
     if config.use_mla:
@@ -122,7 +132,9 @@ def check_model_config(config: TrainingConfig) -> None:
 def _check_mla(config: TrainingConfig) -> None:
     """The rules that only multi-head latent attention has."""
     if type(config.q_lora_rank) is not int or config.q_lora_rank < 0:
-        raise UserError(f"q_lora_rank: expected a whole number of at least 0, found {config.q_lora_rank!r}")
+        raise UserError(f"q_lora_rank: expected a whole number of at least 0, found {shown(config.q_lora_rank)}")
+    if config.q_lora_rank > _MOST_WIDTH:
+        raise UserError(f"q_lora_rank: expected at most {_MOST_WIDTH}, found {shown(config.q_lora_rank)}")
     if config.qk_rope_head_dim % 2:
         raise UserError(f"qk_rope_head_dim: expected an even number for RoPE, found {config.qk_rope_head_dim}")
     if config.n_heads * config.v_head_dim != config.n_embd:

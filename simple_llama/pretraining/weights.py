@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_path
+from simple_llama.common.files import atomic_path, open_file, shown
 from simple_llama.pretraining.config import TrainingConfig, check_model_config
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 
 _EXPECTED = "expected a SimpleLLaMA checkpoint: a torch.save file with `model_state_dict` and `config`"
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of data-parallel wrappers
 _NAMES_SHOWN = 6  # of wrong tensors in a message
+_NAME_SHOWN = 100  # characters of a tensor's name in a message
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,17 @@ class LoadedModel:
 def find_weights(path: str | os.PathLike[str]) -> Path:
     """`path` itself if it is a file; in a folder, its newest .pth. UserError when there is none."""
     path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"{path}: expected a .pth file, or a folder with one, found nothing there")
-    files = [file for file in path.glob("*.pth") if not file.name.startswith(".")]
+    try:
+        if not path.is_dir():
+            if not path.exists():
+                raise UserError(f"{path}: expected a .pth file, or a folder with one, found nothing there")
+            return path
+        files = {file: file.stat() for file in path.glob("*.pth") if not file.name.startswith(".")}
+    except OSError as error:  # a broken link, a name that is too long
+        raise UserError(f"{error.filename}: expected a .pth file, found: {error.strerror}") from error
     if not files:
         raise UserError(f"{path}: expected a folder with a .pth file, found none; train or copy a model into it first")
-    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+    return max(files, key=lambda file: (files[file].st_mtime_ns, file.name))
 
 
 def load_weights(path: str | os.PathLike[str]) -> LoadedModel:
@@ -53,16 +58,19 @@ def load_weights(path: str | os.PathLike[str]) -> LoadedModel:
     """
     path = Path(path)
     try:
+        zipped = _is_sound_zip(path)
         with torch.serialization.safe_globals([TrainingConfig]):
             # mapped: the ranks of a machine share one copy in the page cache
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged files fail in many ways, all with the same answer
         reason = str(error).strip().split("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load the file all the same
+            reason = "it is damaged, or holds more than tensors, plain values and TrainingConfig"
         raise UserError(
             f"{path}: {_EXPECTED}, found one that cannot be read ({type(error).__name__}: {reason})"
         ) from error
     if not isinstance(found, dict) or not {"model_state_dict", "config"} <= found.keys():
-        keys = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        keys = shown(sorted(map(str, found))) if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{path}: {_EXPECTED}, found {keys}")
     config, metadata = found["config"], found.get("metadata", {})
     if not isinstance(config, TrainingConfig) or not isinstance(metadata, dict):
@@ -75,23 +83,21 @@ def build_model(
 ) -> LLaMaTransformer:
     """The model of a weights file, with its own copy of the weights in `dtype` on `device`. Draws no random numbers.
 
-    Raises UserError when tensors are missing, unexpected, of another shape than the config says, or not finite.
+    Raises UserError as `check_weights` does.
     """
-    config = replace_dropout(loaded.config, dropout)
-    try:
-        check_model_config(config)
-    except UserError as error:
-        raise UserError(f"{loaded.path}: config: {error}") from error
-    with torch.device("meta"):  # shapes only; the real tensors are assigned below
-        model = LLaMaTransformer(config, vocab_size(loaded.state_dict))
-    _check_fit(model, loaded)
-    tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in loaded.state_dict.items()}
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-    if not all(finite):
-        broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
-        raise UserError(f"{loaded.path}: expected finite weights in {dtype}, found inf or nan in {_some(broken)}")
+    model = _empty_model(loaded, dropout)
+    tensors = {name: tensor.detach().to(device, dtype, copy=True) for name, tensor in loaded.state_dict.items()}
+    _check_finite(loaded.path, dtype, tensors)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model
+
+
+def check_weights(loaded: LoadedModel, dtype: torch.dtype) -> None:
+    """Raises UserError when tensors are missing, unexpected, of another shape than the config says, or not finite in
+    `dtype`. Holds one converted tensor at a time."""
+    _empty_model(loaded, dropout=0.0)
+    for name, tensor in loaded.state_dict.items():
+        _check_finite(loaded.path, dtype, {name: tensor.detach().to(dtype)})
 
 
 def vocab_size(state_dict: Mapping[str, torch.Tensor]) -> int:
@@ -138,6 +144,25 @@ def replace_dropout(config: TrainingConfig, dropout: float) -> TrainingConfig:
     return changed
 
 
+def _is_sound_zip(path: Path) -> bool:
+    """Whether a file is in torch's zip format, False for its older one.
+
+    Raises UserError or OSError for what is no file, and for a zip that would not be read as what it says, or that would
+    expand: torch's own are not compressed, and no two entries share their bytes.
+    """
+    with open_file(path) as file:
+        if not zipfile.is_zipfile(file):
+            return False
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UserError("its entries are compressed")
+    if sum(entry.file_size for entry in entries) > size:
+        raise UserError(f"its entries claim more than the file's {size:,} bytes")
+    return True
+
+
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the CPU, copied if it is a view: torch.save would write the whole buffer behind a view."""
     tensor = tensor.detach().cpu()
@@ -151,13 +176,36 @@ def _plain_state_dict(state_dict: Any, path: str | os.PathLike[str]) -> dict[str
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise UserError(f"{path}: {_EXPECTED}, found {name!r} in it that is no tensor of real numbers")
+            raise UserError(f"{path}: {_EXPECTED}, found {shown(name)} in it that is no tensor of real numbers")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {_EXPECTED}, found {shown(name)} in it that is no dense tensor")
         while name.startswith(_WRAPPER_PREFIXES):
             name = name.split(".", 1)[1]
         if name in plain:
-            raise UserError(f"{path}: {_EXPECTED}, found {name} twice, with and without a wrapper's prefix")
+            raise UserError(f"{path}: {_EXPECTED}, found {_some([name])} twice, with and without a wrapper's prefix")
         plain[name] = tensor
     return plain
+
+
+def _empty_model(loaded: LoadedModel, dropout: float) -> LLaMaTransformer:
+    """The model that the file's config describes, without values; UserError where the file's tensors do not fit it."""
+    config = replace_dropout(loaded.config, dropout)
+    try:
+        check_model_config(config)
+    except UserError as error:
+        raise UserError(f"{loaded.path}: config: {error}") from error
+    with torch.device("meta"):
+        model = LLaMaTransformer(config, vocab_size(loaded.state_dict))
+    _check_fit(model, loaded)
+    return model
+
+
+def _check_finite(path: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]) -> None:
+    """UserError naming the tensors that hold inf or nan."""
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    if not all(finite):
+        broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
+        raise UserError(f"{path}: expected finite weights in {dtype}, found inf or nan in {_some(broken)}")
 
 
 def _check_fit(model: LLaMaTransformer, loaded: LoadedModel) -> None:
@@ -177,6 +225,7 @@ def _check_fit(model: LLaMaTransformer, loaded: LoadedModel) -> None:
 
 
 def _some(items: list[str]) -> str:
-    """The first few items, and how many more."""
+    """The first few items, and how many more. Names in a file may hold anything: line breaks, terminal commands."""
+    items = [item if item.isprintable() else repr(item) for item in items[:_NAMES_SHOWN]] + items[_NAMES_SHOWN:]
     more = f" and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
-    return ", ".join(items[:_NAMES_SHOWN]) + more
+    return ", ".join(item[:_NAME_SHOWN] for item in items[:_NAMES_SHOWN]) + more

@@ -12,12 +12,19 @@ from tokenizers import Tokenizer
 from simple_llama.common.distributed import Ranks, fail_together, require_same
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
-from simple_llama.dataset.tokenizer import load_tokenizer, tokenizer_digest
+from simple_llama.dataset.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from simple_llama.ops.attention import ATTENTION_VERSION
 from simple_llama.ops.logprob import HEAD_VERSION
 from simple_llama.pretraining.config import TrainingConfig, architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import build_model, find_weights, load_weights, vocab_size, weights_digest
+from simple_llama.pretraining.weights import (
+    build_model,
+    check_weights,
+    find_weights,
+    load_weights,
+    vocab_size,
+    weights_digest,
+)
 from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.ds_config import model_dtype, read_ds_config
@@ -76,13 +83,15 @@ def load_inputs(config: DPOConfig, ranks: Ranks) -> Inputs:
 
 def read_inputs(config: DPOConfig) -> Inputs:
     """The inputs as this rank sees them."""
+    check_folders(config)
     dtype = model_dtype(read_ds_config(config))
     tokenizer = load_tokenizer(config.tokenize_path)
     start = load_weights(find_weights(config.model_path))
+    check_weights(start, dtype)
     vocab = vocab_size(start.state_dict)
-    if tokenizer.get_vocab_size() > vocab:
+    if token_count(tokenizer) > vocab:
         raise UserError(
-            f"{config.tokenize_path}: {tokenizer.get_vocab_size()} tokens, but the model {start.path} knows {vocab}; "
+            f"{config.tokenize_path}: {token_count(tokenizer)} tokens, but the model {start.path} knows {vocab}; "
             "expected the tokenizer that the model was trained with (tokenize_path)"
         )
     max_seq_len = config.max_seq_len or start.config.max_seq_len
@@ -107,6 +116,19 @@ def read_inputs(config: DPOConfig) -> Inputs:
     }
     reference = reference_id(weights_digest(start.state_dict), tokenizer_digest(config.tokenize_path), numerics)
     return Inputs(tokenizer, data, start.path, start.config, vocab, dtype, max_seq_len, reference)
+
+
+def check_folders(config: DPOConfig) -> None:
+    """Raises UserError where a folder that a run writes to cannot be one: not after an epoch, when it is needed."""
+    for name in ("log_dir", "ckpt_dir", "ref_cache_dir"):
+        folder = Path(getattr(config, name))
+        folder = folder if name == "ref_cache_dir" else folder / config.run_name
+        try:
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        except OSError as error:
+            raise UserError(f"{name}: {folder}: cannot be a folder: {error.strerror}") from error
+        if not there.is_dir():
+            raise UserError(f"{name}: {there}: expected a folder, or nothing there yet; found something else")
 
 
 def versions() -> dict[str, str | None]:
