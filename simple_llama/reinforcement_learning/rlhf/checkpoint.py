@@ -12,7 +12,6 @@ A parameter's state stands whole in one file, so a run may resume on another num
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -25,9 +24,17 @@ from safetensors.torch import save_file
 
 from simple_llama.common.distributed import Ranks, fail_together, gather_objects
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_path, atomic_write, atomic_write_json, file_digest, read_json
+from simple_llama.common.files import (
+    atomic_path,
+    atomic_write,
+    atomic_write_json,
+    brief,
+    file_digest,
+    read_json,
+    shown,
+)
 from simple_llama.common.logging import LOGGER
-from simple_llama.reinforcement_learning.rlhf.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.engine import MOMENTS, Engine
 
 FORMAT = 1  # of state.json; a reader refuses another one
 
@@ -146,23 +153,56 @@ def newest_state(folder: Path) -> SavedState:
 
 
 def check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
-    """What is wrong with a state folder ("" when nothing is), and its facts."""
+    """What is wrong with a state folder ("" when nothing is), and its facts. Nothing outside the folder is read."""
     try:
+        for path in (candidate, candidate / "state.json"):
+            if path.is_symlink():
+                return f"{path.name} is a link, which leads out of the folder", {}
         facts = read_json(candidate / "state.json")
+        problem = facts_problem(candidate, facts)
+        for name, expected in facts["files"].items() if not problem else ():
+            problem = problem or file_problem(candidate, name, expected)
     except (UserError, OSError) as error:
-        return str(error), {}
+        problem = str(error)
+    return (problem, {}) if problem else ("", facts)
+
+
+def facts_problem(candidate: Path, facts: Any) -> str:
+    """What is wrong with the content of a state.json; "" when nothing is."""
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        return f"state.json: expected format {FORMAT}", {}
-    files = facts.get("files")
-    if not isinstance(files, dict) or not files or "step" not in facts:
-        return "state.json: expected a step and the digests of its files", {}
-    for name, expected in files.items():
-        path = candidate / Path(name).name
-        if not path.is_file():
-            return f"{name} is missing", {}
-        if file_digest(path) != expected:
-            return f"{name} is damaged (digest differs)", {}
-    return "", facts
+        return f"state.json: expected format {FORMAT}"
+    files, step, loss, weights = (facts.get(key) for key in ("files", "step", "loss", "weights"))
+    if not isinstance(files, dict) or not files or step is None:
+        return "state.json: expected a step and the digests of its files"
+    if type(step) is not int or candidate.name != f"step_{step:08d}":
+        return f"state.json: step: expected the number of {candidate.name}, found {shown(step)}"
+    if type(facts.get("optimizer_steps")) is not int or not 0 <= facts["optimizer_steps"] <= step:
+        return f"state.json: optimizer_steps: expected at most {step}, found {shown(facts.get('optimizer_steps'))}"
+    if "loss" not in facts or not (loss is None or type(loss) in (int, float)):
+        return f"state.json: loss: expected a number or null, found {shown(loss)}"
+    if not isinstance(weights, str) or weights != Path(weights).name:
+        return f"state.json: weights: expected a plain file name, found {shown(weights)}"
+    return ""
+
+
+def file_problem(folder: Path, name: str, expected: Any) -> str:
+    """What is wrong with one file of a state, named in its state.json; "" when nothing is."""
+    path = folder / Path(name).name
+    if not path.is_file():
+        return f"{name} is missing"
+    if name != path.name:
+        return f"{name}: expected a plain file name"
+    if path.is_symlink():
+        return f"{name} is a link, which leads out of the folder"
+    if file_digest(path) != expected:
+        return f"{name} is damaged (digest differs)"
+    for parameter, tensors in read_tensors(path):
+        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+        if tensors.keys() != {"weight", *MOMENTS} or len(shapes) != 1:
+            return f"{name}: {shown(parameter)}: expected weight, {', '.join(MOMENTS)} of one shape"
+        if any(tensor.dtype != torch.float32 or not tensor.isfinite().all() for tensor in tensors.values()):
+            return f"{name}: {shown(parameter)}: expected finite fp32 numbers"
+    return ""
 
 
 def load_state(saved: SavedState, engine: Engine) -> None:
@@ -173,14 +213,18 @@ def load_state(saved: SavedState, engine: Engine) -> None:
 def read_parameters(saved: SavedState) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(parameter name, {weight, exp_avg, exp_avg_sq}) of a state, one at a time, fp32 on the CPU."""
     for name in saved.facts["files"]:
-        path = saved.folder / Path(name).name
-        try:
-            with safe_open(path, framework="pt") as file:
-                keys = [key.rsplit("|", 1) for key in sorted(file.keys())]
-                for parameter, group in groupby(keys, key=lambda key: key[0]):
-                    yield parameter, {kind: file.get_tensor(f"{parameter}|{kind}") for _, kind in group}
-        except SafetensorError as error:
-            raise UserError(f"{path}: expected a safetensors file, found: {error}") from error
+        yield from read_tensors(saved.folder / Path(name).name)
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(parameter name, {kind: tensor}) of one file of a state. UserError when it is no safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key.rpartition("|") for key in sorted(file.keys())]
+            for parameter, group in groupby(keys, key=lambda key: key[0]):
+                yield parameter, {kind: file.get_tensor(f"{parameter}|{kind}") for _, _, kind in group}
+    except SafetensorError as error:
+        raise UserError(f"{path}: expected a safetensors file, found: {error}") from error
 
 
 def check_same_run(facts: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
@@ -188,7 +232,7 @@ def check_same_run(facts: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     for key, value in now.items():
         if facts.get(key) != value:
             raise UserError(
-                f"{folder}: cannot resume: {key} was {json.dumps(facts.get(key))}, is now {json.dumps(value)}; "
+                f"{folder}: cannot resume: {key} was {brief(facts.get(key), 1000)}, is now {brief(value, 1000)}; "
                 "resume with the settings, data and model of the run, or start another run_name"
             )
 
@@ -214,4 +258,4 @@ def newest_run(ckpt_dir: Path) -> str:
     saved |= {path: path.parent.parent.name for path in ckpt_dir.glob("*/state/step_*")}  # killed before its `latest`
     if not saved:
         raise UserError(f"{ckpt_dir}: expected a run to resume (<run>/latest), found none")
-    return saved[max(saved, key=lambda path: path.stat().st_mtime)]
+    return saved[max(saved, key=lambda path: path.lstat().st_mtime)]  # a link may be broken

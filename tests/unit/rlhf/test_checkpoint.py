@@ -49,12 +49,17 @@ def write_shard(path: Path, **parameters: dict[str, torch.Tensor]) -> str:
     return file_digest(path)
 
 
+def progress(step: int) -> dict[str, Any]:
+    """The facts of a state that do not depend on the run."""
+    return {"step": step, "optimizer_steps": step, "loss": 0.5, "weights": "dpo.pth"}
+
+
 def write_state(run: Path, step: int, **changes: Any) -> Path:
     """A complete state of a run; `changes` replace or add facts."""
     state = run / "state" / f"step_{step:08d}"
     state.mkdir(parents=True)
     files = {SHARD: write_shard(state / SHARD, norm=parameter(1.0))}
-    facts = {"format": 1, "step": step, "optimizer_steps": step, "files": files, **changes}
+    facts = {"format": 1, **progress(step), "files": files, **changes}
     (state / "state.json").write_text(json.dumps(facts))
     return state
 
@@ -118,7 +123,7 @@ def test_a_file_name_that_points_elsewhere_finds_nothing(tmp_path: Path, name: s
     for folder in (state.parent, run, tmp_path):
         expected = write_shard(folder / "stranger", norm=parameter(100.0))
     name = name.replace("/{root}", str(tmp_path))
-    (state / "state.json").write_text(json.dumps({"format": 1, "step": 7, "files": {name: expected}}))
+    (state / "state.json").write_text(json.dumps({"format": 1, **progress(7), "files": {name: expected}}))
     assert check_state(state) == (f"{name} is missing", {})
 
 
@@ -205,7 +210,7 @@ def test_what_save_state_writes_is_read_back(tmp_path: Path, ranks: Ranks) -> No
     exported: list[dict[str, torch.Tensor]] = []
     for step in (1, 2, 3):
         engine = engine_of(norm=parameter(float(step)), head=parameter(50.0))
-        save_state(tmp_path, engine, {"step": step, "beta": 0.5}, keep=2, ranks=ranks, export=exported.append)
+        save_state(tmp_path, engine, {**progress(step), "beta": 0.5}, keep=2, ranks=ranks, export=exported.append)
     assert (tmp_path / "latest").read_text() == "step_00000003\n"
     assert [folder.name for folder in (tmp_path / "state").iterdir() if folder.name == "step_00000001"] == []
     assert len(list((tmp_path / "state").iterdir())) == 2
@@ -237,9 +242,9 @@ def test_a_state_is_not_seen_before_its_export_is_there(tmp_path: Path, ranks: R
         raise UserError("cannot write")
 
     engine = engine_of(norm=parameter(1.0))
-    save_state(tmp_path, engine, {"step": 1}, keep=1, ranks=ranks, export=lambda weights: None)
+    save_state(tmp_path, engine, progress(1), keep=1, ranks=ranks, export=lambda weights: None)
     with pytest.raises(UserError, match="cannot write"):
-        save_state(tmp_path, engine, {"step": 2}, keep=1, ranks=ranks, export=full)
+        save_state(tmp_path, engine, progress(2), keep=1, ranks=ranks, export=full)
     assert newest_state(tmp_path).facts["step"] == 1 and (tmp_path / "latest").read_text() == "step_00000001\n"
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000001"]
 
