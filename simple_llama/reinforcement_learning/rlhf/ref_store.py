@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write, atomic_write_json, digest, read_json
+from simple_llama.common.files import atomic_write, atomic_write_json, digest, open_file, read_json, shown
 
 if TYPE_CHECKING:  # only a pair's digest and counts are read, so the store needs no torch
     from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
@@ -35,6 +35,7 @@ RECORD = np.dtype([("digest", "V16"), ("counts", "<i4", (2,)), ("logps", "<f4", 
 _AS_BYTES, _AS_KEY = "S32", "S24"  # a whole record, and its digest and counts, as one sortable value
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.npy")
+_MOST_SHARD_BYTES = 256 << 20  # six million records; a pass writes a few hundred into a shard
 _ROUNDING = 1e-5  # nats a scored token: a certain token's fp32 log-prob may come out just above 0
 
 logger = logging.getLogger("simple_llama")
@@ -55,27 +56,34 @@ def reference_id(weights_digest: str, tokenizer_digest: str, numerics: dict[str,
 class RefStore:
     """Log-prob sums (nats, fp32) of one frozen model. Any number of passes and readers may use a folder at once."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, reference: dict | None = None):
         """An empty view of `folder`; use `RefStore.open`."""
         self.folder = folder
+        self._reference = reference
         self.set_aside: list[str] = []  # shards that the last `load` found damaged
         self._records = np.empty(0, RECORD)  # sorted by bytes, one per key
 
     @classmethod
-    def open(cls, cache_dir: str | os.PathLike[str], reference: dict) -> RefStore:
-        """Open the store of `reference` (see `reference_id`) below `cache_dir`, made if it is not there, and load it.
+    def open(cls, cache_dir: str | os.PathLike[str], reference: dict, make: bool = True) -> RefStore:
+        """Open the store of `reference` (see `reference_id`) below `cache_dir` and load it.
+
+        Args:
+            make: make the folder now; otherwise the first shard that is added makes it.
 
         Raises:
             UserError: the folder cannot be made or read, or its reference.json tells of another reference.
         """
         name = digest(json.dumps(reference, sort_keys=True).encode()).hex()
-        store = cls(Path(cache_dir) / name)
+        store = cls(Path(cache_dir) / name, reference)
         described = store.folder / "reference.json"
         if not os.path.exists(described):
-            atomic_write_json(described, reference)
+            if make:
+                store._describe()
+            elif not os.path.lexists(store.folder):
+                return store
         elif (found := read_json(described)) != reference:
             raise UserError(
-                f"{described} was changed: expected {reference}, found {found}; delete {store.folder}, then run "
+                f"{described} was changed: expected {reference}, found {shown(found)}; delete {store.folder}, then run "
                 f"{FILL_COMMAND}"
             )
         store.load()
@@ -148,6 +156,12 @@ class RefStore:
         finally:
             writer.flush()
 
+    def _describe(self) -> None:
+        """Write reference.json, and so the folder, if it is not there."""
+        described = self.folder / "reference.json"
+        if not os.path.exists(described):
+            atomic_write_json(described, self._reference)
+
     def _write(self, records: np.ndarray) -> None:
         """One shard on disk, and its records in memory."""
         if not len(records):
@@ -155,6 +169,7 @@ class RefStore:
         records = _merged([records])  # in order, so that the same content gets the same name
         data = io.BytesIO()
         np.save(data, records, allow_pickle=False)
+        self._describe()
         atomic_write(self.folder / f"{digest(data.getbuffer()).hex()}.npy", data.getvalue())
         self._records = _merged([self._records, records])
 
@@ -260,7 +275,10 @@ def _is_ours(name: str) -> bool:
 
 def _read_shard(path: Path) -> np.ndarray:
     """The sound records of a shard whose bytes match its name. _BadShardError when they do not, OSError as usual."""
-    data = path.read_bytes()
+    with open_file(path) as file:
+        data = file.read(_MOST_SHARD_BYTES + 1)
+    if len(data) > _MOST_SHARD_BYTES:
+        raise _BadShardError(f"it is larger than {_MOST_SHARD_BYTES:,} bytes")
     if digest(data).hex() != path.stem:
         raise _BadShardError("its bytes do not match its name")
     try:

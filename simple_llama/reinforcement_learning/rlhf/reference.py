@@ -22,12 +22,15 @@ AUDIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 def open_store(cache_dir: str, reference: dict, ranks: Ranks) -> RefStore:
-    """Opens the store of `reference` on every rank (collective), rank 0 first: it is the one that reports damage."""
+    """Opens the store of `reference` on every rank (collective), rank 0 first: it is the one that reports damage.
+
+    A store that is not there is made with the first shard: a command that only looks for log-probs leaves nothing.
+    """
     store = None
     for main_turn in (True, False):
         with fail_together(ranks):
             if ranks.is_main == main_turn:
-                store = RefStore.open(cache_dir, reference)
+                store = RefStore.open(cache_dir, reference, make=False)
     assert store is not None
     return store
 
