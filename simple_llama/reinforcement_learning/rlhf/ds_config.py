@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import read_json
+from simple_llama.common.files import brief, read_json, shown
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 
 OURS = {
@@ -20,6 +20,36 @@ OURS = {
     "activation_checkpointing": "activation_checkpointing",
     "tensorboard": "log_dir",
 }
+# fmt: off
+# All other names that DeepSpeed 0.19.8 knows; it ignores an unknown section without a word.
+KNOWN = (
+    "amp", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "communication_data_type", "compile",
+    "compression_training", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last",
+    "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue", "elasticity", "expert_parallel",
+    "flops_profiler", "fp16", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
+    "load_universal_checkpoint", "log_level", "managed_gradient_accumulation", "memory_breakdown", "nebula",
+    "pipeline", "prescale_gradients", "progressive_layer_drop", "seq_parallel_communication_data_type",
+    "sparse_attention", "sparse_gradients", "steps_per_print", "tensor_parallel", "timers", "torch_autocast",
+    "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "weight_quantization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+)
+DTYPES = ("fp32", "fp16", "bf16")
+# The ZeRO section, where DeepSpeed ends with a traceback for an unknown name and for another type.
+ZERO_SWITCHES = (
+    "allgather_partitions", "contiguous_gradients", "elastic_checkpoint", "enable_sanity_checks",
+    "ignore_unused_parameters", "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear",
+    "overlap_comm", "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint", "reduce_scatter",
+    "round_robin_gradients", "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
+    "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+)
+ZERO_COUNTS = (
+    "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold", "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size", "sub_group_size", "zero_hpz_partition_size",
+)
+# fmt: on
+ZERO_SECTIONS = ("leaf_module", "offload_optimizer", "offload_param", "zenflow")
 
 
 def read_ds_config(config: DPOConfig) -> dict[str, Any]:
@@ -34,7 +64,11 @@ def read_ds_config(config: DPOConfig) -> dict[str, Any]:
             )
     for key in ("bf16", "fp16", "amp", "data_types", "zero_optimization"):
         if not isinstance(found.get(key, {}), dict):
-            raise UserError(f"{config.deepspeed_config}: {key}: expected a JSON object, found {found[key]!r}")
+            raise UserError(f"{config.deepspeed_config}: {key}: expected a JSON object, found {shown(found[key])}")
+    for key in ("bf16", "fp16", "amp"):
+        if type(found.get(key, {}).get("enabled", False)) is not bool:
+            wrong = brief(found[key]["enabled"])
+            raise UserError(f"{config.deepspeed_config}: {key}.enabled: expected true or false, found {wrong}")
     if "bfloat16" in found:
         raise UserError(f"{config.deepspeed_config}: bfloat16: expected this section under its other name, bf16")
     for key in ("fp16", "amp"):
@@ -47,8 +81,41 @@ def read_ds_config(config: DPOConfig) -> dict[str, Any]:
         )
     stage = found.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int or stage not in (2, 3):  # 1 in bf16 is another optimizer class, without our state
-        raise UserError(f"{config.deepspeed_config}: zero_optimization.stage: expected 2 or 3, found {stage!r}")
+        raise UserError(f"{config.deepspeed_config}: zero_optimization.stage: expected 2 or 3, found {shown(stage)}")
+    check_names(config.deepspeed_config, found)
+    check_zero(f"{config.deepspeed_config}: zero_optimization", found["zero_optimization"])
     return found
+
+
+def check_names(source: str, found: dict[str, Any]) -> None:
+    """Raises UserError for a name that DeepSpeed would ignore, and for a dtype that it does not know."""
+    for key in found:
+        if key not in KNOWN:
+            raise UserError(f"{source}: unknown key {shown(key)}; expected a section of DeepSpeed, such as bf16")
+    dtypes = {"communication_data_type": found.get("communication_data_type")}
+    dtypes["data_types.grad_accum_dtype"] = found.get("data_types", {}).get("grad_accum_dtype")
+    for key, dtype in dtypes.items():
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"{source}: {key}: expected one of {', '.join(DTYPES)}, found {shown(dtype)}")
+
+
+def check_zero(source: str, zero: dict[str, Any]) -> None:
+    """Raises UserError for a name or a type that DeepSpeed's ZeRO section does not have."""
+    for key, value in zero.items():
+        if key in ZERO_SWITCHES and type(value) is not bool:
+            raise UserError(f"{source}.{key}: expected true or false, found {shown(value)}")
+        least = 1 if key == "reduce_bucket_size" else 0
+        if key in ZERO_COUNTS and not is_count(value, least):
+            raise UserError(f"{source}.{key}: expected a whole number of at least {least}, found {shown(value)}")
+        if key in ZERO_SECTIONS and not isinstance(value, dict):
+            raise UserError(f"{source}.{key}: expected a JSON object, found {shown(value)}")
+        if key not in (*ZERO_SWITCHES, *ZERO_COUNTS, *ZERO_SECTIONS, "stage"):
+            raise UserError(f"{source}: unknown key {shown(key)}; ds_configs/README.md has those that matter here")
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Whether a value is a whole number from `least`, written with or without an exponent (5e8)."""
+    return type(value) in (int, float) and least <= value < 2**63 and value == int(value)
 
 
 def full_ds_config(config: DPOConfig, world_size: int) -> dict[str, Any]:
