@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import tyro
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import read_json
+from simple_llama.common.files import brief, read_json, shown
 from simple_llama.common.paths import root_path
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 
@@ -79,10 +78,12 @@ class DPOConfig:
     debug: bool = False  # show tracebacks of errors that have a message
 
     def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self) if isinstance(field.default, str)):
+            check_text(name, getattr(self, name))
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise UserError(f"{name}: expected a number from {low} to {high}, found {value!r}")
+                raise UserError(f"{name}: expected a number from {low} to {high}, found {shown(value)}")
         for name in ("beta", "max_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name}: expected a finite number above 0, found {getattr(self, name)!r}")
@@ -93,10 +94,15 @@ class DPOConfig:
                 f"label_smoothing: expected 0 with loss_type {self.loss_type!r}, which ignores it, "
                 f"found {self.label_smoothing}"
             )
-        if "/" in self.run_name or self.run_name in (".", ".."):
-            raise UserError(f"run_name: expected a plain name without '/', found {self.run_name!r}")
+        name = self.run_name
+        if "/" in name or name in (".", "..") or not name.isprintable() or len(name.encode()) > LONGEST_RUN_NAME:
+            raise UserError(
+                f"run_name: expected a plain name without '/' of at most {LONGEST_RUN_NAME} bytes, found {shown(name)}"
+            )
 
 
+PATHS = ("model_path", "tokenize_path", "rlhf_dataset_path", "ckpt_dir", "ref_cache_dir", "log_dir", "deepspeed_config")
+LONGEST_RUN_NAME = 200  # bytes; a file system takes 255, and temp names are longer than the name
 WHOLE = 2**31 - 1
 RANGES: dict[str, tuple[float, float]] = {
     "max_seq_len": (0, WHOLE),
@@ -126,6 +132,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample_tokens": (1, 65536),
     "ref_flush_pairs": (1, WHOLE),
 }
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises UserError for text that no file can be named by, or that no file can hold."""
+    if not text and name in PATHS:
+        raise UserError(f"{name}: expected a path, found an empty one")
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name}: expected Unicode text without NUL, found {shown(text)}")
 
 
 def parse_config(argv: Sequence[str] | None = None, description: str | None = None) -> DPOConfig:
@@ -172,18 +186,26 @@ def config_from_dict(found: Any, source: str) -> DPOConfig:
     known, hints = {field.name: field for field in fields(DPOConfig)}, get_type_hints(DPOConfig)
     for name, value in found.items():
         if name not in known:
-            raise UserError(f"{source}: unknown setting {name!r}; known are {', '.join(known)}")
+            raise UserError(f"{source}: unknown setting {shown(name)}; known are {', '.join(known)}")
         default = known[name].default
         fits = isinstance(value, bool) == isinstance(default, bool) and (
             isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
         )
         if not fits:
-            raise UserError(f"{source}: {name}: expected {type(default).__name__}, found {json.dumps(value)}")
+            raise UserError(f"{source}: {name}: expected {type(default).__name__}, found {brief(value)}")
         allowed = get_args(hints[name])  # of a Literal
         if allowed and value not in allowed:
-            raise UserError(f"{source}: {name}: expected one of {', '.join(allowed)}, found {value!r}")
+            raise UserError(f"{source}: {name}: expected one of {', '.join(allowed)}, found {shown(value)}")
     settings: dict[str, Any] = dict(found)
     for name, value in found.items():
         if isinstance(known[name].default, float):
-            settings[name] = float(value)
+            settings[name] = as_float(f"{source}: {name}", value)
     return DPOConfig(**settings)
+
+
+def as_float(place: str, value: float) -> float:
+    """A number of a JSON file as a float; UserError for a whole number beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{place}: expected a number that a float can hold, found {shown(value)}") from None
