@@ -5,14 +5,19 @@ Names are the field's: loss, rewards/*, logps/*, grad_norm, learning_rate, epoch
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from simple_llama.common.distributed import all_reduce_sum
+from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write
+from simple_llama.common.logging import LOGGER
 
 SUMMED = (
     "loss",
@@ -89,6 +94,23 @@ def rewind(path: Path, step: int) -> None:
     atomic_write(path, "".join(kept).encode())
 
 
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line to a .jsonl file. UserError where the disk does not take it; `rewind` drops half a line."""
+    with writes(path), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """Makes the body's OSError (a full disk) a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another log_dir, then --resume"
+        ) from error
+
+
 class RunWriter:
     """metrics.jsonl and TensorBoard events of a run, on rank 0; elsewhere every call does nothing.
 
@@ -101,28 +123,34 @@ class RunWriter:
             return
         self.path = folder / "metrics.jsonl"
         rewind(self.path, done)
-        self.board = SummaryWriter(str(folder), purge_step=done + 1)
+        with writes(folder):
+            self.board = SummaryWriter(str(folder), purge_step=done + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl and one point of each curve at optimizer step `step`."""
         if not self.is_main:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        append_record(self.path, {"step": step, **values})
+        with writes(self.path.parent):
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Writes a page of TensorBoard's text tab."""
         if self.is_main:
-            self.board.add_text(name, markdown, step)
+            with writes(self.path.parent):
+                self.board.add_text(name, markdown, step)
 
     def flush(self) -> None:
         """Brings the events to disk."""
         if self.is_main:
-            self.board.flush()
+            with writes(self.path.parent):
+                self.board.flush()
 
     def close(self) -> None:
-        """Brings the events to disk and ends."""
+        """Brings the events to disk and ends. No error: it may be one that ends the run."""
         if self.is_main:
-            self.board.close()
+            try:
+                self.board.close()
+            except OSError as error:
+                LOGGER.warning("curves in %s lack their end: %s", self.path.parent, error.strerror or error)

@@ -26,6 +26,7 @@ from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.checkpoint import has_checkpoints, newest_run
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
+from simple_llama.reinforcement_learning.rlhf.metrics import append_record
 
 SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all
 
@@ -132,5 +133,4 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 def append_samples(folder: Path, step: int, prompts: list[str], answers: list[str]) -> None:
     """Adds a line to samples.jsonl."""
-    with (folder / "samples.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "prompts": prompts, "answers": answers}) + "\n")
+    append_record(folder / "samples.jsonl", {"step": step, "prompts": prompts, "answers": answers})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simple_llama.common.distributed import Ranks
+from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
@@ -181,6 +183,27 @@ def test_rewind_drops_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     rewind(path, 5)
     assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a line and for a curve, with the file's or folder's name; closing only warns, since the run may be over."""
+    writer = RunWriter(tmp_path, is_main=True)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left on device; free space"):
+        writer.scalars(1, {"loss": 0.5})
+    monkeypatch.undo()
+    for name in ("add_scalar", "add_text", "flush", "close"):
+        monkeypatch.setattr(writer.board, name, full)
+    for write in (lambda: writer.scalars(1, {"loss": 0.5}), lambda: writer.text(1, "page", "text"), writer.flush):
+        with pytest.raises(UserError, match="No space left on device"):
+            write()
+    writer.close()
+    monkeypatch.undo()
+    writer.close()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
