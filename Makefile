@@ -1,6 +1,6 @@
 # Every target does its own set-up: the first one run makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-hosts bench check format tensorboard clean
+.PHONY: help demo test test-gpu test-hosts soak bench check format tensorboard clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,6 +27,9 @@ test-gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU
 
 test-hosts: $(INSTALLED) ## two hosts in network namespaces: needs root, iproute2, openssh-server, pdsh
 	$(BIN)/python -m pytest -m hosts
+
+soak: $(INSTALLED) ## kill a small run at 20 moments; it must end as one never killed
+	$(BIN)/python tests/soak.py --kills 20
 
 bench: $(INSTALLED) ## time the log-prob head and a decoder block on this CPU
 	$(BIN)/python benchmarks/bench_ops.py

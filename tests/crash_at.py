@@ -1,0 +1,154 @@
+"""Runs a launch script that kills itself (kill -9) at one exact place: tests/soak.py starts it.
+
+    python tests/crash_at.py --crash_script=launch/train_dpo.py --crash_place=latest --crash_when=half --crash_call=1
+
+The process dies before, in the half of, or after the `call`-th call of the place's function that it makes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RLHF = "simple_llama.reinforcement_learning.rlhf"
+Half = Callable[..., None]  # does half of what the function with these arguments would do
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A function, and which of its calls count."""
+
+    module: str
+    name: str  # of the function in the module, or of the method: Class.method
+    counts: Callable[..., bool] = lambda *args, **kwargs: True
+    half: Half | None = None
+
+
+def half_of_file(which: int) -> Half:
+    """Half of a file that takes its path as argument number `which` and its content as the one before or after."""
+
+    def write(original: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        os.truncate(args[which], os.path.getsize(args[which]) // 2)
+
+    return write
+
+
+def half_of_folder(original: Callable[..., object], folder: Path, *args: object, **kwargs: object) -> None:
+    """One file less."""
+    sorted(Path(folder).iterdir())[0].unlink()
+
+
+def half_of_line(path: Callable[..., Path]) -> Half:
+    """Half of what the call appends to a file."""
+
+    def write(original: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        file = path(*args)
+        before = file.stat().st_size if file.exists() else 0
+        original(*args, **kwargs)
+        os.truncate(file, (before + file.stat().st_size) // 2)
+
+    return write
+
+
+def becomes(pattern: str) -> Callable[..., bool]:
+    """Calls of os.replace(source, target) or Path.rename(self, target) that give a file such a name."""
+    return lambda source, target, *rest, **kwargs: fnmatch.fnmatch(Path(target).name, pattern)
+
+
+def temp_of(pattern: str) -> Callable[..., bool]:
+    """Calls of Path.write_bytes(self, data) that fill the temp file of such a name."""
+    return lambda path, *rest, **kwargs: fnmatch.fnmatch(Path(path).name, f".{pattern}.*.tmp")
+
+
+def is_old_state(folder: Path, *args: object, **kwargs: object) -> bool:
+    """Calls of shutil.rmtree that delete a state."""
+    return Path(folder).name.startswith("step_") and Path(folder).exists()
+
+
+def replaced(pattern: str) -> dict[str, Spot]:
+    """When a small file is written: half of its bytes, and before and after it gets its name."""
+    rename = Spot("os", "replace", becomes(pattern))
+    return {
+        "half": Spot("pathlib", "Path.write_bytes", temp_of(pattern), half_of_file(0)),
+        "before": rename,
+        "after": rename,
+    }
+
+
+def around(module: str, name: str, half: Half | None = None) -> dict[str, Spot]:
+    """Before and after a function of the trainer, and in the half of it where that can be told."""
+    spot = Spot(f"{RLHF}.{module}", name, half=half)
+    return {"before": spot, "after": spot} | ({"half": spot} if half else {})
+
+
+# By place, then by moment. Each place is hit in every soak of 20 kills, at one of its moments.
+PLACES: dict[str, dict[str, Spot]] = {
+    # the reference pass
+    "shard": {"before": Spot(f"{RLHF}.ref_store", "RefStore._write")} | replaced("*.npy"),
+    "reference": replaced("reference.json"),
+    # a training run's start
+    "records": replaced("config.json"),
+    "resume": around("checkpoint", "load_state"),
+    # a step
+    "backward": around("engine", "Engine.backward"),
+    "step": around("engine", "Engine.step"),
+    "evaluate": around("training_run", "evaluate"),
+    "metrics": around("metrics", "RunWriter.scalars", half_of_line(lambda writer, *rest: writer.path)),
+    "samples": around("training_run", "append_samples", half_of_line(lambda folder, *rest: folder / "samples.jsonl")),
+    # a save
+    "gather": {"before": Spot(f"{RLHF}.engine", "Engine.full_state")},
+    "state_shard": around("checkpoint", "save_file", half_of_file(1)),
+    "weights": {"half": Spot("torch", "save", half=half_of_file(1))}
+    | {when: Spot("os", "replace", becomes("dpo_*.pth")) for when in ("before", "after")},
+    "state_json": replaced("state.json"),
+    "state_rename": {when: Spot("pathlib", "Path.rename", becomes("step_*")) for when in ("before", "after")},
+    "latest": replaced("latest"),
+    "prune": around("checkpoint", "prune") | {"half": Spot("shutil", "rmtree", is_old_state, half_of_folder)},
+    # everything is done
+    "end": {"before": Spot(f"{RLHF}.metrics", "RunWriter.close")},
+}
+
+
+def main() -> None:
+    """Arms the place, then runs the script as if it had been started itself."""
+    ours = dict(arg[8:].split("=", 1) for arg in sys.argv if arg.startswith("--crash_"))
+    sys.argv = [ours["script"], *(arg for arg in sys.argv[1:] if not arg.startswith("--crash_"))]
+    arm(PLACES[ours["place"]][ours["when"]], ours["when"], int(ours["call"]))
+    runpy.run_path(ours["script"], run_name="__main__")
+
+
+def arm(spot: Spot, when: str, call: int) -> None:
+    """Puts a function that kills this process in the place of the spot's."""
+    owner: Any = importlib.import_module(spot.module)
+    *classes, name = spot.name.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        counts = spot.counts(*args, **kwargs)
+        calls += counts
+        if not counts or calls < call:
+            return original(*args, **kwargs)
+        if when == "half":
+            assert spot.half is not None
+            spot.half(original, *args, **kwargs)
+        elif when == "after":
+            original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, deadly)
+
+
+if __name__ == "__main__":
+    main()
