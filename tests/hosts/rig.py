@@ -133,7 +133,7 @@ class Rig:
         if all(self.is_up(host) for host in ADDRESSES):
             return
         self.down()
-        _remove_orphans()
+        remove_orphans()
         try:
             self.folder.mkdir(mode=0o700)
             self._write_files()
@@ -325,7 +325,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}  # where sshd and ip are
 
 
-def _remove_orphans() -> None:
+def remove_orphans() -> None:
     """Removes folders of rigs whose process was killed; their hosts died with it."""
     for folder in Path(tempfile.gettempdir()).glob("two_hosts-*"):
         number = folder.name.partition("-")[2]
