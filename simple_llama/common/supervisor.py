@@ -34,8 +34,9 @@ UNFINISHED = 1  # exit status where the launcher's own would be 0
 _POLL_S = 0.2
 _KILL_S = 20.0  # from SIGTERM to SIGKILL of a launcher: it asks all hosts to end their processes
 _CLEAN_UP_S = 40.0  # the same for what a killed launcher left: it may be saving
+_HURRY_S = 3.0  # the same after a second signal
 _HOST_FAILED = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code")
-_HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+_HOSTFILE_LINE = re.compile(r"([\w.:@\[\]-]+)\s+slots=(\d+)\s*(#.*)?", re.ASCII)
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
@@ -133,7 +134,7 @@ class _Launch:
 
     def clean_up(self) -> None:
         """Ends what the launcher left on this host, gently first: ranks may be saving."""
-        deadline = time.monotonic() + _CLEAN_UP_S
+        deadline = time.monotonic() + (_CLEAN_UP_S if len(self.signals) < 2 else _HURRY_S)
         told: set[int] = set()
         while left := descendants(os.getpid()):
             for pid in left:
