@@ -5,7 +5,7 @@
     python tests/hosts/faults.py --plain cut-link             without launch/supervise.py in front
     python tests/hosts/faults.py --limit_s 300 --set peer_timeout_s=60 --verbose stop-rank
 
-Columns: seconds from the fault until the command returned, and until no rank was left on either host; the exit status;
+Columns: seconds from the fault until the command returned, and until nothing of it was left on either host; the status;
 what still ran after `limit_s`; the first telling line. Needs root, as tests/hosts/rig.py does.
 """
 
@@ -41,7 +41,7 @@ class Outcome:
     fault: str
     returned_s: float | None  # until the command returned
     status: int | None
-    gone_s: float | None  # until no rank was left
+    gone_s: float | None  # until no process of the launch was left
     left: tuple[str, ...]  # "host: role" of what still ran at the end
     said: tuple[str, ...]  # the telling lines of the output
     output: str
@@ -81,10 +81,6 @@ def find(rig: Rig, host: str, wanted: str) -> Process:
 def running(rig: Rig) -> tuple[str, ...]:
     """All processes of the launch on both hosts, as "host: role"."""
     return tuple(f"{host}: {what}" for host in ADDRESSES for process in rig.processes(host) if (what := role(process)))
-
-
-def ranks_run(rig: Rig) -> bool:
-    return any(what.endswith(": rank") for what in running(rig))
 
 
 # === Faults ===
@@ -167,12 +163,12 @@ def inject(rig: Rig, job: TinyJob, fault: str, supervised: bool = True, **settin
 
 
 def watch(rig: Rig, run: Launch, fault: str, since: float, limit_s: float) -> Outcome:
-    """Waits until the command has returned and no rank is left, or for `limit_s`."""
+    """Waits until the command has returned and no process of it is left, or for `limit_s`."""
     returned_s = gone_s = None
     while time.monotonic() - since < limit_s and (returned_s is None or gone_s is None):
         if returned_s is None and run.process.poll() is not None:
             returned_s = time.monotonic() - since
-        if gone_s is None and not ranks_run(rig):
+        if gone_s is None and not running(rig):
             gone_s = time.monotonic() - since
         time.sleep(0.2)
     output = run.output
@@ -226,7 +222,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, Rig() as rig:
         job = long_job(Path(folder))
         fill_store(rig, job)
-        print("| fault | command returns | status | ranks gone | still there | says |\n|---|---|---|---|---|---|")
+        print("| fault | command returns | status | all gone | still there | says |\n|---|---|---|---|---|---|")
         for fault in faults:
             outcome = measure(rig, job, fault, not options.plain, options.limit_s, **settings)
             print(outcome.row(), flush=True)
