@@ -320,7 +320,7 @@ def patience(place: str) -> Iterator[None]:
         yield
     finally:
         watchdog.beat(f"after {place}")
-        watchdog.progress.patient -= 1
+        watchdog.progress.patient = max(0, watchdog.progress.patient - 1)
 
 
 def started() -> None:

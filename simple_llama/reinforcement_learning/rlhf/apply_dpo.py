@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simple_llama.common import stopping
+from simple_llama.common import stopping, watchdog
 from simple_llama.common.distributed import Ranks
 from simple_llama.common.logging import progress
 from simple_llama.reinforcement_learning.rlhf.command import run_command
@@ -31,7 +31,8 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
     stopping.begin()
     name = name_run(config, ranks)
     with locked(Path(config.ckpt_dir) / name, ranks) as check_lock:
-        run = Run(config, inputs, ranks, name, check_lock)
+        with watchdog.patience("setting up the run"):
+            run = Run(config, inputs, ranks, name, check_lock)
         try:
             run_steps(run)
         except stopping.Stopped:

@@ -29,7 +29,8 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     LOGGER.info("reference store %s: %d of %d pairs are there", store.folder, len(pairs) - len(missing), len(pairs))
     if not missing:
         return 0
-    model = inputs.build_model(ranks.device)
+    with watchdog.patience("loading the reference model"):
+        model = inputs.build_model(ranks.device)
     started = time.perf_counter()
     todo = [pairs[i] for i in missing]
     mine = sweep([pair.rows for pair in todo], config.batch_size, ranks.world_size)[ranks.rank]

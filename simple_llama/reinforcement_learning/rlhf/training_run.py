@@ -180,7 +180,8 @@ class Run:
         assert self.saved is not None
         facts = self.saved.facts
         checkpoint.check_same_run(facts, self.must_agree(), self.saved.folder)
-        checkpoint.load_state(self.saved, self.engine)
+        with watchdog.patience("loading the state"):
+            checkpoint.load_state(self.saved, self.engine)
         self.last_loss = math.nan if facts["loss"] is None else facts["loss"]
         self.last_path = self.ckpt_folder / facts["weights"]
         self.done = self.saved_step = int(facts["step"])
