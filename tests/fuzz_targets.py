@@ -1,0 +1,266 @@
+"""What must hold for any bytes in an input file: a UserError, or a sound result. Never another error, never code.
+
+Each target takes the bytes and an empty folder. `unit/test_fuzz.py` feeds them with hypothesis,
+`fuzz/fuzz_inputs.py` with atheris.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as safetensors_bytes
+from tokenizers import Tokenizer
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import digest, read_json
+from simple_llama.common.paths import root_path
+from simple_llama.dataset.json_records import data_files, read_records
+from simple_llama.dataset.tokenizer import SPECIAL_IDS, load_tokenizer, token_count, tokenizer_digest
+from simple_llama.dataset.train_bpe import tokenizer_json, train_bpe
+from simple_llama.finetune.format_llm_prompt import encode_chat
+from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.weights import build_model, check_weights, load_weights
+from simple_llama.reinforcement_learning.rlhf.checkpoint import SavedState, check_state, read_parameters
+from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.dpo_config import config_from_dict, config_from_file
+from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config
+from simple_llama.reinforcement_learning.rlhf.ref_store import RECORD, RefStore, reference_id
+
+Target = Callable[[bytes, Path], None]
+SHARD = "rank_00000.safetensors"
+REFERENCE = reference_id("weights", "tokenizer", {})
+
+
+class RunsCode:
+    """Unpickled by a reader that trusts the file, it makes the folder `fuzz_ran_code` where the process is."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("fuzz_ran_code",)
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """The body may end in a UserError with a message that a person can read, and in no other error."""
+    try:
+        yield
+    except UserError as error:
+        assert str(error) and len(str(error)) < 5000
+    assert not Path("fuzz_ran_code").exists(), "a file has run code"
+
+
+@functools.cache
+def shipped_tokenizer() -> Tokenizer:
+    """The project's tokenizer."""
+    return load_tokenizer(root_path("simple_llama", "dataset", "bpe_8k.json"))
+
+
+# === Targets ===
+
+
+def loader(data: bytes, folder: Path) -> None:
+    """A data set, as a list and as lines: refused, or pairs whose tokens are those of their text."""
+    for name in ("pairs.json", "pairs.jsonl"):
+        (folder / name).write_bytes(data)
+        with refused():
+            pairs = RLDatasetLoader(folder / name, shipped_tokenizer(), 512, val_share=0.0, seed=0).train
+            for pair in pairs:
+                check_pair(pair)
+
+
+def check_pair(pair: Any) -> None:
+    """The tokens of both chats are those of the text, with as many special tokens as the format has."""
+    turns = len(pair.users)
+    for answers, ids in ((pair.chosen, pair.tokenized.chosen), (pair.rejected, pair.tokenized.rejected)):
+        chat = [*pair.tokenized.prefix.tolist(), *ids.tolist()]
+        assert chat == encode_chat(shipped_tokenizer(), pair.system, pair.users, answers)[0]
+        assert [chat.count(SPECIAL_IDS[name]) for name in ("<SOU>", "<EOU>", "<SOA>", "<EOA>")] == [turns] * 4
+        assert [chat.count(SPECIAL_IDS[name]) for name in ("<SOT>", "<EOT>", "<UNK>")] == [1, 1, 0]
+
+
+def records(data: bytes, folder: Path) -> None:
+    """Data files of every kind, the packed ones packed here or not at all: refused, or objects with their places."""
+    for suffix in (".json", ".jsonl"):
+        (folder / f"a{suffix}").write_bytes(data)
+        (folder / f"b{suffix}.gz").write_bytes(gzip.compress(data, compresslevel=1))
+        (folder / f"c{suffix}.gz").write_bytes(data)
+    for file in data_files(folder):
+        numbers = []
+        with refused():
+            for record in read_records(file):
+                assert isinstance(record.fields, dict) and record.file == str(file)
+                numbers.append(record.number)
+        assert numbers == sorted(set(numbers)) and min(numbers, default=1) >= 1
+
+
+def tokenizer(data: bytes, folder: Path) -> None:
+    """A tokenizer: refused, or one that keeps text apart from special tokens."""
+    path = folder / "tokenizer.json"
+    path.write_bytes(data)
+    with refused():
+        found = load_tokenizer(path)
+        assert len(tokenizer_digest(found)) == 32 and token_count(found) > max(SPECIAL_IDS.values())
+        ids = found.encode("a <EOA> b", add_special_tokens=False).ids
+        assert SPECIAL_IDS["<EOA>"] not in ids
+
+
+def settings(data: bytes, folder: Path) -> None:
+    """A --config file: refused, or settings that are the same when written and read again."""
+    path = folder / "config.json"
+    path.write_bytes(data)
+    with refused():
+        config = config_from_file(str(path))
+        assert config_from_dict(json.loads(json.dumps(asdict(config))), "again") == config
+
+
+def deepspeed(data: bytes, folder: Path) -> None:
+    """A DeepSpeed JSON: refused, or settings that can be written again."""
+    path = folder / "ds.json"
+    path.write_bytes(data)
+    with refused():
+        found = full_ds_config(config_from_dict({"deepspeed_config": str(path)}, "ours"), world_size=2)
+        assert found["zero_optimization"]["stage"] in (2, 3) and read_json(path).items() <= found.items()
+
+
+def state_facts(data: bytes, folder: Path) -> None:
+    """A state.json beside sound tensors: a problem in words, or the tensors are read."""
+    state = folder / "step_00000003"
+    state.mkdir()
+    (state / SHARD).write_bytes(sound_tensors())
+    (state / "state.json").write_bytes(data)
+    check(state)
+
+
+def state_tensors(data: bytes, folder: Path) -> None:
+    """A file of tensors whose digest is right: a problem in words, or finite tensors of one shape."""
+    state = folder / "step_00000003"
+    state.mkdir()
+    (state / SHARD).write_bytes(data)
+    (state / "state.json").write_bytes(sound_facts(data))
+    check(state)
+
+
+def check(state: Path) -> None:
+    """A state has a problem that can be shown, or tensors that can be loaded."""
+    problem, facts = check_state(state)
+    assert bool(problem) != bool(facts)
+    if not problem:
+        for _, tensors in read_parameters(SavedState(state, facts)):
+            assert len({tensor.shape for tensor in tensors.values()}) == 1
+            assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def store(data: bytes, folder: Path) -> None:
+    """A shard with the right name, a file of any name and a reference.json: refused, set aside, or sound numbers."""
+    cache = RefStore.open(folder, REFERENCE)
+    (cache.folder / f"{digest(data).hex()}.npy").write_bytes(data)
+    name = data[:20].hex()
+    (cache.folder / f"{name}.npy").write_bytes(data)
+    cache = RefStore.open(folder, REFERENCE)
+    sums = cache._records["logps"]
+    assert np.isfinite(sums).all() and (sums <= 1.0).all()
+    (cache.folder / "reference.json").write_bytes(data)
+    with refused():
+        RefStore.open(folder, REFERENCE)
+
+
+def weights(data: bytes, folder: Path) -> None:
+    """A checkpoint: refused, or finite weights of the shapes that its config says. It runs no code."""
+    path = folder / "start.pth"
+    path.write_bytes(data)
+    with refused():
+        loaded = load_weights(path)
+        check_weights(loaded, torch.float32)
+        model = build_model(loaded, torch.float32, "cpu")
+        assert all(weight.isfinite().all() for weight in model.parameters())
+    assert sorted(file.name for file in folder.iterdir()) == ["start.pth"]
+
+
+TARGETS: dict[str, Target] = {
+    target.__name__: target
+    for target in (
+        loader,
+        records,
+        tokenizer,
+        settings,
+        deepspeed,
+        state_facts,
+        state_tensors,
+        store,
+        weights,
+    )
+}
+
+
+# === Sound files, from which mutations start ===
+
+
+@functools.cache
+def seeds(name: str) -> tuple[bytes, ...]:
+    """Sound files for a target, and ones that would run code."""
+    return {
+        "loader": sound_pairs,
+        "records": sound_pairs,
+        "tokenizer": lambda: (tokenizer_json(train_bpe(["the cat sits on the mat"] * 4, 270)),),
+        "settings": lambda: (json.dumps({"beta": 0.1, "epochs": 2, "run_name": "a", "resume": True}).encode(),),
+        "deepspeed": lambda: tuple(path.read_bytes() for path in sorted(Path(root_path("ds_configs")).glob("*.json"))),
+        "state_facts": lambda: (sound_facts(sound_tensors()),),
+        "state_tensors": lambda: (sound_tensors(), pickle.dumps(RunsCode())),
+        "store": lambda: (sound_shard(), json.dumps(REFERENCE).encode(), pickle.dumps(RunsCode())),
+        "weights": sound_weights,
+    }[name]()
+
+
+def sound_pairs() -> tuple[bytes, ...]:
+    """Two records as lines, and as a list."""
+    rows = [
+        {"Template": ["CUSTOM"], "User": ["Hi <EOU>", "More?"], "Accepted": ["Yes.", "Sure."], "Rejected": ["a", "No"]},
+        {"Template": ["S"], "User": ["\u00e9 \U0001f600"], "Accepted": ["<EOA>"], "Rejected": ["x"], "extra": 1.5},
+    ]
+    return "\n".join(map(json.dumps, rows)).encode(), json.dumps(rows).encode()
+
+
+def sound_tensors() -> bytes:
+    """A state's file of one parameter."""
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    return safetensors_bytes({f"norm|{kind}": torch.ones(3) for kind in kinds})
+
+
+def sound_facts(tensors: bytes) -> bytes:
+    """The state.json of a state with these tensors."""
+    facts = {"format": 1, "step": 3, "optimizer_steps": 3, "loss": 0.5, "weights": "dpo.pth"}
+    return json.dumps({**facts, "files": {SHARD: digest(tensors).hex()}}).encode()
+
+
+def sound_shard() -> bytes:
+    """A shard of the reference store with two records."""
+    found = np.zeros(2, RECORD)
+    found["counts"], found["logps"], found["digest"] = 3, -1.5, [digest(b"a"), digest(b"b")]
+    data = io.BytesIO()
+    np.save(data, found, allow_pickle=False)
+    return data.getvalue()
+
+
+def sound_weights() -> tuple[bytes, ...]:
+    """A checkpoint in torch's two formats, and both again with code in them."""
+    config = TrainingConfig(n_embd=8, n_heads=2, n_layers=1, multiple_of=8, max_seq_len=16)
+    content: dict[str, Any] = {"model_state_dict": LLaMaTransformer(config, 10).state_dict(), "config": config}
+    files = []
+    for metadata in ({"step": 7}, RunsCode()):
+        for zipped in (True, False):
+            data = io.BytesIO()
+            torch.save({**content, "metadata": metadata}, data, _use_new_zipfile_serialization=zipped)
+            files.append(data.getvalue())
+    return tuple(files)
