@@ -175,7 +175,8 @@ def _blocks(file: str, most: float = float("inf")) -> Iterator[bytes]:
                     length += len(block)
                     if length > _FREE_BYTES and length > MOST_EXPANSION * packed.tell():
                         raise UserError(
-                            f"{file}: expected text that unpacks to at most {MOST_EXPANSION} times its size, found more"
+                            f"{file}: expected text that unpacks to at most {MOST_EXPANSION} times its size, found "
+                            "more; if it is meant to, give the unpacked file"
                         )
                     if length > most:
                         raise UserError(too_long)

@@ -20,6 +20,8 @@ DATA = {"bpe_8k.json", "curated_safety.json"}  # text of people, in any alphabet
 # Folders that are one person's or one machine's. Fixed system folders such as /etc or /proc are not meant.
 MACHINE_PATH = re.compile(r"(?<![\w.~/$}>-])/(home|root|Users|work|workspace|mnt|opt|data|scratch)/\w")
 
+TENSORBOARD = re.compile(r"tensorboard\b.*--(logdir|bind_all|host|port)")
+
 
 @pytest.fixture(scope="module")
 def files() -> list[Path]:
@@ -109,6 +111,16 @@ def test_deepspeed_settings_repeat_no_setting() -> None:
     ours |= {"train_micro_batch_size_per_gpu"}
     for path in sorted((ROOT / "ds_configs").glob("*.json")):
         assert ours & json.loads(path.read_text()).keys() == set(), path.name
+
+
+def test_tensorboard_is_never_open_to_the_network(files: list[Path]) -> None:
+    """Each command that starts TensorBoard, in text, code and log lines, binds it to this machine."""
+    commands = []
+    for path in files:
+        if path.suffix in CODE | {".md"} and path.name not in DATA and path != Path(__file__).resolve():
+            commands += [line for line in path.read_text(encoding="utf-8").splitlines() if TENSORBOARD.search(line)]
+    assert len(commands) >= 4  # README, Makefile, the log of a run, the demo
+    assert [line for line in commands if "--host localhost" not in line or "--bind_all" in line] == []
 
 
 def test_every_package_folder_has_a_docstring_only_init() -> None:

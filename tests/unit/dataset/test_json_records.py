@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from simple_llama.common.errors import UserError
+from simple_llama.dataset import json_records
 from simple_llama.dataset.json_records import KeptCount, data_files, read_records
 
 
@@ -91,3 +93,45 @@ def test_summary_names_counts_and_first_records() -> None:
     assert count.summary() == (
         "kept 9,497 of 9,500 pairs (2 too long, 1 identical); first too long: a.json:4; first identical: a.json:3"
     )
+
+
+def test_a_bomb_takes_little_memory(tmp_path: Path) -> None:
+    """4 GiB of zeros in 4 MiB: refused after a few MiB, whichever way the file is read."""
+    data = gzip.compress(b"\0" * 2**24) * 256
+    for name in ("a.json.gz", "a.jsonl.gz"):
+        path = written(tmp_path, name, data)
+        tracemalloc.start()
+        with pytest.raises(UserError, match="at most 100 times its size"):
+            list(read_records(path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 64 * 2**20
+
+
+def test_small_repetitive_files_and_long_lines_are_read(tmp_path: Path) -> None:
+    """A thousand equal records pack to far below a hundredth; a line of a megabyte spans several blocks."""
+    same = gzip.compress(b'{"x": 1, "y": "aaaaaaaaaaaaaaaaaaaaaaaa"}\n' * 1000)
+    assert len(list(read_records(written(tmp_path, "a.jsonl.gz", same)))) == 1000
+    long = json.dumps({"x": "y" * 3_000_000}).encode()
+    records = read_records(written(tmp_path, "a.jsonl", long + b"\n{}\n" + long))
+    found = [(record.number, len(record.fields.get("x", ""))) for record in records]
+    assert found == [(1, 3_000_000), (2, 0), (3, 3_000_000)]
+
+
+def test_lists_and_lines_beyond_the_limits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits of 2 MiB here: the message says the limit, and for a line its number."""
+    monkeypatch.setattr(json_records, "MOST_LIST_BYTES", 2**21)
+    monkeypatch.setattr(json_records, "MOST_LINE_BYTES", 2**21)
+    text = json.dumps([{"x": "y" * 2**21}]).encode()
+    for name, data in (("a.json", text), ("a.json.gz", gzip.compress(text, 0))):
+        with pytest.raises(UserError, match=f"{name}: expected a list of at most 2,097,152 bytes"):
+            list(read_records(written(tmp_path, name, data)))
+    with pytest.raises(UserError, match="a.jsonl:2: expected a line of at most 2,097,152 bytes"):
+        list(read_records(written(tmp_path, "a.jsonl", b"{}\n" + b"y" * 2**23)))
+
+
+def test_a_key_that_stands_twice_among_very_many_is_found_at_once(tmp_path: Path) -> None:
+    """Two hundred thousand keys, the last one again: looked up, not counted for each."""
+    keys = ", ".join(f'"{number}": 1' for number in [*range(200_000), 199_999])
+    with pytest.raises(UserError, match="key '199999' stands twice"):
+        list(read_records(written(tmp_path, "a.jsonl", b"{" + keys.encode() + b"}")))

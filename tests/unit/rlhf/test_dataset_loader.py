@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
-from simple_llama.dataset.tokenizer import load_tokenizer
+from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, encode_chat, encode_prompt
 from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader, prompt_share
 
@@ -89,6 +89,25 @@ def test_literal_special_tokens_stay_text(tmp_path: Path, tokenizer: Tokenizer) 
     chosen_chat = [*pair.tokenized.prefix, *pair.tokenized.chosen]
     assert chosen_chat.count(7) == 1
     assert chosen_chat.count(4) == 1
+
+
+@pytest.mark.parametrize("place", ["Template", "system_prompt", "User", "Accepted", "Rejected"])
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_every_special_token_stays_text_wherever_it_stands(
+    tmp_path: Path, tokenizer: Tokenizer, token: str, place: str
+) -> None:
+    """Each chat has the six tokens of one turn, once each and no other; the text comes back as it was written."""
+    text = f"a {token}b"
+    changes: dict[str, Any] = {"Template": ["CUSTOM"]} if place == "system_prompt" else {place: [text]}
+    path = written(tmp_path, record(**changes))
+    [pair] = load(path, tokenizer, default_system=text if place == "system_prompt" else "S").train
+    found = []
+    for ids in (pair.tokenized.chosen, pair.tokenized.rejected):
+        chat = [*pair.tokenized.prefix.tolist(), *ids.tolist()]
+        special = [SPECIAL_TOKENS[number] for number in chat if number < len(SPECIAL_TOKENS)]
+        assert special == ["<SOT>", "<EOT>", "<SOU>", "<EOU>", "<SOA>", "<EOA>"]
+        found.append(text in tokenizer.decode(chat, skip_special_tokens=False))
+    assert found == [place != "Rejected", place != "Accepted"]
 
 
 def test_tokens_do_not_depend_on_the_batch(
