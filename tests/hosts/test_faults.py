@@ -40,6 +40,6 @@ def test_lost_rank_ends_the_launch(rig: Rig, job: TinyJob, fault: str, reason: s
     """Rank 0 names the rank and host that it lost; the command fails, and no process of it is left on either host."""
     outcome = faults.measure(rig, job, fault)
     assert outcome.returned_s is not None and outcome.returned_s < 60, outcome.output
-    assert outcome.gone_s is not None and outcome.gone_s < 60, outcome.output
+    assert outcome.gone_s is not None and outcome.gone_s < 100, outcome.output  # DeepSpeed gives a stopped rank 30 s
     assert outcome.status not in (0, None) and outcome.left == (), outcome.output
     assert reason in outcome.output
