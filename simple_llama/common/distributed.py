@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ _LAUNCHER_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
+_LATE_S = 5.0  # after the start's timeout, in which torch may say itself what is wrong
 _MOST_NAMED = 8  # differing ranks shown in one message
 _MOST_SHOWN = 200  # characters of a value shown in one message
 
@@ -208,15 +211,27 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_s: float) ->
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    failed = (
+        f"rank {rank} of {world_size} on host {socket.gethostname()} could not join the others at {address} within "
+        f"{timeout_s:g} s: %s\nCheck that every host started, that the port is free and reachable, "
+        "and that host names do not resolve to 127.0.1.1 (else set GLOO_SOCKET_IFNAME to the network interface)"
+    )
+    limit = threading.Timer(timeout_s + _LATE_S, _give_up, [failed % "nobody answers"])
+    limit.daemon = True
+    limit.start()  # torch's client tries twice, gloo's five times, each with the whole timeout
     try:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:  # torch's DistError and gloo's own
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"rank {rank} of {world_size} on host {socket.gethostname()} could not join the others at {address} within "
-            f"{timeout_s:g} s: {_one_line(error)}\nCheck that every host started, that the port is free and reachable, "
-            "and that host names do not resolve to 127.0.1.1 (else set GLOO_SOCKET_IFNAME to the network interface)"
-        ) from error
+        raise UserError(failed % _one_line(error)) from error
+    finally:
+        limit.cancel()
+
+
+def _give_up(message: str) -> None:
+    """Ends a process whose main thread cannot be woken, as `UserError` would."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _difference(expected: Any, found: Any) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
@@ -41,6 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temp
+        _share(temp)
         _fsync(temp)
         os.replace(temp, path)
         _fsync_folder(path.parent)
@@ -155,6 +157,24 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish_folder(temp: Path, final: Path) -> None:
+    """Give a finished folder its name, on disk when this returns; an older one makes way. UserError if it fails."""
+    try:
+        _fsync_folder(temp)
+        shutil.rmtree(final, ignore_errors=True)
+        temp.rename(final)
+        _fsync_folder(final.parent)
+    except OSError as error:
+        raise UserError(f"cannot rename {temp} to {final.name}: {error.strerror or error}") from error
+
+
+def _share(path: Path) -> None:
+    """Lets those read a file whom the process's umask lets; some writers make files for their owner alone."""
+    mask = os.umask(0o077)  # there is no way to ask without setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _fsync_folder(folder: Path) -> None:

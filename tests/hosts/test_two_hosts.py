@@ -155,7 +155,7 @@ def test_host_with_another_version_is_named(rig: Rig, job: TinyJob, tmp_path: Pa
 
 def test_names_that_are_loopback_give_the_hint(rig: Rig, job: TinyJob) -> None:
     """Debian's line for each host's own name, and no GLOO_SOCKET_IFNAME: no rank can reach the other. One gives up at
-    once, the one that listens after five times start_timeout_s: gloo's rule."""
+    once, the one that listens after start_timeout_s, though gloo would try five times as long."""
     for host in ADDRESSES:
         rig.name_hosts(host, own_address="127.0.1.1")
     try:

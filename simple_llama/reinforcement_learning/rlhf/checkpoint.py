@@ -30,6 +30,7 @@ from simple_llama.common.files import (
     atomic_write_json,
     brief,
     file_digest,
+    publish_folder,
     read_json,
     shown,
 )
@@ -72,9 +73,7 @@ def save_state(
             if ranks.is_main:
                 export(weights)
                 atomic_write_json(temp / "state.json", {"format": FORMAT, **facts, "files": digests})
-                final = temp.with_name(name)
-                shutil.rmtree(final, ignore_errors=True)
-                temp.rename(final)
+                publish_folder(temp, temp.with_name(name))
                 atomic_write(folder / "latest", f"{name}\n".encode())
                 prune(folder, name, keep)
     except UserError:
