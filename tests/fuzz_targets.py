@@ -169,8 +169,8 @@ def store(data: bytes, folder: Path) -> None:
     name = data[:20].hex()
     (cache.folder / f"{name}.npy").write_bytes(data)
     cache = RefStore.open(folder, REFERENCE)
-    sums = cache._records["logps"]
-    assert np.isfinite(sums).all() and (sums <= 1.0).all()
+    sums, counts = cache._records["logps"], cache._records["counts"]
+    assert np.isfinite(sums).all() and (counts > 0).all() and (sums <= 1e-5 * counts).all()
     (cache.folder / "reference.json").write_bytes(data)
     with refused():
         RefStore.open(folder, REFERENCE)
@@ -209,15 +209,18 @@ TARGETS: dict[str, Target] = {
 
 @functools.cache
 def seeds(name: str) -> tuple[bytes, ...]:
-    """Sound files for a target, and ones that would run code."""
+    """Files for a target: the first is sound, others may hold code or impossible values."""
     return {
         "loader": sound_pairs,
         "records": sound_pairs,
         "tokenizer": lambda: (tokenizer_json(train_bpe(["the cat sits on the mat"] * 4, 270)),),
-        "settings": lambda: (json.dumps({"beta": 0.1, "epochs": 2, "run_name": "a", "resume": True}).encode(),),
+        "settings": lambda: (
+            json.dumps({"beta": 0.1, "epochs": 2, "run_name": "a", "resume": True}).encode(),
+            json.dumps({"max_lr": 10**400, "model_path": "\0", "system_prompt": "\ud800"}).encode(),
+        ),
         "deepspeed": lambda: tuple(path.read_bytes() for path in sorted(Path(root_path("ds_configs")).glob("*.json"))),
         "state_facts": lambda: (sound_facts(sound_tensors()),),
-        "state_tensors": lambda: (sound_tensors(), pickle.dumps(RunsCode())),
+        "state_tensors": lambda: (sound_tensors(), sound_tensors(float("nan")), pickle.dumps(RunsCode())),
         "store": lambda: (sound_shard(), json.dumps(REFERENCE).encode(), pickle.dumps(RunsCode())),
         "weights": sound_weights,
     }[name]()
@@ -232,10 +235,10 @@ def sound_pairs() -> tuple[bytes, ...]:
     return "\n".join(map(json.dumps, rows)).encode(), json.dumps(rows).encode()
 
 
-def sound_tensors() -> bytes:
-    """A state's file of one parameter."""
+def sound_tensors(value: float = 1.0) -> bytes:
+    """A state's file of one parameter, sound if its value is."""
     kinds = ("weight", "exp_avg", "exp_avg_sq")
-    return safetensors_bytes({f"norm|{kind}": torch.ones(3) for kind in kinds})
+    return safetensors_bytes({f"norm|{kind}": torch.full((3,), value) for kind in kinds})
 
 
 def sound_facts(tensors: bytes) -> bytes:
