@@ -109,7 +109,7 @@ DURING: dict[str, Callable[[Rig], None]] = {
     "usr1-rank": signal_to("host-b", "rank", signal.SIGUSR1),
 }
 BEFORE = {  # what runs on host-b in the place of the script, from the start; the clock begins with its rank
-    "exit-before-init": "import sys; sys.exit(3)",
+    "exit-before-init": "import sys, time; time.sleep(1); sys.exit(3)",  # long enough to be seen
     "hang-before-init": "import time; time.sleep(1e6)",
 }
 FAULTS = (*DURING, *BEFORE)
