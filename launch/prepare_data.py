@@ -15,12 +15,13 @@ from simple_llama.reinforcement_learning.rlhf.prepare_data import PrepareConfig,
 
 
 def main() -> None:
-    """Parses the command line, converts, prints one line of counts; ends with status 1 and a message on bad input."""
+    """Parses the command line, converts, prints one line of counts; ends with status 2 and a message on bad input."""
     config = tyro.cli(PrepareConfig, description=__doc__)
     try:
         print(prepare(config))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         raise UserError(f"{path}: expected a safetensors file, found: {error}") from error
 
 
-def check_same_run(facts: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def check_same_run(facts: dict[str, Any], now: dict[str, Any], total_steps: int, folder: Path) -> None:
     """Refuses to resume where the order of the data or the reference would differ from the saved run's."""
     for key, value in now.items():
         if facts.get(key) != value:
@@ -234,6 +234,8 @@ def check_same_run(facts: dict[str, Any], now: dict[str, Any], folder: Path) -> 
                 f"{folder}: cannot resume: {key} was {brief(facts.get(key), 1000)}, is now {brief(value, 1000)}; "
                 "resume with the settings, data and model of the run, or start another run_name"
             )
+    if facts["step"] > total_steps:
+        raise UserError(f"{folder}: cannot resume: it is of step {facts['step']}, but the run has {total_steps} steps")
 
 
 def weights_name(epochs_done: float, loss: float, max_seq_len: int) -> str:

@@ -92,8 +92,12 @@ class Run:
         with fail_together(ranks):
             self.saved = checkpoint.newest_state(self.ckpt_folder) if config.resume else None
         require_same("state to resume from", self.saved.facts if self.saved else None, ranks)
+        if self.saved:
+            checkpoint.check_same_run(self.saved.facts, self.must_agree(), self.total_steps, self.saved.folder)
         self.engine = self.build_engine()
-        self.open_records()
+        if self.saved:
+            checkpoint.load_state(self.saved, self.engine)
+        self.open_records()  # last: a run that is refused leaves the records as they were
         LOGGER.info(
             "run %s: %d pairs, %d held out, %d steps", self.name, len(self.pairs), len(self.held_out), self.total_steps
         )
@@ -176,12 +180,9 @@ class Run:
         self.since, self.steps_since = time.perf_counter(), 0
 
     def restore(self) -> None:
-        """Takes up the newest complete state."""
+        """Goes on where the saved run was; the engine has its state already."""
         assert self.saved is not None
         facts = self.saved.facts
-        checkpoint.check_same_run(facts, self.must_agree(), self.saved.folder)
-        with watchdog.patience("loading the state"):
-            checkpoint.load_state(self.saved, self.engine)
         self.last_loss = math.nan if facts["loss"] is None else facts["loss"]
         self.last_path = self.ckpt_folder / facts["weights"]
         self.done = self.saved_step = int(facts["step"])

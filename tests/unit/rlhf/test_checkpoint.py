@@ -300,16 +300,18 @@ def test_names_of_exported_weights(epochs: float, loss: float, max_seq_len: int,
 def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
     """The same facts pass, also beside others; a changed and an unknown one are named with what was and what is."""
     facts = {"beta": 0.5, "reference": {"weights": "ab"}, "step": 3}
-    check_same_run(facts, {"beta": 0.5, "reference": {"weights": "ab"}}, tmp_path)
+    check_same_run(facts, {"beta": 0.5, "reference": {"weights": "ab"}}, 3, tmp_path)
     advice = "; resume with the settings, data and model of the run, or start another run_name"
     with pytest.raises(UserError) as error:
-        check_same_run(facts, {"beta": 0.1}, tmp_path)
+        check_same_run(facts, {"beta": 0.1}, 3, tmp_path)
     assert str(error.value) == f"{tmp_path}: cannot resume: beta was 0.5, is now 0.1{advice}"
     with pytest.raises(UserError) as error:
-        check_same_run(facts, {"reference": {"weights": "cd"}}, tmp_path)
+        check_same_run(facts, {"reference": {"weights": "cd"}}, 3, tmp_path)
     assert 'reference was {"weights": "ab"}, is now {"weights": "cd"};' in str(error.value)
     with pytest.raises(UserError, match="seed was null, is now 1;"):
-        check_same_run(facts, {"seed": 1}, tmp_path)
+        check_same_run(facts, {"seed": 1}, 3, tmp_path)
+    with pytest.raises(UserError, match="it is of step 3, but the run has 2 steps"):
+        check_same_run(facts, {}, 2, tmp_path)
 
 
 @pytest.mark.parametrize("files", [None, [], {}, [SHARD]])
