@@ -19,7 +19,7 @@ from simple_llama.common.supervisor import supervise
 def main() -> int:
     """Parses the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grace_s", type=float, default=20.0, help="seconds (default 20)")
+    parser.add_argument("--grace_s", type=float, default=15.0, help="seconds (default 15)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the launcher and its arguments")
     options = parser.parse_args()
     try:

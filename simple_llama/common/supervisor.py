@@ -40,7 +40,7 @@ _HOSTFILE_LINE = re.compile(r"([\w.:@\[\]-]+)\s+slots=(\d+)\s*(#.*)?", re.ASCII)
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
-def supervise(command: Sequence[str], grace_s: float = 20.0) -> int:
+def supervise(command: Sequence[str], grace_s: float = 15.0) -> int:
     """Runs `command` (a launcher with its arguments) to its end; returns the exit status to end with.
 
     Args:
@@ -100,7 +100,7 @@ class _Launch:
                 asked = len(self.signals)
                 if asked == 1:
                     say(f"{signal.Signals(self.signals[0]).name}: asking all ranks to save and stop")
-                    self.stop_ranks()
+                    self.signal_ranks("TERM")
                 else:
                     say(f"{signal.Signals(self.signals[-1]).name} again: ending the launcher")
                     self.terminate()
@@ -111,6 +111,7 @@ class _Launch:
 
     def terminate(self) -> None:
         """Ends the launcher; DeepSpeed's then ends its processes on all hosts that it can reach."""
+        self.signal_ranks("CONT")  # a stopped process takes no other signal; awake, it finds its peers gone, and ends
         self.process.terminate()
         try:
             self.process.wait(_KILL_S)
@@ -118,19 +119,19 @@ class _Launch:
             self.process.kill()
             self.process.wait()
 
-    def stop_ranks(self) -> None:
-        """Sends SIGTERM to the ranks: through pdsh where there are several hosts, else to the ranks on this one."""
+    def signal_ranks(self, name: str) -> None:
+        """Sends SIGTERM or SIGCONT to the ranks: by pdsh where there are several hosts, else to those on this one."""
         if len(self.hosts) > 1 and shutil.which("pdsh"):
             script = next((word for word in self.command[1:] if word.endswith(".py")), "")
             pattern = f"{re.escape(script)} [-]-local_rank="  # the bracket keeps the remote shell out of it
-            remote = f"pkill -TERM -u $(id -u) -f '{pattern}'"
+            remote = f"pkill -{name} -u $(id -u) -f '{pattern}'"
             environment = {**environment_with_keepalive(os.environ), "PDSH_RCMD_TYPE": "ssh"}
             subprocess.Popen(["pdsh", "-w", ",".join(self.hosts), remote], env=environment, start_new_session=True)
             return
         ranks = [pid for pid in descendants(os.getpid()) if is_rank(pid)]
         for pid in ranks or [self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.Signals[f"SIG{name}"])
 
     def clean_up(self) -> None:
         """Ends what the launcher left on this host, gently first: ranks may be saving."""
@@ -159,7 +160,7 @@ class _Launch:
         if not status and not self.finished:
             say("the launcher ended with status 0, but the job did not say that it finished: taken for a failure")
             status = UNFINISHED
-        if self.failed_host:
+        if self.failed_host and not self.signals:
             say(f"host {self.failed_host} failed first; see its lines above")
         return status
 

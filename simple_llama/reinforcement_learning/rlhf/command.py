@@ -32,10 +32,10 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
     Ends the process, non-zero on any error.
     """
     config, ranks = None, None
-    stopping.install()
     try:
         config = parse_config(description=description)
         ranks = init_ranks(config.device, config.start_timeout_s)
+        stopping.install()  # not before: while torch waits for the others in C++, a handler in Python would wait too
         get_logger(None, ranks)
         watchdog.start(ranks, config.start_timeout_s, config.peer_timeout_s, config.step_timeout_s, config.io_timeout_s)
         inputs = load_inputs(config, ranks)

@@ -69,7 +69,7 @@ class DPOConfig:
 
     # === Run ===
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    start_timeout_s: float = 45.0  # seconds that a rank waits for the others to come at the start
+    start_timeout_s: float = 35.0  # seconds that a rank waits for the others to come at the start
     peer_timeout_s: float = 20.0  # seconds that another rank's process may be silent before all end (hung or stopped, host down, link cut)
     step_timeout_s: float = 60.0  # seconds without a finished micro-batch or sample on any rank before all end (hang); at least 4 times the longest so far
     io_timeout_s: float = 1800.0  # the same while data is read and checkpoints are written
