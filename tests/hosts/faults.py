@@ -6,7 +6,8 @@
     python tests/hosts/faults.py --limit_s 300 --set peer_timeout_s=60 --verbose stop-rank
 
 Columns: seconds from the fault until the command returned, and until nothing of it was left on either host; the status;
-what still ran after `limit_s`; the first telling line. Needs root, as tests/hosts/rig.py does.
+what still ran after `limit_s`; the newest step in the curves and the step of the newest whole state, from which
+`--resume` would go on; the first telling line. Needs root, as tests/hosts/rig.py does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,9 +29,12 @@ if __name__ == "__main__":  # by hand; pytest sets the path itself
 
 from hosts.launch import PRECOMPUTE, TRAIN, Launch, end_jobs, is_rank, launch
 from hosts.rig import ADDRESSES, Process, Rig
+from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf.checkpoint import newest_state
 from tiny_job import ROOT, TinyJob, make_job
 
 STEP = 8  # of the run, at which it is broken
+SAVE_INTERVAL = 5  # steps
 STARTS_IN_S = 120.0  # a launch on a busy machine, until STEP
 SAID = re.compile(r"supervise:|ends:|error|stopped|job finished")  # lines of the output that say why it ended
 
@@ -43,13 +48,17 @@ class Outcome:
     status: int | None
     gone_s: float | None  # until no process of the launch was left
     left: tuple[str, ...]  # "host: role" of what still ran at the end
+    last_step: int  # in metrics.jsonl
+    resumes_at: int  # step of the newest whole state, whose files' digests are right; 0 without one
     said: tuple[str, ...]  # the telling lines of the output
     output: str
 
     def row(self) -> str:
         times = ["never" if s is None else f"{s:.0f} s" for s in (self.returned_s, self.gone_s)]
         first = self.said[0] if self.said else "-"  # the reason; what follows are consequences
-        return f"| {self.fault} | {times[0]} | {self.status} | {times[1]} | {', '.join(self.left) or '-'} | {first} |"
+        left = ", ".join(self.left) or "-"
+        steps = f"{self.last_step} | {self.resumes_at}"
+        return f"| {self.fault} | {times[0]} | {self.status} | {times[1]} | {left} | {steps} | {first} |"
 
 
 # === Who is who ===
@@ -127,7 +136,7 @@ def long_settings(job: TinyJob, name: str, **other: object) -> dict[str, object]
     """Thousands of steps, a state every 5 of them; the project's own timeouts, for they are what is measured."""
     settings = {**job.settings, "run_name": name, "grad_accum_steps": 2, "epochs": 2000, "eval_interval": 0}
     settings = {key: value for key, value in settings.items() if not key.endswith("_timeout_s")}
-    return {**settings, "n_samples": 0, "save_interval": 5, **other}
+    return {**settings, "n_samples": 0, "save_interval": SAVE_INTERVAL, **other}
 
 
 def wait_until(happened: Callable[[], bool], run: Launch, what: str) -> None:
@@ -149,6 +158,8 @@ def steps_done(job: TinyJob, name: str) -> int:
 def inject(rig: Rig, job: TinyJob, fault: str, supervised: bool = True, **settings: object) -> tuple[Launch, float]:
     """Starts a run named after the fault and breaks it; gives the launch and the time of the fault."""
     all_settings = long_settings(job, fault, **settings)
+    for folder in ("runs", "checkpoints"):  # of the time before
+        shutil.rmtree(job.folder / folder / fault, ignore_errors=True)
     if fault in BEFORE:
         stub = job.folder / f"{fault}.py"
         stub.write_text(BEFORE[fault])
@@ -162,7 +173,14 @@ def inject(rig: Rig, job: TinyJob, fault: str, supervised: bool = True, **settin
     return run, time.monotonic()
 
 
-def watch(rig: Rig, run: Launch, fault: str, since: float, limit_s: float) -> Outcome:
+def newest_whole_state(job: TinyJob, name: str) -> int:
+    """Step of the state from which a run would resume."""
+    with contextlib.suppress(UserError):
+        return int(newest_state(job.folder / "checkpoints" / name).facts["step"])
+    return 0
+
+
+def watch(rig: Rig, job: TinyJob, run: Launch, fault: str, since: float, limit_s: float) -> Outcome:
     """Waits until the command has returned and no process of it is left, or for `limit_s`."""
     returned_s = gone_s = None
     while time.monotonic() - since < limit_s and (returned_s is None or gone_s is None):
@@ -173,7 +191,8 @@ def watch(rig: Rig, run: Launch, fault: str, since: float, limit_s: float) -> Ou
         time.sleep(0.2)
     output = run.output
     said = tuple(line.strip() for line in output.splitlines() if SAID.search(line) and " INFO]" not in line)
-    return Outcome(fault, returned_s, run.process.poll(), gone_s, running(rig), said, output)
+    steps = steps_done(job, fault), newest_whole_state(job, fault)
+    return Outcome(fault, returned_s, run.process.poll(), gone_s, running(rig), *steps, said, output)
 
 
 def restore(rig: Rig) -> None:
@@ -193,7 +212,7 @@ def measure(
     """One fault from the start of the run to the end of everything; the hosts are as before afterwards."""
     try:
         run, since = inject(rig, job, fault, supervised, **settings)
-        return watch(rig, run, fault, since, limit_s)
+        return watch(rig, job, run, fault, since, limit_s)
     finally:
         restore(rig)
 
@@ -212,6 +231,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--plain", action="store_true", help="no launch/supervise.py in front")
     parser.add_argument("--limit_s", type=float, default=120.0, help="seconds that are waited for (default 120)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the run")
+    parser.add_argument("--times", type=int, default=1, help="how often each fault is tried (default 1)")
     parser.add_argument("--verbose", action="store_true", help="show what each launch said")
     options = parser.parse_args(arguments)
     faults = options.faults or [name for name in FAULTS if not (options.plain and "supervisor" in name)]
@@ -222,8 +242,9 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, Rig() as rig:
         job = long_job(Path(folder))
         fill_store(rig, job)
-        print("| fault | command returns | status | all gone | still there | says |\n|---|---|---|---|---|---|")
-        for fault in faults:
+        heads = "fault | command returns | status | all gone | still there | last step | resumes at | says"
+        print(f"| {heads} |\n|{'---|' * 8}")
+        for fault in faults * options.times:
             outcome = measure(rig, job, fault, not options.plain, options.limit_s, **settings)
             print(outcome.row(), flush=True)
             if options.verbose:
