@@ -3,13 +3,14 @@
     python launch/supervise.py deepspeed --hostfile hostfile launch/train_dpo.py [--flags]
     python launch/supervise.py --grace_s 60 deepspeed ...      # seconds for the other hosts after the first has failed
 
-Exit status: the launcher's own; 1 where it says 0 but the job did not say that it finished; 2 for a bad hostfile; 75
-after SIGTERM, SIGINT or SIGUSR1, when all ranks have saved: start again with --resume.
+Exit status: that of the first host that failed, or the launcher's own (of its ranks: 2 a mistake, 3 a rank was lost, 75
+stopped and saved); 1 where it says 0 but the job did not say that it finished; 128 + n after signal n to the launcher.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from simple_llama.common.errors import UserError
@@ -30,4 +31,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # all is said and flushed; a thread may still wait for a reader of the output

@@ -71,13 +71,15 @@ def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
         dist.all_gather_object(hosts, socket.gethostname())
         local_world_size = Counter(hosts)[socket.gethostname()]
     if torch_device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size))
     return Ranks(rank, world_size, local_rank, local_world_size, torch_device)
 
 
 def set_collective_timeout(seconds: float) -> None:
     """Lets a collective wait longer than the start did: for a rank that writes a checkpoint, say."""
     c10d._set_pg_timeout(timedelta(seconds=seconds))
+    c10d._get_default_store().set_timeout(timedelta(seconds=seconds))  # NCCL makes its communicators late, through it
 
 
 def close_ranks() -> None:

@@ -1,7 +1,7 @@
 """Stopping on request: finish the micro-batch, save, end with status STOPPED; `--resume` goes on from there.
 
-A request is a signal (SIGTERM and SIGUSR1 of a scheduler that preempts, SIGINT of a person) or the loss of the launcher
-that started this rank: then nobody would end it or read what it says.
+A request is a signal (SIGTERM and SIGUSR1 of a scheduler that preempts, SIGINT of a person, SIGHUP of a terminal that
+closes) or the loss of the launcher that started this rank: then nobody would end it or read what it says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from simple_llama.common.distributed import Ranks, gather_objects
 
 STOPPED = 75  # exit status EX_TEMPFAIL of sysexits.h: try again; here with --resume
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ORPHAN_S = 10.0  # that a launcher is gone before the rank stops: a launcher that ends first sends SIGTERM
 
 # A launcher's mark in the environment of the ranks that it starts. DeepSpeed's own parent matters too: on one host the
@@ -33,33 +33,41 @@ class _State:
     """Of this process: signals come to a process, not to an object."""
 
     reason = ""  # of the first request
-    started = False  # from then on a request waits for the end of the micro-batch
+    waits = False  # for `agree`; else a signal stops at once
+    interrupts = 0  # SIGINTs that came to this process
+    before: ClassVar[dict[int, Any]] = {}  # handlers that were there
     pending: tuple[torch.Tensor, Any] | None = None  # an agreement under way
     ancestors: tuple[int, ...] = ()
     orphan_since = 0.0
 
 
-def install() -> None:
-    """Takes over the signals and remembers the launcher. Until `begin` a signal raises Stopped at once."""
-    _State.reason, _State.started, _State.pending, _State.orphan_since = "", False, None, 0.0
+def install(world_size: int = 1) -> None:
+    """Takes over the signals and remembers the launcher.
+
+    A signal waits for `agree`, where all ranks stop together; until `begin`, that of a single process does not.
+    A signal that is ignored stays so: nohup and shells in the background ask for that.
+    """
+    _State.reason, _State.pending, _State.orphan_since = "", None, 0.0
+    _State.waits, _State.interrupts = world_size > 1, 0
     _State.ancestors = ancestors(max((n for mark, n in _LAUNCHER_MARKS.items() if mark in os.environ), default=0))
     for number in SIGNALS:
-        signal.signal(number, _on_signal)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            _State.before.setdefault(number, signal.signal(number, _on_signal))
 
 
 def uninstall() -> None:
-    """The signals do what they did in a fresh process."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    """The signals do what they did before `install`."""
+    while _State.before:
+        signal.signal(*_State.before.popitem())
 
 
 def _on_signal(number: int, frame: object) -> None:
     """Remembers the request; a second SIGINT, of a person who does not want to wait, ends at once."""
-    if number == signal.SIGINT and _State.reason.startswith("SIGINT"):
+    _State.interrupts += number == signal.SIGINT
+    if _State.interrupts > 1:
         raise KeyboardInterrupt
     request(signal.Signals(number).name)
-    if not _State.started:
+    if not _State.waits:
         raise Stopped(_State.reason)
 
 
@@ -75,7 +83,7 @@ def requested() -> str:
 
 def begin() -> None:
     """From here on there is something to save: a request waits for `agree`."""
-    _State.started = True
+    _State.waits = True
 
 
 def agree(ranks: Ranks, at_once: bool = False) -> None:
@@ -144,7 +152,10 @@ def ancestors(depth: int) -> tuple[int, ...]:
 
 
 def _nobody_reads() -> bool:
-    """Whether both stdout and stderr lead to a pipe or socket whose other end is closed."""
+    """Whether stdout or stderr leads to a pipe, socket or terminal whose other end is closed.
+
+    One is enough: a remote shell that lost its reader notices only on the stream that something is written to.
+    """
     poll = getattr(select, "poll", None)
     if poll is None:
         return False
@@ -152,4 +163,4 @@ def _nobody_reads() -> bool:
     for stream in (1, 2):
         closed.register(stream, 0)
     gone = [events & (select.POLLERR | select.POLLHUP) for _, events in closed.poll(0)]
-    return len(gone) == 2 and all(gone)
+    return any(gone)

@@ -3,10 +3,12 @@
 A launcher by itself (DeepSpeed: pdsh, then a process on each host) waits for ever for a host that hangs or is cut off,
 returns 0 when its own child was killed, and leaves ranks behind when it is killed. Under supervision
 
-- a launch in which one host has failed ends, on all hosts, `grace_s` later;
+- a launch in which one host has failed is ended on all hosts `grace_s` later, and has that host's status;
 - the status is 0 only when the job itself said FINISHED;
-- SIGTERM, SIGINT or SIGUSR1 ask the ranks to save and stop (status 75), not the launcher to kill them;
+- a signal asks the ranks to save and stop (status 75), not the launcher to kill them;
 - no process that was started on this host stays behind, whichever of them was killed, this one too.
+
+Hosts other than this one are reached with pdsh, for DeepSpeed's pdsh launcher alone.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ _POLL_S = 0.2
 _KILL_S = 20.0  # from SIGTERM to SIGKILL of a launcher: it asks all hosts to end their processes
 _CLEAN_UP_S = 40.0  # the same for what a killed launcher left: it may be saving
 _HURRY_S = 3.0  # the same after a second signal
-_HOST_FAILED = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code")
+_READ_S = 15.0  # for output that is not passed on yet
+_UNKILLABLE_S = 10.0  # after SIGKILL: a process that waits for a dead disk cannot be ended
+_AGAIN_S = 1.0  # between two signals that a person meant as two
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_HOST_FAILED = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 _HOSTFILE_LINE = re.compile(r"([\w.:@\[\]-]+)\s+slots=(\d+)\s*(#.*)?", re.ASCII)
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
@@ -51,8 +57,10 @@ def supervise(command: Sequence[str], grace_s: float = 15.0) -> int:
     """
     if not command or shutil.which(command[0]) is None:
         raise UserError(f"expected a launcher's command, like deepspeed ..., found {' '.join(command) or 'nothing'}")
-    hosts = read_hostfile(option(command, "--hostfile", "-H"))
-    check_environment_files(os.environ)
+    hosts: list[str] = []
+    if Path(command[0]).name == "deepspeed" and option(command, "--launcher") in ("", "pdsh"):
+        hosts = read_hostfile(option(command, "--hostfile", "-H"))
+        check_environment_files(os.environ)
     launch = _Launch(command, hosts)
     launch.wait(grace_s)
     launch.clean_up()
@@ -65,10 +73,12 @@ class _Launch:
     def __init__(self, command: Sequence[str], hosts: Sequence[str]):
         self.command, self.hosts = command, hosts
         self.finished = False
-        self.failed_host, self.failed_at = "", 0.0
-        self.signals: list[int] = []
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda received, frame: self.signals.append(received))
+        self.failed_host, self.failed_status, self.failed_at = "", 0, 0.0
+        self.stop_at, self.hurry = 0.0, False  # when a signal asked to stop; whether one came again
+        self.left: list[int] = []  # processes that cannot be ended
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup and background shells ask for
+                signal.signal(number, self.on_signal)
         _prctl(_SET_CHILD_SUBREAPER, 1)  # what a killed launcher leaves becomes our child, and is ended
         self.process = subprocess.Popen(
             command,
@@ -78,8 +88,20 @@ class _Launch:
             start_new_session=True,  # Ctrl-C comes to this process alone
             preexec_fn=_die_with_parent,
         )
-        for source, sink in ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr)):
-            threading.Thread(target=self.pass_on, args=(source, sink.buffer), daemon=True).start()
+        streams = ((self.process.stdout, sys.stdout.buffer), (self.process.stderr, sys.stderr.buffer))
+        self.readers = [threading.Thread(target=self.pass_on, args=stream, daemon=True) for stream in streams]
+        for reader in self.readers:
+            reader.start()
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Notes that somebody asks to stop, and a second or more later, that they will not wait."""
+        now = time.monotonic()
+        if not self.stop_at:
+            self.stop_at = now
+            say(f"{signal.Signals(number).name}: asking all ranks to save and stop")
+        elif now - self.stop_at > _AGAIN_S and not self.hurry:
+            self.hurry = True
+            say(f"{signal.Signals(number).name} again: ending the launcher")
 
     def pass_on(self, source: IO[bytes], sink: IO[bytes]) -> None:
         """Copies the launcher's output, and notes what it says of the job's end."""
@@ -87,24 +109,22 @@ class _Launch:
             if line.rstrip().endswith(FINISHED.encode()):
                 self.finished = True
             if (found := _HOST_FAILED.search(line)) and not self.failed_host:
-                self.failed_host, self.failed_at = found[1].decode(errors="replace"), time.monotonic()
+                self.failed_host, self.failed_status = found[1].decode(errors="replace"), int(found[2])
+                self.failed_at = time.monotonic()
             with contextlib.suppress(OSError, ValueError):  # nobody reads us any more: the job goes on
                 sink.write(line)
                 sink.flush()
 
     def wait(self, grace_s: float) -> None:
         """Until the launcher has ended, by itself or by us."""
-        asked = 0
+        asked = False
         while self.process.poll() is None:
-            if len(self.signals) > asked:
-                asked = len(self.signals)
-                if asked == 1:
-                    say(f"{signal.Signals(self.signals[0]).name}: asking all ranks to save and stop")
-                    self.signal_ranks("TERM")
-                else:
-                    say(f"{signal.Signals(self.signals[-1]).name} again: ending the launcher")
-                    self.terminate()
-            if self.failed_host and time.monotonic() - self.failed_at > grace_s:
+            if self.stop_at and not asked:
+                asked = True
+                self.signal_ranks("TERM")
+            if self.hurry:
+                self.terminate()
+            elif self.failed_host and time.monotonic() - self.failed_at > grace_s:
                 say(f"host {self.failed_host} has failed, others have not ended within {grace_s:g} s: ending all")
                 self.terminate()
             time.sleep(_POLL_S)
@@ -123,7 +143,7 @@ class _Launch:
         """Sends SIGTERM or SIGCONT to the ranks: by pdsh where there are several hosts, else to those on this one."""
         if len(self.hosts) > 1 and shutil.which("pdsh"):
             script = next((word for word in self.command[1:] if word.endswith(".py")), "")
-            pattern = f"{re.escape(script)} [-]-local_rank="  # the bracket keeps the remote shell out of it
+            pattern = f" [-]u {re.escape(script)}"  # `python -u SCRIPT`; the bracket keeps the remote shell out of it
             remote = f"pkill -{name} -u $(id -u) -f '{pattern}'"
             environment = {**environment_with_keepalive(os.environ), "PDSH_RCMD_TYPE": "ssh"}
             subprocess.Popen(["pdsh", "-w", ",".join(self.hosts), remote], env=environment, start_new_session=True)
@@ -135,14 +155,17 @@ class _Launch:
 
     def clean_up(self) -> None:
         """Ends what the launcher left on this host, gently first: ranks may be saving."""
-        deadline = time.monotonic() + (_CLEAN_UP_S if len(self.signals) < 2 else _HURRY_S)
+        began = time.monotonic()
         told: set[int] = set()
         while left := descendants(os.getpid()):
+            late_s = time.monotonic() - began - (_HURRY_S if self.hurry else _CLEAN_UP_S)
+            if late_s > _UNKILLABLE_S:
+                self.left = left
+                break
             for pid in left:
-                kill = time.monotonic() > deadline
-                if kill or pid not in told:
+                if late_s > 0 or pid not in told:
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
+                        os.kill(pid, signal.SIGKILL if late_s > 0 else signal.SIGTERM)
             if not told:
                 say(f"ending {len(left)} processes that the launcher left")
             told.update(left)
@@ -150,18 +173,28 @@ class _Launch:
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
             time.sleep(_POLL_S)
+        for reader in self.readers:  # what was said last is often the reason
+            reader.join(_READ_S)
 
     def status(self) -> int:
-        """The launcher's exit status, a shell's 128 + n for a signal; never 0 for a job that has not finished."""
+        """The exit status of the host that failed first, or the launcher's; a shell's 128 + n for a signal.
+
+        Never 0 for a job that has not finished.
+        """
         status = self.process.returncode
         if status < 0:
             say(f"the launcher was ended by {signal.Signals(-status).name}")
             status = 128 - status
+        if self.failed_status and not self.hurry:
+            status = self.failed_status  # the launcher's own is the largest of all hosts', or 1 when it was ended
         if not status and not self.finished:
             say("the launcher ended with status 0, but the job did not say that it finished: taken for a failure")
             status = UNFINISHED
-        if self.failed_host and not self.signals:
-            say(f"host {self.failed_host} failed first; see its lines above")
+        if self.left:
+            say(f"cannot end processes {', '.join(map(str, self.left))}: see what they wait for")
+            status = status or UNFINISHED
+        if self.failed_host and not self.stop_at:
+            say(f"host {self.failed_host} failed first, with status {self.failed_status}; see its lines above")
         return status
 
 

@@ -19,12 +19,11 @@ import contextlib
 import json
 import os
 import secrets
-import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from simple_llama.common import stopping
@@ -36,9 +35,11 @@ LOST = 3  # exit status: a rank, host or link is gone or stuck; what was saved i
 
 BEAT_S = 1.0  # between two lines of a rank
 GRACE_S = 3.0  # in which a main thread that is ending may say so itself
+ORDERLY_S = 30.0  # the same after a rank's own error: often it is that of all ranks, and one of them tidies up longer
 LAST_WORDS_S = 5.0  # for the log and for clean-up, which may hang with the disk
 HONEST = 4.0  # a pause may be this many times as long as the longest one seen so far
 MAX_LINE = 1 << 16  # bytes of a peer's line; more is no peer of ours
+GREETING_S = 5.0  # in which a connection says who it is
 
 
 @dataclass
@@ -66,9 +67,10 @@ class Progress:
 
     place: str = "start"
     beats: int = 0
-    since: float = field(default_factory=time.monotonic)
-    longest_s: float = 0.0  # between two beats outside of `patience`
-    patient: int = 1  # depth of `patience`; the start itself is slow
+    worked_at: float | None = None  # the last beat, where nothing but work came after it
+    longest_s: float = 0.0  # from a beat to the next in work: a micro-batch, a step, a token of a sample
+    starting: bool = True  # until the first micro-batch is done
+    patience: int = 0  # depth of `patience`
 
 
 class Watchdog:
@@ -87,7 +89,8 @@ class Watchdog:
         self.progress = Progress()
         self.moved = time.monotonic()  # when any main thread was last seen to get on
         self.seen_beats = 0
-        self.verdict, self.verdict_at = "", 0.0
+        self.verdict, self.ends_at = "", 0.0
+        self.main_thread_failed = False  # it waits for the verdict: no grace then
         self.closed = threading.Event()
         self.last_words: list[Callable[[], object]] = []  # clean-up before the process is ended from here
         self.thread = threading.Thread(target=self.run, name="watchdog", daemon=True)
@@ -97,14 +100,14 @@ class Watchdog:
     def beat(self, place: str) -> None:
         """The main thread got on."""
         now, progress = time.monotonic(), self.progress
-        if not progress.patient:
-            progress.longest_s = max(progress.longest_s, now - progress.since)
-        progress.place, progress.since = place, now
+        if progress.worked_at is not None:
+            progress.longest_s = max(progress.longest_s, now - progress.worked_at)
+        progress.place, progress.worked_at = place, None if progress.patience else now
         progress.beats += 1
 
     def allowed_s(self) -> float:
         """Seconds that this rank's main thread may take until it gets on again."""
-        if self.progress.patient:
+        if self.progress.starting or self.progress.patience:
             return self.io_timeout_s
         return max(self.step_timeout_s, HONEST * self.progress.longest_s)
 
@@ -130,6 +133,7 @@ class Watchdog:
     def run(self) -> None:
         """Once a second: say where we are, hear the others, judge."""
         last = time.monotonic()
+        self.forgive(last)  # the last rank may have come long after the first
         while not self.closed.wait(BEAT_S):
             now = time.monotonic()
             if now - last > max(5 * BEAT_S, self.peer_timeout_s / 4):  # this process was stopped itself: begin anew
@@ -140,7 +144,7 @@ class Watchdog:
                 self.hear(peer, now)
             self.note_progress(now)
             self.decide(self.judge(now), now)
-            if self.verdict and now - self.verdict_at >= GRACE_S and not self.closed.is_set():
+            if self.verdict and (now >= self.ends_at or self.main_thread_failed) and not self.closed.is_set():
                 self.end()
 
     def forgive(self, now: float) -> None:
@@ -170,10 +174,10 @@ class Watchdog:
     def take(self, peer: Peer, line: dict[str, Any], now: float) -> None:
         """Understands one line."""
         if "verdict" in line:
-            self.decide(str(line["verdict"]), now)
+            self.decide(str(line["verdict"]), now, bool(line.get("orderly")))
         if "stop" in line:
             stopping.request(str(line["stop"]))
-        peer.farewell = peer.farewell or "farewell" in line
+        peer.farewell = peer.farewell or bool(line.get("farewell"))
         peer.place = str(line.get("place", peer.place))
         peer.beats = int(line.get("beats", peer.beats))
         peer.allowed_s = float(line.get("allowed_s", peer.allowed_s))
@@ -209,12 +213,12 @@ class Watchdog:
             found = f"no rank got on for {now - self.moved:.0f} s ({setting}); {'; '.join(places)}"
         return found
 
-    def decide(self, verdict: str, now: float) -> None:
+    def decide(self, verdict: str, now: float, orderly: bool = False) -> None:
         """The first verdict counts; rank 0 passes it on."""
         if verdict and not self.verdict:
-            self.verdict, self.verdict_at = verdict, now
+            self.verdict, self.ends_at = verdict, now + (ORDERLY_S if orderly else GRACE_S)
             if self.ranks.is_main:
-                self.tell(verdict=verdict)
+                self.tell(verdict=verdict, orderly=orderly)
 
     def end(self) -> None:
         """Says why, cleans up if that can be done at once, and ends the process."""
@@ -254,7 +258,9 @@ def connect(ranks: Ranks, timeout_s: float) -> list[Peer]:
     """The links of this rank: rank 0's to all others, the others' to rank 0 (collective)."""
     server = None
     if ranks.is_main:
-        server = socket.create_server(("", 0), backlog=ranks.world_size)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = socket.create_server(("", 0), family=family, backlog=ranks.world_size, dualstack_ipv6=both)
     offer = (server.getsockname()[1], secrets.token_hex(16), socket.gethostname()) if server else None
     port, secret, main_host = broadcast_object(offer, ranks)
     with fail_together(ranks):
@@ -269,7 +275,7 @@ def reach(address: str, port: int, secret: str, ranks: Ranks, timeout_s: float) 
     """Connects to rank 0 and says who we are."""
     try:
         link = socket.create_connection((address, port), timeout_s)
-        link.sendall(json.dumps([secret, ranks.rank, socket.gethostname()]).encode() + b"\n")
+        link.sendall(secret.encode() + json.dumps([ranks.rank, socket.gethostname()]).encode() + b"\n")
     except OSError as error:
         raise UserError(
             f"rank {ranks.rank} on host {socket.gethostname()} cannot reach rank 0's watchdog at {address}:{port}: "
@@ -284,21 +290,32 @@ def accept(server: socket.socket, secret: str, count: int, timeout_s: float) -> 
     peers: list[Peer] = []
     deadline = time.monotonic() + timeout_s
     while len(peers) < count:
-        if not select.select([server], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise UserError(f"watchdog: {count - len(peers)} of {count} ranks did not connect within {timeout_s:g} s")
-        link, _ = server.accept()
-        link.settimeout(5.0)
+        server.settimeout(max(0.001, deadline - time.monotonic()))
         try:
-            greeting, rank, host = json.loads(link.makefile("rb").readline(MAX_LINE))
-            known = secrets.compare_digest(str(greeting), secret)
-        except (OSError, ValueError, TypeError):
-            known = False
-        if not known:
+            link, _ = server.accept()
+        except TimeoutError:
+            missing = f"{count - len(peers)} of {count} ranks did not connect within {timeout_s:g} s"
+            raise UserError(f"watchdog: {missing}") from None
+        greeting = read_line(link, GREETING_S)
+        if not secrets.compare_digest(greeting[: len(secret)], secret.encode()):
             link.close()
             continue
+        rank, host = json.loads(greeting[len(secret) :])
         link.setblocking(False)
         peers.append(Peer(int(rank), str(host), link, time.monotonic()))
     return sorted(peers, key=lambda peer: peer.rank)
+
+
+def read_line(link: socket.socket, timeout_s: float) -> bytes:
+    """What a stranger says, up to a line's end; less when that takes too long."""
+    data, deadline = b"", time.monotonic() + timeout_s
+    with contextlib.suppress(OSError):
+        while not data.endswith(b"\n") and len(data) < MAX_LINE and (left := deadline - time.monotonic()) > 0:
+            link.settimeout(left)
+            if not (more := link.recv(MAX_LINE)):
+                break
+            data += more
+    return data
 
 
 def beat(place: str) -> None:
@@ -314,20 +331,19 @@ def patience(place: str) -> Iterator[None]:
     if watchdog is None:
         yield
         return
-    watchdog.progress.patient += 1
+    watchdog.progress.patience += 1
     watchdog.beat(place)
     try:
         yield
     finally:
         watchdog.beat(f"after {place}")
-        watchdog.progress.patient = max(0, watchdog.progress.patient - 1)
+        watchdog.progress.patience -= 1
 
 
 def started() -> None:
     """The slow start is over: from now on `step_timeout_s` counts."""
-    if _watchdog is not None and _watchdog.progress.patient:
-        _watchdog.beat("first step done")
-        _watchdog.progress.patient = 0
+    if _watchdog is not None:
+        _watchdog.progress.starting = False
 
 
 def before_end(word: Callable[[], object]) -> None:
@@ -339,6 +355,8 @@ def before_end(word: Callable[[], object]) -> None:
 def await_verdict() -> None:
     """After an error that may come from a lost peer: if so, the watchdog ends this process with the reason."""
     watchdog, deadline = _watchdog, time.monotonic() + 3 * BEAT_S
+    if watchdog is not None:
+        watchdog.main_thread_failed = True
     while watchdog is not None and watchdog.thread.is_alive() and (watchdog.verdict or time.monotonic() < deadline):
         time.sleep(BEAT_S / 10)
 
@@ -348,7 +366,7 @@ def fail(reason: str) -> None:
     global _watchdog
     if _watchdog is not None:
         where = f"rank {_watchdog.ranks.rank} on host {socket.gethostname()}"
-        _watchdog.tell(verdict=f"{where} failed: {reason}", farewell=True)
+        _watchdog.tell(verdict=f"{where} failed: {reason}", orderly=True)
         close()
 
 

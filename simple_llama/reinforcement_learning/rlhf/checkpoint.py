@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from simple_llama.common import watchdog
 from simple_llama.common.distributed import Ranks, fail_together, gather_objects
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import (
@@ -80,6 +81,32 @@ def save_state(
         if ranks.is_main:
             shutil.rmtree(temp, ignore_errors=True)  # on a full disk, the room that it takes is needed
         raise
+
+
+def complete_state(
+    folder: Path,
+    engine: Engine,
+    facts: dict[str, Any],
+    keep: int,
+    ranks: Ranks,
+    export: Callable[[dict[str, torch.Tensor]], None],
+) -> None:
+    """As `save_state`, where the state of that step is on disk already; so there is no moment without it.
+
+    Its shards stay, the facts and the `.pth` are made anew.
+    """
+    weights = {}
+    for parameter, tensors in engine.full_state():
+        if ranks.is_main:
+            weights[parameter] = tensors["weight"].cpu()
+    with fail_together(ranks):
+        if ranks.is_main:
+            sweep_temps(folder)
+            export(weights)
+            described = folder / "state" / f"step_{facts['step']:08d}" / "state.json"
+            atomic_write_json(described, {**read_json(described), **facts})
+            atomic_write(folder / "latest", f"{described.parent.name}\n".encode())
+            prune(folder, described.parent.name, keep)
 
 
 def write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -196,6 +223,7 @@ def file_problem(folder: Path, name: str, expected: Any) -> str:
     if file_digest(path) != expected:
         return f"{name} is damaged (digest differs)"
     for parameter, tensors in read_tensors(path):
+        watchdog.beat(f"checking {name}")
         shapes = {tuple(tensor.shape) for tensor in tensors.values()}
         if tensors.keys() != {"weight", *MOMENTS} or len(shapes) != 1:
             return f"{name}: {shown(parameter)}: expected weight, {', '.join(MOMENTS)} of one shape"
@@ -212,6 +240,7 @@ def load_state(saved: SavedState, engine: Engine) -> None:
 def read_parameters(saved: SavedState) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(parameter name, {weight, exp_avg, exp_avg_sq}) of a state, one at a time, fp32 on the CPU."""
     for name in saved.facts["files"]:
+        watchdog.beat(f"loading {name}")
         yield from read_tensors(saved.folder / Path(name).name)
 
 

@@ -35,10 +35,13 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
     try:
         config = parse_config(description=description)
         ranks = init_ranks(config.device, config.start_timeout_s)
-        stopping.install()  # not before: while torch waits for the others in C++, a handler in Python would wait too
+        stopping.install(
+            ranks.world_size
+        )  # not before: while torch waits for the others in C++, a handler in Python would wait too
         get_logger(None, ranks)
         watchdog.start(ranks, config.start_timeout_s, config.peer_timeout_s, config.step_timeout_s, config.io_timeout_s)
         inputs = load_inputs(config, ranks)
+        stopping.agree(ranks, at_once=True)
         if not config.dry_run:
             work(config, inputs, ranks)
         elif ranks.is_main:
@@ -50,7 +53,10 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         leave(0, ranks)
     except stopping.Stopped as stop:
         say(f"stopped{where(ranks)}: {stop}; --resume goes on from what is saved")
-        watchdog.fail(f"stopped: {stop}")
+        with contextlib.suppress(RuntimeError):  # a rank that was lost on the way here
+            if ranks:
+                barrier(ranks)  # all stop together: one of them may still tidy up
+        watchdog.close()
         leave(stopping.STOPPED, ranks)
     except UserError as error:
         watchdog.fail(str(error))

@@ -80,16 +80,23 @@ class MetricSums:
         self.sums.zero_()
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drops the lines of a .jsonl file that lie beyond `step`, and a last line that a kill cut short."""
+def rewind(path: Path, step: int, evaluated: bool = True) -> None:
+    """Drops the lines of a .jsonl file that lie beyond `step`, and a last line that a kill cut short.
+
+    Not `evaluated`: what an evaluation wrote at `step` goes too, for it is made again.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    with writes(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            again = record["step"] == step and not evaluated and "loss" not in record
+            if record["step"] <= step and not again:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:
+        except (ValueError, TypeError, KeyError):
             break
     atomic_write(path, "".join(kept).encode())
 
@@ -117,12 +124,12 @@ class RunWriter:
     Starting after step `done` (-1: nothing) drops what an earlier try wrote beyond it, so that each step stands once.
     """
 
-    def __init__(self, folder: Path, is_main: bool, done: int = -1):
+    def __init__(self, folder: Path, is_main: bool, done: int = -1, evaluated: bool = True):
         self.is_main = is_main
         if not is_main:
             return
         self.path = folder / "metrics.jsonl"
-        rewind(self.path, done)
+        rewind(self.path, done, evaluated)
         with writes(folder):
             self.board = SummaryWriter(str(folder), purge_step=done + 1)
 

@@ -122,15 +122,16 @@ class Run:
     def open_records(self) -> None:
         """The run's folder on rank 0: settings and versions once, the log, the curves up to the step resumed from."""
         done = self.saved.facts["step"] if self.saved else -1
+        evaluated = not (self.saved and self.saved.facts.get("unfinished"))
         with fail_together(self.ranks):
             if self.ranks.is_main and not self.saved:
                 resolved = replace(self.config, run_name=self.name, max_seq_len=self.inputs.max_seq_len)
                 write_records(self.log_folder, resolved, self.engine.ds_config)
             if self.ranks.is_main:
                 unmark_finished(self.log_folder)
-                rewind(self.log_folder / "samples.jsonl", done)
+                rewind(self.log_folder / "samples.jsonl", done, evaluated)
             get_logger(self.log_folder / "train.log", self.ranks)
-            self.writer = RunWriter(self.log_folder, self.ranks.is_main, done)
+            self.writer = RunWriter(self.log_folder, self.ranks.is_main, done, evaluated)
         LOGGER.info("%s: %s", self.config.rlhf_dataset_path, self.inputs.data.report)
 
     def open_reference(self) -> tuple[reference.RefLogps, str]:
@@ -401,7 +402,8 @@ class Run:
         facts |= self.must_agree()
         keep = self.config.keep_states
         with watchdog.patience(f"saving step {self.done}"):
-            checkpoint.save_state(self.ckpt_folder, self.engine, facts, keep, self.ranks, checked_export)
+            write = checkpoint.complete_state if self.saved_step == self.done else checkpoint.save_state
+            write(self.ckpt_folder, self.engine, facts, keep, self.ranks, checked_export)
             self.writer.flush()
         self.saved_step = self.done
 

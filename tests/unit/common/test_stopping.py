@@ -18,7 +18,7 @@ from simple_llama.common.distributed import Ranks
 from simple_llama.common.stopping import Stopped
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = stopping.SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,10 @@ def _signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for mark in stopping._LAUNCHER_MARKS:
         monkeypatch.delenv(mark, raising=False)
     before = [signal.getsignal(number) for number in SIGNALS]
+    stopping.uninstall()
     yield
     stopping.install()
+    stopping.uninstall()
     for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
 
@@ -55,10 +57,13 @@ def test_at_work_a_signal_waits_for_the_micro_batch(number: signal.Signals) -> N
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
-    """A person may want to end it now; a second SIGTERM of a scheduler changes nothing."""
+    """A person may want to end it now, whoever asked first: another rank's SIGINT is not this one's. A second SIGTERM
+    of a scheduler changes nothing."""
     stopping.install()
     stopping.begin()
+    stopping.request("SIGINT")
     os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -75,11 +80,22 @@ def test_a_new_command_starts_without_a_request() -> None:
 
 
 def test_signals_are_given_back() -> None:
-    """As in a fresh process."""
-    stopping.install()
+    """As they were before, also after two commands in one process; an ignored one is never taken."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for _ in range(2):
+        stopping.install()
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     stopping.uninstall()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_with_several_ranks_a_signal_always_waits() -> None:
+    """While data is read, say: all ranks stop where they agree, with the same status."""
+    stopping.install(world_size=2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stopping.requested() == "SIGTERM"
 
 
 def test_ancestors_are_the_kernel_s() -> None:
@@ -114,9 +130,10 @@ def test_a_lost_launcher_is_missed_after_ten_seconds(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("stdout", "stderr", "missed"), [("pipe", "pipe", True), ("pipe", "file", False), ("file", "file", False)]
+    ("stdout", "stderr", "missed"),
+    [("pipe", "pipe", True), ("pipe", "file", True), ("file", "pipe", True), ("file", "file", False)],
 )
-def test_a_closed_reader_of_both_streams_is_missed(tmp_path: Path, stdout: str, stderr: str, missed: bool) -> None:
+def test_a_closed_reader_is_missed(tmp_path: Path, stdout: str, stderr: str, missed: bool) -> None:
     """A process whose output goes into a pipe looks twice: while the pipe is read, and after its reader has gone."""
     result = tmp_path / "result"
     code = (

@@ -40,7 +40,7 @@ def dogs() -> Iterator[list[Watchdog]]:
         Watchdog(ranks_of(i + 1, 3), [peer_of(0, "host-0", pair[1])], 20, 60, 1800) for i, pair in enumerate(links)
     ]
     for dog in (main, *others):
-        dog.progress.patient = 0
+        dog.progress.starting = False
     yield [main, *others]
     for pair in links:
         for link in pair:
@@ -141,13 +141,14 @@ def test_patience_of_one_rank_counts_for_all(dogs: list[Watchdog], monkeypatch: 
 
 
 def test_a_slow_machine_gets_more_time(monkeypatch: pytest.MonkeyPatch, dogs: list[Watchdog]) -> None:
-    """Micro-batches of 10 s: 60 s are allowed; once one took 40 s: 160 s. The start and patience do not count."""
+    """Micro-batches of 10 s: 60 s are allowed; once one took 40 s: 160 s. Reading and patience do not count."""
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watchdog, "_watchdog", dog := dogs[0])
     dog.progress = watchdog.Progress()
     assert dog.allowed_s() == 1800
     clock[0] += 500
+    watchdog.beat("step")
     watchdog.started()
     assert dog.allowed_s() == 60
     for seconds, allowed in ((10, 60), (40, 160), (5, 160)):
@@ -249,7 +250,7 @@ def test_strangers_are_not_let_in() -> None:
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
     links = []
-    for greeting in (b"hello\n", b'["wrong", 1, "host-x"]\n', b'["open sesame", 1, "host-b"]\n'):
+    for greeting in (b"hello\n", b"[" * 60000 + b"\n", b'wrong secret[1, "host-x"]\n', b'open sesame[1, "host-b"]\n'):
         links.append(socket.create_connection(("127.0.0.1", port)))
         links[-1].sendall(greeting)
     with server:
@@ -293,3 +294,32 @@ def test_without_a_watchdog_nothing_happens() -> None:
     watchdog.before_end(lambda: None)
     with watchdog.patience("x"):
         pass
+
+
+def test_a_slow_first_step_counts(monkeypatch: pytest.MonkeyPatch, dogs: list[Watchdog]) -> None:
+    """All micro-batches take 70 s, the first step's too: when the start is over, 280 s are allowed, not 60."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog, "_watchdog", dog := dogs[0])
+    dog.progress = watchdog.Progress()
+    for _ in range(3):
+        watchdog.beat("step 1")
+        clock[0] += 70
+    watchdog.beat("after step 1")
+    watchdog.started()
+    assert dog.allowed_s() == 280
+
+
+def test_an_orderly_error_of_a_peer_waits_longer(dogs: list[Watchdog], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is often the error of all ranks, and rank 2 tidies up before it says so: 30 s. A lost peer: 3 s."""
+    monkeypatch.setattr(watchdog, "_watchdog", dogs[1])
+    now = time.monotonic()
+    watchdog.fail("disk full")
+    for dog in (dogs[0], dogs[2]):
+        turn(dog, now)
+        assert dog.ends_at == now + watchdog.ORDERLY_S == now + 30
+    dogs[0].verdict = ""
+    dogs[0].peers[1].link.close()
+    dogs[0].peers[1].left = now
+    turn(dogs[0], now)
+    assert dogs[0].ends_at == now + watchdog.GRACE_S

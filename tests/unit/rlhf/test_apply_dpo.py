@@ -9,11 +9,15 @@ import shutil
 import pytest
 import torch
 
+from simple_llama.common import stopping
 from simple_llama.common.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.weights import load_weights
+from simple_llama.reinforcement_learning.rlhf import training_run
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
+from simple_llama.reinforcement_learning.rlhf.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.evaluate import evaluate
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.training_run import Run, TrainingStopped
@@ -86,6 +90,44 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(job, ranks):
     assert [line["step"] for line in job.lines("again")] == [line["step"] for line in job.lines()]
     for name, tensor in job.weights("again").items():
         assert torch.equal(tensor, job.weights()[name]), name
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_a_stop_in_an_evaluation_is_made_good(job, ranks, monkeypatch, stop_at):
+    """Stopped in the evaluation of step 0, of step 2 (where a checkpoint is due too) or of step 3 (an epoch's end): the
+    resumed run makes it, and has the curve, samples and weights of a run never stopped. Killed before its next save
+    and resumed once more, it still has every line once."""
+    run_job(job, ranks, run_name="whole", save_interval=2)
+    calls = []
+
+    def evaluate_asked_to_stop(*args):
+        calls.append(1)
+        if len(calls) == stop_at:
+            stopping.request("SIGTERM")
+        return evaluate(*args)
+
+    monkeypatch.setattr(training_run, "evaluate", evaluate_asked_to_stop)
+    with pytest.raises(stopping.Stopped):
+        run_job(job, ranks, save_interval=2)
+    stopping.install()
+    stopping.uninstall()
+    folder, logs = job.folder / "checkpoints" / "tiny", job.folder / "runs" / "tiny"
+    facts = newest_state(folder).facts
+    assert facts["unfinished"] and facts["step"] == (0, 2, 3)[stop_at - 1] and not (folder / "lock").exists()
+    shutil.copytree(folder, job.folder / "as stopped")
+    for _ in range(2):
+        run_job(job, ranks, save_interval=2, resume=True)
+        lines = [{name: value for name, value in line.items() if "perf/" not in name} for line in job.lines()]
+        whole = [{name: value for name, value in line.items() if "perf/" not in name} for line in job.lines("whole")]
+        assert lines == whole
+        assert (logs / "samples.jsonl").read_text() == (job.folder / "runs" / "whole" / "samples.jsonl").read_text()
+        assert all(torch.equal(tensor, job.weights("whole")[name]) for name, tensor in job.weights().items())
+        assert not newest_state(folder).facts["unfinished"]
+        assert {path.name for path in folder.glob("*.pth")} == {
+            path.name for path in (job.folder / "checkpoints" / "whole").glob("*.pth")
+        }
+        shutil.rmtree(folder)
+        shutil.copytree(job.folder / "as stopped", folder)
 
 
 def test_resume_refuses_another_reference_and_other_settings(job, ranks):
