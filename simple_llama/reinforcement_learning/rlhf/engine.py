@@ -44,9 +44,12 @@ class Engine:
             betas=(config.beta1, config.beta2),
             fused=True,
         )
-        engine, zero_optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=optimizer, config=self.ds_config, dist_init_required=False
-        )
+        try:
+            engine, zero_optimizer, _, _ = deepspeed.initialize(
+                model=policy, optimizer=optimizer, config=self.ds_config, dist_init_required=False
+            )
+        except ValueError as error:  # of its checks of the settings
+            raise UserError(f"{config.deepspeed_config}: DeepSpeed refuses these settings: {error}") from error
         self.engine: Any = engine
         self.optimizer: Any = zero_optimizer
         self.trainable = trainable
