@@ -45,7 +45,7 @@ def job(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
         ("kill-pdsh", "the job did not say that it finished"),
         ("kill-runner", "the launcher was ended by SIGKILL"),
         ("kill-supervisor", ""),  # which cannot say anything any more
-        ("exit-before-init", "could not join the others"),
+        ("exit-before-init", "host host-b failed first, with status 3"),
     ],
 )
 def test_a_fault_ends_the_launch(rig: Rig, job: TinyJob, fault: str, reason: str) -> None:
