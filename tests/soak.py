@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from safetensors.torch import load_file
 from crash_at import PLACES
 from simple_llama.pretraining.weights import load_weights
 from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
-from tiny_job import ROOT, make_job, start_rank
+from tiny_job import ROOT, free_port, make_job, start_rank
 
 PRECOMPUTE, TRAIN, CRASH = "launch/precompute_ref.py", "launch/train_dpo.py", "tests/crash_at.py"
 RUN = "tiny"
@@ -282,12 +281,6 @@ def wait_for(condition: Any, at_most_s: float) -> None:
     deadline = time.monotonic() + at_most_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def said(output: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -110,6 +111,13 @@ def write_pairs(path: Path, numbers: range) -> None:
         rejected = " ".join(WORDS[(n * 5 + 2 * k + 1) % 20] for k in range(2 + n % 7))
         rows.append({"Template": ["CUSTOM"], "User": [f"say {n}"], "Accepted": [accepted], "Rejected": [rejected]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def start_rank(

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import shown
 
 # Names of (rank, world size, local rank, local world size) per launcher; the first set found wins.
 _LAUNCHER_VARIABLES = (
@@ -31,7 +32,6 @@ _LAUNCHER_VARIABLES = (
 )
 _LATE_S = 5.0  # after the start's timeout, in which torch may say itself what is wrong
 _MOST_NAMED = 8  # differing ranks shown in one message
-_MOST_SHOWN = 200  # characters of a value shown in one message
 
 
 @dataclass(frozen=True)
@@ -243,13 +243,7 @@ def _difference(expected: Any, found: Any) -> str:
         keys = [key for key in {**expected, **found} if expected.get(key, missing) != found.get(key, missing)]
         expected = {key: expected.get(key, missing) for key in keys}
         found = {key: found.get(key, missing) for key in keys}
-    return f"expected {_short(expected)}, found {_short(found)}"
-
-
-def _short(value: Any) -> str:
-    """A value as text that fits a message."""
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+    return f"expected {shown(expected)}, found {shown(found)}"
 
 
 def _one_line(error: Exception) -> str:

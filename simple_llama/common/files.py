@@ -128,9 +128,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        return json.loads(
-            data.decode("utf-8-sig"), object_pairs_hook=_object
-        )  # -sig: some editors put a byte order mark in front
+        text = data.decode("utf-8-sig")  # -sig: some editors put a byte order mark in front
+        return json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: expected UTF-8 text, found byte 0x{data[error.start]:02x}") from error

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tiny_job import free_port
+
 ROOT = Path(__file__).parents[2]
 
 WORKER = """
@@ -57,13 +59,6 @@ def start(rank: int, code: str, *arguments: str, port: int) -> subprocess.Popen[
     environment |= {name: str(value) for name, value in place.items()}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

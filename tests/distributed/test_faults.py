@@ -21,17 +21,11 @@ import torch
 
 from simple_llama.common.stopping import STOPPED
 from simple_llama.common.watchdog import LOST
-from tiny_job import TinyJob, make_job, run_ranks, start_rank
+from tiny_job import TinyJob, free_port, make_job, run_ranks, start_rank
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PRECOMPUTE, TRAIN, FAULTY = "launch/precompute_ref.py", "launch/train_dpo.py", "tests/faulty_rank.py"
 ENDS_S = 60.0  # what users are promised, for the settings as they are shipped
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Pair:

@@ -6,14 +6,13 @@ Two processes on this machine stand for two tasks or pods; all give the curve of
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tiny_job import ROOT, TinyJob, make_job, run_ranks
+from tiny_job import ROOT, TinyJob, free_port, make_job, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PRECOMPUTE, TRAIN = "launch/precompute_ref.py", "launch/train_dpo.py"
@@ -33,12 +32,6 @@ def settings(job: TinyJob, name: str) -> dict[str, object]:
     """Three steps of 8 pairs on two ranks; each run has a store of its own, which the start under test must fill."""
     own = {"run_name": name, "ref_cache_dir": str(job.folder / f"ref_{name}")}
     return {**job.settings, "grad_accum_steps": 2, "epochs": 1, "n_samples": 0, **own}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(command: list[str], settings: dict[str, object], variables: Variables) -> subprocess.Popen[str]:

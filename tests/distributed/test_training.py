@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,16 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_job import ROOT, TinyJob, make_job, run_ranks, start_rank, write_pairs
+from tiny_job import ROOT, TinyJob, free_port, make_job, run_ranks, start_rank, write_pairs
 
 pytestmark = pytest.mark.dist
 PRECOMPUTE, TRAIN = "launch/precompute_ref.py", "launch/train_dpo.py"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_two(script: str, settings: dict[str, object], *flags: str) -> str:

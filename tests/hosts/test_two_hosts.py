@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 from hosts.launch import PRECOMPUTE, TRAIN, Launch, launch, run_on_each
 from hosts.rig import ADDRESSES, Rig
-from tiny_job import ROOT, TinyJob, make_job, run_ranks, write_pairs
+from tiny_job import ROOT, TinyJob, free_port, make_job, run_ranks, write_pairs
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 CURVES = ("loss", "eval_loss", "rewards/margins", "logps/chosen", "grad_norm")
@@ -48,12 +47,6 @@ def settings(job: TinyJob, **other: object) -> dict[str, object]:
     """Six bf16 ZeRO-2 steps of 8 pairs: 2 ranks x 2 pairs x 2 micro-batches."""
     deepspeed_config = str(ROOT / "ds_configs" / "zero2_bf16.json")
     return {**job.settings, "run_name": "two", "grad_accum_steps": 2, "deepspeed_config": deepspeed_config, **other}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def finish(run: Launch) -> Launch:
