@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
+from simple_llama.common.processes import stat_fields
 
 NAME = "lock"
 REFRESH_S = 5.0  # between touches by the holder
@@ -166,12 +167,8 @@ def _runs(holder: Holder) -> bool | None:
 
 def _process(pid: int) -> tuple[str, str]:
     """(state, start time in ticks since boot) of a process; empty where the system does not tell."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "", ""
-    fields = text.rpartition(")")[2].split()  # the name before it may hold blanks and brackets
-    return fields[0], fields[19]
+    fields = stat_fields(pid)
+    return (fields[0], fields[19]) if fields else ("", "")
 
 
 def _is_silent(path: Path, seen: _Seen) -> bool:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from simple_llama.common.distributed import Ranks, gather_objects
+from simple_llama.common.processes import stat_fields
 
 STOPPED = 75  # exit status EX_TEMPFAIL of sysexits.h: try again; here with --resume
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -142,12 +143,8 @@ def lost_launcher(now: float) -> str:
 def ancestors(depth: int) -> tuple[int, ...]:
     """Process ids of the parent, its parent and so on; fewer where the system does not tell."""
     found = [os.getppid()][:depth]
-    while 0 < len(found) < depth:
-        try:
-            with open(f"/proc/{found[-1]}/stat", "rb") as file:
-                found.append(int(file.read().rpartition(b")")[2].split()[1]))
-        except (OSError, ValueError, IndexError):
-            break
+    while 0 < len(found) < depth and (fields := stat_fields(found[-1])):
+        found.append(int(fields[1]))
     return tuple(found)
 
 

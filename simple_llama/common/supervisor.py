@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.processes import stat_fields
 
 FINISHED = "job finished on all ranks"  # the last line of a job that is done
 KEEPALIVE = "-o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"  # ssh notices a dead link in 15 s
@@ -284,10 +285,9 @@ def is_rank(pid: int) -> bool:
 def _processes() -> Iterator[tuple[int, int]]:
     """(pid, parent's pid) of each process that is no zombie."""
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            state, parent = (folder / "stat").read_bytes().rpartition(b")")[2].split()[:2]
-            if state != b"Z":
-                yield int(folder.name), int(parent)
+        fields = stat_fields(int(folder.name))
+        if fields and fields[0] != "Z":
+            yield int(folder.name), int(fields[1])
 
 
 def _has_local_rank(pid: int) -> bool:
