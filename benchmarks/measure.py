@@ -1,0 +1,114 @@
+"""What the benches share: interleaved timing, extra memory, the machine in words, and a table for RESULTS.md."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from simple_llama.common.paths import root_path
+from simple_llama.reinforcement_learning.rlhf.cost import synchronize
+
+Way = Callable[[], object]
+RESULTS = root_path("benchmarks", "RESULTS.md")
+PACKAGES = ("torch", "deepspeed", "triton", "trl", "transformers", "accelerate", "liger-kernel")
+
+
+def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call of each way: rounds of one call a way, so that a drift of the machine meets all alike.
+
+    A round more than `repeats` is made; the first one warms up and is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(repeats + 1):
+        for name, way in ways.items():
+            synchronize(device)
+            start = time.perf_counter()
+            way()
+            synchronize(device)
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each way's times."""
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_extra_bytes(way: Way, device: torch.device) -> int:
+    """Most bytes of tensors that exist at once during a call, beyond those before it: workspace and results.
+
+    CUDA: of the caching allocator. CPU: of torch's allocator, as its profiler records each allocation; scratch memory
+    that a GEMM library takes for itself is not in it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        way()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        way()
+    held = most = 0
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def machine(device: torch.device) -> str:
+    """The machine and what runs on it, in one line."""
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return f"{place}; CPython {platform.python_version()}, {', '.join(versions)}"
+
+
+def cpu_name() -> str:
+    """The CPU's name, the threads that torch uses, and whether it has bf16 units."""
+    names = [line.split(":", 1)[1] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = " ".join(names[0].split()) if names else platform.processor() or platform.machine()
+    units = "bf16 units" if torch.cpu._is_avx512_bf16_supported() else "no bf16 units"
+    return f"{name}, {torch.get_num_threads()} threads, {units}"
+
+
+def read_lines(path: str) -> list[str]:
+    """Lines of a file; none where it does not exist."""
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def record(title: str, command: str, body: str, device: torch.device, results: str = RESULTS) -> None:
+    """Prints a section and appends it to `results` ("": only prints): date, machine, versions, command, `body`."""
+    head = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}, {machine(device)}."
+    section = f"## {title}\n\n{head}\n\n    {command}\n\n{body}\n"
+    print(section)
+    if results:
+        with Path(results).open("a") as file:
+            file.write(f"\n{section}")
