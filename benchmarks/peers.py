@@ -1,0 +1,299 @@
+"""TRL's DPOTrainer on our weights and our pairs: the only file that imports the peers (benchmarks/requirements.txt).
+
+It is TRL's own code that is timed, as a single process without DDP or DeepSpeed: the real `train()`, which hands
+control back after each optimizer step, and the real `_precompute_ref_logps`. Two things are taken out before the clock
+starts: tokenization (pairs are token ids already; a subclass returns the dataset as it is, since TRL 1.16 accepts text
+only), and for training the reference pass (log-probs come with the pairs).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.hf_llama import hf_config, to_hf
+from benchmarks.workload import TOKENIZER, shares_prompt
+from simple_llama.dataset.tokenizer import load_tokenizer
+from simple_llama.pretraining.weights import LoadedModel, vocab_size
+from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
+
+ATTENTIONS = ("sdpa", "eager")
+NEVER = 10**9
+# by which accelerate would join a process group; common/distributed.py sets LOCAL_RANK also for a single process
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Numerics(NamedTuple):
+    """How TRL computes."""
+
+    weights: torch.dtype
+    autocast: bool  # of GEMMs to bf16
+
+
+SETTINGS = {
+    "bf16": Numerics(torch.bfloat16, False),  # weights and optimizer in bf16, no fp32 masters
+    "autocast": Numerics(torch.float32, True),  # TRL's default: bf16=True
+    "fp32": Numerics(torch.float32, False),
+}
+
+
+@dataclass(frozen=True)
+class TrlSettings:
+    """What TRL's trainer is built with; what both trainers have in common comes from the bench."""
+
+    numerics: str  # key of SETTINGS
+    batch_size: int  # pairs a micro-batch
+    accumulate: int  # micro-batches a step
+    beta: float
+    rate: float  # learning rate, constant
+    betas: tuple[float, float]  # AdamW
+    clip: float  # of the gradient norm
+    precompute_batch: int = 8  # pairs a batch of the reference pass
+    attention: str = "sdpa"  # of ATTENTIONS
+
+
+class Peer:
+    """A DPOTrainer, and the state that accelerate keeps for all trainers of a process in one place."""
+
+    def __init__(
+        self,
+        start: LoadedModel,
+        pairs: Sequence[TokenizedPair],
+        ref_logps_B2: np.ndarray | None,
+        settings: TrlSettings,
+        device: torch.device,
+        folder: str,
+    ):
+        """Builds it.
+
+        Args:
+            pairs: in the order in which `train()` takes them; a whole number of steps.
+            ref_logps_B2: reference log-prob sums that come with the pairs; None where the trainer is to compute them.
+            folder: for what the trainer writes (nothing, without checkpoints).
+        """
+        with plain_process():
+            self.trainer = make_trainer(start, pairs, ref_logps_B2, settings, device, folder)
+        accelerator = self.trainer.accelerator
+        assert accelerator.num_processes == 1 and "NO" in str(accelerator.distributed_type), accelerator.state
+        self.shared_state = dict(shared_state())
+        self.set_attention(settings.attention)
+
+    def activate(self) -> None:
+        """Makes accelerate's process-wide state (the autocast dtype) this trainer's again."""
+        shared_state().clear()
+        shared_state().update(self.shared_state)
+
+    def set_attention(self, name: str) -> None:
+        """Another implementation of attention, from the next forward on."""
+        self.trainer.model.set_attn_implementation(name)
+
+    def precompute(self, batch_size: int) -> np.ndarray:
+        """TRL's reference pass over the whole dataset, its cache file included: log-prob sums (B, 2)."""
+        self.activate()
+        columns = ["ref_chosen_logps", "ref_rejected_logps"]
+        dataset = self.trainer.train_dataset.remove_columns(
+            [name for name in columns if name in self.trainer.train_dataset.column_names]
+        )
+        trl_itself = super(type(self.trainer), self.trainer)  # past the subclass, which skips this while it is built
+        found = trl_itself._precompute_ref_logps(dataset, "train", batch_size)
+        return np.stack([np.asarray(found[name]) for name in columns], axis=1)
+
+    def first_batch(self) -> dict[str, Any]:
+        """The first micro-batch by the trainer's own loader and collator, on its device."""
+        self.activate()
+        return self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
+
+
+class SteppedPeer:
+    """`train()` of a peer, one optimizer step a call.
+
+    It runs in a thread of its own that waits at the end of each step; only one of the two threads ever computes. A call
+    takes everything from the end of a step to the end of the next one: bookkeeping, fetching and collating the pairs,
+    forward, backward, clip, AdamW, the scheduler, zero_grad.
+    """
+
+    def __init__(self, peer: Peer):
+        self.peer = peer
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.stopping, self.ended = False, False
+        self.error: BaseException | None = None
+        peer.trainer.add_callback(hand_back(self))
+        self.threads = torch.get_num_threads()
+        self.thread = threading.Thread(target=self._train, daemon=True)
+        self.thread.start()
+
+    def step(self) -> None:
+        """One optimizer step; raises what the trainer raised, RuntimeError when its pairs are used up."""
+        if not self.ended:
+            self.peer.activate()
+            self.go.release()
+            self.done.acquire()
+            if self.error is not None:
+                error, self.error = self.error, None
+                raise error
+        if self.ended:  # also when this call found no step to make, only the end
+            raise RuntimeError("the trainer has no step left")
+
+    def close(self) -> None:
+        """Ends `train()` and its thread."""
+        self.stopping = True
+        if not self.ended:
+            self.go.release()
+        self.thread.join()
+
+    def wait(self) -> bool:
+        """At the end of a step, in the trainer's thread: until the next step is wanted; whether none is."""
+        self.done.release()
+        self.go.acquire()
+        return self.stopping
+
+    def _train(self) -> None:
+        torch.set_num_threads(self.threads)  # OpenMP's is one a thread
+        self.go.acquire()
+        try:
+            if not self.stopping:
+                with plain_process():
+                    self.peer.trainer.train()
+        except BaseException as error:  # noqa: BLE001 - handed to the other thread
+            self.error = error
+        self.ended = True
+        self.done.release()
+
+
+def hand_back(stepped: SteppedPeer) -> Any:
+    """A callback that waits for the other thread at the end of each step."""
+    from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
+
+    class HandBack(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            control.should_training_stop |= stepped.wait()
+            return control
+
+    return HandBack()
+
+
+def make_trainer(
+    start: LoadedModel,
+    pairs: Sequence[TokenizedPair],
+    ref_logps_B2: np.ndarray | None,
+    settings: TrlSettings,
+    device: torch.device,
+    folder: str,
+) -> Any:
+    """A DPOTrainer as its users have it, at its fastest: no logs, no checkpoints, no recomputation, fused AdamW."""
+    quiet()
+    import trl  # pyright: ignore[reportMissingImports]
+    from transformers import PreTrainedTokenizerFast, PrinterCallback  # pyright: ignore[reportMissingImports]
+
+    class PreparedDPOTrainer(trl.DPOTrainer):
+        """Takes pairs that are token ids already, with their reference log-probs."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    args = trl.DPOConfig(
+        output_dir=folder,
+        beta=settings.beta,
+        learning_rate=settings.rate,
+        lr_scheduler_type="constant",
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        weight_decay=0.0,
+        max_grad_norm=settings.clip,
+        optim="adamw_torch_fused",
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=settings.precompute_batch,
+        max_length=None,  # no truncation; no pair is longer than the model's limit
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        bf16=SETTINGS[settings.numerics].autocast,
+        use_cpu=device.type == "cpu",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=device.type == "cuda",
+        logging_strategy="no",
+        logging_steps=NEVER,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        save_strategy="no",
+        eval_strategy="no",
+        disable_tqdm=True,
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(TOKENIZER), pad_token="<PAD>")
+    tokenizer.eos_token = "<EOA>"
+    trainer = PreparedDPOTrainer(
+        model=hf_model(start, SETTINGS[settings.numerics].weights).to(device),
+        args=args,
+        train_dataset=as_dataset(pairs, ref_logps_B2),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def hf_model(start: LoadedModel, dtype: torch.dtype) -> Any:
+    """LlamaForCausalLM with our weights in `dtype`; RoPE's frequencies stay fp32, as `from_pretrained` leaves them."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    model = LlamaForCausalLM(LlamaConfig(**hf_config(start.config, vocab_size(start.state_dict))))
+    model.load_state_dict(to_hf(start.state_dict, start.config), strict=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def as_dataset(pairs: Sequence[TokenizedPair], ref_logps_B2: np.ndarray | None) -> Any:
+    """The pairs with the columns that TRL's own tokenization gives."""
+    from datasets import Dataset  # pyright: ignore[reportMissingImports]
+
+    assert all(shares_prompt(pair) for pair in pairs)
+    columns: dict[str, list] = {
+        "prompt_ids": [pair.prefix.tolist() for pair in pairs],
+        "chosen_ids": [pair.chosen.tolist() for pair in pairs],
+        "rejected_ids": [pair.rejected.tolist() for pair in pairs],
+    }
+    if ref_logps_B2 is not None:
+        columns["ref_chosen_logps"], columns["ref_rejected_logps"] = ref_logps_B2.T.tolist()
+    return Dataset.from_dict(columns)
+
+
+def quiet() -> None:
+    """No progress bars, no calls home, no advice; before the peers are first imported."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    import datasets  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(trl|transformers|accelerate|datasets)\b")
+
+
+def shared_state() -> dict[str, Any]:
+    """Where accelerate keeps mixed precision and ranks for all trainers of the process."""
+    from accelerate.state import AcceleratorState  # pyright: ignore[reportMissingImports]
+
+    return AcceleratorState._shared_state
+
+
+@contextmanager
+def plain_process() -> Iterator[None]:
+    """Within, no launcher's variables: what is built is a single process without DDP, DeepSpeed or FSDP."""
+    hidden = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
+    assert not any(name.startswith("ACCELERATE_") for name in os.environ), "accelerate is told what to be"
+    try:
+        yield
+    finally:
+        os.environ |= hidden

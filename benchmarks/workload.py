@@ -1,0 +1,208 @@
+"""What the benches of the whole job compute on: start models, mixes of pairs, and how pairs become a batch.
+
+A batch can be built in three ways that give the same log-probs: shared (ours), whole (both chats of a pair, packed
+without sharing the prompt) and padded (both chats of all pairs, each as long as the longest).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.paths import root_path
+from simple_llama.dataset.tokenizer import load_tokenizer
+from simple_llama.ops.attention import PackedLayout
+from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.weights import LoadedModel, load_weights
+from simple_llama.reinforcement_learning.rlhf.cost import synchronize
+from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.prepare_data import PrepareConfig, prepare
+
+HH_DATA = root_path("..", "shared", "data", "hh_harmless_dev.jsonl.gz")
+TOKENIZER = root_path("..", "shared", "tokenizer", "bpe_8k.json")
+HH_MAX_TOKENS = 1024  # longer chats are left out
+FIRST_TEXT_TOKEN = 10  # ids below are the tokenizer's special tokens
+
+
+class Shape(NamedTuple):
+    """A model's size."""
+
+    n_embd: int
+    n_layers: int
+    n_heads: int
+    multiple_of: int
+    vocab: int
+
+
+SHAPES = {
+    "tiny": Shape(128, 2, 4, 256, 8192),  # to try a bench
+    "36m": Shape(512, 8, 8, 256, 8192),
+    "1.3b": Shape(2048, 24, 32, 256, 8192),
+    "llama-3.2-1b": Shape(2048, 16, 32, 8192, 128256),  # but with as many key as query heads, and an untied head
+}
+
+
+class Mix(NamedTuple):
+    """Lengths of synthetic pairs: tokens from ... to, uniform."""
+
+    prompt: tuple[int, int]
+    response: tuple[int, int]
+
+
+MIXES = {
+    "short": Mix((16, 48), (32, 96)),
+    "long": Mix((560, 640), (40, 80)),
+    "uf-71-169": Mix((36, 106), (85, 253)),  # mean lengths of UltraFeedback by two tokenizers' counts
+    "uf-200-300": Mix((100, 300), (150, 450)),
+}
+
+
+def start_model(shape: str, model_path: str, seed: int) -> LoadedModel:
+    """The weights file at `model_path`, or for "" random weights of a shape, fp32 on the CPU."""
+    if model_path:
+        return load_weights(model_path)
+    width, layers, heads, multiple_of, vocab = SHAPES[shape]
+    config = TrainingConfig(
+        n_embd=width, n_layers=layers, n_heads=heads, multiple_of=multiple_of, max_seq_len=HH_MAX_TOKENS
+    )
+    torch.manual_seed(seed)
+    return LoadedModel(LLaMaTransformer(config, vocab).state_dict(), config, {}, Path(f"random-{shape}"))
+
+
+def make_pairs(mix: str, count: int, vocab: int, seed: int, data: str = HH_DATA) -> list[TokenizedPair]:
+    """`count` pairs of a mix, whose two chats have one whole prompt in common; a seed gives the same ones again."""
+    if mix == "hh":
+        return hh_pairs(data, count, seed)
+    lengths, rng = MIXES[mix], np.random.default_rng(seed)
+
+    def tokens(between: tuple[int, int]) -> np.ndarray:
+        return rng.integers(FIRST_TEXT_TOKEN, vocab, rng.integers(between[0], between[1] + 1))
+
+    def pair() -> TokenizedPair:
+        prompt, chosen, rejected = tokens(lengths.prompt), tokens(lengths.response), tokens(lengths.response)
+        chats = [np.concatenate([prompt, response]).tolist() for response in (chosen, rejected)]
+        return TokenizedPair.from_chats(chats[0], len(chosen), chats[1], len(rejected))
+
+    return [pair() for _ in range(count)]
+
+
+def hh_pairs(data: str, count: int, seed: int) -> list[TokenizedPair]:
+    """A random choice of HH-RLHF pairs in the chat format; UserError where the file has fewer.
+
+    Pairs whose earlier answers differ too are left out: TRL's format has one prompt for both chats.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        converted = str(Path(folder) / "hh.jsonl")
+        prepare(PrepareConfig(inputs=(data,), output=converted))
+        loaded = RLDatasetLoader(converted, load_tokenizer(TOKENIZER), HH_MAX_TOKENS, val_share=0.0, seed=seed)
+    pairs = [pair.tokenized for pair in loaded.train if shares_prompt(pair.tokenized)]
+    if len(pairs) < count:
+        raise UserError(f"{data}: expected at least {count} pairs with one prompt, found {len(pairs)}")
+    order = np.random.default_rng(seed).permutation(len(pairs))[:count]
+    return [pairs[i] for i in order]
+
+
+def shares_prompt(pair: TokenizedPair) -> bool:
+    """Whether everything before the scored answers is common to both chats."""
+    return len(pair.chosen) == pair.chosen_scored and len(pair.rejected) == pair.rejected_scored
+
+
+def pack_shared(pairs: Sequence[TokenizedPair]) -> PairBatch:
+    """Ours: a prompt once, no padding."""
+    return PairBatch.pack(pairs)
+
+
+def pack_whole(pairs: Sequence[TokenizedPair]) -> PairBatch:
+    """Both chats of each pair, packed without padding: sharing switched off."""
+    return pack_chats(pairs, padded=False)
+
+
+def pack_padded(pairs: Sequence[TokenizedPair]) -> PairBatch:
+    """Both chats of each pair, padded to the longest of the batch; only scored rows meet the head."""
+    return pack_chats(pairs, padded=True)
+
+
+def pack_chats(pairs: Sequence[TokenizedPair], padded: bool) -> PairBatch:
+    """Chats one after the other, each a causal sequence of its own, without its last token, which predicts nothing."""
+    chats = [chat for pair in pairs for chat in pair.without_sharing()]
+    lengths = [len(ids) - 1 for ids, _ in chats]
+    longest = max(lengths)
+    tokens, positions, rows, targets, start = [], [], [], [], 0
+    for (ids, scored), length in zip(chats, lengths, strict=True):
+        room = longest if padded else length
+        tokens.append(np.pad(ids[:-1], (0, room - length)))
+        positions.append(np.arange(room))
+        rows.append(np.arange(start + length - scored, start + length))
+        targets.append(ids[-scored:])
+        start += room
+
+    def stack(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    return PairBatch(
+        tokens_T=stack(tokens),
+        positions_T=stack(positions),
+        layout=PackedLayout.causal([longest] * len(chats) if padded else lengths),
+        rows_N=stack(rows),
+        targets_N=stack(targets),
+        counts=tuple((pair.chosen_scored, pair.rejected_scored) for pair in pairs),
+    )
+
+
+PACKS = {"shared": pack_shared, "whole": pack_whole, "padded": pack_padded}
+
+
+def pairs_for_rows(pairs: Sequence[TokenizedPair], rows: int) -> int:
+    """Pairs a micro-batch that have about `rows` packed rows or more, by the mean."""
+    return -(-rows * len(pairs) // sum(pair.rows for pair in pairs))
+
+
+def gemm_flops(dtype: torch.dtype, device: torch.device, tries: int = 5) -> float:
+    """Best FLOP/s of x W^T over several shapes, in exactly `dtype`."""
+    small = ((1024, 1024, 1024), (2048, 512, 2048), (2048, 2048, 2048))  # T rows, I inputs, O outputs
+    large = ((8192, 8192, 8192), (16384, 2048, 8192), (16384, 4096, 4096))
+    best = 0.0
+    for rows, inputs, outputs in large if device.type == "cuda" else small:
+        x_TI = torch.randn(rows, inputs, device=device).to(dtype)
+        weight_OI = torch.randn(outputs, inputs, device=device).to(dtype)
+        for _ in range(tries):
+            synchronize(device)
+            start = time.perf_counter()
+            F.linear(x_TI, weight_OI)
+            synchronize(device)
+            best = max(best, 2 * rows * inputs * outputs / (time.perf_counter() - start))
+    return best
+
+
+def peak_gib(way: Callable[[], object], device: torch.device) -> float:
+    """GiB that a call needs beyond what is there before it: of the CUDA allocator, or of the process's resident set.
+
+    The resident set counts all threads and libraries.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        way()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have left for reuse goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (man 5 proc)
+    before = _resident_kib("VmRSS")
+    way()
+    return (_resident_kib("VmHWM") - before) / 2**20
+
+
+def _resident_kib(field: str) -> int:
+    """A size of this process from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
