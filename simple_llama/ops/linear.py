@@ -15,12 +15,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from simple_llama.ops.numerics import has_fast_bf16
+from simple_llama.ops.numerics import cpu_emulates_bf16
 
 
 def emulates_bf16(tensor: torch.Tensor) -> bool:
     """Whether a GEMM on `tensor` as it is would run in emulated bf16, so that fp32 is the faster way."""
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not has_fast_bf16("cpu")
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and cpu_emulates_bf16()
 
 
 class _UpcastLinear(torch.autograd.Function):

@@ -18,6 +18,11 @@ def has_fast_bf16(device: torch.device | str) -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def cpu_emulates_bf16() -> bool:
+    """Whether a bf16 GEMM on this CPU is emulated; a constant to `torch.compile` (`compile_layers`)."""
+    return not has_fast_bf16("cpu")
+
+
 @contextmanager
 def bf16_valued_gemms() -> Iterator[None]:
     """Within, fp32 GEMMs on the CPU may round their operands to bf16 (AMX units); products and sums stay fp32.

@@ -11,10 +11,11 @@ import torch
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each row's angles, fp32 (T, 1, K/2): one angle a pair, the same for all heads."""
+    """Each row's angles, (T, 1, K/2): one angle a pair, the same for all heads."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: torch.Tensor  # fp32
+    sin: torch.Tensor  # fp32
+    turns: torch.Tensor  # complex64, cos + i sin
 
 
 def rotation(positions_T: torch.Tensor, width: int, theta: float) -> Rotation:
@@ -22,29 +23,31 @@ def rotation(positions_T: torch.Tensor, width: int, theta: float) -> Rotation:
     pair_twice = torch.arange(0, width, 2, device=positions_T.device).float()
     frequencies = 1.0 / theta ** (pair_twice / width)
     angles = torch.outer(positions_T.float(), frequencies).unsqueeze(1)
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(cos, sin, torch.complex(cos, sin))
 
 
 class _Rotate(torch.autograd.Function):
-    """Keeps only the angles; the gradient of a rotation is the rotation backwards."""
+    """A pair times a complex number: one pass. Keeps only the angles; the gradient is the rotation backwards."""
 
     @staticmethod
-    def forward(ctx: Any, x_THK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        x = x_THK.float()
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
-        out0, out1 = out.unflatten(-1, (-1, 2)).unbind(-1)
-        torch.mul(x0, cos, out=out0).addcmul_(x1, sin, value=-1)
-        torch.mul(x0, sin, out=out1).addcmul_(x1, cos)
-        return out.to(x_THK.dtype)
+    def forward(ctx: Any, x_THK: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(turns)
+        # a copy of its own: a slice of a wider row may start where no complex number can
+        wide_THK = torch.empty(x_THK.shape, dtype=torch.float32, device=x_THK.device).copy_(x_THK)
+        torch.view_as_complex(wide_THK.unflatten(-1, (-1, 2))).mul_(turns)
+        return wide_THK.to(x_THK.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_THK: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _Rotate.apply(grad_THK, cos, -sin), None, None
+    def backward(ctx: Any, grad_THK: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (turns,) = ctx.saved_tensors
+        return _Rotate.apply(grad_THK, turns.conj()), None
 
 
 def rotate(x_THK: torch.Tensor, by: Rotation) -> torch.Tensor:
     """x with each pair turned by its row's angle, computed in fp32, in the dtype of x."""
-    return _Rotate.apply(x_THK, *by)
+    if torch.compiler.is_compiling():  # the compiler fuses real numbers only
+        x0, x1 = x_THK.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((x0 * by.cos - x1 * by.sin, x0 * by.sin + x1 * by.cos), -1)
+        return turned.flatten(-2).to(x_THK.dtype)
+    return _Rotate.apply(x_THK, by.turns)

@@ -83,7 +83,7 @@ def test_rows_outside_get_no_gradient():
 @pytest.mark.parametrize("fast", [False, True])
 def test_bf16_is_near_fp32(monkeypatch: pytest.MonkeyPatch, fast: bool):
     """With and without bf16 units the result is bf16 and within its rounding (2^-8 of values below 4)."""
-    monkeypatch.setattr("simple_llama.ops.linear.has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr("simple_llama.ops.linear.cpu_emulates_bf16", lambda: not fast)
     q, k, v = _rows(MIXED, torch.bfloat16)
     assert attend(q, k, v, MIXED, 0.7).dtype == torch.bfloat16
     low, exact = (_with_gradients(attend, MIXED, dtype) for dtype in (torch.bfloat16, torch.float32))

@@ -68,7 +68,7 @@ def test_upcast_computes_only_the_gradients_asked_for():
 )
 def test_machine_decides(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fast: bool, upcasts: bool):
     """Only bf16 on a CPU without bf16 units is multiplied in fp32; else the layer is F.linear itself."""
-    monkeypatch.setattr(linear_module, "has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(linear_module, "cpu_emulates_bf16", lambda: not fast)
     x, w, b = _operands(dtype)
     out = linear(x, w, b)
     assert (type(out.grad_fn).__name__ == "_UpcastLinearBackward") == upcasts

@@ -17,12 +17,21 @@ def test_by_hand():
     assert torch.allclose(out, torch.tensor(expected), atol=1e-6)
 
 
-def test_equals_complex_multiplication():
-    """Adjacent pairs as complex numbers times e^(i angle), the form in the paper; heads share the angles."""
+def test_equals_the_real_form():
+    """Adjacent pairs turned by cosine and sine (RoFormer, Eq. 34); heads share the angles."""
     x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
     by = rotation(torch.arange(5), 8, 10_000)
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(by.cos, by.sin)
-    assert torch.allclose(rotate(x, by), torch.view_as_real(turned).flatten(-2), atol=1e-6)
+    x0, x1 = x[..., 0::2], x[..., 1::2]
+    turned = torch.stack((x0 * by.cos - x1 * by.sin, x0 * by.sin + x1 * by.cos), dim=-1)
+    assert torch.allclose(rotate(x, by), turned.flatten(-2), atol=1e-6)
+
+
+def test_a_slice_that_starts_at_an_odd_place():
+    """One row of a wider matrix from its third number on, as MLA's shared key: no complex number starts there."""
+    wide = torch.arange(7.0).view(1, 1, 7)
+    by = rotation(torch.tensor([3]), 4, 100)
+    assert torch.equal(rotate(wide[..., 3:], by), rotate(wide[..., 3:].clone(), by))
+    assert torch.equal(wide, torch.arange(7.0).view(1, 1, 7))
 
 
 def test_only_distance_counts():
