@@ -62,7 +62,7 @@ def test_values_and_gradients():
 
 
 def test_bf16_is_as_near_to_fp32():
-    """Fused arithmetic rounds less often: mean square error against fp32 at most 1.1 times that of uncompiled layers."""
+    """Fused arithmetic rounds less often: mean square error against fp32 is at most 1.1 times the other."""
     plain, compiled = _pair(torch.bfloat16)
     exact = LLaMaTransformer(plain.config, 50)
     exact.load_state_dict(plain.state_dict())
