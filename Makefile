@@ -32,7 +32,8 @@ soak: $(INSTALLED) ## kill a small run at 20 moments; it must end as one never k
 	$(BIN)/python tests/soak.py --kills 20
 
 bench: $(INSTALLED) ## time the log-prob head and a decoder block on this CPU
-	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python -m benchmarks.bench_logprob --results ""
+	$(BIN)/python -m benchmarks.bench_block --results ""
 
 check: $(INSTALLED) ## format, lint, types, import floors
 	$(BIN)/ruff format --check
