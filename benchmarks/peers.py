@@ -95,13 +95,11 @@ class Peer:
         """Another implementation of attention, from the next forward on."""
         self.trainer.model.set_attn_implementation(name)
 
-    def precompute(self, batch_size: int) -> np.ndarray:
-        """TRL's reference pass over the whole dataset, its cache file included: log-prob sums (B, 2)."""
+    def precompute(self, batch_size: int, pairs: int) -> np.ndarray:
+        """TRL's reference pass over the first `pairs` pairs, its cache file included: log-prob sums (B, 2)."""
         self.activate()
         columns = ["ref_chosen_logps", "ref_rejected_logps"]
-        dataset = self.trainer.train_dataset.remove_columns(
-            [name for name in columns if name in self.trainer.train_dataset.column_names]
-        )
+        dataset = self.trainer.train_dataset.select(range(pairs))
         trl_itself = super(type(self.trainer), self.trainer)  # past the subclass, which skips this while it is built
         found = trl_itself._precompute_ref_logps(dataset, "train", batch_size)
         return np.stack([np.asarray(found[name]) for name in columns], axis=1)

@@ -1,0 +1,71 @@
+"""The parts of the step's bench that need neither TRL nor DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.bench_train import mean_lengths, step_flops, stepper
+from benchmarks.ours import micro_batches
+from benchmarks.workload import PACKS, make_pairs
+from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.reinforcement_learning.rlhf.cost import ModelSize
+from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
+
+# 2 + 1 + 0 rows and 4 + 0 + 1 rows; chats of 4 and 3, and of 5 and 6 tokens
+PAIRS = [
+    TokenizedPair.from_chats([1, 2, 3, 4], 2, [1, 2, 5], 1),
+    TokenizedPair.from_chats([1, 2, 3, 4, 5], 1, [1, 2, 3, 4, 6, 7], 2),
+]
+
+
+class Recorder:
+    """In a trainer's place: remembers what it is to step on."""
+
+    size = ModelSize(layers=100, head=10, other=0)
+    model_config = TrainingConfig(n_embd=4, n_heads=1, n_layers=1)
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[list[TokenizedPair], Any]] = []
+
+    def step(self, pairs: list[TokenizedPair], pack: Any) -> None:
+        self.steps.append((pairs, pack))
+
+
+def test_stepper_takes_one_step_after_the_other() -> None:
+    """Each call is the next step's pairs, packed as asked; a call too many is an error, not an empty step."""
+    trainer: Any = Recorder()
+    way = stepper(trainer, "padded", [PAIRS[:1], PAIRS[1:]])
+    way()
+    way()
+    assert trainer.steps == [(PAIRS[:1], PACKS["padded"]), (PAIRS[1:], PACKS["padded"])]
+    with pytest.raises(StopIteration):
+        way()
+
+
+def test_step_flops_by_hand() -> None:
+    """Times 6 a weight: 8 shared rows, 14 whole or 20 padded ones, 6 scored rows; 4 * 3 * 4 a visible key.
+
+    Visible keys: shared 3 in a prefix of 2 and 3 for the row behind it, 10 in one of 4 and 5 for the row behind it.
+    """
+    trainer: Any = Recorder()
+    head = 6 * 6 * 10
+    expected = {"shared": (8, 3 + 3 + 10 + 5), "whole": (3 + 2 + 4 + 5, 6 + 3 + 10 + 15), "padded": (20, 4 * 15)}
+    for pack, (rows, visible) in expected.items():
+        assert step_flops(trainer, pack, [PAIRS], accumulate=1) == [6 * 100 * rows + head + 48 * visible], pack
+
+
+def test_micro_batches_share_out_all_pairs() -> None:
+    """Every pair once, equal numbers, nearly equal rows."""
+    pairs = make_pairs("uf-71-169", 12, 500, seed=0)
+    parts = micro_batches(pairs, 3)
+    assert sorted(pair.digest for part in parts for pair in part) == sorted(pair.digest for pair in pairs)
+    rows = [sum(pair.rows for pair in part) for part in parts]
+    assert [len(part) for part in parts] == [4, 4, 4]
+    assert max(rows) < 1.2 * min(rows)
+
+
+def test_mean_lengths_by_hand() -> None:
+    """Prompts 2 and 4, chosen 2 and 1, rejected 1 and 2."""
+    assert mean_lengths(PAIRS) == (3.0, 1.5, 1.5)
