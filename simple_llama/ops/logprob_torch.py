@@ -205,8 +205,8 @@ class _TokenLogps(torch.autograd.Function):
 class _Gemms:
     """The GEMMs of one call. Their results are fp32 (fp64 for fp64 inputs), whatever the operands are held in.
 
-    bf16 on CUDA: bf16 operands, fp32 results. bf16 on the CPU: logits from operands widened once, gradients from bf16
-    operands where the CPU has bf16 units and from the widened ones elsewhere.
+    bf16 on CUDA: bf16 operands, fp32 results. bf16 on the CPU: logits from widened operands, the weight once and the
+    rows chunk by chunk; gradients from bf16 operands where the CPU has bf16 units and from the widened ones elsewhere.
     """
 
     def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor):
@@ -217,7 +217,8 @@ class _Gemms:
         self.fast_bf16 = narrow and not self.mixed and has_fast_bf16(weight_VD.device)
         self.gradient_dtype = weight_VD.dtype if self.mixed or self.fast_bf16 else self.wide_dtype
         if not self.mixed:
-            self.wide_ND, self.wide_VD = hidden_ND.to(self.wide_dtype), weight_VD.to(self.wide_dtype)
+            self.wide_VD = weight_VD.to(self.wide_dtype)
+        self.wide_nD = hidden_ND[:0]  # the rows of the chunk whose logits came last
 
     def logits_buffer(self, chunks: Sequence[slice]) -> torch.Tensor:
         """The one workspace that the logits of every chunk are written to."""
@@ -229,8 +230,9 @@ class _Gemms:
         out_nV = buffer_nV[: rows.stop - rows.start]
         if self.mixed:
             return torch.mm(self.hidden_ND[rows], self.weight_VD.T, out_dtype=self.wide_dtype, out=out_nV)
+        self.wide_nD = self.hidden_ND[rows].to(self.wide_dtype)
         with bf16_valued_gemms() if self.fast_bf16 else nullcontext():
-            return torch.mm(self.wide_ND[rows], self.wide_VD.T, out=out_nV)
+            return torch.mm(self.wide_nD, self.wide_VD.T, out=out_nV)
 
     def hidden_gradient_(self, gradient_nV: torch.Tensor, out_nD: torch.Tensor) -> None:
         """out = gradient weight."""
@@ -242,14 +244,14 @@ class _Gemms:
             torch.mm(gradient_nV, self.wide_VD, out=out_nD)
 
     def add_weight_gradient_(self, gradient_nV: torch.Tensor, rows: slice, out_VD: torch.Tensor, beta: int) -> None:
-        """out = beta * out + gradient^T hidden[rows]; with beta 0 whatever stood in out is ignored."""
+        """out = beta * out + gradient^T hidden[rows], the rows of the last logits; beta 0 ignores what stood in out."""
         if self.mixed:
             torch.addmm(out_VD, gradient_nV.T, self.hidden_ND[rows], beta=beta, out_dtype=self.wide_dtype, out=out_VD)
         elif self.fast_bf16:
             product_VD = gradient_nV.T @ self.hidden_ND[rows]
             out_VD.add_(product_VD) if beta else out_VD.copy_(product_VD)
         else:
-            torch.addmm(out_VD, gradient_nV.T, self.wide_ND[rows], beta=beta, out=out_VD)
+            torch.addmm(out_VD, gradient_nV.T, self.wide_nD, beta=beta, out=out_VD)
 
 
 class _Gradients:
