@@ -1,7 +1,7 @@
 """Times the reference pass of ours, with its store on disk, against TRL's `_precompute_ref_logps` with its cache file.
 
     python -m benchmarks.bench_reference                # a CPU: 128 HH-RLHF pairs, 36 M weights
-    python -m benchmarks.bench_reference --device cuda --shape 1.3b --pairs 2048
+    python -m benchmarks.bench_reference --device cuda --shape 1.3b --pairs 1024
 
 Same weights, same pairs, one process, in turns. TRL (benchmarks/requirements.txt) computes in bf16, under autocast and
 in fp32, each with its faster attention and batch size, found on a few pairs. Its log-probs in fp32 must be ours.

@@ -1,7 +1,7 @@
 """Times a whole optimizer step of ours against TRL's DPOTrainer on the same weights, pairs and pairs a step.
 
     python -m benchmarks.bench_train                    # a CPU: HH-RLHF and two synthetic mixes, 36 M weights
-    python -m benchmarks.bench_train --device cuda --shape 1.3b
+    python -m benchmarks.bench_train --device cuda --shape 1.3b --settings bf16 autocast
 
 A step is everything: making the batch, forward, backward, ZeRO-2's reduction (one rank), clip, AdamW. References are
 precomputed on both sides. All trainers live in one process and take turns step by step. First of all both sides must
@@ -14,6 +14,7 @@ The shape llama-3.2-1b has the sizes of that model, but as many key heads as que
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 import tempfile
@@ -57,13 +58,15 @@ class BenchTrain:
     shape: Literal["tiny", "36m", "1.3b", "llama-3.2-1b"] = "36m"  # of a model with random weights
     model_path: str = ""  # a .pth to take the weights from instead
     data: str = HH_DATA  # HH-RLHF file of the mix hh
-    batch_size: int = 0  # pairs a micro-batch; 0: 8, on CUDA as many as have 16,384 packed rows
+    batch_size: int = 0  # pairs a micro-batch; 0: 8, on CUDA a multiple of 8 with 16,384 packed rows or more
     accumulate: int = 1  # micro-batches a step
     seed: int = 0  # of weights and pairs
 
     # === TRL ===
     settings: tuple[Literal["bf16", "autocast", "fp32"], ...] = ("bf16", "autocast", "fp32")  # (): ours alone
-    peer_batch_size: int = 0  # pairs a micro-batch of TRL's, a divisor of ours; 0: as ours
+    peer_batch_size: int = (
+        0  # pairs a micro-batch of TRL and of ours unshared, a divisor of ours; 0: as ours, on CUDA 8
+    )
     agreement_pairs: int = 4  # pairs of the check before all
 
     # === Measurement ===
@@ -134,39 +137,50 @@ def measure_mix(
     bench: BenchTrain, mix: str, start: LoadedModel, ours: dict[str, Trainer], ranks: Ranks, folder: str
 ) -> MixResult:
     """All trainers on the same steps of a mix, in turns."""
+    gc.collect()  # trainers of the mix before, or of the check, that hold each other
     vocab, device = vocab_size(start.state_dict), ranks.device
-    batch_size = bench.batch_size or 8
-    if not bench.batch_size and device.type == "cuda":
-        sample = make_pairs(mix, 256, vocab, bench.seed, bench.data)
-        batch_size = pairs_for_rows(sample, ROWS_ON_CUDA)
+    batch_size, each = batch_sizes(bench, make_pairs(mix, 256, vocab, bench.seed, bench.data))
+    parts = {"shared": bench.accumulate} | dict.fromkeys(("whole", "padded"), bench.accumulate * batch_size // each)
     per_step = batch_size * bench.accumulate
     count = bench.rounds + 2  # with a warm-up, and one for memory at the end
     pairs = make_pairs(mix, per_step * count, vocab, bench.seed, bench.data)
     steps = [pairs[i * per_step : (i + 1) * per_step] for i in range(count)]
     fill_stores(start, ours, pairs, batch_size, device)
 
-    ways: dict[str, Callable[[], None]] = {"ours bf16": stepper(ours["bf16"], "shared", steps)}
-    ways |= {f"ours bf16, {name}": stepper(ours["bf16"], name, steps) for name in ("whole", "padded")}
-    ways["ours bf16, plain loop"] = stepper(ours["bf16 plain loop"], "shared", steps)
+    ways: dict[str, Callable[[], None]] = {"ours bf16": stepper(ours["bf16"], "shared", steps, bench.accumulate)}
+    for name in ("whole", "padded"):
+        ways[f"ours bf16, {name}"] = stepper(ours["bf16"], name, steps, parts[name])
+    ways["ours bf16, plain loop"] = stepper(ours["bf16 plain loop"], "shared", steps, bench.accumulate)
     if "fp32" in ours:
-        ways["ours fp32"] = stepper(ours["fp32"], "shared", steps)
+        ways["ours fp32"] = stepper(ours["fp32"], "shared", steps, bench.accumulate)
     peers, attention = {}, {}
     for numerics in bench.settings:
-        peers[numerics] = trl_stepped(bench, numerics, start, steps, batch_size, ours, device, folder)
+        peers[numerics] = trl_stepped(numerics, start, steps, each, ours, device, folder)
         attention[numerics] = faster_attention(peers[numerics], device)
         ways[f"TRL {numerics}"] = peers[numerics].step
     seconds = interleaved(ways, bench.rounds, device)
     memory = {name: peak_gib(way, device) for name, way in ways.items()}
     for peer in peers.values():
         peer.close()
-    flops = {name: step_flops(ours["bf16"], name, steps[1:-1], bench.accumulate) for name in PACKS}
-    return MixResult(mix, per_step, bench.accumulate, mean_lengths(pairs), seconds, memory, flops, attention)
+    flops = {name: step_flops(ours["bf16"], name, steps[1:-1], parts[name]) for name in PACKS}
+    return MixResult(mix, per_step, batch_size, each, mean_lengths(pairs), seconds, memory, flops, attention)
 
 
-def stepper(trainer: Trainer, pack: str, steps: Sequence[list[TokenizedPair]]) -> Callable[[], None]:
-    """Makes the next step at each call."""
+def batch_sizes(bench: BenchTrain, sample: list[TokenizedPair]) -> tuple[int, int]:
+    """Pairs a micro-batch: of ours, and of TRL and of ours unshared, which need more memory a pair."""
+    on_cuda = bench.device == "cuda"
+    enough = -(-pairs_for_rows(sample, ROWS_ON_CUDA) // 8) * 8
+    ours = bench.batch_size or (enough if on_cuda else 8)
+    each = bench.peer_batch_size or (min(8, ours) if on_cuda else ours)
+    if ours % each:
+        raise UserError(f"peer_batch_size: expected a divisor of batch_size {ours}, found {each}")
+    return ours, each
+
+
+def stepper(trainer: Trainer, pack: str, steps: Sequence[list[TokenizedPair]], count: int) -> Callable[[], None]:
+    """Makes the next step at each call, of `count` micro-batches."""
     ahead = iter(steps)
-    return lambda: trainer.step(next(ahead), PACKS[pack])
+    return lambda: trainer.step(next(ahead), PACKS[pack], count)
 
 
 def fill_stores(
@@ -179,21 +193,17 @@ def fill_stores(
 
 
 def trl_stepped(
-    bench: BenchTrain,
     numerics: str,
     start: LoadedModel,
     steps: Sequence[list[TokenizedPair]],
-    batch_size: int,
+    each: int,
     ours: dict[str, Trainer],
     device: torch.device,
     folder: str,
 ) -> SteppedPeer:
     """TRL's trainer on the first step's pairs TRIALS times, then on all steps, with our bf16 reference log-probs."""
-    each = bench.peer_batch_size or batch_size
-    if batch_size % each:
-        raise UserError(f"peer_batch_size: expected a divisor of batch_size {batch_size}, found {each}")
     pairs = [pair for step in [*[steps[0]] * TRIALS, *steps] for pair in step]
-    settings = trl_settings(numerics, each, bench.accumulate * batch_size // each)
+    settings = trl_settings(numerics, each, len(steps[0]) // each)
     ref_logps_B2 = ours["bf16"].store.lookup(pairs)
     return SteppedPeer(Peer(start, pairs, ref_logps_B2, settings, device, str(Path(folder) / "trl")))
 
@@ -214,12 +224,12 @@ def faster_attention(peer: SteppedPeer, device: torch.device) -> str:
     return f"{best} ({', '.join(f'{name} {value:.2f} s' for name, value in seconds.items())})"
 
 
-def step_flops(trainer: Trainer, pack: str, steps: Sequence[list[TokenizedPair]], accumulate: int) -> list[float]:
+def step_flops(trainer: Trainer, pack: str, steps: Sequence[list[TokenizedPair]], count: int) -> list[float]:
     """FLOPs of each round's step when its batches are packed so: visible keys, and the head's scored rows only."""
     return [
         sum(
             useful_flops(trainer.size, trainer.model_config, PACKS[pack](chosen), backward=True)
-            for chosen in micro_batches(step, accumulate)
+            for chosen in micro_batches(step, count)
         )
         for step in steps
     ]

@@ -50,10 +50,14 @@ class Trainer:
         self.ref_logps = from_store(store)
         self.sums = MetricSums(ranks.device)
 
-    def step(self, pairs: Pairs, pack: Pack) -> None:
-        """A whole optimizer step on the mean loss of `pairs`: all that `Run.accumulate` and `Run.update` compute."""
+    def step(self, pairs: Pairs, pack: Pack, count: int) -> None:
+        """A whole optimizer step on the mean loss of `pairs`: all that `Run.accumulate` and `Run.update` compute.
+
+        Args:
+            count: micro-batches to make of them.
+        """
         device, losses = self.ranks.device, []
-        parts = micro_batches(pairs, self.config.grad_accum_steps)
+        parts = micro_batches(pairs, count)
         for place, chosen in enumerate(parts):
             batch = pack(chosen).to(device)
             ref_B2 = self.ref_logps(chosen, batch)

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.hf_llama import hf_config, to_hf
 from benchmarks.workload import TOKENIZER, shares_prompt
+from simple_llama.common.errors import UserError
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.pretraining.weights import LoadedModel, vocab_size
 from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
@@ -289,8 +290,9 @@ def shared_state() -> dict[str, Any]:
 @contextmanager
 def plain_process() -> Iterator[None]:
     """Within, no launcher's variables: what is built is a single process without DDP, DeepSpeed or FSDP."""
+    if told := sorted(name for name in os.environ if name.startswith("ACCELERATE_")):
+        raise UserError(f"environment: expected nothing that tells accelerate what to be, found {', '.join(told)}")
     hidden = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
-    assert not any(name.startswith("ACCELERATE_") for name in os.environ), "accelerate is told what to be"
     try:
         yield
     finally:

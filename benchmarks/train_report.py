@@ -26,7 +26,8 @@ class MixResult:
 
     mix: str
     pairs_per_step: int
-    accumulate: int  # micro-batches a step
+    batch_size: int  # pairs a micro-batch of ours
+    peer_batch_size: int  # of TRL, and of ours whole and padded
     lengths: tuple[float, float, float]  # mean tokens of prompts, chosen and rejected answers
     seconds: dict[str, list[float]]  # of a step, by way
     memory_gib: dict[str, float]  # of a step, beyond what is there before
@@ -71,8 +72,9 @@ def body(results: Sequence[MixResult], device: torch.device) -> str:
     for result in results:
         prompt, chosen, rejected = result.lengths
         head = (
-            f"{result.mix}: {result.pairs_per_step} pairs a step in {result.accumulate} micro-batches, mean tokens: "
-            f"prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}"
+            f"{result.mix}: {result.pairs_per_step} pairs a step in micro-batches of {result.batch_size} (TRL, whole "
+            f"and padded: {result.peer_batch_size}), mean tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, "
+            f"rejected {rejected:.0f}"
         )
         parts += [head, speeds(result), "\n".join(facts(result, device))]
     parts.append("\n".join(targets(results, device)))

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bench_train import mean_lengths, step_flops, stepper
+from benchmarks.bench_train import BenchTrain, batch_sizes, mean_lengths, step_flops, stepper
 from benchmarks.ours import micro_batches
 from benchmarks.workload import PACKS, make_pairs
+from simple_llama.common.errors import UserError
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.reinforcement_learning.rlhf.cost import ModelSize
 from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
@@ -27,19 +28,19 @@ class Recorder:
     model_config = TrainingConfig(n_embd=4, n_heads=1, n_layers=1)
 
     def __init__(self) -> None:
-        self.steps: list[tuple[list[TokenizedPair], Any]] = []
+        self.steps: list[tuple[list[TokenizedPair], Any, int]] = []
 
-    def step(self, pairs: list[TokenizedPair], pack: Any) -> None:
-        self.steps.append((pairs, pack))
+    def step(self, pairs: list[TokenizedPair], pack: Any, count: int) -> None:
+        self.steps.append((pairs, pack, count))
 
 
 def test_stepper_takes_one_step_after_the_other() -> None:
     """Each call is the next step's pairs, packed as asked; a call too many is an error, not an empty step."""
     trainer: Any = Recorder()
-    way = stepper(trainer, "padded", [PAIRS[:1], PAIRS[1:]])
+    way = stepper(trainer, "padded", [PAIRS[:1], PAIRS[1:]], 3)
     way()
     way()
-    assert trainer.steps == [(PAIRS[:1], PACKS["padded"]), (PAIRS[1:], PACKS["padded"])]
+    assert trainer.steps == [(PAIRS[:1], PACKS["padded"], 3), (PAIRS[1:], PACKS["padded"], 3)]
     with pytest.raises(StopIteration):
         way()
 
@@ -53,7 +54,7 @@ def test_step_flops_by_hand() -> None:
     head = 6 * 6 * 10
     expected = {"shared": (8, 3 + 3 + 10 + 5), "whole": (3 + 2 + 4 + 5, 6 + 3 + 10 + 15), "padded": (20, 4 * 15)}
     for pack, (rows, visible) in expected.items():
-        assert step_flops(trainer, pack, [PAIRS], accumulate=1) == [6 * 100 * rows + head + 48 * visible], pack
+        assert step_flops(trainer, pack, [PAIRS], count=1) == [6 * 100 * rows + head + 48 * visible], pack
 
 
 def test_micro_batches_share_out_all_pairs() -> None:
@@ -69,3 +70,13 @@ def test_micro_batches_share_out_all_pairs() -> None:
 def test_mean_lengths_by_hand() -> None:
     """Prompts 2 and 4, chosen 2 and 1, rejected 1 and 2."""
     assert mean_lengths(PAIRS) == (3.0, 1.5, 1.5)
+
+
+def test_batch_sizes() -> None:
+    """On CUDA 16,384 rows of 5 or 3 a pair are 4,096 pairs, in TRL's 8; on a CPU both take 8, or what is asked for."""
+    assert [pair.rows for pair in PAIRS] == [3, 5]
+    assert batch_sizes(BenchTrain(device="cuda"), PAIRS) == (4096, 8)
+    assert batch_sizes(BenchTrain(), PAIRS) == (8, 8)
+    assert batch_sizes(BenchTrain(batch_size=6, peer_batch_size=2), PAIRS) == (6, 2)
+    with pytest.raises(UserError, match="divisor of batch_size 8, found 3"):
+        batch_sizes(BenchTrain(peer_batch_size=3), PAIRS)

@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 RESULT = MixResult(
     mix="hh",
     pairs_per_step=8,
-    accumulate=1,
+    batch_size=8,
+    peer_batch_size=8,
     lengths=(200.0, 50.0, 60.0),
     seconds={
         "ours bf16": [1.0, 2.0, 4.0],
