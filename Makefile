@@ -1,11 +1,13 @@
 # Every target does its own set-up: the first one run makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-hosts soak bench check format tensorboard clean
+.PHONY: help demo test test-gpu test-hosts soak bench bench-gpu check format tensorboard clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH := .venv-bench
+PEERS := $(BENCH)/.installed
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,6 +16,13 @@ help: ## show this list
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev]'
+	@touch $@
+
+# The peers that benches measure against, in an environment of their own.
+$(PEERS): pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--requirement benchmarks/requirements.txt --editable .
 	@touch $@
 
 demo: $(INSTALLED) ## the whole main job on shipped data, on two CPU cores, in minutes
@@ -31,9 +40,19 @@ test-hosts: $(INSTALLED) ## two hosts in network namespaces: needs root, iproute
 soak: $(INSTALLED) ## kill a small run at 20 moments; it must end as one never killed
 	$(BIN)/python tests/soak.py --kills 20
 
-bench: $(INSTALLED) ## time the log-prob head and a decoder block on this CPU
-	$(BIN)/python -m benchmarks.bench_logprob --results ""
-	$(BIN)/python -m benchmarks.bench_block --results ""
+bench: $(PEERS) ## all benches on this CPU, beside their peers; appends to benchmarks/RESULTS.md; about two hours
+	$(BENCH)/bin/python -m benchmarks.bench_logprob
+	$(BENCH)/bin/python -m benchmarks.bench_train
+	$(BENCH)/bin/python -m benchmarks.bench_reference
+	$(BENCH)/bin/python -m benchmarks.bench_scale
+	$(BENCH)/bin/python -m benchmarks.bench_block
+
+bench-gpu: $(PEERS) ## the same on an NVIDIA GPU, with models of about a billion weights
+	$(BENCH)/bin/python -m benchmarks.bench_logprob --device cuda
+	$(BENCH)/bin/python -m benchmarks.bench_train --device cuda --shape 1.3b --settings bf16 autocast
+	$(BENCH)/bin/python -m benchmarks.bench_train --device cuda --shape llama-3.2-1b --settings bf16 autocast
+	$(BENCH)/bin/python -m benchmarks.bench_reference --device cuda --shape 1.3b --pairs 1024
+	$(BENCH)/bin/python -m benchmarks.bench_scale --device cuda
 
 check: $(INSTALLED) ## format, lint, types, import floors
 	$(BIN)/ruff format --check
@@ -48,6 +67,6 @@ format: $(INSTALLED) ## rewrite the files as `make check` wants them
 tensorboard: $(INSTALLED) ## curves of all runs, on http://localhost:6006
 	$(BIN)/tensorboard --logdir runs --host localhost
 
-clean: ## remove .venv and all caches; runs and checkpoints stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## remove both environments and all caches; runs and checkpoints stay
+	rm -rf $(VENV) $(BENCH) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
