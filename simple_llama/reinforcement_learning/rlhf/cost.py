@@ -99,6 +99,7 @@ def estimate_memory(
     world_size: int,
     stage: int,
     recompute: bool = False,
+    reduce_once: bool = False,
 ) -> MemoryEstimate:
     """Bytes a rank needs to train on its largest micro-batch: ZeRO paper's accounting (arXiv:1910.02054, Sec. 3.1).
 
@@ -108,6 +109,7 @@ def estimate_memory(
 
     Args:
         size: all weights. trained: how many of them have a gradient and an optimizer state.
+        reduce_once: whether a rank keeps the whole fp32 sum of its micro-batches, beside its share of the ranks' sum.
     """
     weights = sum(size)
     item = torch.finfo(dtype).bits // 8
@@ -119,7 +121,7 @@ def estimate_memory(
     stored = config.n_embd * config.n_layers + per_row_layer if recompute else per_row_layer * config.n_layers
     return MemoryEstimate(
         weights=(weights // world_size if stage == 3 else weights) * item,
-        gradients=(shard if stage >= 2 else trained) * 4,
+        gradients=((shard if stage >= 2 else trained) + (trained if reduce_once else 0)) * 4,
         optimizer=shard * 12,
         activations=rows * stored * item + scored * config.n_embd * item + head,
     )

@@ -71,6 +71,7 @@ def memory_table(config: DPOConfig, inputs: Inputs, plan: BatchPlan, ds_config: 
         plan.world_size,
         zero_stage(ds_config),
         config.activation_checkpointing,
+        config.reduce_once,
     )
     if config.reference == "online":
         estimate = estimate._replace(weights=estimate.weights + sum(size) * inputs.dtype.itemsize)

@@ -82,6 +82,11 @@ def read_ds_config(config: DPOConfig) -> dict[str, Any]:
     stage = found.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int or stage not in (2, 3):  # 1 in bf16 is another optimizer class, without our state
         raise UserError(f"{config.deepspeed_config}: zero_optimization.stage: expected 2 or 3, found {shown(stage)}")
+    if config.reduce_once and stage != 2:
+        raise UserError(
+            f"reduce_once: expected ZeRO stage 2, found stage {stage} in {config.deepspeed_config}; in stage 3 no rank "
+            "has the memory for whole gradients"
+        )
     check_names(config.deepspeed_config, found)
     check_zero(f"{config.deepspeed_config}: zero_optimization", found["zero_optimization"])
     return found

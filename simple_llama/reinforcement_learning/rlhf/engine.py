@@ -13,6 +13,7 @@ import torch
 from simple_llama.common.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.communication import CommunicationMeter
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
@@ -52,7 +53,11 @@ class Engine:
             raise UserError(f"{config.deepspeed_config}: DeepSpeed refuses these settings: {error}") from error
         self.engine: Any = engine
         self.optimizer: Any = zero_optimizer
+        self.communication = CommunicationMeter(deepspeed.comm.comm.cdb, ranks.device)
         self.trainable = trainable
+        self.reduce_once = config.reduce_once
+        if self.reduce_once:
+            self.accumulate_locally()
         self.make_moments()
         self.load_full_state(((name, {"weight": start_weights[name]}) for name in trainable), optimizer_steps=0)
 
@@ -73,9 +78,26 @@ class Engine:
         of the mean over all pairs. `last` marks the step's last micro-batch.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        out = self.engine(batch, ref_logps_B2)
-        self.engine.backward(out.loss * weight, scale_wrt_gas=False)
+        if self.reduce_once:  # the flags of DeepSpeed's coalesce_grad_reduction (0.19.8): no reduction while they stand
+            self.engine.inside_no_sync_ctxt = self.optimizer._coalesce_grad_reduction = not last
+        with self.communication.counting():
+            out = self.engine(batch, ref_logps_B2)
+            self.engine.backward(out.loss * weight, scale_wrt_gas=False)
         return out
+
+    def accumulate_locally(self) -> None:
+        """Lets micro-batches add up in fp32 on this rank; the last one's backward pass reduces the sums, overlapped.
+
+        DeepSpeed's coalesce_grad_reduction alone would add up in `.grad`, in bf16: each addition may lose half of a
+        bf16 digit, 2^-9 of the sum. Instead the sums are kept in `grad_accum`, as ZeRO-1 does with an fp32
+        accumulation dtype. What is reduced is then exact to the order of fp32 additions. Each trained parameter takes
+        part in every micro-batch, so the last one hands over all sums.
+        """
+        if not self.optimizer.use_separate_grad_accum:
+            return  # computing in fp32: `.grad` is such a sum already
+        self.optimizer.use_grad_accum_attribute = True
+        for parameter in self.trainable.values():  # at once, so that no second whole gradient exists in bf16
+            parameter.register_post_accumulate_grad_hook(self.optimizer._fill_param_grad_accum_attribute)
 
     def logps(self, batch: PairBatch) -> torch.Tensor:
         """Log-prob sums (B, 2) with the current weights, as `policy.pair_logps`; with ZeRO-3 on every rank at once."""
@@ -90,7 +112,8 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.step()
+        with self.communication.counting():
+            self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -178,6 +201,7 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
+    import deepspeed.comm.comm
     import deepspeed.ops
     import deepspeed.utils
 

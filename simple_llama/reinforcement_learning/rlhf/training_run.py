@@ -42,6 +42,7 @@ from simple_llama.reinforcement_learning.rlhf.sampling import answers, sample_pa
 from simple_llama.reinforcement_learning.rlhf.schedule import learning_rate
 
 # Settings that a resumed run must share with the saved one: they decide the data order, the loss or the update.
+# Not reduce_once: like another number of ranks, it changes only the order in which fp32 sums are made.
 SAME_ON_RESUME = (
     "seed",
     "epochs",
@@ -178,6 +179,7 @@ class Run:
     def start_interval(self) -> None:
         """Starts the sums and the clock of the next interval of metrics."""
         self.sums.reset()
+        self.engine.communication.reset()
         self.since, self.steps_since = time.perf_counter(), 0
 
     def restore(self) -> None:
@@ -288,7 +290,10 @@ class Run:
     def log(self, step: int, rate: float) -> None:
         """Reduces the interval's sums over all ranks and writes them (collective)."""
         means = self.sums.means()
-        peak_gb = max(gather_objects(peak_memory_gb(self.ranks.device), self.ranks))
+        traffic = self.engine.communication
+        traffic.settle(wait=True)
+        mine = (peak_memory_gb(self.ranks.device), traffic.sent_bytes, traffic.seconds)
+        peak_gb, sent_bytes, communicating_s = zip(*gather_objects(mine, self.ranks), strict=True)
         seconds = time.perf_counter() - self.since
         values = {name: value for name, value in means.items() if name not in ("pairs", "tokens", "useful_flops")}
         values |= {
@@ -299,7 +304,9 @@ class Run:
             "perf/tokens_per_second": means["tokens"] / seconds,
             "perf/mfu": means["useful_flops"] / seconds / self.peak,
             "perf/step_time_s": seconds / self.steps_since,
-            "perf/peak_memory_gb": peak_gb,
+            "perf/comm_time_s": sum(communicating_s) / self.ranks.world_size / self.steps_since,
+            "perf/comm_mb": sum(sent_bytes) / self.ranks.world_size / self.steps_since / 1e6,
+            "perf/peak_memory_gb": max(peak_gb),
         }
         self.writer.scalars(step, values)
         self.log_line(f"step {step}/{self.total_steps}", values)

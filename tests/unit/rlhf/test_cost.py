@@ -101,6 +101,12 @@ def test_one_fp32_rank_has_nothing_to_divide(stage: int, bytes_a_weight: int) ->
     assert found.weights + found.gradients + found.optimizer == bytes_a_weight * 10_000
 
 
+def test_one_reduction_a_step_keeps_whole_gradients() -> None:
+    """10,000 weights on 4 ranks: 4 bytes each of this rank's own sum, and of a quarter of the ranks' sum."""
+    found = estimate_memory(SIZE, 10_000, tiny_config(), BATCH, torch.bfloat16, 4, 2, reduce_once=True)
+    assert found[:3] == (20_000, 40_000 + 10_000, 30_000)
+
+
 def test_activations_by_hand() -> None:
     """bf16 rows, fp32 head; no stage divides them.
 

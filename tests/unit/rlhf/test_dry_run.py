@@ -118,9 +118,9 @@ def test_memory_lines(config: DPOConfig, inputs: Inputs, monkeypatch: pytest.Mon
         "activations     0.500 GiB",
         "sum             6.500 GiB",
     ]
-    [(size, trained, _, batch, dtype, world_size, stage, recompute)] = asked
+    [(size, trained, _, batch, dtype, world_size, stage, recompute, reduce_once)] = asked
     assert (sum(size), trained) == (45_984, 45_984)
-    assert (dtype, world_size, stage, recompute) == (torch.float32, 2, 2, False)
+    assert (dtype, world_size, stage, recompute, reduce_once) == (torch.float32, 2, 2, False, False)
     assert lines[5:] == [
         f"45,984 weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
     ]

@@ -22,7 +22,7 @@ OF_PAIRS = {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", 
 OF_PAIRS |= {"logps/chosen", "logps/rejected"}
 OF_STEPS = {"grad_norm", "learning_rate", "epoch"}
 OF_STEPS |= {f"perf/{name}" for name in ("pairs_per_second", "tokens_per_second", "mfu", "step_time_s")}
-OF_STEPS |= {"perf/peak_memory_gb"}
+OF_STEPS |= {f"perf/{name}" for name in ("comm_time_s", "comm_mb", "peak_memory_gb")}
 
 
 def three_pairs() -> torch.Tensor:

@@ -1,0 +1,44 @@
+"""A rank that writes the reduced gradient of a run's first optimizer step, before the clip: <ckpt_dir>/gradient.pt.
+
+Started like a launch script, with the settings of a run; `reference` is `online`, so that no store is needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from simple_llama.common.distributed import Ranks, close_ranks, gather_objects, init_ranks
+from simple_llama.reinforcement_learning.rlhf.dpo_config import parse_config
+from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from simple_llama.reinforcement_learning.rlhf.training_run import Run
+
+
+def gradient(run: Run, ranks: Ranks) -> torch.Tensor:
+    """The flat gradient of step 1 that the ranks hold in parts, fp32 (collective)."""
+    run.accumulate(0)
+    zero = run.engine.optimizer
+    if zero.cpu_offload:
+        mine = [partition.grad for partition in zero.single_partition_of_fp32_groups]
+    else:
+        mine = [torch.cat([part.flatten() for part in group]) for group in zero.averaged_gradients.values()]
+    assert len(mine) == 1  # nothing decays: one group of parameters
+    return torch.cat(gather_objects(mine[0].float(), ranks))
+
+
+def main() -> None:
+    """One step's forward and backward passes."""
+    config = parse_config()
+    ranks = init_ranks(config.device, config.start_timeout_s)
+    run = Run(config, load_inputs(config, ranks), ranks, config.run_name, lambda: None)
+    found = gradient(run, ranks)
+    run.writer.close()
+    if ranks.is_main:
+        Path(config.ckpt_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(found, Path(config.ckpt_dir) / "gradient.pt")
+    close_ranks()
+
+
+if __name__ == "__main__":
+    main()
