@@ -39,6 +39,7 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
             run.save_stopped()
             raise
         finally:
+            run.profile.close()
             run.writer.close()
         run.finish()
     return run.last_path
@@ -54,8 +55,11 @@ def run_steps(run: Run) -> None:
     left = range(run.done, run.total_steps)
     for index in progress(left, total=len(left), desc="train", ranks=run.ranks):
         step, rate = index + 1, run.rate(index)
+        run.profile.begin(step)
         run.accumulate(index)
         run.update(step, rate)
+        with run.off_the_clock():
+            run.profile.end(step)
         if run.saves_at(step) or due(step, config.log_interval):
             run.log(step, rate)
         finish_step(run, step)
@@ -66,10 +70,12 @@ def finish_step(run: Run, step: int) -> None:
     if step == 0:
         run.check_start()
     elif run.ends_epoch(step) or due(step, run.config.eval_interval):
-        run.evaluate(step)
+        with run.off_the_clock():
+            run.evaluate(step)
     run.unfinished = False
     if run.saves_at(step):
-        run.save(step)
+        with run.off_the_clock():
+            run.save(step)
 
 
 def precompute_and_train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:

@@ -74,6 +74,7 @@ class DPOConfig:
     peer_timeout_s: float = 20.0  # seconds that another rank's process may be silent before all end (hung or stopped, host down, link cut)
     step_timeout_s: float = 60.0  # seconds without a finished micro-batch or sample on any rank before all end (hang); at least 4 times the longest so far
     io_timeout_s: float = 1800.0  # the same while data is read and checkpoints are written
+    profile_steps: tuple[int, int] = (0, 0)  # first and last optimizer step that are traced (at most 10) into <log_dir>/<run_name>/profile; 0 0: none
     resume: bool = False  # continue the run `run_name` (or the newest) from its last state
     dry_run: bool = False  # print what would be done, and end
     debug: bool = False  # show tracebacks of errors that have a message
@@ -97,6 +98,7 @@ class DPOConfig:
             )
         if self.reduce_once and self.grad_accum_steps == 1:
             raise UserError("reduce_once: expected grad_accum_steps above 1, found 1, where it changes nothing")
+        check_profile_steps(self.profile_steps)
         name = self.run_name
         if "/" in name or name in (".", "..") or not name.isprintable() or len(name.encode()) > LONGEST_RUN_NAME:
             raise UserError(
@@ -106,6 +108,7 @@ class DPOConfig:
 
 PATHS = ("model_path", "tokenize_path", "rlhf_dataset_path", "ckpt_dir", "ref_cache_dir", "log_dir", "deepspeed_config")
 LONGEST_RUN_NAME = 200  # bytes; a file system takes 255, and temp names are longer than the name
+MOST_PROFILED = 10  # optimizer steps; a trace has some hundred bytes an operation
 WHOLE = 2**31 - 1
 RANGES: dict[str, tuple[float, float]] = {
     "max_seq_len": (0, WHOLE),
@@ -143,6 +146,16 @@ def check_text(name: str, text: str) -> None:
         raise UserError(f"{name}: expected a path, found an empty one")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name}: expected Unicode text without NUL, found {shown(text)}")
+
+
+def check_profile_steps(steps: tuple[int, int]) -> None:
+    """Raises UserError unless `steps` is (0, 0), or a first and a last step that are not too many."""
+    first, last = steps
+    if steps != (0, 0) and not 1 <= first <= last <= min(first + MOST_PROFILED - 1, WHOLE):
+        raise UserError(
+            f"profile_steps: expected 0 0, or a first step from 1 and a last one from it, at most {MOST_PROFILED} steps, "
+            f"found {shown(first)} {shown(last)}"
+        )
 
 
 def parse_config(argv: Sequence[str] | None = None, description: str | None = None) -> DPOConfig:
@@ -191,6 +204,10 @@ def config_from_dict(found: Any, source: str) -> DPOConfig:
         if name not in known:
             raise UserError(f"{source}: unknown setting {shown(name)}; known are {', '.join(known)}")
         default = known[name].default
+        if isinstance(default, tuple):
+            if not (isinstance(value, list) and [type(number) for number in value] == [type(number) for number in default]):
+                raise UserError(f"{source}: {name}: expected a list of {len(default)} whole numbers, found {brief(value)}")
+            continue
         fits = isinstance(value, bool) == isinstance(default, bool) and (
             isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
         )
@@ -203,6 +220,8 @@ def config_from_dict(found: Any, source: str) -> DPOConfig:
     for name, value in found.items():
         if isinstance(known[name].default, float):
             settings[name] = as_float(f"{source}: {name}", value)
+        if isinstance(known[name].default, tuple):
+            settings[name] = tuple(value)
     return DPOConfig(**settings)
 
 

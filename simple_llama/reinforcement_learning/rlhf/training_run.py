@@ -5,6 +5,7 @@ Shapes: B pairs of a micro-batch, T packed rows.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ from simple_llama.reinforcement_learning.rlhf.metrics import MetricSums, RunWrit
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy
 from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss, step0_loss
+from simple_llama.reinforcement_learning.rlhf.profiling import StepProfile
 from simple_llama.reinforcement_learning.rlhf.run_folder import (
     append_samples,
     environment,
@@ -95,6 +97,8 @@ class Run:
         require_same("state to resume from", self.saved.facts if self.saved else None, ranks)
         if self.saved:
             checkpoint.check_same_run(self.saved.facts, self.must_agree(), self.total_steps, self.saved.folder)
+        done = self.saved.facts["step"] if self.saved else 0
+        self.profile = StepProfile(config, self.log_folder, ranks, done, self.total_steps)
         self.engine = self.build_engine()
         if self.saved:
             checkpoint.load_state(self.saved, self.engine)
@@ -181,6 +185,13 @@ class Run:
         self.sums.reset()
         self.engine.communication.reset()
         self.since, self.steps_since = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """The body's time counts for no step."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
 
     def restore(self) -> None:
         """Goes on where the saved run was; the engine has its state already."""
@@ -328,8 +339,7 @@ class Run:
         LOGGER.info("%s  %s", head, "  ".join(parts))
 
     def evaluate(self, step: int) -> None:
-        """Held-out metrics and sample answers after `step` steps (collective); their time counts for no step."""
-        started = time.perf_counter()
+        """Held-out metrics and sample answers after `step` steps (collective)."""
         if self.held_out:
             rows = [pair.rows for pair in self.held_out]
             mine = sweep(rows, self.config.batch_size, self.ranks.world_size)[self.ranks.rank]
@@ -342,7 +352,6 @@ class Run:
             self.log_line(f"evaluation at step {step}", values, "eval_")
         if self.prompts:
             self.sample(step)
-        self.since += time.perf_counter() - started
 
     def sample(self, step: int) -> None:
         """Answers the fixed prompts (collective): shared out over the ranks, or together under ZeRO-3."""
@@ -368,8 +377,7 @@ class Run:
             LOGGER.info("sample %d, step %d: %r", index, step, after)
 
     def save(self, step: int) -> None:
-        """Exports the `.pth` and saves the state to resume from (collective); their time counts for no step."""
-        started = time.perf_counter()
+        """Exports the `.pth` and saves the state to resume from (collective)."""
         epochs = step / self.plan.steps_per_epoch
         self.last_path = self.ckpt_folder / checkpoint.weights_name(epochs, self.last_loss, self.inputs.max_seq_len)
         metadata = {
@@ -389,7 +397,6 @@ class Run:
 
         self.save_state(export, self.last_path.name)
         LOGGER.info("saved %s", self.last_path)
-        self.since += time.perf_counter() - started
 
     def save_stopped(self) -> None:
         """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no `.pth`."""

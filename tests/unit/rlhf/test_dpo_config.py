@@ -40,6 +40,18 @@ def test_defaults_then_file_then_flags(tmp_path):
     assert config.resume and isinstance(config.max_lr, float)
 
 
+def test_profile_steps_in_a_file_and_as_flags(tmp_path, capsys):
+    """Two numbers behind the flag, a list in the file; flags win."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"profile_steps": [3, 5]}))
+    assert parse_config(["--config", str(path)]).profile_steps == (3, 5)
+    assert parse_config(["--config", str(path), "--profile_steps", "1", "10"]).profile_steps == (1, 10)
+    assert parse_config(["--profile-steps", "7", "7", "--reduce_once"]).profile_steps == (7, 7)
+    with pytest.raises(SystemExit):
+        parse_config(["--profile_steps", "5", "4"])
+    assert "profile_steps: expected 0 0" in capsys.readouterr().err
+
+
 def test_every_field_has_a_help_text(capsys):
     """The comment behind a field is what --help says."""
     with pytest.raises(SystemExit) as stop:
@@ -70,6 +82,15 @@ def test_every_field_has_a_help_text(capsys):
         ({"max_lr": 0.0, "min_lr": 0.0}, ["max_lr"]),
         ({"run_name": "../x"}, ["run_name"]),
         ({"peer_timeout_s": float("inf")}, ["peer_timeout_s", "1000000.0"]),
+        ({"profile_steps": [0, 3]}, ["profile_steps", "from 1", "found 0 3"]),
+        ({"profile_steps": [3, 2]}, ["profile_steps", "found 3 2"]),
+        ({"profile_steps": [-1, -1]}, ["profile_steps", "found -1 -1"]),
+        ({"profile_steps": [1, 11]}, ["profile_steps", "at most 10 steps", "found 1 11"]),
+        ({"profile_steps": [10**20, 10**20]}, ["profile_steps"]),
+        ({"profile_steps": [1]}, ["profile_steps", "a list of 2 whole numbers"]),
+        ({"profile_steps": [1, True]}, ["profile_steps", "a list of 2 whole numbers"]),
+        ({"profile_steps": [1, 2.0]}, ["profile_steps", "a list of 2 whole numbers"]),
+        ({"profile_steps": 3}, ["profile_steps", "a list of 2 whole numbers, found 3"]),
         ({"betta": 0.1}, ["unknown setting 'betta'", "beta"]),
         ({"batch_size": "16"}, ["batch_size", "expected int"]),
         ({"batch_size": True}, ["batch_size", "expected int", "true"]),
