@@ -87,6 +87,11 @@ def read_ds_config(config: DPOConfig) -> dict[str, Any]:
             f"reduce_once: expected ZeRO stage 2, found stage {stage} in {config.deepspeed_config}; in stage 3 no rank "
             "has the memory for whole gradients"
         )
+    if config.compile and stage != 2:
+        raise UserError(
+            f"compile: expected ZeRO stage 2, found stage {stage} in {config.deepspeed_config}; in stage 3 hooks fetch "
+            "each layer's weights, and a compiled layer does not wait for them"
+        )
     check_names(config.deepspeed_config, found)
     check_zero(f"{config.deepspeed_config}: zero_optimization", found["zero_optimization"])
     return found
@@ -125,14 +130,27 @@ def is_count(value: Any, least: int) -> bool:
 
 def full_ds_config(config: DPOConfig, world_size: int) -> dict[str, Any]:
     """What goes to `deepspeed.initialize`: the user's JSON and DPOConfig's batch and clip, each from one place."""
+    ds_config = read_ds_config(config)
     return {
-        **read_ds_config(config),
+        **(ds_config if world_size > 1 else without_communication(ds_config)),
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps,
         "train_batch_size": config.batch_size * config.grad_accum_steps * world_size,
         "gradient_clipping": config.max_grad_norm,
         "steps_per_print": 2**31 - 1,  # our own log says it
     }
+
+
+def without_communication(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """ZeRO-2 for a rank that is alone: no buckets and no dtype of communication, for what would be sent to nobody.
+
+    The same numbers bit for bit: a bf16 gradient that is widened, summed over one rank and rounded is itself.
+    """
+    zero = ds_config["zero_optimization"]
+    if zero_stage(ds_config) != 2 or "offload_optimizer" in zero:
+        return ds_config
+    alone = {name: value for name, value in ds_config.items() if name != "communication_data_type"}
+    return {**alone, "zero_optimization": {**zero, "contiguous_gradients": False, "overlap_comm": False}}
 
 
 def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -127,6 +127,23 @@ def test_batch_arithmetic_and_clip_come_from_the_settings(tmp_path: Path) -> Non
     }
 
 
+def test_one_rank_alone_needs_no_communication() -> None:
+    """ZeRO-2 on one rank goes without buckets and without a dtype of communication; offload and ZeRO-3 stay."""
+    path = root_path("ds_configs", "zero2_bf16.json")
+    settings = full_ds_config(DPOConfig(deepspeed_config=path), world_size=1)
+    assert "communication_data_type" not in settings
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["zero_optimization"] == {
+        **read_ds_config(DPOConfig(deepspeed_config=path))["zero_optimization"],
+        "contiguous_gradients": False,
+        "overlap_comm": False,
+    }
+    for name in ("zero2_offload", "zero3_bf16"):
+        config = DPOConfig(deepspeed_config=root_path("ds_configs", f"{name}.json"))
+        assert full_ds_config(config, 1)["zero_optimization"] == read_ds_config(config)["zero_optimization"]
+        assert full_ds_config(config, 1)["communication_data_type"] == "fp32"
+
+
 def test_dtype_of_the_computing_weights() -> None:
     """bf16 only where it is there and on."""
     assert model_dtype(BF16) == torch.bfloat16
@@ -159,3 +176,10 @@ def test_the_shipped_files_are_accepted() -> None:
 def test_sections_of_another_kind_are_refused(tmp_path: Path, change: dict, words: str) -> None:
     """DeepSpeed's second spelling of bf16, sections that are no objects, and stages that are no whole number."""
     assert refusal(tmp_path, {**BF16, **change}) == words
+
+
+def test_compiled_layers_need_stage_2():
+    """ZeRO-3 fetches weights by hooks that compiled layers do not call."""
+    config = DPOConfig(compile=True, deepspeed_config=root_path("ds_configs", "zero3_bf16.json"))
+    with pytest.raises(UserError, match=r"compile: expected ZeRO stage 2, found stage 3 in .*zero3_bf16\.json"):
+        read_ds_config(config)

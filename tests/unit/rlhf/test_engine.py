@@ -1,0 +1,34 @@
+"""DeepSpeed on one rank alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simple_llama.common.distributed import Ranks
+from simple_llama.reinforcement_learning.rlhf import ds_config
+from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from tiny_job import ROOT, make_job
+
+
+@pytest.mark.parametrize("file", ["zero2_bf16", "zero2_fp32"])
+def test_alone_is_bit_for_bit_as_with_buckets(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """The same six steps with what `without_communication` leaves out: equal losses, norms and weights."""
+    job = make_job(tmp_path)
+    for run in ("alone", "buckets"):
+        if run == "buckets":
+            monkeypatch.setattr(ds_config, "without_communication", lambda settings: settings)
+        settings = {**job.settings, "run_name": run, "reference": "online", "n_samples": 0}
+        settings["deepspeed_config"] = str(ROOT / "ds_configs" / f"{file}.json")
+        config = DPOConfig(**settings)  # type: ignore[arg-type]
+        train(config, load_inputs(config, ranks), ranks)
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        assert job.curve(name, "alone") == job.curve(name, "buckets"), name
+    buckets = job.weights("buckets")
+    assert all(torch.equal(tensor, buckets[name]) for name, tensor in job.weights("alone").items())
