@@ -1,4 +1,4 @@
-"""Times a decoder block on this machine, forward and backward: ours, and with torch's own bf16 GEMMs.
+"""Times decoder blocks on this machine, forward and backward: ours, compiled, and with torch's own bf16 GEMMs.
 
 python -m benchmarks.bench_block --threads 2
 """
@@ -31,13 +31,16 @@ class Bench:
     rounds: int = 7  # each round times every way once
     width: int = 512  # D
     rows: int = 2000  # packed rows
+    layers: int = 2  # blocks
     results: str = measure.RESULTS  # file that the results are appended to; empty: only printed
 
 
-def block_way(bench: Bench, dtype: torch.dtype, plain: bool) -> Callable[[], None]:
-    """A decoder block; `plain` multiplies in its own dtype, as torch does by itself."""
-    config = TrainingConfig(n_embd=bench.width, n_heads=8, n_layers=1, max_seq_len=4096)
+def block_way(bench: Bench, dtype: torch.dtype, plain: bool = False, compiled: bool = False) -> Callable[[], None]:
+    """Decoder blocks; `plain` ones multiply in their own dtype, as torch does by itself."""
+    config = TrainingConfig(n_embd=bench.width, n_heads=8, n_layers=bench.layers, max_seq_len=4096)
     model = LLaMaTransformer(config, 16).to(dtype)
+    if compiled:
+        model.compile_layers()
     if plain:
         for module in model.modules():
             if isinstance(module, Linear):
@@ -57,17 +60,19 @@ def main(bench: Bench) -> None:
     torch.set_num_threads(bench.threads)
     torch.manual_seed(0)
     ways = {
-        "fp32": block_way(bench, torch.float32, plain=False),
-        "bf16": block_way(bench, torch.bfloat16, plain=False),
+        "fp32": block_way(bench, torch.float32),
+        "fp32, compiled": block_way(bench, torch.float32, compiled=True),
+        "bf16": block_way(bench, torch.bfloat16),
+        "bf16, compiled": block_way(bench, torch.bfloat16, compiled=True),
         "bf16, torch's own GEMMs": block_way(bench, torch.bfloat16, plain=True),
     }
     device = torch.device("cpu")
     seconds = measure.medians(measure.interleaved(ways, bench.rounds, device))
-    rows = [[f"{bench.rows} rows, width {bench.width}", "ms"]]
+    rows = [[f"{bench.layers} blocks, {bench.rows} rows, width {bench.width}", "ms"]]
     rows += [[name, f"{1e3 * median:.1f}"] for name, median in seconds.items()]
     command = shlex.join(["python", "-m", "benchmarks.bench_block", *sys.argv[1:]])
     body = f"Forward and backward, medians of {bench.rounds} interleaved rounds.\n\n{measure.table(rows)}"
-    measure.record("A decoder block", command, body, device, bench.results)
+    measure.record("Decoder blocks", command, body, device, bench.results)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,13 @@ class LLaMaTransformer(nn.Module):
             raise UserError(f"sequence: expected at most the model's max_seq_len = {limit} tokens, found {tokens}")
 
 
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process; more of them later means that it compiled again."""
+    from torch._dynamo.utils import counters  # the compiler is imported where it is used
+
+    return counters["stats"]["unique_graphs"]
+
+
 def count_parameters(config: TrainingConfig, vocab_size: int = VOCAB_SIZE) -> int:
     """Parameters of the model that `config` describes; takes no memory."""
     with torch.device("meta"):

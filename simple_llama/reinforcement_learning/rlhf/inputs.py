@@ -46,10 +46,14 @@ class Inputs:
     dtype: torch.dtype  # of the computing weights
     max_seq_len: int
     reference: dict  # what names the reference: weights, tokenizer, numerics
+    compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
 
     def build_model(self, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
         """The start model in the computing dtype, read from disk again: its fp32 copy does not stay in memory."""
-        return build_model(load_weights(self.start_path), self.dtype, device, dropout=dropout)
+        model = build_model(load_weights(self.start_path), self.dtype, device, dropout=dropout)
+        if self.compiled:
+            model.compile_layers()
+        return model
 
     @property
     def train_pairs(self) -> list[TokenizedPair]:
@@ -113,9 +117,10 @@ def read_inputs(config: DPOConfig) -> Inputs:
         "attention": ATTENTION_VERSION,
         "head": HEAD_VERSION,
         **{name: str(value) for name, value in architecture(start.config).items()},  # theta, eps, heads: not weights
+        **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
     reference = reference_id(weights_digest(start.state_dict), tokenizer_digest(config.tokenize_path), numerics)
-    return Inputs(tokenizer, data, start.path, start.config, vocab, dtype, max_seq_len, reference)
+    return Inputs(tokenizer, data, start.path, start.config, vocab, dtype, max_seq_len, reference, config.compile)
 
 
 def check_folders(config: DPOConfig) -> None:

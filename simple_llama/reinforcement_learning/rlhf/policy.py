@@ -66,6 +66,16 @@ def pair_logps(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
         return logprob.pair_logps(hidden_ND, model.final_linear.weight, batch.targets_N, batch.counts)
 
 
+def compile_now(model: LLaMaTransformer, batch: PairBatch, backward: bool) -> None:
+    """Makes a compiled model's graphs by a forward pass without gradient, and one with it; changes no gradient."""
+    with torch.no_grad(), evaluating(model):
+        model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+    if backward:
+        hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch.autograd.grad(hidden_TD.float().sum(), trained, allow_unused=True)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off within; the training flag as before afterwards."""

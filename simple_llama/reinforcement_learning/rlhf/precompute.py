@@ -12,7 +12,7 @@ from simple_llama.reinforcement_learning.rlhf.cost import peak_memory_gb
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
-from simple_llama.reinforcement_learning.rlhf.policy import pair_logps
+from simple_llama.reinforcement_learning.rlhf.policy import compile_now, pair_logps
 from simple_llama.reinforcement_learning.rlhf.reference import open_store
 
 
@@ -31,6 +31,8 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
         return 0
     with watchdog.patience("loading the reference model"):
         model = inputs.build_model(ranks.device)
+        if config.compile:
+            compile_now(model, PairBatch.pack([pairs[0]]).to(ranks.device), backward=False)
     started = time.perf_counter()
     todo = [pairs[i] for i in missing]
     mine = sweep([pair.rows for pair in todo], config.batch_size, ranks.world_size)[ranks.rank]

@@ -19,6 +19,7 @@ from simple_llama.common import stopping, watchdog
 from simple_llama.common.distributed import Ranks, all_reduce_sum, fail_together, gather_objects, require_same
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER, get_logger, progress
+from simple_llama.pretraining.llama_transformer import compiled_graphs
 from simple_llama.pretraining.weights import load_weights, save_weights
 from simple_llama.reinforcement_learning.rlhf import checkpoint, reference
 from simple_llama.reinforcement_learning.rlhf.batch_plan import BatchPlan, MicroBatch, sweep
@@ -29,7 +30,7 @@ from simple_llama.reinforcement_learning.rlhf.evaluate import evaluate
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.metrics import MetricSums, RunWriter, pair_statistics, rewind
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
-from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy
+from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, compile_now
 from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss, step0_loss
 from simple_llama.reinforcement_learning.rlhf.profiling import StepProfile
 from simple_llama.reinforcement_learning.rlhf.run_folder import (
@@ -162,7 +163,11 @@ class Run:
                 parameter.requires_grad_("_lora_layer." in name)
         self.size = model_size(model)
         start_weights = load_weights(self.inputs.start_path).state_dict
-        return Engine(DPOPolicy(model, self.loss_fn), start_weights, self.config, self.ranks)
+        engine = Engine(DPOPolicy(model, self.loss_fn), start_weights, self.config, self.ranks)
+        if self.config.compile:  # now, while the watch over stillness is patient
+            compile_now(model, PairBatch.pack([self.pairs[0]]).to(self.ranks.device), backward=True)
+            LOGGER.info("compiled the decoder layers: %d graphs", compiled_graphs())
+        return engine
 
     def check_start(self) -> None:
         """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known."""
@@ -319,6 +324,8 @@ class Run:
             "perf/comm_mb": sum(sent_bytes) / self.ranks.world_size / self.steps_since / 1e6,
             "perf/peak_memory_gb": max(peak_gb),
         }
+        if self.config.compile:
+            values["perf/compiled_graphs"] = compiled_graphs()  # stays level: a rise is a recompilation
         self.writer.scalars(step, values)
         self.log_line(f"step {step}/{self.total_steps}", values)
         if not self.held_out:
