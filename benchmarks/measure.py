@@ -68,6 +68,22 @@ def peak_extra_bytes(way: Way, device: torch.device) -> int:
     return most
 
 
+def profile_shares(way: Way, device: torch.device, most: int = 12) -> str:
+    """Where the time of a call goes: operations by share of the time on the device (CPU: its own time), with calls."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        way()
+        synchronize(device)
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, own))
+    total = sum(getattr(event, own) for event in events)
+    rest = 1 - sum(getattr(event, own) for event in events[:most]) / total
+    shares = [f"{event.key[:60]} {getattr(event, own) / total:.1%} ({event.count})" for event in events[:most]]
+    return ", ".join([*shares, f"all else {rest:.1%}"])
+
+
 def machine(device: torch.device) -> str:
     """The machine and what runs on it, in one line."""
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
