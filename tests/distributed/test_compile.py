@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.inputs import check_compiler
 from tiny_job import make_job, run_ranks
 
 pytestmark = [
@@ -31,3 +34,11 @@ def test_same_losses_without_recompiling(tmp_path: Path):
     assert len(set(job.curve("perf/compiled_graphs", "compiled"))) == 1
     assert not job.curve("perf/compiled_graphs", "plain")
     assert len([folder for folder in (tmp_path / "ref_cache").iterdir() if folder.is_dir()]) == 2
+
+
+def test_a_cpu_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Before anything is computed, with what to do about it."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_compiler(DPOConfig(device="cpu"))
+    with pytest.raises(UserError, match="compile: expected a C.. compiler, found no no-such-compiler"):
+        check_compiler(DPOConfig(device="cpu", compile=True))

@@ -82,6 +82,7 @@ class CommunicationMeter:
         first, share = SHARES[name]
 
         def collective(*args: Any, **kwargs: Any) -> Any:
+            # DeepSpeed gives groups by name, but for all_reduce's, which is the third argument
             group = kwargs["group"] if "group" in kwargs else args[2] if len(args) > 2 else None
             payload = args[0] if args else kwargs.get(first)
             self.sent_bytes += share(self.backend.get_world_size(group)) * tensor_bytes(payload)

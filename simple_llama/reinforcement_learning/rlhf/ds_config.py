@@ -130,9 +130,8 @@ def is_count(value: Any, least: int) -> bool:
 
 def full_ds_config(config: DPOConfig, world_size: int) -> dict[str, Any]:
     """What goes to `deepspeed.initialize`: the user's JSON and DPOConfig's batch and clip, each from one place."""
-    ds_config = read_ds_config(config)
     return {
-        **(ds_config if world_size > 1 else without_communication(ds_config)),
+        **read_ds_config(config),
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps,
         "train_batch_size": config.batch_size * config.grad_accum_steps * world_size,
@@ -144,7 +143,9 @@ def full_ds_config(config: DPOConfig, world_size: int) -> dict[str, Any]:
 def without_communication(ds_config: dict[str, Any]) -> dict[str, Any]:
     """ZeRO-2 for a rank that is alone: no buckets and no dtype of communication, for what would be sent to nobody.
 
-    The same numbers bit for bit: a bf16 gradient that is widened, summed over one rank and rounded is itself.
+    With the shipped settings the same numbers bit for bit: a bf16 gradient that is widened, summed over one rank and
+    rounded is itself. For a CPU only: there, fresh buckets for each micro-batch cost more than the whole gradient in
+    the model's dtype that stays in memory instead.
     """
     zero = ds_config["zero_optimization"]
     if zero_stage(ds_config) != 2 or "offload_optimizer" in zero:

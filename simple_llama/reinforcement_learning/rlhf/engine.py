@@ -15,7 +15,11 @@ from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.communication import CommunicationMeter
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config, zero_stage
+from simple_llama.reinforcement_learning.rlhf.ds_config import (
+    full_ds_config,
+    without_communication,
+    zero_stage,
+)
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, PolicyOutput, evaluating, pair_logps
 
@@ -37,6 +41,9 @@ class Engine:
         deepspeed = import_deepspeed(ranks.device)
         self.utils = deepspeed.utils
         self.ds_config: dict[str, Any] = full_ds_config(config, ranks.world_size)
+        # with reduce_once the fp32 sums would be rounded to bf16 where no dtype of communication is named
+        if ranks.world_size == 1 and ranks.device.type == "cpu" and not config.reduce_once:
+            self.ds_config = without_communication(self.ds_config)
         self.stage = zero_stage(self.ds_config)
         trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
@@ -93,6 +100,9 @@ class Engine:
         accumulation dtype. What is reduced is then exact to the order of fp32 additions. Each trained parameter takes
         part in every micro-batch, so the last one hands over all sums.
         """
+        for owner, flag in ((self.engine, "inside_no_sync_ctxt"), (self.optimizer, "_coalesce_grad_reduction")):
+            if not hasattr(owner, flag):
+                raise UserError(f"reduce_once: expected DeepSpeed 0.19.8 or one like it, found one without {flag}")
         if not self.optimizer.use_separate_grad_accum:
             return  # computing in fp32: `.grad` is such a sum already
         self.optimizer.use_grad_accum_attribute = True

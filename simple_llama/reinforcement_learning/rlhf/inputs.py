@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,6 +90,7 @@ def load_inputs(config: DPOConfig, ranks: Ranks) -> Inputs:
 def read_inputs(config: DPOConfig) -> Inputs:
     """The inputs as this rank sees them."""
     check_folders(config)
+    check_compiler(config)
     dtype = model_dtype(read_ds_config(config))
     tokenizer = load_tokenizer(config.tokenize_path)
     start = load_weights(find_weights(config.model_path))
@@ -134,6 +137,14 @@ def check_folders(config: DPOConfig) -> None:
             raise UserError(f"{name}: {folder}: cannot be a folder: {error.strerror}") from error
         if not there.is_dir():
             raise UserError(f"{name}: {there}: expected a folder, or nothing there yet; found something else")
+
+
+def check_compiler(config: DPOConfig) -> None:
+    """Raises UserError where layers are to be compiled for a CPU and no C++ compiler is there ($CXX, or g++)."""
+    compiler = os.environ.get("CXX", "g++")
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if config.compile and on_cpu and not shutil.which(compiler):
+        raise UserError(f"compile: expected a C++ compiler, found no {compiler}; install g++ or leave compile out")
 
 
 def versions() -> dict[str, str | None]:

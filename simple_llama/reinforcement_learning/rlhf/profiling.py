@@ -62,9 +62,9 @@ class StepProfile:
             self.step.__exit__(None, None, None)
             self.step = None
         if self.trace is not None and step == self.last:
+            trace, self.trace = self.trace, None  # a trace that cannot be written is not ended a second time
             with watchdog.patience("writing the profile"):
-                self.write(self.trace)
-            self.trace = None
+                self.write(trace)
 
     def write(self, trace: torch.profiler.profile) -> None:
         """Stops and writes. UserError where the disk does not take it."""

@@ -144,6 +144,8 @@ class Run:
         """Where reference log-probs come from, and a digest of what will be looked up."""
         if self.config.reference == "online":
             frozen = self.inputs.build_model(self.ranks.device).requires_grad_(False)
+            if self.config.compile:
+                compile_now(frozen, PairBatch.pack([self.pairs[0]]).to(self.ranks.device), backward=False)
             return reference.from_model(frozen), "online"
         store = reference.open_store(self.config.ref_cache_dir, self.inputs.reference, self.ranks)
         with fail_together(self.ranks):

@@ -13,8 +13,9 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 def test_speeds_and_efficiency_by_hand() -> None:
     """2 x 4 pairs a step and rank: 8 pairs in 2 s are 4 pairs/s; three ranks make 24 in 2.5 s, 9.6 of 12 pairs/s."""
     bench = Bench(ranks=3, pairs=4, accumulate=2)
-    one, many = Measured([9.0, 2.0, 1.0]), Measured([2.5, 2.4, 7.0], sent_mb=12.34, communicating_s=0.5)
-    row = speed_table(bench, {"x": one}, {"x": many}).splitlines()[-1]
+    one, shipped = Measured([9.0, 2.0, 1.0]), Measured([2.0])
+    many = Measured([2.5, 2.4, 7.0], sent_mb=12.34, communicating_s=0.5)
+    row = speed_table(bench, {SHIPPED: shipped, "x": one}, {SHIPPED: many, "x": many}).splitlines()[-1]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "x", "2.000 s", "4.00", "2.500 s", "9.60", "80%", "12.3 MB", "0.500 s",
     ]  # fmt: skip

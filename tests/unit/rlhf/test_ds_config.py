@@ -12,7 +12,13 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config, model_dtype, read_ds_config, zero_stage
+from simple_llama.reinforcement_learning.rlhf.ds_config import (
+    full_ds_config,
+    model_dtype,
+    read_ds_config,
+    without_communication,
+    zero_stage,
+)
 
 BF16 = {
     "bf16": {"enabled": True},
@@ -128,20 +134,18 @@ def test_batch_arithmetic_and_clip_come_from_the_settings(tmp_path: Path) -> Non
 
 
 def test_one_rank_alone_needs_no_communication() -> None:
-    """ZeRO-2 on one rank goes without buckets and without a dtype of communication; offload and ZeRO-3 stay."""
-    path = root_path("ds_configs", "zero2_bf16.json")
-    settings = full_ds_config(DPOConfig(deepspeed_config=path), world_size=1)
-    assert "communication_data_type" not in settings
-    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert settings["zero_optimization"] == {
-        **read_ds_config(DPOConfig(deepspeed_config=path))["zero_optimization"],
+    """ZeRO-2 goes without buckets and without a dtype of communication; offload and ZeRO-3 stay as they are."""
+    shipped = {name: read_ds_config(DPOConfig(deepspeed_config=root_path("ds_configs", name))) for name in SHIPPED}
+    alone = without_communication(shipped["zero2_bf16.json"])
+    assert "communication_data_type" not in alone
+    assert alone["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert alone["zero_optimization"] == {
+        **shipped["zero2_bf16.json"]["zero_optimization"],
         "contiguous_gradients": False,
         "overlap_comm": False,
     }
-    for name in ("zero2_offload", "zero3_bf16"):
-        config = DPOConfig(deepspeed_config=root_path("ds_configs", f"{name}.json"))
-        assert full_ds_config(config, 1)["zero_optimization"] == read_ds_config(config)["zero_optimization"]
-        assert full_ds_config(config, 1)["communication_data_type"] == "fp32"
+    for name in ("zero2_offload.json", "zero3_bf16.json"):
+        assert without_communication(shipped[name]) == shipped[name]
 
 
 def test_dtype_of_the_computing_weights() -> None:

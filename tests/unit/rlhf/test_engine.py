@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simple_llama.common.distributed import Ranks
-from simple_llama.reinforcement_learning.rlhf import ds_config
+from simple_llama.reinforcement_learning.rlhf import engine
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
@@ -23,7 +23,7 @@ def test_alone_is_bit_for_bit_as_with_buckets(
     job = make_job(tmp_path)
     for run in ("alone", "buckets"):
         if run == "buckets":
-            monkeypatch.setattr(ds_config, "without_communication", lambda settings: settings)
+            monkeypatch.setattr(engine, "without_communication", lambda settings: settings)
         settings = {**job.settings, "run_name": run, "reference": "online", "n_samples": 0}
         settings["deepspeed_config"] = str(ROOT / "ds_configs" / f"{file}.json")
         config = DPOConfig(**settings)  # type: ignore[arg-type]

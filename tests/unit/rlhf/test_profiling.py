@@ -92,3 +92,13 @@ def test_a_stop_within_the_trace_drops_it(job: TinyJob, ranks: Ranks, caplog: py
     path.unlink()
     run_job(job, ranks, profile_steps=(2, 5), resume=True)
     assert not list(folder.iterdir())
+
+
+def test_a_profile_that_cannot_be_written_is_said(job: TinyJob, ranks: Ranks) -> None:
+    """A file stands where the folder should be: the message names it, and the profiler is off afterwards."""
+    place = job.folder / "runs" / "tiny" / "profile"
+    place.parent.mkdir(parents=True)
+    place.write_text("in the way")
+    with pytest.raises(UserError, match="profile"):
+        run_job(job, ranks, profile_steps=(1, 1))
+    assert not profiler_is_on()
