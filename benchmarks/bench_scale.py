@@ -252,7 +252,8 @@ def described(bench: Bench) -> str:
         f"{parameters / 1e6:.1f} M weights; a rank has {bench.accumulate} micro-batches of {bench.pairs} pairs a step "
         f"(prompt {bench.prompt}, answers {bench.chosen} and {bench.rejected} tokens), and on a CPU {threads} threads "
         f"in both parts. Medians of {bench.steps} steps, settings by turns. Efficiency: pairs/s of {bench.ranks} ranks "
-        f"over {bench.ranks} times those of one. Sent and communicating: of a rank, a step."
+        f"over {bench.ranks} times those of one under {SHIPPED} (a rank alone on a CPU has no buckets: there the first "
+        f"four settings are one). Sent and communicating: of a rank, a step."
     )
 
 
@@ -269,7 +270,7 @@ def speed_table(bench: Bench, one: Mapping[str, Measured], many: Mapping[str, Me
             [
                 name,
                 *speeds,
-                f"{alone.step_s / together.step_s:.0%}",
+                f"{one[SHIPPED].step_s / together.step_s:.0%}" if SHIPPED in one else "-",
                 f"{together.sent_mb:.1f} MB",
                 f"{together.communicating_s:.3f} s",
             ]

@@ -30,7 +30,7 @@ from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, Token
 from simple_llama.reinforcement_learning.rlhf.prepare_data import PrepareConfig, prepare
 
 HH_DATA = root_path("..", "shared", "data", "hh_harmless_dev.jsonl.gz")
-TOKENIZER = root_path("..", "shared", "tokenizer", "bpe_8k.json")
+TOKENIZER = root_path("..", "shared", "tokenizer", "bpe_8k.json")  # upstream's
 HH_MAX_TOKENS = 1024  # longer chats are left out
 FIRST_TEXT_TOKEN = 10  # ids below are the tokenizer's special tokens
 
@@ -102,6 +102,12 @@ def hh_pairs(data: str, count: int, seed: int) -> list[TokenizedPair]:
 
     Pairs whose earlier answers differ too are left out: TRL's format has one prompt for both chats.
     """
+    for path in (data, TOKENIZER):
+        if not Path(path).exists():
+            raise UserError(
+                f"{path}: not there. The mix hh needs HH-RLHF (harmless-base, as published: --data) and upstream's "
+                "tokenizer; the other mixes need neither file of pairs"
+            )
     with tempfile.TemporaryDirectory() as folder:
         converted = str(Path(folder) / "hh.jsonl")
         prepare(PrepareConfig(inputs=(data,), output=converted))
