@@ -93,12 +93,12 @@ def main(bench: Bench) -> None:
     torch.set_num_threads(bench.threads)
     # imports of peers and compilations are no part of a first call at a size
     measure_size(replace(bench, rounds=1, limit_s=math.inf), (2 * bench.answer_tokens, 16, 32), device)
-    before = {name: gemm_flops(device, dtype) for name, dtype in DTYPES.items()}
+    before = {name: measure.gemm_flops(dtype, device) for name, dtype in DTYPES.items()}
     results: list[Result] = []
     for size in sizes(bench):
         print(f"N {size[0]}, D {size[1]}, V {size[2]} ...", file=sys.stderr, flush=True)
         results += measure_size(bench, size, device)
-    gemms = {name: max(before[name], gemm_flops(device, dtype)) for name, dtype in DTYPES.items()}
+    gemms = {name: max(before[name], measure.gemm_flops(dtype, device)) for name, dtype in DTYPES.items()}
     report = Report(input_dtypes(bench), gemms, results, memory_rows(bench, device))
     command = shlex.join(["python", "-m", "benchmarks.bench_logprob", *sys.argv[1:]])
     measure.record("The log-prob head", command, body(bench, report, device), device, bench.results)
@@ -119,19 +119,6 @@ def input_dtypes(bench: Bench) -> list[str]:
     if bench.dtype in DTYPES:
         return [bench.dtype]
     return ["bf16"] if bench.dtype == "auto" and has_fast_bf16(bench.device) else list(DTYPES)
-
-
-def gemm_flops(device: torch.device, dtype: torch.dtype, tries: int = 5) -> float:
-    """Best FLOP/s of a few GEMM shapes: square ones, and one as the head's logits."""
-    shapes = ((1024, 1024, 1024), (512, 512, 8192), (1024, 1024, 4096))
-    if device.type == "cuda":
-        shapes = ((4096, 4096, 4096), (8192, 8192, 8192), (4096, 4096, 32768))
-    best = 0.0
-    for rows, inner, columns in shapes:
-        left, right = (torch.ones(n, inner, dtype=dtype, device=device) for n in (rows, columns))
-        seconds = measure.interleaved({"mm": partial(torch.mm, left, right.T)}, tries, device)["mm"]
-        best = max(best, 2 * rows * inner * columns / min(seconds))
-    return best
 
 
 def measure_size(bench: Bench, size: Size, device: torch.device) -> list[Result]:

@@ -25,11 +25,11 @@ import torch
 import tyro
 
 from benchmarks.agreement import MOST
-from benchmarks.measure import RESULTS, interleaved, medians, record, table
+from benchmarks.measure import RESULTS, gemm_flops, interleaved, medians, peak_gib, record, table
 from benchmarks.ours import new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, TrlSettings
 from benchmarks.train_report import SAME_DTYPE
-from benchmarks.workload import HH_DATA, gemm_flops, make_pairs, pairs_for_rows, peak_gib, start_model
+from benchmarks.workload import HH_DATA, make_pairs, pairs_for_rows, start_model
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, build_model, vocab_size

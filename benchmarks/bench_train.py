@@ -29,11 +29,11 @@ import tyro
 
 from benchmarks import train_report
 from benchmarks.agreement import check_agreement
-from benchmarks.measure import RESULTS, interleaved, profile_shares, record
+from benchmarks.measure import RESULTS, gemm_flops, interleaved, peak_gib, profile_shares, record
 from benchmarks.ours import EngineTrainer, PlainTrainer, Trainer, micro_batches, new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, SteppedPeer, TrlSettings
 from benchmarks.train_report import MixResult
-from benchmarks.workload import HH_DATA, PACKS, gemm_flops, make_pairs, pairs_for_rows, peak_gib, start_model
+from benchmarks.workload import HH_DATA, PACKS, make_pairs, pairs_for_rows, start_model
 from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.cost import synchronize
@@ -66,6 +68,43 @@ def peak_extra_bytes(way: Way, device: torch.device) -> int:
         held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         most = max(most, held)
     return most
+
+
+def gemm_flops(dtype: torch.dtype, device: torch.device, tries: int = 5) -> float:
+    """Best FLOP/s of x W^T over several shapes, in exactly `dtype`."""
+    small = ((1024, 1024, 1024), (2048, 512, 2048), (2048, 2048, 2048))  # T rows, I inputs, O outputs
+    large = ((8192, 8192, 8192), (16384, 2048, 8192), (16384, 4096, 4096))
+    best = 0.0
+    for rows, inputs, outputs in large if device.type == "cuda" else small:
+        x_TI = torch.randn(rows, inputs, device=device).to(dtype)
+        weight_OI = torch.randn(outputs, inputs, device=device).to(dtype)
+        for _ in range(tries):
+            synchronize(device)
+            start = time.perf_counter()
+            F.linear(x_TI, weight_OI)
+            synchronize(device)
+            best = max(best, 2 * rows * inputs * outputs / (time.perf_counter() - start))
+    return best
+
+
+def peak_gib(way: Way, device: torch.device) -> float:
+    """GiB that a call needs beyond what is there before it: of the CUDA allocator, or of the process's resident set.
+
+    The resident set counts all threads and libraries.
+    """
+    if device.type == "cuda":
+        return peak_extra_bytes(way, device) / 2**30
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have left for reuse goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (man 5 proc)
+    before = _resident_kib("VmRSS")
+    way()
+    return (_resident_kib("VmHWM") - before) / 2**20
+
+
+def _resident_kib(field: str) -> int:
+    """A size of this process from /proc/self/status."""
+    lines = read_lines("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def profile_shares(way: Way, device: torch.device, most: int = 12) -> str:

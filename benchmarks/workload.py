@@ -6,16 +6,13 @@ without sharing the prompt) and padded (both chats of all pairs, each as long as
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
@@ -24,7 +21,6 @@ from simple_llama.ops.attention import PackedLayout
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, load_weights
-from simple_llama.reinforcement_learning.rlhf.cost import synchronize
 from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.prepare_data import PrepareConfig, prepare
@@ -172,43 +168,3 @@ PACKS = {"shared": pack_shared, "whole": pack_whole, "padded": pack_padded}
 def pairs_for_rows(pairs: Sequence[TokenizedPair], rows: int) -> int:
     """Pairs a micro-batch that have about `rows` packed rows or more, by the mean."""
     return -(-rows * len(pairs) // sum(pair.rows for pair in pairs))
-
-
-def gemm_flops(dtype: torch.dtype, device: torch.device, tries: int = 5) -> float:
-    """Best FLOP/s of x W^T over several shapes, in exactly `dtype`."""
-    small = ((1024, 1024, 1024), (2048, 512, 2048), (2048, 2048, 2048))  # T rows, I inputs, O outputs
-    large = ((8192, 8192, 8192), (16384, 2048, 8192), (16384, 4096, 4096))
-    best = 0.0
-    for rows, inputs, outputs in large if device.type == "cuda" else small:
-        x_TI = torch.randn(rows, inputs, device=device).to(dtype)
-        weight_OI = torch.randn(outputs, inputs, device=device).to(dtype)
-        for _ in range(tries):
-            synchronize(device)
-            start = time.perf_counter()
-            F.linear(x_TI, weight_OI)
-            synchronize(device)
-            best = max(best, 2 * rows * inputs * outputs / (time.perf_counter() - start))
-    return best
-
-
-def peak_gib(way: Callable[[], object], device: torch.device) -> float:
-    """GiB that a call needs beyond what is there before it: of the CUDA allocator, or of the process's resident set.
-
-    The resident set counts all threads and libraries.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        way()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have left for reuse goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (man 5 proc)
-    before = _resident_kib("VmRSS")
-    way()
-    return (_resident_kib("VmHWM") - before) / 2**20
-
-
-def _resident_kib(field: str) -> int:
-    """A size of this process from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

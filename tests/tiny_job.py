@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,14 @@ WORDS = [
     "old",
 ]
 TINY = {"n_embd": 32, "n_layers": 2, "n_heads": 2, "multiple_of": 16, "max_seq_len": 512}
+# multi-head latent attention for a width of 32 and 4 heads
+MLA: dict[str, Any] = {
+    "use_mla": True,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from simple_llama.ops import logprob
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss
 
 
@@ -66,8 +66,14 @@ def pair_logps(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
         return logprob.pair_logps(hidden_ND, model.final_linear.weight, batch.targets_N, batch.counts)
 
 
-def compile_now(model: LLaMaTransformer, batch: PairBatch, backward: bool) -> None:
-    """Makes a compiled model's graphs by a forward pass without gradient, and one with it; changes no gradient."""
+def compile_now(model: LLaMaTransformer, pair: TokenizedPair, device: torch.device, backward: bool) -> None:
+    """Makes a compiled model's graphs, those with gradient on demand; changes no gradient. Nothing for other models.
+
+    To be called while the watch over stillness is patient: it may take a minute.
+    """
+    if not model.compiled:
+        return
+    batch = PairBatch.pack([pair]).to(device)
     with torch.no_grad(), evaluating(model):
         model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
     if backward:

@@ -31,8 +31,7 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
         return 0
     with watchdog.patience("loading the reference model"):
         model = inputs.build_model(ranks.device)
-        if config.compile:
-            compile_now(model, PairBatch.pack([pairs[0]]).to(ranks.device), backward=False)
+        compile_now(model, pairs[0], ranks.device, backward=False)
     started = time.perf_counter()
     todo = [pairs[i] for i in missing]
     mine = sweep([pair.rows for pair in todo], config.batch_size, ranks.world_size)[ranks.rank]

@@ -144,8 +144,7 @@ class Run:
         """Where reference log-probs come from, and a digest of what will be looked up."""
         if self.config.reference == "online":
             frozen = self.inputs.build_model(self.ranks.device).requires_grad_(False)
-            if self.config.compile:
-                compile_now(frozen, PairBatch.pack([self.pairs[0]]).to(self.ranks.device), backward=False)
+            compile_now(frozen, self.pairs[0], self.ranks.device, backward=False)
             return reference.from_model(frozen), "online"
         store = reference.open_store(self.config.ref_cache_dir, self.inputs.reference, self.ranks)
         with fail_together(self.ranks):
@@ -166,8 +165,8 @@ class Run:
         self.size = model_size(model)
         start_weights = load_weights(self.inputs.start_path).state_dict
         engine = Engine(DPOPolicy(model, self.loss_fn), start_weights, self.config, self.ranks)
-        if self.config.compile:  # now, while the watch over stillness is patient
-            compile_now(model, PairBatch.pack([self.pairs[0]]).to(self.ranks.device), backward=True)
+        compile_now(model, self.pairs[0], self.ranks.device, backward=True)
+        if self.config.compile:
             LOGGER.info("compiled the decoder layers: %d graphs", compiled_graphs())
         return engine
 

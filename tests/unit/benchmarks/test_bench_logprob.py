@@ -185,7 +185,7 @@ def test_first_call_says_why() -> None:
 
 def test_the_whole_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One tiny size, printed only: a row a dtype, a column a way, and no time missing for ours."""
-    monkeypatch.setattr(bench_logprob, "gemm_flops", lambda *_: 1e9)
+    monkeypatch.setattr(bench_logprob.measure, "gemm_flops", lambda *_: 1e9)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     bench_logprob.main(Bench(sizes=((12, 8, 20),), answer_tokens=3, rounds=1, dtype="both", results=""))
     printed = capsys.readouterr().out

@@ -12,19 +12,13 @@ import torch
 from simple_llama.ops.attention import PackedLayout
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from tiny_job import MLA
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++"),
 ]
 SMALL: dict[str, Any] = {"n_embd": 32, "n_heads": 4, "n_layers": 2, "multiple_of": 16, "max_seq_len": 64}
-MLA: dict[str, Any] = {
-    "use_mla": True,
-    "kv_lora_rank": 12,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-}
 
 
 def _pair(compiled_dtype: torch.dtype, **changes) -> tuple[LLaMaTransformer, LLaMaTransformer]:

@@ -15,16 +15,10 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer, count_parameters
 from simple_llama.pretraining.rotary import rotation
 from simple_llama.pretraining.weights import build_model, load_weights
+from tiny_job import MLA
 
 VOCAB = 50
 SMALL: dict[str, Any] = {"n_embd": 32, "n_heads": 4, "n_layers": 2, "multiple_of": 16, "max_seq_len": 32}
-MLA: dict[str, Any] = {
-    "use_mla": True,
-    "kv_lora_rank": 12,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-}
 LORA: dict[str, Any] = {"use_lora": True, "lora_rank": 2, "k_lora": True, "o_lora": True}
 KINDS: dict[str, Any] = {
     "mha": {},
