@@ -50,31 +50,31 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         LOGGER.info(FINISHED)
         watchdog.close()
         close_ranks()
-        leave(0, ranks)
+        leave(0)
     except stopping.Stopped as stop:
         say(f"stopped{where(ranks)}: {stop}; --resume goes on from what is saved")
         with contextlib.suppress(RuntimeError):  # a rank that was lost on the way here
             if ranks:
                 barrier(ranks)  # all stop together: one of them may still tidy up
         watchdog.close()
-        leave(stopping.STOPPED, ranks)
+        leave(stopping.STOPPED)
     except UserError as error:
         watchdog.fail(str(error))
         if config is not None and config.debug:
             raise
         say(f"error{where(ranks)}: {error}")
-        leave(MISTAKE, ranks)
+        leave(MISTAKE)
     except KeyboardInterrupt:
         watchdog.fail("interrupted")
         say(f"interrupted{where(ranks)}")
-        leave(INTERRUPTED, ranks)
+        leave(INTERRUPTED)
     except Exception as error:
         watchdog.await_verdict()  # a peer that was killed looks like a bug in the collective that waits for it
         watchdog.fail(f"{type(error).__name__}: {error}")
         if ranks is None or ranks.world_size == 1:
             raise
         traceback.print_exc()
-        leave(BUG, ranks)
+        leave(BUG)
     finally:
         stopping.uninstall()
 
@@ -90,14 +90,12 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def leave(status: int, ranks: Ranks | None) -> None:
-    """Ends this process: one of several ranks at once, since everything is written and said.
+def leave(status: int) -> None:
+    """Ends this process at once, since everything is written and said.
 
-    A gloo rank was seen to abort in C++ destructors on its way out ("terminate called without an active exception",
-    status -6), which a launcher takes for a failure of the whole job.
+    A process was seen to abort in C++ destructors on its way out, one rank alone too ("terminate called without an
+    active exception", status -6), which a launcher takes for a failure of the whole job.
     """
-    if ranks is None or ranks.world_size == 1:
-        sys.exit(status)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

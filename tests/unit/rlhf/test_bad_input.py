@@ -75,6 +75,7 @@ def run(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
     """Runs a command as its launch script does, to its end. The session's one process group stays open."""
     monkeypatch.setattr(command, "init_ranks", lambda device, timeout_s: ranks)
     monkeypatch.setattr(command, "close_ranks", lambda: None)
+    monkeypatch.setattr(command, "leave", sys.exit)
 
     def run(job: TinyJob, name: str, start: Start) -> Ended:
         settings = {**job.settings, **start.changes}

@@ -111,6 +111,17 @@ def test_dry_run_prints_and_writes_nothing(job: TinyJob) -> None:
     assert files(job) == INPUTS
 
 
+def test_status_of_a_process_whose_libraries_abort_on_the_way_out(
+    job: TinyJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank ends with the status of its work, 0 or 2, not with the SIGABRT of a destructor after it."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = call(PRECOMPUTE, job)
+    assert done.returncode == 0 and "job finished on all ranks" in done.stdout, done.stdout + done.stderr
+    assert_one_message(call(TRAIN, job, model_path="none"), "found nothing there")
+
+
 def test_apply_dpo_runs_from_its_own_folder(job: TinyJob) -> None:
     """`python3 apply_dpo.py`: the folder's own modules must not hide installed ones of the same name."""
     done = call("apply_dpo.py", job, "--dry_run", cwd=RLHF)
