@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from benchmarks.measure import RESULTS, record, table
-from simple_llama.common.distributed import Ranks, barrier, close_ranks, init_ranks
+from simple_llama.common.distributed import Ranks, barrier, close_ranks, init_ranks, leave
 from simple_llama.common.paths import root_path
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -289,5 +289,6 @@ if __name__ == "__main__":
     asked = tyro.cli(Bench, description=__doc__)
     if asked.worker:
         work(Path(asked.worker))
+        leave(0)
     else:
         main(asked)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from simple_llama.common.distributed import close_ranks, init_ranks
+from simple_llama.common.distributed import close_ranks, init_ranks, leave
 from simple_llama.common.logging import get_logger
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import load_tokenizer
@@ -56,3 +56,4 @@ if __name__ == "__main__":
     get_logger(None, ranks)
     make_start_model(tyro.cli(StartModel, description=__doc__))
     close_ranks()
+    leave(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from simple_llama.common.distributed import Ranks, close_ranks, gather_objects, init_ranks
+from simple_llama.common.distributed import Ranks, close_ranks, gather_objects, init_ranks, leave
 from simple_llama.reinforcement_learning.rlhf.dpo_config import parse_config
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.training_run import Run
@@ -38,6 +38,7 @@ def main() -> None:
         Path(config.ckpt_dir).mkdir(parents=True, exist_ok=True)
         torch.save(found, Path(config.ckpt_dir) / "gradient.pt")
     close_ranks()
+    leave(0)
 
 
 if __name__ == "__main__":

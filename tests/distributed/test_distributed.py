@@ -48,7 +48,9 @@ seen = {
 }
 barrier(ranks)
 close_ranks()
-json.dump(seen, open(sys.argv[1], "w"))
+with open(sys.argv[1], "w") as file:
+    json.dump(seen, file)
+leave(0)
 """
 
 

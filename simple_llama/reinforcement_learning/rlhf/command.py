@@ -7,15 +7,13 @@ hung, 75 stopped on request after a save, 130 ended by a second Ctrl-C. The last
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable
 
 from simple_llama.common import stopping, watchdog
-from simple_llama.common.distributed import Ranks, barrier, close_ranks, init_ranks
+from simple_llama.common.distributed import Ranks, barrier, close_ranks, init_ranks, leave
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER, get_logger
 from simple_llama.common.supervisor import FINISHED
@@ -88,16 +86,3 @@ def say(message: str) -> None:
     """One message on stderr, if somebody still reads it."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
-
-
-def leave(status: int) -> None:
-    """Ends this process at once, since everything is written and said.
-
-    A process was seen to abort in C++ destructors on its way out, one rank alone too ("terminate called without an
-    active exception", status -6), which a launcher takes for a failure of the whole job.
-    """
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    os._exit(status)
