@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from host_waits import no_host_waits
 from simple_llama.ops.attention import PackedLayout, attend, attend_by_block
 
 pytestmark = [
@@ -52,9 +53,5 @@ def test_branches_do_not_see_each_other():
 def test_moving_a_layout_does_not_wait():
     """The copies to the device are asynchronous: torch's own sync detector stays silent."""
     layout = PackedLayout(((5, (2, 3)),))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_waits():
         layout.to("cuda")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from host_waits import no_host_waits
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.metrics import SUMMED, MetricSums, pair_statistics
@@ -86,12 +87,8 @@ def test_a_micro_batch_makes_no_host_sync() -> None:
         sums.add(pair_statistics(out.losses_B, out.logps_B2, rewards_B2), len(batch.tokens_T), 1.0)
 
     micro_batch()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_waits():
         micro_batch()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert sums.sums[SUMMED.index("pairs")] == 12
 
 
