@@ -55,7 +55,8 @@ def token_logps(
 def row_kernels(device_type: str, dtype: torch.dtype) -> RowKernels:
     """The fastest row kernels that this installation has for a device and dtype (Triton's compute in fp32)."""
     if device_type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton"):
-        from simple_llama.ops.logprob_triton import TRITON_ROWS
+        from simple_llama.ops.logprob_triton import TRITON_ROWS, has_driver
 
-        return TRITON_ROWS
+        if has_driver():
+            return TRITON_ROWS
     return logprob_torch.TORCH_ROWS

@@ -38,6 +38,8 @@ class RowKernels(NamedTuple):
     logps_: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     # (buffer_nV as logps_ left it, targets_n, state_n, coefficients_n, dtype) -> d/d logits (n, V) in dtype
     gradient_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+    # (gradient of any shape, factor (), dtype) -> their product, rounded once to dtype; the gradient stays
+    scaled: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 
 
 def _torch_logps_(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +58,12 @@ def _torch_gradient_(
     return exp_nV.scatter_add_(1, targets_n[:, None], coefs_n[:, None]).to(dtype)
 
 
-TORCH_ROWS = RowKernels(_torch_logps_, _torch_gradient_)
+def _torch_scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient * factor, multiplied in fp32 and rounded once to `dtype`."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+TORCH_ROWS = RowKernels(_torch_logps_, _torch_gradient_, _torch_scaled)
 
 
 def pair_loss(
@@ -146,7 +153,7 @@ class _PairLoss(torch.autograd.Function):
             losses.append(losses_b)
             logps.append(logps_b2)
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD)
-        ctx.dtype = hidden_ND.dtype
+        ctx.dtype, ctx.scaled = hidden_ND.dtype, rows.scaled
         logps_B2 = torch.cat(logps)
         ctx.mark_non_differentiable(logps_B2)
         return torch.cat(losses).sum(), logps_B2
@@ -155,7 +162,9 @@ class _PairLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_loss, _ = grad_outputs
-        hidden_ND, weight_VD = (_scaled(gradient, grad_loss, ctx.dtype) for gradient in ctx.saved_tensors)
+        hidden_ND, weight_VD = (
+            None if gradient is None else ctx.scaled(gradient, grad_loss, ctx.dtype) for gradient in ctx.saved_tensors
+        )
         return hidden_ND, weight_VD, None, None, None, None, None
 
 
@@ -327,10 +336,3 @@ def _differentiate(loss_fn: LossFn, logps_b2: torch.Tensor, pairs: slice) -> tup
         losses_b = loss_fn(leaf_b2, pairs)
         (coefs_b2,) = torch.autograd.grad(losses_b.sum(), leaf_b2)
     return losses_b.detach(), coefs_b2
-
-
-def _scaled(gradient: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """gradient * factor, multiplied in fp32 and rounded once to `dtype`. The saved gradient stays as it is."""
-    if gradient is None:
-        return None
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

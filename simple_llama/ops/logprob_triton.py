@@ -9,10 +9,13 @@ Shapes: n rows of one chunk, V vocabulary.
 
 from __future__ import annotations
 
+import subprocess
+
 import torch
 import triton
 import triton.language as tl
 
+from simple_llama.common.logging import LOGGER
 from simple_llama.ops.logprob_torch import RowKernels
 
 MAX_BLOCK = 4096  # logits of a row that one program holds at once
@@ -65,6 +68,15 @@ def _gradient_kernel(
         tl.store(grad_ptr + row * grad_stride + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _scale_kernel(gradient_ptr, factor_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """out = gradient * factor, in the dtype of out. A factor on the device keeps torch's own kernel from vectors."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < size
+    product = tl.load(gradient_ptr + places, mask=inside) * tl.load(factor_ptr)
+    tl.store(out_ptr + places, product.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def _triton_logps_(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-softmax at the targets; the logits stay. The state (n, 2) is each row's maximum and log of its sum."""
     n, vocab = logits_nV.shape
@@ -103,9 +115,39 @@ def _triton_gradient_(
     return grad_nV
 
 
+def _triton_scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient * factor, multiplied in fp32 and rounded once to `dtype`. The gradient is contiguous."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    if out.numel():
+        grid = (triton.cdiv(out.numel(), MAX_BLOCK),)
+        _scale_kernel[grid](
+            gradient,
+            factor,
+            out,
+            out.numel(),
+            BLOCK=MAX_BLOCK,
+            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        )
+    return out
+
+
+def has_driver() -> bool:
+    """Whether Triton reaches the GPU. On first use it compiles a module for that: with a C compiler, or not at all."""
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        LOGGER.warning(
+            "the log-prob head runs in plain torch, slower and with more memory: Triton cannot start (%s). It needs a "
+            "C compiler and Python's headers, gcc and python3-dev say",
+            error,
+        )
+        return False
+    return True
+
+
 def _block(vocab: int) -> int:
     """Columns a program takes at a time: all of a small vocabulary, as a power of two."""
     return min(1 << (vocab - 1).bit_length(), MAX_BLOCK)
 
 
-TRITON_ROWS = RowKernels(_triton_logps_, _triton_gradient_)
+TRITON_ROWS = RowKernels(_triton_logps_, _triton_gradient_, _triton_scaled)

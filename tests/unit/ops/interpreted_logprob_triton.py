@@ -63,6 +63,19 @@ def test_rows_match_random_shapes(triton_rows: RowKernels, n: int, vocab: int, e
     compare_rows(triton_rows, logits, torch.bfloat16 if seed % 2 else torch.float32, seed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 64), (2, 3, 71)])
+def test_scaled_matches(triton_rows: RowKernels, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Any size beside the block of 64, by a factor in a tensor; the gradient itself stays."""
+    gradient, factor = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.tensor(-0.37)
+    before = gradient.clone()
+    found = triton_rows.scaled(gradient, factor, dtype)
+    assert found.dtype == dtype and torch.equal(gradient, before)
+    # 2^-7: Triton's interpreter cuts fp32 to bf16, where the GPU rounds
+    tolerance = 0.0 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.float(), gradient * factor, rtol=tolerance, atol=0)
+
+
 def test_equal_and_lone_maximum_by_hand(triton_rows: RowKernels) -> None:
     """All logits equal: -ln V. One logit 1e4 above 69 others: 0 at it and -1e4 beside it."""
     logits = torch.full((3, 70), 1e4)

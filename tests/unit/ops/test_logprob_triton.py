@@ -6,8 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from simple_llama.ops import logprob
+from simple_llama.ops.logprob_torch import TORCH_ROWS
 
 CHECKS = Path(__file__).with_name("interpreted_logprob_triton.py")
 
@@ -20,3 +25,22 @@ def test_kernels_in_the_interpreter() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), subprocess.CalledProcessError(1, "gcc")])
+def test_a_gpu_without_a_compiler_gets_torch_rows(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton compiles a module when it first meets the GPU; where it cannot, the head goes on and says why."""
+    pytest.importorskip("triton", reason="the Triton row kernels need triton")
+    from simple_llama.ops import logprob_triton
+
+    def fail() -> int:
+        raise error
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=fail))
+    monkeypatch.setattr(logprob_triton, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
+    logprob.row_kernels.cache_clear()
+    assert logprob.row_kernels("cuda", torch.bfloat16) is TORCH_ROWS
+    assert "Triton cannot start" in caplog.text and str(error) in caplog.text
+    logprob.row_kernels.cache_clear()
