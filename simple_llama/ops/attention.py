@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from simple_llama.ops.linear import emulates_bf16
@@ -39,10 +40,18 @@ class Block(NamedTuple):
     prefix: int
 
 
+class KeyPlan(NamedTuple):
+    """Which row of the stream each key is, and the way back: int64 tensors on one device."""
+
+    rows_S: torch.Tensor  # row of the stream for each key
+    own_T: torch.Tensor  # key that is a row's own, in its own block
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # (rows, their keys) of the copies for branch 1, 2, ...
+
+
 class VarlenPlan(NamedTuple):
     """The blocks of a layout as the varlen kernel wants them, on one device."""
 
-    key_rows_S: torch.Tensor | None  # int64 row of the stream for each key; None when keys are the stream itself
+    keys: KeyPlan | None  # None when keys are the stream itself
     query_starts: torch.Tensor  # int32, cumulative rows of each block's queries, from 0
     key_starts: torch.Tensor  # int32, the same of its keys
     longest_query: int
@@ -178,8 +187,8 @@ def _attend_varlen(
 
     plan = layout.varlen_plan(q_THK.device)
     value_width = v_THV.shape[-1]
-    if plan.key_rows_S is not None:
-        k_THK, v_THV = k_THK.index_select(0, plan.key_rows_S), v_THV.index_select(0, plan.key_rows_S)
+    if plan.keys is not None:
+        k_THK, v_THV = gather_keys(k_THK, plan.keys), gather_keys(v_THV, plan.keys)
     # one width for all three, a multiple of 8: zeros add nothing to q k^T and give zero columns of the output
     width = -(-max(q_THK.shape[-1], value_width) // 8) * 8
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_THK, k_THK, v_THV))
@@ -198,25 +207,70 @@ def _attend_varlen(
     return out[..., :value_width]
 
 
+class _GatherKeys(torch.autograd.Function):
+    """Rows (T, H, K) to keys (S, H, K).
+
+    The backward pass of `index_select` adds every element by an atomic operation; here each row takes its own key's
+    gradient, and a prefix's rows add those of their copies, each once: no atomics, and the same result at each call.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_THK: torch.Tensor, rows_S: torch.Tensor, own_T: torch.Tensor, *copies: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(own_T, *copies)
+        return rows_THK.index_select(0, rows_S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SHK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        own_T, *copies = ctx.saved_tensors
+        grad_THK = grad_SHK.index_select(0, own_T)
+        for rows, keys in zip(copies[::2], copies[1::2], strict=True):
+            both = grad_THK.index_select(0, rows) + grad_SHK.index_select(0, keys)
+            grad_THK.index_copy_(0, rows, both)  # no row twice in one branch
+        return grad_THK, None, None, *(None for _ in copies)
+
+
+def gather_keys(rows_THK: torch.Tensor, plan: KeyPlan) -> torch.Tensor:
+    """The keys (or values) of all blocks one after the other: (S, H, K) from the stream's rows (T, H, K)."""
+    return _GatherKeys.apply(rows_THK, plan.rows_S, plan.own_T, *(x for copy in plan.copies for x in copy))
+
+
 def _varlen_plan(blocks: Sequence[Block], device: torch.device) -> VarlenPlan:
     """Keys block by block: the prefix's rows of the stream, then the block's own; cumulative lengths beside them."""
     queries = [block.rows for block in blocks]
     keys = [block.prefix + block.rows for block in blocks]
-    key_rows = None
-    if any(block.prefix for block in blocks):
-        pieces = [
-            torch.arange(first, first + count)
-            for block in blocks
-            for first, count in ((block.prefix_start, block.prefix), (block.start, block.rows))
-        ]
-        key_rows = _send(torch.cat(pieces), device)
     return VarlenPlan(
-        key_rows,
+        key_plan(blocks, device) if any(block.prefix for block in blocks) else None,
         _send(torch.tensor([0, *accumulate(queries)], dtype=torch.int32), device),
         _send(torch.tensor([0, *accumulate(keys)], dtype=torch.int32), device),
         max(queries, default=0),
         max(keys, default=0),
     )
+
+
+def key_plan(blocks: Sequence[Block], device: torch.device) -> KeyPlan:
+    """The rows that a layout's blocks have as keys, and each row's places among them."""
+    pieces: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
+    branches: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # (rows, keys) of each branch 1, of each branch 2, ...
+    key, branch = 0, 0
+    for block in blocks:
+        prefix = torch.arange(block.prefix_start, block.prefix_start + block.prefix)
+        pieces += [prefix, torch.arange(block.start, block.start + block.rows)]
+        if block.prefix:
+            if branch == len(branches):
+                branches.append([])
+            branches[branch].append((prefix, torch.arange(key, key + block.prefix)))
+        branch = branch + 1 if block.prefix else 0
+        own.append(torch.arange(key + block.prefix, key + block.prefix + block.rows))
+        key += block.prefix + block.rows
+    copies = tuple(
+        (_send(torch.cat([rows for rows, _ in parts]), device), _send(torch.cat([keys for _, keys in parts]), device))
+        for parts in branches
+    )
+    return KeyPlan(_send(torch.cat(pieces), device), _send(torch.cat(own), device), copies)
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
