@@ -140,16 +140,18 @@ def full_ds_config(config: DPOConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def without_communication(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """ZeRO-2 for a rank that is alone: no buckets and no dtype of communication, for what would be sent to nobody.
+def without_communication(ds_config: dict[str, Any], keep_buckets: bool) -> dict[str, Any]:
+    """ZeRO-2 for a rank that is alone, which sends nothing: no overlap, whose end a GPU's host would wait for.
 
-    With the shipped settings the same numbers bit for bit: a bf16 gradient that is widened, summed over one rank and
-    rounded is itself. For a CPU only: there, fresh buckets for each micro-batch cost more than the whole gradient in
-    the model's dtype that stays in memory instead.
+    Without `keep_buckets` no buckets either, and no dtype of communication. With the shipped settings the same numbers
+    bit for bit: a bf16 gradient that is widened, summed over one rank and rounded is itself. On a CPU, fresh buckets
+    for each micro-batch cost more than the whole gradient in the model's dtype that stays in memory instead.
     """
     zero = ds_config["zero_optimization"]
     if zero_stage(ds_config) != 2 or "offload_optimizer" in zero:
         return ds_config
+    if keep_buckets:
+        return {**ds_config, "zero_optimization": {**zero, "overlap_comm": False}}
     alone = {name: value for name, value in ds_config.items() if name != "communication_data_type"}
     return {**alone, "zero_optimization": {**zero, "contiguous_gradients": False, "overlap_comm": False}}
 

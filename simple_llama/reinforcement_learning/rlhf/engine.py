@@ -15,11 +15,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.communication import CommunicationMeter
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.ds_config import (
-    full_ds_config,
-    without_communication,
-    zero_stage,
-)
+from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config, without_communication, zero_stage
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, PolicyOutput, evaluating, pair_logps
 
@@ -41,9 +37,9 @@ class Engine:
         deepspeed = import_deepspeed(ranks.device)
         self.utils = deepspeed.utils
         self.ds_config: dict[str, Any] = full_ds_config(config, ranks.world_size)
-        # with reduce_once the fp32 sums would be rounded to bf16 where no dtype of communication is named
-        if ranks.world_size == 1 and ranks.device.type == "cpu" and not config.reduce_once:
-            self.ds_config = without_communication(self.ds_config)
+        if ranks.world_size == 1:  # reduce_once rounds its fp32 sums to bf16 where no dtype of communication is named
+            keep_buckets = config.reduce_once or ranks.device.type == "cuda"
+            self.ds_config = without_communication(self.ds_config, keep_buckets)
         self.stage = zero_stage(self.ds_config)
         trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
