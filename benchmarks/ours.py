@@ -21,7 +21,8 @@ from simple_llama.reinforcement_learning.rlhf.ds_config import model_dtype, read
 from simple_llama.reinforcement_learning.rlhf.engine import Engine, decay_groups
 from simple_llama.reinforcement_learning.rlhf.metrics import MetricSums, pair_statistics
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, PolicyOutput, pair_logps
+from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, PolicyOutput
+from simple_llama.reinforcement_learning.rlhf.precompute import computed
 from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore, reference_id
 from simple_llama.reinforcement_learning.rlhf.reference import from_store
@@ -141,7 +142,6 @@ def reference_pass(
     """Computes and writes the log-probs that the store lacks: the loop of `precompute`, without its heartbeats."""
     todo = [pairs[i] for i in store.missing(pairs)]
     with store.writer(every_pairs=flush_pairs) as writer:
-        for micro_batch in sweep([pair.rows for pair in todo], batch_size, world_size=1)[0]:
-            chosen = [todo[i] for i in micro_batch]
-            logps_B2 = pair_logps(model, PairBatch.pack(chosen).to(device))
-            writer.add(chosen, logps_B2.cpu().numpy())
+        micro_batches = sweep([pair.rows for pair in todo], batch_size, world_size=1)[0]
+        for chosen, logps_B2 in computed(model, ([todo[i] for i in batch] for batch in micro_batches), device):
+            writer.add(chosen, logps_B2)

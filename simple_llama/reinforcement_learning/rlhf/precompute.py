@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
 
 from simple_llama.common import stopping, watchdog
 from simple_llama.common.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.common.logging import LOGGER, progress
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.batch_plan import sweep
 from simple_llama.reinforcement_learning.rlhf.cost import peak_memory_gb
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.policy import compile_now, pair_logps
 from simple_llama.reinforcement_learning.rlhf.reference import open_store
 
@@ -35,17 +40,18 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     started = time.perf_counter()
     todo = [pairs[i] for i in missing]
     mine = sweep([pair.rows for pair in todo], config.batch_size, ranks.world_size)[ranks.rank]
-    with fail_together(ranks), store.writer(every_pairs=config.ref_flush_pairs) as writer:
+
+    def micro_batches() -> Iterator[list[TokenizedPair]]:
         for micro_batch in progress(mine, total=len(mine), desc="reference", ranks=ranks):
-            chosen = [todo[i] for i in micro_batch]
             watchdog.beat("reference pass")
             if stopping.requested():
-                break  # what is computed is written; a later pass computes the rest
-            if not chosen:
-                continue
-            batch = PairBatch.pack(chosen).to(ranks.device)
-            logps_B2 = pair_logps(model, batch)
-            writer.add(chosen, logps_B2.cpu().numpy())
+                return  # what is computed is written; a later pass computes the rest
+            if micro_batch:
+                yield [todo[i] for i in micro_batch]
+
+    with fail_together(ranks), store.writer(every_pairs=config.ref_flush_pairs) as writer:
+        for chosen, logps_B2 in computed(model, micro_batches(), ranks.device):
+            writer.add(chosen, logps_B2)
             watchdog.started()
     stopping.agree(ranks, at_once=True)
     seconds = time.perf_counter() - started
@@ -58,3 +64,40 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
         peak_memory_gb(ranks.device),
     )
     return len(missing)
+
+
+def computed(
+    model: LLaMaTransformer, micro_batches: Iterable[list[TokenizedPair]], device: torch.device
+) -> Iterator[tuple[list[TokenizedPair], np.ndarray]]:
+    """Each micro-batch with its log-prob sums (B, 2), fp32, in the same order.
+
+    A GPU is given the next micro-batch before the host waits for the sums of the last one, so it never waits for work.
+    """
+    waiting: tuple[list[TokenizedPair], torch.Tensor, torch.cuda.Event | None] | None = None
+    for pairs in micro_batches:
+        sums_B2, arrived = _to_host(pair_logps(model, PairBatch.pack(pairs).to(device)))
+        if waiting:
+            yield _waited_for(*waiting)
+        waiting = pairs, sums_B2, arrived
+    if waiting:
+        yield _waited_for(*waiting)
+
+
+def _to_host(sums_B2: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy on the host that is whole when the event has come; no event where it is there already."""
+    if sums_B2.device.type != "cuda":
+        return sums_B2, None
+    host_B2 = torch.empty(sums_B2.shape, dtype=sums_B2.dtype, pin_memory=True)
+    host_B2.copy_(sums_B2, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host_B2, arrived
+
+
+def _waited_for(
+    pairs: list[TokenizedPair], sums_B2: torch.Tensor, arrived: torch.cuda.Event | None
+) -> tuple[list[TokenizedPair], np.ndarray]:
+    """The pairs and their sums, once these are there."""
+    if arrived:
+        arrived.synchronize()
+    return pairs, sums_B2.numpy()

@@ -1,0 +1,55 @@
+"""The loop of the reference pass; whole passes are in test_apply_dpo.py and tests/distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from simple_llama.reinforcement_learning.rlhf import precompute
+from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
+
+CPU = torch.device("cpu")
+PAIRS = [TokenizedPair.from_chats([1, 2, i], 1, [1, 2, i + 1, 5], 2) for i in range(10, 15)]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In the model's place: the sum of a pair's target tokens. Holds how many pairs each call had."""
+    calls: list[int] = []
+
+    def sums(model: Any, batch: PairBatch) -> torch.Tensor:
+        calls.append(len(batch))
+        lengths = [length for pair in batch.counts for length in pair]
+        return torch.stack([part.sum() for part in batch.targets_N.split(lengths)]).view(-1, 2).float()
+
+    monkeypatch.setattr(precompute, "pair_logps", sums)
+    return calls
+
+
+def test_each_micro_batch_comes_with_its_own_sums(asked: list[int]) -> None:
+    """In order, none lost at the end, and one more computed than given out: a GPU has work while the host writes."""
+    model: Any = None
+    seen = []
+    for pairs, sums_B2 in precompute.computed(model, iter([PAIRS[:2], PAIRS[2:3], PAIRS[3:]]), CPU):
+        seen.append((pairs, sums_B2.tolist(), list(asked)))
+        assert sums_B2.dtype == np.float32
+    assert seen == [
+        (PAIRS[:2], [[10, 16], [11, 17]], [2, 1]),
+        (PAIRS[2:3], [[12, 18]], [2, 1, 2]),
+        (PAIRS[3:], [[13, 19], [14, 20]], [2, 1, 2]),
+    ]
+
+
+def test_a_stop_gives_out_what_is_computed(asked: list[int]) -> None:
+    """Micro-batches that end early, and none at all."""
+
+    def stopped() -> Iterator[list[TokenizedPair]]:
+        yield PAIRS[:1]
+
+    model: Any = None
+    assert [pairs for pairs, _ in precompute.computed(model, stopped(), CPU)] == [PAIRS[:1]]
+    assert list(precompute.computed(model, iter([]), CPU)) == []
