@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from typing import NamedTuple
@@ -46,14 +47,14 @@ def model_size(model: torch.nn.Module) -> ModelSize:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s for MFU: a GPU's data sheet (dense bf16) where known, else the best of a few square GEMMs here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
+        words = re.split(r"[\s-]", torch.cuda.get_device_name(device))  # NVIDIA A100-SXM4-80GB
         for key, peak in BF16_PEAK_FLOPS.items():
-            if key in name.split():
+            if key in words:
                 return peak
-    return measured_gemm_flops(device, dtype)
+    return measured_gemm_flops(device, dtype, size=1024 if device.type == "cpu" else 8192)
 
 
-def measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, tries: int = 5) -> float:
+def measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int, tries: int = 5) -> float:
     """Best FLOP/s of `size`^3 GEMMs in `dtype`, or in fp32 where a CPU is faster in it than in bf16."""
     dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
     best = 0.0

@@ -139,8 +139,9 @@ def test_measured_gemm_flops_counts_two_a_multiply_and_add(monkeypatch: pytest.M
 def test_peak_of_a_known_gpu_is_its_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name's own words count: an H200 is no H20, an unknown GPU and fp32 are measured."""
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.cost.measured_gemm_flops", lambda *args: 1.0)
-    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12), ("NVIDIA Unheard-of", 1.0)):
+    monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.cost.measured_gemm_flops", lambda *_, **__: 1.0)
+    names = {"NVIDIA H200": 989e12, "NVIDIA H20": 148e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA Unheard-of": 1.0}
+    for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(cuda, torch.bfloat16) == peak
         assert peak_flops(cuda, torch.float32) == 1.0
