@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH := .venv-bench
 PEERS := $(BENCH)/.installed
+# With more in sight, the peers' trainer would copy its model to all of them.
+ONE_GPU = CUDA_VISIBLE_DEVICES=$$(echo $${CUDA_VISIBLE_DEVICES:-0} | cut -d, -f1) $(BENCH)/bin/python
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,10 +50,10 @@ bench: $(PEERS) ## all benches on this CPU, beside their peers; appends to bench
 	$(BENCH)/bin/python -m benchmarks.bench_block
 
 bench-gpu: $(PEERS) ## the same on an NVIDIA GPU, with models of about a billion weights
-	$(BENCH)/bin/python -m benchmarks.bench_logprob --device cuda
-	$(BENCH)/bin/python -m benchmarks.bench_train --device cuda --shape 1.3b --settings bf16 autocast
-	$(BENCH)/bin/python -m benchmarks.bench_train --device cuda --shape llama-3.2-1b --settings bf16 autocast
-	$(BENCH)/bin/python -m benchmarks.bench_reference --device cuda --shape 1.3b --pairs 1024
+	$(ONE_GPU) -m benchmarks.bench_logprob --device cuda
+	$(ONE_GPU) -m benchmarks.bench_train --device cuda --shape 1.3b --settings bf16 autocast
+	$(ONE_GPU) -m benchmarks.bench_train --device cuda --shape llama-3.2-1b --settings bf16 autocast
+	$(ONE_GPU) -m benchmarks.bench_reference --device cuda --shape 1.3b --pairs 1024 --settings bf16 autocast
 	$(BENCH)/bin/python -m benchmarks.bench_scale --device cuda
 
 check: $(INSTALLED) ## format, lint, types, import floors

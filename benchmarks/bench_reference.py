@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,11 +25,11 @@ import torch
 import tyro
 
 from benchmarks.agreement import MOST
-from benchmarks.measure import RESULTS, gemm_flops, interleaved, medians, peak_gib, record, table
+from benchmarks.measure import RESULTS, gemm_flops, interleaved, keep_freed_memory, medians, peak_gib, record, table
 from benchmarks.ours import new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, TrlSettings
 from benchmarks.train_report import SAME_DTYPE
-from benchmarks.workload import HH_DATA, make_pairs, pairs_for_rows, start_model
+from benchmarks.workload import HH_DATA, make_pairs, mixes_at_hand, pairs_for_rows, start_model
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, build_model, vocab_size
@@ -49,7 +49,7 @@ class BenchReference:
     """What is measured, on what."""
 
     # === Work ===
-    mix: Literal["hh", "short", "long", "uf-71-169", "uf-200-300"] = "hh"  # which pairs
+    mix: Literal["", "hh", "short", "long", "uf-71-169", "uf-200-300"] = ""  # which pairs; "": hh, or without it short
     pairs: int = 128  # of a pass
     shape: Literal["tiny", "36m", "1.3b", "llama-3.2-1b"] = "36m"  # of a model with random weights
     model_path: str = ""  # a .pth to take the weights from instead
@@ -72,9 +72,13 @@ class BenchReference:
 def main(bench: BenchReference) -> None:
     """TRL's best way in each of its settings, then the rounds, then the record."""
     started = time.perf_counter()
+    if bench.device == "cpu":
+        keep_freed_memory()
     device = torch.device(bench.device)
     torch.set_num_threads(bench.threads)
     start = start_model(bench.shape, bench.model_path, bench.seed)
+    if not bench.mix:
+        bench = replace(bench, mix="hh" if mixes_at_hand(["hh"], bench.data) else "short")
     pairs = make_pairs(bench.mix, bench.pairs, vocab_size(start.state_dict), bench.seed, bench.data)
     batch_size = bench.batch_size or (pairs_for_rows(pairs, ROWS_ON_CUDA) if bench.device == "cuda" else 16)
     kinds = {name: dtype for name, dtype in DTYPES.items() if name != "ours fp32" or "fp32" in bench.settings}
@@ -139,7 +143,7 @@ def best_way(bench: BenchReference, peer: Peer, device: torch.device) -> tuple[s
     pairs = min(bench.trial_pairs, bench.pairs)
     peer.precompute(pairs, pairs)  # cold
     seconds: dict[tuple[str, int], float] = {}
-    for attention, size in itertools.product(ATTENTIONS, bench.peer_batch_sizes):
+    for attention, size in itertools.product(ATTENTIONS[device.type], bench.peer_batch_sizes):
         peer.set_attention(attention)
         synchronize(device)
         start = time.perf_counter()

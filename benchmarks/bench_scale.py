@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +112,9 @@ def main(bench: Bench) -> None:
     names = bench.settings or tuple(SETTINGS)
     if unknown := set(names) - SETTINGS.keys():
         raise SystemExit(f"settings: expected some of {', '.join(SETTINGS)}, found {', '.join(sorted(unknown))}")
+    if bench.device != "cpu" and 0 < torch.cuda.device_count() < bench.ranks:
+        bench = replace(bench, ranks=torch.cuda.device_count())  # a rank needs a GPU of its own
+        print(f"only {bench.ranks} GPUs: both parts have so many ranks at most", file=sys.stderr, flush=True)
     one = run_job(bench, Job(1, names, bench.steps))
     many = run_job(bench, Job(bench.ranks, names, bench.steps))
     memory = {}

@@ -29,11 +29,11 @@ import tyro
 
 from benchmarks import train_report
 from benchmarks.agreement import check_agreement
-from benchmarks.measure import RESULTS, gemm_flops, interleaved, peak_gib, profile_shares, record
+from benchmarks.measure import RESULTS, gemm_flops, interleaved, keep_freed_memory, peak_gib, profile_shares, record
 from benchmarks.ours import EngineTrainer, PlainTrainer, Trainer, micro_batches, new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, SteppedPeer, TrlSettings
 from benchmarks.train_report import MixResult
-from benchmarks.workload import HH_DATA, PACKS, make_pairs, pairs_for_rows, start_model
+from benchmarks.workload import HH_DATA, PACKS, make_pairs, mixes_at_hand, pairs_for_rows, start_model
 from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
@@ -42,7 +42,6 @@ from simple_llama.reinforcement_learning.rlhf.cost import peak_memory_gb, synchr
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
 
-TRIALS = 2 * len(ATTENTIONS)  # TRL's steps before the rounds: a cold and a timed one with each attention
 ROWS_ON_CUDA = 16384  # packed rows of a micro-batch of ours, at least
 BETA, RATE, BETAS, CLIP = 0.1, 1e-7, (0.9, 0.95), 1.0  # of both sides; a tiny rate keeps the weights as they are
 
@@ -79,15 +78,18 @@ class BenchTrain:
 def main(bench: BenchTrain) -> None:
     """Agreement, then every mix, then the record."""
     started = time.perf_counter()
+    if bench.device == "cpu":
+        keep_freed_memory()
     ranks = init_ranks(bench.device)
     torch.set_num_threads(bench.threads)  # init_ranks takes all cores
     start = start_model(bench.shape, bench.model_path, bench.seed)
+    default = ("hh", "uf-71-169", "uf-200-300") if bench.device == "cuda" else ("hh", "short", "long")
+    mixes = bench.mixes or mixes_at_hand(default, bench.data)
     notes = []
     if bench.settings:
-        pairs = make_pairs("hh", bench.agreement_pairs, vocab_size(start.state_dict), bench.seed, bench.data)
+        pairs = make_pairs(mixes[0], bench.agreement_pairs, vocab_size(start.state_dict), bench.seed, bench.data)
         notes.append(check_agreement(start, pairs, trl_settings("fp32", len(pairs), 1), ranks.device))
         print(notes[-1], flush=True)
-    mixes = bench.mixes or (("hh", "uf-71-169", "uf-200-300") if bench.device == "cuda" else ("hh", "short", "long"))
     with tempfile.TemporaryDirectory() as folder:
         ours = our_trainers(bench, start, ranks, folder)
         results = [measure_mix(bench, mix, start, ours, ranks, folder) for mix in mixes]
@@ -202,8 +204,9 @@ def trl_stepped(
     device: torch.device,
     folder: str,
 ) -> SteppedPeer:
-    """TRL's trainer on the first step's pairs TRIALS times, then on all steps, with our bf16 reference log-probs."""
-    pairs = [pair for step in [*[steps[0]] * TRIALS, *steps] for pair in step]
+    """TRL's trainer on the first step's pairs for `faster_attention`, then on all steps; reference: ours in bf16."""
+    trials = 2 * len(ATTENTIONS[device.type])
+    pairs = [pair for step in [*[steps[0]] * trials, *steps] for pair in step]
     settings = trl_settings(numerics, each, len(steps[0]) // each)
     ref_logps_B2 = ours["bf16"].store.lookup(pairs)
     return SteppedPeer(Peer(start, pairs, ref_logps_B2, settings, device, str(Path(folder) / "trl")))
@@ -212,7 +215,7 @@ def trl_stepped(
 def faster_attention(peer: SteppedPeer, device: torch.device) -> str:
     """Leaves the trainer with the faster of its attention implementations; says which."""
     seconds = {}
-    for name in ATTENTIONS:
+    for name in ATTENTIONS[device.type]:  # a cold step and a timed one
         peer.peer.set_attention(name)
         peer.step()
         synchronize(device)

@@ -26,7 +26,7 @@ from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.pretraining.weights import LoadedModel, vocab_size
 from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
 
-ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa",)}  # that are tried; eager's scores of long chats fill a GPU
 NEVER = 10**9
 # by which accelerate would join a process group; common/distributed.py sets LOCAL_RANK also for a single process
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -58,7 +58,7 @@ class TrlSettings:
     betas: tuple[float, float]  # AdamW
     clip: float  # of the gradient norm
     precompute_batch: int = 8  # pairs a batch of the reference pass
-    attention: str = "sdpa"  # of ATTENTIONS
+    attention: str = "sdpa"  # one of ATTENTIONS
 
 
 class Peer:

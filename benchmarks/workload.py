@@ -6,6 +6,7 @@ without sharing the prompt) and padded (both chats of all pairs, each as long as
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, load_weights
 from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.prepare_data import PrepareConfig, prepare
 
 HH_DATA = root_path("..", "shared", "data", "hh_harmless_dev.jsonl.gz")
-TOKENIZER = root_path("..", "shared", "tokenizer", "bpe_8k.json")  # upstream's
+UPSTREAM_TOKENIZER = root_path("..", "shared", "tokenizer", "bpe_8k.json")
+TOKENIZER = UPSTREAM_TOKENIZER if Path(UPSTREAM_TOKENIZER).exists() else DPOConfig.tokenize_path
 HH_MAX_TOKENS = 1024  # longer chats are left out
 FIRST_TEXT_TOKEN = 10  # ids below are the tokenizer's special tokens
 
@@ -76,6 +79,14 @@ def start_model(shape: str, model_path: str, seed: int) -> LoadedModel:
     return LoadedModel(LLaMaTransformer(config, vocab).state_dict(), config, {}, Path(f"random-{shape}"))
 
 
+def mixes_at_hand(names: Sequence[str], data: str) -> tuple[str, ...]:
+    """`names` without hh where its file is not there, which is said."""
+    if "hh" in names and not Path(data).exists():
+        print(f"without the mix hh: {data} is not there (--data)", file=sys.stderr, flush=True)
+        return tuple(name for name in names if name != "hh")
+    return tuple(names)
+
+
 def make_pairs(mix: str, count: int, vocab: int, seed: int, data: str = HH_DATA) -> list[TokenizedPair]:
     """`count` pairs of a mix, whose two chats have one whole prompt in common; a seed gives the same ones again."""
     if mix == "hh":
@@ -98,12 +109,10 @@ def hh_pairs(data: str, count: int, seed: int) -> list[TokenizedPair]:
 
     Pairs whose earlier answers differ too are left out: TRL's format has one prompt for both chats.
     """
-    for path in (data, TOKENIZER):
-        if not Path(path).exists():
-            raise UserError(
-                f"{path}: not there. The mix hh needs HH-RLHF (harmless-base, as published: --data) and upstream's "
-                "tokenizer; the other mixes need neither file of pairs"
-            )
+    if not Path(data).exists():
+        raise UserError(
+            f"{data}: not there. The mix hh needs HH-RLHF (harmless-base, as published: --data), the others no file"
+        )
     with tempfile.TemporaryDirectory() as folder:
         converted = str(Path(folder) / "hh.jsonl")
         prepare(PrepareConfig(inputs=(data,), output=converted))

@@ -41,13 +41,13 @@ def test_pass_flops_are_those_of_its_batches() -> None:
 def test_facts_by_hand() -> None:
     """Best of TRL: fp32, 9 s against 2 s is 4.5, below 5. 4e9 FLOPs in 2 s are half of 4 GFLOP/s."""
     assert ratio(SECONDS, "TRL bf16", "ours bf16") == (8.0, 6.0)
-    bench = BenchReference(settings=("bf16",))
+    bench = BenchReference(mix="hh", settings=("bf16",))
     lines = facts(bench, SECONDS, 4e9, RATES, CPU).splitlines()
     assert lines[0] == "- ours bf16 against TRL bf16: 8.00 (by round 6.00)"
     assert "0.50 of 4 GFLOP/s in bfloat16, 0.25 of 8 GFLOP/s in float32" in lines[1]
     assert lines[2].startswith("- met: TRL bf16 (its best) / ours bf16 8.00")
     both = {**SECONDS, "ours fp32": [2.0, 2.0, 2.0]}
-    lines = facts(BenchReference(settings=("bf16", "fp32")), both, 4e9, RATES, CPU).splitlines()
+    lines = facts(BenchReference(mix="hh", settings=("bf16", "fp32")), both, 4e9, RATES, CPU).splitlines()
     assert lines[-1].startswith("- NOT met: TRL fp32 (its best) / ours bf16 4.50")
 
 
