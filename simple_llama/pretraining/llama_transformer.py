@@ -96,7 +96,7 @@ class LLaMaTransformer(nn.Module):
     def compile_layers(self) -> None:
         """Compiles the decoder blocks: what stands between the GEMMs is fused. Any number of rows without recompiling.
 
-        Results differ from uncompiled layers by rounding. Needs a C++ compiler on the CPU; on CUDA torch brings all.
+        Results differ from uncompiled layers by rounding. Needs a C++ compiler on the CPU, a C compiler on CUDA.
         """
         torch.compiler.assume_constant_result(cpu_emulates_bf16)
         for block in self.decoder_blocks:
