@@ -143,7 +143,8 @@ def best_way(bench: BenchReference, peer: Peer, device: torch.device) -> tuple[s
     pairs = min(bench.trial_pairs, bench.pairs)
     peer.precompute(pairs, pairs)  # cold
     seconds: dict[tuple[str, int], float] = {}
-    for attention, size in itertools.product(ATTENTIONS[device.type], bench.peer_batch_sizes):
+    names: tuple[str, ...] = ATTENTIONS[device.type]
+    for attention, size in itertools.product(names, bench.peer_batch_sizes):
         peer.set_attention(attention)
         synchronize(device)
         start = time.perf_counter()

@@ -134,7 +134,7 @@ def _triton_scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dt
 def has_driver() -> bool:
     """Whether Triton reaches the GPU. On first use it compiles a module for that: with a C compiler, or not at all."""
     try:
-        triton.runtime.driver.active.get_current_device()
+        triton.runtime.driver.active.get_current_target()
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         LOGGER.warning(
             "the log-prob head runs in plain torch, slower and with more memory: Triton cannot start (%s). It needs a "

@@ -38,7 +38,7 @@ def test_a_gpu_without_a_compiler_gets_torch_rows(
     def fail() -> int:
         raise error
 
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=fail))
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=fail))
     monkeypatch.setattr(logprob_triton, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
     logprob.row_kernels.cache_clear()
     assert logprob.row_kernels("cuda", torch.bfloat16) is TORCH_ROWS
