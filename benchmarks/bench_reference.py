@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from benchmarks.agreement import MOST
-from benchmarks.measure import RESULTS, gemm_flops, interleaved, keep_freed_memory, medians, peak_gib, record, table
+from benchmarks.measure import RESULTS, gemm_flops, interleaved, medians, peak_gib, record, table
 from benchmarks.ours import new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, TrlSettings
 from benchmarks.train_report import SAME_DTYPE
@@ -72,8 +72,6 @@ class BenchReference:
 def main(bench: BenchReference) -> None:
     """TRL's best way in each of its settings, then the rounds, then the record."""
     started = time.perf_counter()
-    if bench.device == "cpu":
-        keep_freed_memory()
     device = torch.device(bench.device)
     torch.set_num_threads(bench.threads)
     start = start_model(bench.shape, bench.model_path, bench.seed)

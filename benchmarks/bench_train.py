@@ -29,7 +29,7 @@ import tyro
 
 from benchmarks import train_report
 from benchmarks.agreement import check_agreement
-from benchmarks.measure import RESULTS, gemm_flops, interleaved, keep_freed_memory, peak_gib, profile_shares, record
+from benchmarks.measure import RESULTS, gemm_flops, interleaved, peak_gib, profile_shares, record
 from benchmarks.ours import EngineTrainer, PlainTrainer, Trainer, micro_batches, new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, SteppedPeer, TrlSettings
 from benchmarks.train_report import MixResult
@@ -78,8 +78,6 @@ class BenchTrain:
 def main(bench: BenchTrain) -> None:
     """Agreement, then every mix, then the record."""
     started = time.perf_counter()
-    if bench.device == "cpu":
-        keep_freed_memory()
     ranks = init_ranks(bench.device)
     torch.set_num_threads(bench.threads)  # init_ranks takes all cores
     start = start_model(bench.shape, bench.model_path, bench.seed)

@@ -18,22 +18,9 @@ import torch.nn.functional as F
 from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.cost import synchronize
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
 Way = Callable[[], object]
 RESULTS = root_path("benchmarks", "RESULTS.md")
 PACKAGES = ("torch", "deepspeed", "triton", "trl", "transformers", "accelerate", "liger-kernel")
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed instead of giving it back to the system (mallopt(3)).
-
-    Ways that take turns in one process would else pay for pages that the one before gave back: ours after TRL's spent
-    a tenth of its step on them, alone nothing.
-    """
-    libc = ctypes.CDLL(None)
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
-        if not libc.mallopt(option, value):
-            raise OSError(f"mallopt({option}, {value}) failed")
 
 
 def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> dict[str, list[float]]:
