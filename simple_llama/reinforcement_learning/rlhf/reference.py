@@ -17,10 +17,8 @@ Logps = Callable[[PairBatch], torch.Tensor]  # -> (B, 2) fp32: log-prob sums wit
 RefLogps = Callable[[Sequence[TokenizedPair], PairBatch], torch.Tensor]  # -> (B, 2) fp32 on the batch's device
 
 AUDIT_PAIRS = 8
-# Largest honest difference a scored token (nats): the same weights in another micro-batch round differently. In a short
-# answer the tokens' differences do not average out: it is allowed those of so many tokens more.
+# Largest honest difference a scored token (nats): the same weights in another micro-batch round differently.
 AUDIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-AUDIT_MORE_TOKENS = 10
 
 
 def open_store(cache_dir: str, reference: dict, ranks: Ranks) -> RefStore:
@@ -56,14 +54,13 @@ def audit(
 ) -> float:
     """Recomputes a few pairs with the untrained policy and compares them with the reference's numbers.
 
-    Returns the largest difference of an answer, a scored token (nats; AUDIT_MORE_TOKENS count as scored). Raises
-    UserError when it is beyond rounding: the reference was computed with another model, or by other numerics. Same work
-    on every rank.
+    Returns the largest difference a scored token (nats). Raises UserError when it is beyond rounding: the reference
+    was computed with another model, or by other numerics. Same work on every rank.
     """
     sample = list(pairs[:: max(1, len(pairs) // AUDIT_PAIRS)][:AUDIT_PAIRS])
     batch = PairBatch.pack(sample).to(device)
     counts_B2 = torch.tensor(batch.counts, device=device)
-    difference_B2 = (logps(batch) - ref_logps(sample, batch)).abs() / (counts_B2 + AUDIT_MORE_TOKENS)
+    difference_B2 = (logps(batch) - ref_logps(sample, batch)).abs() / counts_B2
     worst = float(difference_B2.max())
     allowed = AUDIT_TOLERANCE[dtype]
     if not worst <= allowed:
