@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.hf_llama import from_hf
 from benchmarks.peers import Peer, TrlSettings
 from simple_llama.common.errors import UserError
+from simple_llama.interop.hf_names import from_hf
 from simple_llama.pretraining.weights import LoadedModel, build_model
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, pair_logps
-from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 
 MOST = 1e-4  # largest relative difference of two honest fp32 computations
 

@@ -33,9 +33,14 @@ from benchmarks.workload import HH_DATA, make_pairs, mixes_at_hand, pairs_for_ro
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, build_model, vocab_size
-from simple_llama.reinforcement_learning.rlhf.batch_plan import sweep
-from simple_llama.reinforcement_learning.rlhf.cost import model_size, peak_memory_gb, synchronize, useful_flops
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.cost import (
+    model_size,
+    peak_memory_gb,
+    synchronize,
+    useful_flops,
+)
 
 ROWS_ON_CUDA = 16384  # packed rows of a batch of ours, about
 CPU_SPEEDUP = 5.0  # TRL's best time over ours, on HH-RLHF

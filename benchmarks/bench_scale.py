@@ -27,16 +27,16 @@ import torch
 import tyro
 
 from benchmarks.measure import RESULTS, record, table
-from simple_llama.common.distributed import Ranks, barrier, close_ranks, init_ranks, leave
+from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, init_ranks, leave
 from simple_llama.common.paths import root_path
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.cost import peak_memory_gb, synchronize
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.engine import Engine
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy
-from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.objective.cost import peak_memory_gb, synchronize
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ from benchmarks.ours import EngineTrainer, PlainTrainer, Trainer, micro_batches,
 from benchmarks.peers import ATTENTIONS, Peer, SteppedPeer, TrlSettings
 from benchmarks.train_report import MixResult
 from benchmarks.workload import HH_DATA, PACKS, make_pairs, mixes_at_hand, pairs_for_rows, start_model
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
 from simple_llama.pretraining.weights import LoadedModel, build_model, vocab_size
-from simple_llama.reinforcement_learning.rlhf.cost import peak_memory_gb, synchronize, useful_flops
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.cost import peak_memory_gb, synchronize, useful_flops
 
 ROWS_ON_CUDA = 16384  # packed rows of a micro-batch of ours, at least
 BETA, RATE, BETAS, CLIP = 0.1, 1e-7, (0.9, 0.95), 1.0  # of both sides; a tiny rate keeps the weights as they are

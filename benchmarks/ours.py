@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 
-from simple_llama.common.distributed import Ranks, all_reduce_sum
+from simple_llama.cluster.distributed import Ranks, all_reduce_sum
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, build_model
-from simple_llama.reinforcement_learning.rlhf.batch_plan import deal, sweep
-from simple_llama.reinforcement_learning.rlhf.cost import ModelSize, model_size, useful_flops
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import deal, sweep
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.ds_config import model_dtype, read_ds_config
-from simple_llama.reinforcement_learning.rlhf.engine import Engine, decay_groups
-from simple_llama.reinforcement_learning.rlhf.metrics import MetricSums, pair_statistics
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, PolicyOutput
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import model_dtype, read_ds_config
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, decay_groups
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, useful_flops
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.precompute import computed
-from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore, reference_id
-from simple_llama.reinforcement_learning.rlhf.reference import from_store
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import from_store
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums, pair_statistics
 
 Pairs = Sequence[TokenizedPair]
 Pack = Callable[[Pairs], PairBatch]

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.hf_llama import hf_config, to_hf
 from benchmarks.workload import TOKENIZER, shares_prompt
 from simple_llama.common.errors import UserError
 from simple_llama.dataset.tokenizer import load_tokenizer
+from simple_llama.interop.hf_names import hf_config, to_hf
 from simple_llama.pretraining.weights import LoadedModel, vocab_size
-from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 
 ATTENTIONS = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa",)}  # that are tried; eager's scores of long chats fill a GPU
 NEVER = 10**9

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import tyro
 
-from simple_llama.common.distributed import close_ranks, init_ranks, leave
-from simple_llama.common.logging import get_logger
+from simple_llama.cluster.console import set_up_log
+from simple_llama.cluster.distributed import close_ranks, init_ranks, leave
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.finetune.full_sft.sft import Chat, SFTConfig, finetune
 from simple_llama.pretraining.config import TrainingConfig
-from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def make_start_model(wanted: StartModel) -> float:
 
 if __name__ == "__main__":
     ranks = init_ranks()
-    get_logger(None, ranks)
+    set_up_log(None, ranks)
     make_start_model(tyro.cli(StartModel, description=__doc__))
     close_ranks()
     leave(0)

@@ -22,10 +22,10 @@ from simple_llama.ops.attention import PackedLayout
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, load_weights
-from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.convert import PrepareConfig, prepare
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.prepare_data import PrepareConfig, prepare
 
 HH_DATA = root_path("..", "shared", "data", "hh_harmless_dev.jsonl.gz")
 UPSTREAM_TOKENIZER = root_path("..", "shared", "tokenizer", "bpe_8k.json")

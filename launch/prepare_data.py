@@ -11,7 +11,7 @@ import sys
 import tyro
 
 from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf.prepare_data import PrepareConfig, prepare
+from simple_llama.reinforcement_learning.rlhf.data.convert import PrepareConfig, prepare
 
 
 def main() -> None:

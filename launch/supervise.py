@@ -13,8 +13,8 @@ import argparse
 import os
 import sys
 
+from simple_llama.cluster.supervisor import supervise
 from simple_llama.common.errors import UserError
-from simple_llama.common.supervisor import supervise
 
 
 def main() -> int:

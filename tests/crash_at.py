@@ -93,19 +93,21 @@ def around(module: str, name: str, half: Half | None = None) -> dict[str, Spot]:
 # By place, then by moment. Each place is hit in every soak of 20 kills, at one of its moments.
 PLACES: dict[str, dict[str, Spot]] = {
     # the reference pass
-    "shard": {"before": Spot(f"{RLHF}.ref_store", "RefStore._write")} | replaced("*.npy"),
+    "shard": {"before": Spot(f"{RLHF}.reference.ref_store", "RefStore._write")} | replaced("*.npy"),
     "reference": replaced("reference.json"),
     # a training run's start
     "records": replaced("config.json"),
     "resume": around("checkpoint", "load_state"),
     # a step
-    "backward": around("engine", "Engine.backward"),
-    "step": around("engine", "Engine.step"),
-    "evaluate": around("training_run", "evaluate"),
+    "backward": around("engine.engine", "Engine.backward"),
+    "step": around("engine.engine", "Engine.step"),
+    "evaluate": around("run.training_run", "evaluate"),
     "metrics": around("metrics", "RunWriter.scalars", half_of_line(lambda writer, *rest: writer.path)),
-    "samples": around("training_run", "append_samples", half_of_line(lambda folder, *rest: folder / "samples.jsonl")),
+    "samples": around(
+        "run.training_run", "append_samples", half_of_line(lambda folder, *rest: folder / "samples.jsonl")
+    ),
     # a save
-    "gather": {"before": Spot(f"{RLHF}.engine", "Engine.full_state")},
+    "gather": {"before": Spot(f"{RLHF}.engine.engine", "Engine.full_state")},
     "state_shard": around("checkpoint", "save_file", half_of_file(1)),
     "weights": {"half": Spot("torch", "save", half=half_of_file(1))}
     | {when: Spot("os", "replace", becomes("dpo_*.pth")) for when in ("before", "after")},
@@ -114,7 +116,7 @@ PLACES: dict[str, dict[str, Spot]] = {
     "latest": replaced("latest"),
     "prune": around("checkpoint", "prune") | {"half": Spot("shutil", "rmtree", is_old_state, half_of_folder)},
     # everything is done
-    "end": {"before": Spot(f"{RLHF}.metrics", "RunWriter.close")},
+    "end": {"before": Spot(f"{RLHF}.run.metrics", "RunWriter.close")},
 }
 
 

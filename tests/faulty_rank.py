@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from simple_llama.reinforcement_learning.rlhf.engine import Engine
-from simple_llama.reinforcement_learning.rlhf.ref_store import ShardWriter
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import ShardWriter
 
 
 def main() -> None:

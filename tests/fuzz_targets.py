@@ -33,11 +33,11 @@ from simple_llama.finetune.format_llm_prompt import encode_chat
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import build_model, check_weights, load_weights
-from simple_llama.reinforcement_learning.rlhf.checkpoint import SavedState, check_state, read_parameters
-from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.dpo_config import config_from_dict, config_from_file
-from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config
-from simple_llama.reinforcement_learning.rlhf.ref_store import RECORD, RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import SavedState, check_state, read_parameters
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RECORD, RefStore, reference_id
 
 Target = Callable[[bytes, Path], None]
 SHARD = "rank_00000.safetensors"

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from crash_at import PLACES
 from simple_llama.pretraining.weights import load_weights
-from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from tiny_job import ROOT, free_port, make_job, start_rank
 
 PRECOMPUTE, TRAIN, CRASH = "launch/precompute_ref.py", "launch/train_dpo.py", "tests/crash_at.py"

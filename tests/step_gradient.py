@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from simple_llama.common.distributed import Ranks, close_ranks, gather_objects, init_ranks, leave
+from simple_llama.cluster.distributed import Ranks, close_ranks, gather_objects, init_ranks, leave
 from simple_llama.reinforcement_learning.rlhf.dpo_config import parse_config
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
-from simple_llama.reinforcement_learning.rlhf.training_run import Run
+from simple_llama.reinforcement_learning.rlhf.run.training_run import Run
 
 
 def gradient(run: Run, ranks: Ranks) -> torch.Tensor:

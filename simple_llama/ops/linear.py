@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from simple_llama.ops.numerics import cpu_emulates_bf16
+from simple_llama.ops.machine import cpu_emulates_bf16
 
 
 def emulates_bf16(tensor: torch.Tensor) -> bool:

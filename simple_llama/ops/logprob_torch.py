@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from simple_llama.ops.numerics import bf16_valued_gemms, has_fast_bf16
+from simple_llama.ops.machine import bf16_valued_gemms, has_fast_bf16
 
 Counts = Sequence[tuple[int, int]]  # scored tokens of (chosen, rejected) a pair, on the host: no sync to read them
 LossFn = Callable[[torch.Tensor, slice], torch.Tensor]  # (logps_b2, which pairs) -> losses_b

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from simple_llama.common.errors import UserError
 from simple_llama.ops.attention import PackedLayout, attend
 from simple_llama.ops.linear import Linear
-from simple_llama.ops.numerics import cpu_emulates_bf16
+from simple_llama.ops.machine import cpu_emulates_bf16
 from simple_llama.pretraining.attention_blocks import MLA, Attend, MHSelfAttention
 from simple_llama.pretraining.config import TrainingConfig, check_model_config
 from simple_llama.pretraining.kv_cache import KVCache

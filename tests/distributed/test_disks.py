@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from tiny_job import TinyJob, make_job, run_ranks, start_rank, write_pairs
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

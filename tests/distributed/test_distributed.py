@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 WORKER = """
 import json, sys, torch
-from simple_llama.common.distributed import *
+from simple_llama.cluster.distributed import *
 from simple_llama.common.errors import UserError
 
 def message_of(call):
@@ -113,7 +113,7 @@ def test_failure_on_one_rank_ends_all(seen: list[dict[str, Any]]) -> None:
 def test_a_rank_that_never_comes_is_a_user_error() -> None:
     """Rank 1 is not started: rank 0 ends after its 2 seconds with the address and what to check."""
     port = free_port()
-    code = "from simple_llama.common.distributed import init_ranks; init_ranks('cpu', timeout_s=2)"
+    code = "from simple_llama.cluster.distributed import init_ranks; init_ranks('cpu', timeout_s=2)"
     process = start(0, code, port=port)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -19,8 +19,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from simple_llama.common.stopping import STOPPED
-from simple_llama.common.watchdog import LOST
+from simple_llama.cluster.stopping import STOPPED
+from simple_llama.cluster.watchdog import LOST
 from tiny_job import TinyJob, free_port, make_job, run_ranks, start_rank
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

@@ -12,10 +12,10 @@ import torch
 from host_waits import no_host_waits
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.metrics import SUMMED, MetricSums, pair_statistics
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.policy import DPOPolicy, pair_logps
-from simple_llama.reinforcement_learning.rlhf.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.run.metrics import SUMMED, MetricSums, pair_statistics
 
 pytestmark = [
     pytest.mark.gpu,

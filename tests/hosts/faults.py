@@ -30,7 +30,7 @@ if __name__ == "__main__":  # by hand; pytest sets the path itself
 from hosts.launch import PRECOMPUTE, TRAIN, Launch, end_jobs, is_rank, launch
 from hosts.rig import ADDRESSES, Process, Rig
 from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf.checkpoint import newest_state
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import newest_state
 from tiny_job import ROOT, TinyJob, make_job
 
 STEP = 8  # of the run, at which it is broken

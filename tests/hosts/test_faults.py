@@ -13,7 +13,7 @@ import pytest
 from hosts import faults
 from hosts.launch import TRAIN, launch
 from hosts.rig import Rig
-from simple_llama.common.stopping import STOPPED
+from simple_llama.cluster.stopping import STOPPED
 from tiny_job import TinyJob
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]

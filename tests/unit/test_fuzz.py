@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from fuzz_targets import REFERENCE, SHARD, TARGETS, seeds, shipped_tokenizer
 from simple_llama.common.files import digest
-from simple_llama.reinforcement_learning.rlhf.checkpoint import check_state
-from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
-from simple_llama.reinforcement_learning.rlhf.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import check_state
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "fuzz" / "fuzz_inputs.py"

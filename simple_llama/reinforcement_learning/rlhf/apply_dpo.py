@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simple_llama.common import stopping, watchdog
-from simple_llama.common.distributed import Ranks
-from simple_llama.common.logging import progress
+from simple_llama.cluster import stopping, watchdog
+from simple_llama.cluster.console import progress
+from simple_llama.cluster.distributed import Ranks
 from simple_llama.reinforcement_learning.rlhf.command import run_command
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
-from simple_llama.reinforcement_learning.rlhf.run_folder import locked, name_run
-from simple_llama.reinforcement_learning.rlhf.training_run import Run, due
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import locked, name_run
+from simple_llama.reinforcement_learning.rlhf.run.training_run import Run, due
 
 
 def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:

@@ -12,11 +12,12 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from simple_llama.common import stopping, watchdog
-from simple_llama.common.distributed import Ranks, barrier, close_ranks, init_ranks, leave
+from simple_llama.cluster import stopping, watchdog
+from simple_llama.cluster.console import set_up_log
+from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, init_ranks, leave
+from simple_llama.cluster.supervisor import FINISHED
 from simple_llama.common.errors import UserError
-from simple_llama.common.logging import LOGGER, get_logger
-from simple_llama.common.supervisor import FINISHED
+from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
@@ -36,7 +37,7 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         stopping.install(
             ranks.world_size
         )  # not before: while torch waits for the others in C++, a handler in Python would wait too
-        get_logger(None, ranks)
+        set_up_log(None, ranks)
         watchdog.start(ranks, config.start_timeout_s, config.peer_timeout_s, config.step_timeout_s, config.io_timeout_s)
         inputs = load_inputs(config, ranks)
         stopping.agree(ranks, at_once=True)

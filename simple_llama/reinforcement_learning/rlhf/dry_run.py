@@ -9,12 +9,12 @@ import torch
 from tokenizers import Tokenizer
 
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.batch_plan import BatchPlan
-from simple_llama.reinforcement_learning.rlhf.cost import estimate_memory, model_size
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.ds_config import full_ds_config, zero_stage
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.cost import estimate_memory, model_size
 
 
 def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from simple_llama.common.distributed import Ranks, fail_together, require_same
+from simple_llama.cluster.distributed import Ranks, fail_together, require_same
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
 from simple_llama.dataset.tokenizer import load_tokenizer, token_count, tokenizer_digest
@@ -27,11 +27,11 @@ from simple_llama.pretraining.weights import (
     vocab_size,
     weights_digest,
 )
-from simple_llama.reinforcement_learning.rlhf.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.ds_config import model_dtype, read_ds_config
-from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.ref_store import reference_id
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import model_dtype, read_ds_config
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import reference_id
 
 PACKAGES = ("torch", "deepspeed", "tokenizers", "numpy", "safetensors", "tensorboard", "simple-llama-dpo")
 

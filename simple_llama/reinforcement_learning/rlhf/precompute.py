@@ -8,17 +8,18 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from simple_llama.common import stopping, watchdog
-from simple_llama.common.distributed import Ranks, broadcast_object, fail_together
-from simple_llama.common.logging import LOGGER, progress
+from simple_llama.cluster import stopping, watchdog
+from simple_llama.cluster.console import progress
+from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together
+from simple_llama.common.logging import LOGGER
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.batch_plan import sweep
-from simple_llama.reinforcement_learning.rlhf.cost import peak_memory_gb
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.policy import compile_now, pair_logps
-from simple_llama.reinforcement_learning.rlhf.reference import open_store
+from simple_llama.reinforcement_learning.rlhf.objective.cost import peak_memory_gb
+from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
 
 
 def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:

@@ -12,8 +12,8 @@ from benchmarks.workload import make_pairs
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel
-from simple_llama.reinforcement_learning.rlhf.cost import model_size, useful_flops
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, useful_flops
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(n_embd=16, n_heads=2, n_layers=1, multiple_of=8, max_seq_len=256)

@@ -8,8 +8,8 @@ import torch
 from benchmarks.workload import MIXES, PACKS, make_pairs, pack_padded, pack_whole, pairs_for_rows, shares_prompt
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.policy import pair_logps
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 
 PAIRS = [
     TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6], 1),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simple_llama.ops import logprob, logprob_torch, numerics
+from simple_llama.ops import logprob, logprob_torch, machine
 from simple_llama.ops.logprob_torch import pair_logps, pair_loss, token_logps
 
 Counts = tuple[tuple[int, int], ...]
@@ -309,10 +309,10 @@ def fp32_setting() -> Iterator[Any]:
 def test_bf16_valued_gemms_is_exact_and_restores(fp32_setting: Any) -> None:
     """fp32 GEMMs of bf16 values are fp32-accurate within, and the user's setting is back afterwards, also on errors."""
     a, b = (x.bfloat16().float() for x in (torch.randn(64, 64), torch.randn(64, 64)))
-    with numerics.bf16_valued_gemms():
+    with machine.bf16_valued_gemms():
         assert fp32_setting.fp32_precision == "bf16"
         torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), atol=1e-4, rtol=1e-5)
-    with pytest.raises(KeyError), numerics.bf16_valued_gemms():
+    with pytest.raises(KeyError), machine.bf16_valued_gemms():
         raise KeyError
     assert fp32_setting.fp32_precision == "ieee"
 

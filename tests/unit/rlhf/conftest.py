@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from simple_llama.common.distributed import Ranks, close_ranks, init_ranks
+from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks
 
 
 @pytest.fixture(scope="session")

@@ -9,18 +9,18 @@ import shutil
 import pytest
 import torch
 
-from simple_llama.common import stopping
-from simple_llama.common.distributed import Ranks
+from simple_llama.cluster import stopping
+from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.weights import load_weights
-from simple_llama.reinforcement_learning.rlhf import training_run
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
-from simple_llama.reinforcement_learning.rlhf.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.evaluate import evaluate
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
-from simple_llama.reinforcement_learning.rlhf.training_run import Run, TrainingStopped
+from simple_llama.reinforcement_learning.rlhf.run import training_run
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
+from simple_llama.reinforcement_learning.rlhf.run.training_run import Run, TrainingStopped
 from tiny_job import ROOT, TinyJob, make_job, write_pairs
 
 

@@ -33,9 +33,9 @@ from bad_inputs import (
     parameters,
     states,
 )
-from simple_llama.common.distributed import Ranks
+from simple_llama.cluster.console import close_log
+from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
-from simple_llama.common.logging import close_logger
 from simple_llama.reinforcement_learning.rlhf import command
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import precompute_and_train, train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import config_from_dict
@@ -90,7 +90,7 @@ def run(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
         return Ended(stop.value.code, out, err)
 
     yield run
-    close_logger()
+    close_log()
 
 
 @contextmanager

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from simple_llama.common.distributed import Ranks
+from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf import dry_run
-from simple_llama.reinforcement_learning.rlhf.batch_plan import BatchPlan
-from simple_llama.reinforcement_learning.rlhf.cost import MemoryEstimate
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.dry_run import batch_arithmetic, describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
-from simple_llama.reinforcement_learning.rlhf.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.cost import MemoryEstimate
 from tiny_job import TinyJob, make_job
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simple_llama.reinforcement_learning.rlhf import precompute
-from simple_llama.reinforcement_learning.rlhf.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 
 CPU = torch.device("cpu")
 PAIRS = [TokenizedPair.from_chats([1, 2, i], 1, [1, 2, i + 1, 5], 2) for i in range(10, 15)]

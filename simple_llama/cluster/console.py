@@ -1,0 +1,80 @@
+"""Where the logger writes: rank 0 to the console and to the run's train.log, others only errors; progress bars.
+
+Messages go to stdout and progress bars to stderr, so `> run.txt` keeps the messages and shows the bar.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.errors import UserError
+from simple_llama.common.logging import LOGGER
+
+Item = TypeVar("Item")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints a message above any progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+        except (OSError, ValueError, TypeError):  # as logging does: a closed console must not end the run
+            self.handleError(record)
+
+
+def set_up_log(path: str | os.PathLike[str] | None, ranks: Ranks) -> None:
+    """Sets the program's logger up for this rank, in place of any set-up before.
+
+    Args:
+        path: file to append to (its folder is made), or None for the console only. Used on rank 0.
+        ranks: rank 0 shows everything from INFO; the others show only errors, with the rank's number in front.
+
+    Raises:
+        UserError: the log file cannot be opened.
+    """
+    close_log()
+    console = _ConsoleHandler()
+    LOGGER.addHandler(console)
+    if not ranks.is_main:
+        LOGGER.setLevel(logging.ERROR)
+        console.setFormatter(logging.Formatter(f"[rank {ranks.rank}] %(levelname)s %(message)s"))
+        return
+    LOGGER.setLevel(logging.INFO)
+    console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    if path is not None:
+        LOGGER.addHandler(_file_handler(Path(path)))
+
+
+def close_log() -> None:
+    """Bring the program's logger back to how import left it, and close the log file."""
+    LOGGER.setLevel(logging.NOTSET)
+    for handler in list(LOGGER.handlers):
+        LOGGER.removeHandler(handler)
+        handler.close()
+
+
+def progress(iterable: Iterable[Item], total: int, desc: str, ranks: Ranks) -> Iterable[Item]:
+    """`iterable` with a progress bar of `total` steps on rank 0's terminal; untouched on other ranks and in files."""
+    if not (ranks.is_main and sys.stderr.isatty()):
+        return iterable
+    return tqdm(iterable, total=total, desc=desc, dynamic_ncols=True, file=sys.stderr)
+
+
+def _file_handler(path: Path) -> logging.FileHandler:
+    """Appends, since a resumed run goes on in the same log."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the log {path}: {error.strerror or error}") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler

@@ -1,0 +1,168 @@
+"""Settings that their owners declare: frozen dataclasses with bounds in place, read from JSON and the command line.
+
+    @dataclass(frozen=True)
+    class BatchConfig(Settings):
+        batch_size: Annotated[int, Bounds(1, WHOLE)] = 16  # pairs per micro-batch per rank
+
+The comment behind a field, or a `Doc` in its annotation, is its help text. A command's settings inherit those of all
+owners; a function takes the smallest class that has what it reads.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
+
+import tyro
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import brief, read_json, shown
+
+WHOLE = 2**31 - 1  # the largest whole number of a setting
+
+
+class Bounds(NamedTuple):
+    """The numbers that a setting may be: from `low` to `high`, both allowed unless `above` or `below` excludes it."""
+
+    low: float
+    high: float
+    above: bool = False  # low itself is excluded
+    below: bool = False  # high itself is excluded
+
+    def hold(self, value: float) -> bool:
+        """Whether `value` lies within; never for NaN."""
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf and self.above and self.below:
+            return f"a finite number above {self.low:g}"
+        low = f"above {self.low}" if self.above else f"from {self.low}"
+        return f"a number {low} {'to below' if self.below else 'to'} {self.high}"
+
+
+class FilePath:
+    """Marks text that names a file or folder: never empty."""
+
+
+Count = Annotated[int, Bounds(1, WHOLE)]  # at least one
+CountOrNone = Annotated[int, Bounds(0, WHOLE)]  # 0 switches something off
+PathText = Annotated[str, FilePath()]
+
+
+class Settings:
+    """Base of every owner's settings: values are checked once, whichever way they came."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        for owner in reversed(type(self).__mro__):
+            if "check_rules" in vars(owner):
+                vars(owner)["check_rules"](self)
+
+    def check_rules(self) -> None:
+        """What an owner demands beside the bounds of single fields; UserError where it does not hold."""
+
+
+SomeSettings = TypeVar("SomeSettings", bound=Settings)
+
+
+def check_values(settings: Settings) -> None:
+    """Raises UserError for the first value that its field's annotation does not allow, text first."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in declared(type(settings))}
+    for name, extras in marks.items():
+        value = getattr(settings, name)
+        if isinstance(value, str):
+            check_text(name, value, is_path=any(isinstance(extra, FilePath) for extra in extras))
+    for name, extras in marks.items():
+        for bounds in (extra for extra in extras if isinstance(extra, Bounds)):
+            if not bounds.hold(getattr(settings, name)):
+                raise UserError(f"{name}: expected {bounds}, found {shown(getattr(settings, name))}")
+
+
+def check_text(name: str, text: str, is_path: bool) -> None:
+    """Raises UserError for text that no file can be named by, or that no file can hold."""
+    if not text and is_path:
+        raise UserError(f"{name}: expected a path, found an empty one")
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name}: expected Unicode text without NUL, found {shown(text)}")
+
+
+def declared(kind: type) -> list[Any]:
+    """The fields of a settings class, in order."""
+    return list(fields(kind))
+
+
+def parse_settings(kind: type[SomeSettings], argv: Sequence[str] | None, description: str | None) -> SomeSettings:
+    """Settings from a command line (default: this process's): defaults < `--config FILE.json` < flags.
+
+    `--local_rank=N`, which DeepSpeed's launcher appends, is left out: ranks come from the environment.
+    Raises UserError for a bad value; ends the process with status 2 (tyro's way) for an unknown flag.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    files, args = take_option(args, "--config")
+    _, args = take_option(args, "--local_rank")
+    if len(files) > 1:
+        raise UserError(f"--config: expected one file, found {len(files)}")
+    base = settings_from_dict(kind, read_json(files[0]), files[0]) if files else kind()
+    return tyro.cli(kind, args=args, default=base, description=description)
+
+
+def take_option(args: list[str], name: str) -> tuple[list[str], list[str]]:
+    """Splits `name VALUE`, `name=VALUE` (also spelled with hyphens) out of `args`: (the values, all other arguments)."""
+    values, rest, waiting = [], [], iter(args)
+    for arg in waiting:
+        flag, equals, value = arg.partition("=")
+        if flag.replace("-", "_") != name.replace("-", "_"):
+            rest.append(arg)
+        elif equals:
+            values.append(value)
+        else:
+            found = next(waiting, None)
+            if found is None:
+                raise UserError(f"{name}: expected a value behind it, found the end of the command line")
+            values.append(found)
+    return values, rest
+
+
+def settings_from_dict(kind: type[SomeSettings], found: Any, source: str) -> SomeSettings:
+    """Builds settings from a JSON value; `source` names it in errors.
+
+    An unknown key, or a value of another type, is a UserError.
+    """
+    if not isinstance(found, dict):
+        raise UserError(f"{source}: expected a JSON object of settings, found {type(found).__name__}")
+    known, hints = {field.name: field for field in declared(kind)}, get_type_hints(kind)
+    settings: dict[str, Any] = {}
+    for name, value in found.items():
+        if name not in known:
+            raise UserError(f"{source}: unknown setting {shown(name)}; known are {', '.join(known)}")
+        settings[name] = _typed(f"{source}: {name}", value, known[name].default, get_args(hints[name]))
+    return kind(**settings)
+
+
+def _typed(place: str, value: Any, default: Any, choices: tuple[Any, ...]) -> Any:
+    """A JSON value as the type of a setting's default: a list as a tuple, a whole number as a float where one is due."""
+    if isinstance(default, tuple):
+        if not (isinstance(value, list) and [type(number) for number in value] == [type(n) for n in default]):
+            raise UserError(f"{place}: expected a list of {len(default)} whole numbers, found {brief(value)}")
+        return tuple(value)
+    fits = isinstance(value, bool) == isinstance(default, bool) and (
+        isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
+    )
+    if not fits:
+        raise UserError(f"{place}: expected {type(default).__name__}, found {brief(value)}")
+    if choices and value not in choices:
+        raise UserError(f"{place}: expected one of {', '.join(choices)}, found {shown(value)}")
+    return _as_float(place, value) if isinstance(default, float) else value
+
+
+def _as_float(place: str, value: float) -> float:
+    """A number of a JSON file as a float; UserError for a whole number beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{place}: expected a number that a float can hold, found {shown(value)}") from None

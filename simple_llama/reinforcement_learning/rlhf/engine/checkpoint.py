@@ -1,0 +1,291 @@
+"""What a run leaves on disk: the `.pth` that upstream's inference loads, and the state from which it resumes.
+
+    <ckpt_dir>/<run>/
+        dpo_{epoch}E_{loss}L_{max_seq_len}MSQ.pth      fp32 weights, TrainingConfig, metadata
+        state/step_00000120/                           complete or absent: written beside, then renamed
+            rank_00000.safetensors ...                 master weights and AdamW moments, by parameter name
+            state.json                                 step, digests of the files, what the run depends on
+        latest                                         name of the newest state, written last
+
+A parameter's state stands whole in one file, so a run may resume on another number of ranks, and nothing is a pickle.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from simple_llama.cluster import watchdog
+from simple_llama.cluster.distributed import Ranks, fail_together, gather_objects
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import (
+    atomic_path,
+    atomic_write,
+    atomic_write_json,
+    brief,
+    file_digest,
+    publish_folder,
+    read_json,
+    shown,
+)
+from simple_llama.common.logging import LOGGER
+from simple_llama.reinforcement_learning.rlhf.engine.engine import MOMENTS, Engine
+
+FORMAT = 1  # of state.json; a reader refuses another one
+
+
+class SavedState(NamedTuple):
+    """A complete state on disk."""
+
+    folder: Path
+    facts: dict[str, Any]  # state.json
+
+
+def save_state(
+    folder: Path,
+    engine: Engine,
+    facts: dict[str, Any],
+    keep: int,
+    ranks: Ranks,
+    export: Callable[[dict[str, torch.Tensor]], None],
+) -> None:
+    """Writes `folder`/state/step_N and prunes older states (collective); `facts` must hold `step`.
+
+    Each parameter's state is written by one rank, in turn. `export` is called on rank 0 with the fp32 master weights
+    (CPU, by name) before the state can be seen: a state that is there has its `.pth` beside it. An error on one rank
+    is an error on all.
+    """
+    name = f"step_{facts['step']:08d}"
+    temp = folder / "state" / f".{name}.tmp"
+    try:
+        with fail_together(ranks):
+            if ranks.is_main:
+                sweep_temps(folder)
+                make_folder(temp)
+        weights, digests = write_shards(temp, engine, ranks)
+        with fail_together(ranks):
+            if ranks.is_main:
+                export(weights)
+                atomic_write_json(temp / "state.json", {"format": FORMAT, **facts, "files": digests})
+                publish_folder(temp, temp.with_name(name))
+                atomic_write(folder / "latest", f"{name}\n".encode())
+                prune(folder, name, keep)
+    except UserError:
+        if ranks.is_main:
+            shutil.rmtree(temp, ignore_errors=True)  # on a full disk, the room that it takes is needed
+        raise
+
+
+def complete_state(
+    folder: Path,
+    engine: Engine,
+    facts: dict[str, Any],
+    keep: int,
+    ranks: Ranks,
+    export: Callable[[dict[str, torch.Tensor]], None],
+) -> None:
+    """As `save_state`, where the state of that step is on disk already; so there is no moment without it.
+
+    Its shards stay, the facts and the `.pth` are made anew.
+    """
+    weights = {}
+    for parameter, tensors in engine.full_state():
+        if ranks.is_main:
+            weights[parameter] = tensors["weight"].cpu()
+    with fail_together(ranks):
+        if ranks.is_main:
+            sweep_temps(folder)
+            export(weights)
+            described = folder / "state" / f"step_{facts['step']:08d}" / "state.json"
+            atomic_write_json(described, {**read_json(described), **facts})
+            atomic_write(folder / "latest", f"{described.parent.name}\n".encode())
+            prune(folder, described.parent.name, keep)
+
+
+def write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Writes each rank's share of a state (collective). Gives fp32 master weights, on rank 0, and digests by file."""
+    mine, weights = {}, {}
+    for index, (parameter, tensors) in enumerate(engine.full_state()):
+        if index % ranks.world_size == ranks.rank:
+            mine |= {f"{parameter}|{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        if ranks.is_main:
+            weights[parameter] = tensors["weight"].cpu()
+    shard = folder / f"rank_{ranks.rank:05d}.safetensors"
+    with fail_together(ranks):
+        try:
+            with atomic_path(shard) as part:
+                save_file(mine, part)
+        except SafetensorError as error:  # how its writer reports a full disk
+            raise UserError(f"cannot write {shard}: {error}; free space or choose another place") from error
+        written = (shard.name, file_digest(shard))
+    digests = dict(gather_objects(written, ranks))
+    with fail_together(ranks):
+        for name in digests if ranks.is_main else ():
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: {name} of another rank is missing; ckpt_dir must be a shared disk")
+    return weights, digests
+
+
+def prune(folder: Path, newest: str, keep: int) -> None:
+    """Deletes states but the `keep` up to `newest`; later ones are damaged, or of a course that was given up."""
+    states = state_folders(folder)
+    kept = [state for state in states if state.name <= newest][:keep]
+    for state in states:
+        if state not in kept:
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def sweep_temps(folder: Path) -> None:
+    """Deletes what killed saves left half-written. The folder is locked, so nobody is writing it any more."""
+    for pattern in (".dpo_*.tmp", ".latest.*.tmp", "state/.step_*.tmp"):
+        for temp in folder.glob(pattern):
+            if temp.is_dir():
+                shutil.rmtree(temp, ignore_errors=True)
+            else:
+                temp.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and its parents; UserError where the disk does not let it."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror or error}; choose another ckpt_dir") from error
+
+
+def state_folders(folder: Path) -> list[Path]:
+    """State folders of a run, newest (highest step) first."""
+    return sorted((folder / "state").glob("step_*"), reverse=True)
+
+
+def newest_state(folder: Path) -> SavedState:
+    """The newest state whose files are all there and unchanged; damaged ones are named in a warning and passed over.
+
+    Raises UserError when there is none.
+    """
+    for candidate in state_folders(folder):
+        problem, facts = check_state(candidate)
+        if not problem:
+            return SavedState(candidate, facts)
+        LOGGER.warning("state %s is not used: %s", candidate, problem)
+    raise UserError(f"{folder}: expected a state to resume from (state/step_*), found no complete one")
+
+
+def check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
+    """What is wrong with a state folder ("" when nothing is), and its facts. Nothing outside the folder is read."""
+    try:
+        for path in (candidate, candidate / "state.json"):
+            if path.is_symlink():
+                return f"{path.name} is a link, which leads out of the folder", {}
+        facts = read_json(candidate / "state.json")
+        problem = facts_problem(candidate, facts)
+        for name, expected in facts["files"].items() if not problem else ():
+            problem = problem or file_problem(candidate, name, expected)
+    except (UserError, OSError) as error:
+        problem = str(error)
+    return (problem, {}) if problem else ("", facts)
+
+
+def facts_problem(candidate: Path, facts: Any) -> str:
+    """What is wrong with the content of a state.json; "" when nothing is."""
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        return f"state.json: expected format {FORMAT}"
+    files, step, loss, weights = (facts.get(key) for key in ("files", "step", "loss", "weights"))
+    if not isinstance(files, dict) or not files or step is None:
+        return "state.json: expected a step and the digests of its files"
+    if type(step) is not int or candidate.name != f"step_{step:08d}":
+        return f"state.json: step: expected the number of {candidate.name}, found {shown(step)}"
+    if type(facts.get("optimizer_steps")) is not int or not 0 <= facts["optimizer_steps"] <= step:
+        return f"state.json: optimizer_steps: expected at most {step}, found {shown(facts.get('optimizer_steps'))}"
+    if "loss" not in facts or not (loss is None or type(loss) in (int, float)):
+        return f"state.json: loss: expected a number or null, found {shown(loss)}"
+    if not isinstance(weights, str) or weights != Path(weights).name:
+        return f"state.json: weights: expected a plain file name, found {shown(weights)}"
+    return ""
+
+
+def file_problem(folder: Path, name: str, expected: Any) -> str:
+    """What is wrong with one file of a state, named in its state.json; "" when nothing is."""
+    path = folder / Path(name).name
+    if not path.is_file():
+        return f"{name} is missing"
+    if name != path.name:
+        return f"{name}: expected a plain file name"
+    if path.is_symlink():
+        return f"{name} is a link, which leads out of the folder"
+    if file_digest(path) != expected:
+        return f"{name} is damaged (digest differs)"
+    for parameter, tensors in read_tensors(path):
+        watchdog.beat(f"checking {name}")
+        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+        if tensors.keys() != {"weight", *MOMENTS} or len(shapes) != 1:
+            return f"{name}: {shown(parameter)}: expected weight, {', '.join(MOMENTS)} of one shape"
+        if any(tensor.dtype != torch.float32 or not tensor.isfinite().all() for tensor in tensors.values()):
+            return f"{name}: {shown(parameter)}: expected finite fp32 numbers"
+    return ""
+
+
+def load_state(saved: SavedState, engine: Engine) -> None:
+    """Sets master weights, moments and computing weights of `engine` from a checked state (every rank reads)."""
+    engine.load_full_state(read_parameters(saved), int(saved.facts["optimizer_steps"]))
+
+
+def read_parameters(saved: SavedState) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(parameter name, {weight, exp_avg, exp_avg_sq}) of a state, one at a time, fp32 on the CPU."""
+    for name in saved.facts["files"]:
+        watchdog.beat(f"loading {name}")
+        yield from read_tensors(saved.folder / Path(name).name)
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(parameter name, {kind: tensor}) of one file of a state. UserError when it is no safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key.rpartition("|") for key in sorted(file.keys())]
+            for parameter, group in groupby(keys, key=lambda key: key[0]):
+                yield parameter, {kind: file.get_tensor(f"{parameter}|{kind}") for _, _, kind in group}
+    except SafetensorError as error:
+        raise UserError(f"{path}: expected a safetensors file, found: {error}") from error
+
+
+def check_same_run(facts: dict[str, Any], now: dict[str, Any], total_steps: int, folder: Path) -> None:
+    """Refuses to resume where the order of the data or the reference would differ from the saved run's."""
+    for key, value in now.items():
+        if facts.get(key) != value:
+            raise UserError(
+                f"{folder}: cannot resume: {key} was {brief(facts.get(key), 1000)}, is now {brief(value, 1000)}; "
+                "resume with the settings, data and model of the run, or start another run_name"
+            )
+    if facts["step"] > total_steps:
+        raise UserError(f"{folder}: cannot resume: it is of step {facts['step']}, but the run has {total_steps} steps")
+
+
+def weights_name(epochs_done: float, loss: float, max_seq_len: int) -> str:
+    """File name of exported weights; whole epochs without a fraction: dpo_2E_0.5312L_2048MSQ.pth."""
+    return f"dpo_{epochs_done:.4g}E_{loss:.4f}L_{max_seq_len}MSQ.pth"
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run's folder holds something that starting anew would overwrite.
+
+    A `.pth` beside nothing but an unfinished state is none: a kill in the first save leaves it, and nothing to resume.
+    """
+    if (folder / "latest").exists() or state_folders(folder):
+        return True
+    return any(folder.glob("dpo_*.pth")) and not any((folder / "state").glob(".step_*.tmp"))
+
+
+def newest_run(ckpt_dir: Path) -> str:
+    """Name of the run under `ckpt_dir` that saved a state last. Raises UserError when there is none."""
+    saved = {path: path.parent.name for path in ckpt_dir.glob("*/latest")}
+    saved |= {path: path.parent.parent.name for path in ckpt_dir.glob("*/state/step_*")}  # killed before its `latest`
+    if not saved:
+        raise UserError(f"{ckpt_dir}: expected a run to resume (<run>/latest), found none")
+    return saved[max(saved, key=lambda path: path.lstat().st_mtime)]  # a link may be broken

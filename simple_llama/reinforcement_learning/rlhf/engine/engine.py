@@ -1,0 +1,232 @@
+"""The only importer of deepspeed: wraps the policy with ZeRO, steps it, and reads or sets its full fp32 state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.errors import UserError
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.engine.communication import CommunicationMeter
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config, without_communication, zero_stage
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, evaluating, pair_logps
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the master weight: what a resumed run needs of a parameter
+
+
+class Engine:
+    """A policy under DeepSpeed. `model` computes with the current weights; call it for evaluation and sampling too.
+
+    Master weights are fp32 and start as the checkpoint's own fp32 values, not as their bf16 rounding.
+    """
+
+    def __init__(self, policy: DPOPolicy, start_weights: Mapping[str, torch.Tensor], config: DPOConfig, ranks: Ranks):
+        """Wraps `policy` (already in its computing dtype). Needs the process group that `init_ranks` made.
+
+        Args:
+            start_weights: fp32 values of the model's parameters by name, as the checkpoint has them.
+        """
+        deepspeed = import_deepspeed(ranks.device)
+        self.utils = deepspeed.utils
+        self.ds_config: dict[str, Any] = full_ds_config(config, ranks.world_size)
+        if ranks.world_size == 1:  # reduce_once rounds its fp32 sums to bf16 where no dtype of communication is named
+            keep_buckets = config.reduce_once or ranks.device.type == "cuda"
+            self.ds_config = without_communication(self.ds_config, keep_buckets)
+        self.stage = zero_stage(self.ds_config)
+        trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(
+            decay_groups(trainable, config.weight_decay),
+            lr=config.max_lr,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+        try:
+            engine, zero_optimizer, _, _ = deepspeed.initialize(
+                model=policy, optimizer=optimizer, config=self.ds_config, dist_init_required=False
+            )
+        except ValueError as error:  # of its checks of the settings
+            raise UserError(f"{config.deepspeed_config}: DeepSpeed refuses these settings: {error}") from error
+        self.engine: Any = engine
+        self.optimizer: Any = zero_optimizer
+        self.communication = CommunicationMeter(deepspeed.comm.comm.cdb, ranks.device)
+        self.trainable = trainable
+        self.reduce_once = config.reduce_once
+        if self.reduce_once:
+            self.accumulate_locally()
+        self.make_moments()
+        self.load_full_state(((name, {"weight": start_weights[name]}) for name in trainable), optimizer_steps=0)
+
+    @property
+    def model(self) -> LLaMaTransformer:
+        """The model with the current computing weights."""
+        return self.engine.module.model
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether no rank holds all weights (ZeRO-3): then every rank must make every forward call."""
+        return self.stage == 3
+
+    def backward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
+        """Forward and backward of one micro-batch; its gradient is `weight` times that of the sum of losses.
+
+        ZeRO divides by the number of ranks when it reduces, so a weight of ranks / pairs makes the step's gradient that
+        of the mean over all pairs. `last` marks the step's last micro-batch.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        if self.reduce_once:  # the flags of DeepSpeed's coalesce_grad_reduction (0.19.8): no reduction while they stand
+            self.engine.inside_no_sync_ctxt = self.optimizer._coalesce_grad_reduction = not last
+        with self.communication.counting():
+            out = self.engine(batch, ref_logps_B2)
+            self.engine.backward(out.loss * weight, scale_wrt_gas=False)
+        return out
+
+    def accumulate_locally(self) -> None:
+        """Lets micro-batches add up in fp32 on this rank; the last one's backward pass reduces the sums, overlapped.
+
+        DeepSpeed's coalesce_grad_reduction alone would add up in `.grad`, in bf16: each addition may lose half of a
+        bf16 digit, 2^-9 of the sum. Instead the sums are kept in `grad_accum`, as ZeRO-1 does with an fp32
+        accumulation dtype. What is reduced is then exact to the order of fp32 additions. Each trained parameter takes
+        part in every micro-batch, so the last one hands over all sums.
+        """
+        for owner, flag in ((self.engine, "inside_no_sync_ctxt"), (self.optimizer, "_coalesce_grad_reduction")):
+            if not hasattr(owner, flag):
+                raise UserError(f"reduce_once: expected DeepSpeed 0.19.8 or one like it, found one without {flag}")
+        if not self.optimizer.use_separate_grad_accum:
+            return  # computing in fp32: `.grad` is such a sum already
+        self.optimizer.use_grad_accum_attribute = True
+        for parameter in self.trainable.values():  # at once, so that no second whole gradient exists in bf16
+            parameter.register_post_accumulate_grad_hook(self.optimizer._fill_param_grad_accum_attribute)
+
+    def logps(self, batch: PairBatch) -> torch.Tensor:
+        """Log-prob sums (B, 2) with the current weights, as `policy.pair_logps`; with ZeRO-3 on every rank at once."""
+        if not self.partitioned:
+            return pair_logps(self.model, batch)
+        ignored_B2 = torch.zeros(len(batch), 2, device=batch.tokens_T.device)
+        with torch.no_grad(), evaluating(self.engine.module):  # only the engine's forward gathers the head's weight
+            return self.engine(batch, ignored_B2).logps_B2
+
+    def step(self, rate: float) -> float:
+        """Clips by the global norm, makes one AdamW step at learning rate `rate`; returns the norm before the clip."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.set_gradient_accumulation_boundary(True)
+        with self.communication.counting():
+            self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """(name, {weight, exp_avg, exp_avg_sq}) of each trained parameter, whole, fp32, one at a time (collective)."""
+        for name, parameter in self.trainable.items():
+            state: dict[str, Any] = {key: self.utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            state["weight"] = self.utils.safe_get_full_fp32_param(parameter)
+            yield name, state
+
+    def load_full_state(self, state: Iterable[tuple[str, dict[str, torch.Tensor]]], optimizer_steps: int) -> None:
+        """Sets master weights, and moments where given, then the computing weights; AdamW's step count too.
+
+        Raises UserError when a trained parameter is missing or has another shape.
+        """
+        missing = set(self.trainable)
+        for name, tensors in state:
+            if name not in self.trainable:
+                raise UserError(f"state to load: expected only trained parameters, found {name}")
+            parameter = self.trainable[name]
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # a ZeRO-3 parameter shows no shape itself
+            if tuple(tensors["weight"].shape) != shape:
+                raise UserError(f"state of {name}: expected shape {shape}, found {tuple(tensors['weight'].shape)}")
+            missing.discard(name)
+            for key, tensor in tensors.items():
+                value = tensor.to(device=parameter.device, dtype=torch.float32)
+                if self.partitioned:
+                    self.set_local_part(parameter, value, None if key == "weight" else key)
+                elif key == "weight":
+                    self.utils.safe_set_full_fp32_param(parameter, value)
+                else:
+                    self.utils.safe_set_full_optimizer_state(parameter, value, key)
+        if missing:
+            raise UserError(f"state to load: expected all trained parameters, missing {', '.join(sorted(missing)[:4])}")
+        self.round_to_computing_weights()
+        for moments in self.optimizer.optimizer.state.values():
+            moments["step"].fill_(optimizer_steps)
+
+    def round_to_computing_weights(self) -> None:
+        """Makes the computing weights from the masters, as an optimizer step does."""
+        if not self.partitioned:
+            self.optimizer.update_lp_params()
+            return
+        flats, masters = self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat
+        for flat, master in zip(flats, masters, strict=True):
+            flat.data.copy_(master.data)
+        if whole := self.optimizer.persistent_parameters:  # small ones, of which every rank holds a whole copy
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+
+    def set_local_part(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
+        """Sets this rank's part of a ZeRO-3 parameter's master weight or moment from the whole fp32 value.
+
+        DeepSpeed's own safe_set_full_* (0.19.8) fails on the last rank where the size is no multiple of the ranks.
+        """
+        size = parameter.ds_tensor.ds_numel
+        start = size * torch.distributed.get_rank()
+        part = value.flatten()[start : start + size]
+        part = torch.nn.functional.pad(part, (0, size - len(part)))
+        if moment is None:
+            self.utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            self.utils.safe_set_local_optimizer_state(parameter, part, moment)
+
+    def make_moments(self) -> None:
+        """Gives AdamW its zero moments before the first step, and ZeRO its links to them.
+
+        ZeRO-2 (0.19.8) links all groups after the first group's step, when the others have no moments yet: without
+        this the state of a second group could be neither saved nor loaded.
+        """
+        zero = self.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.partitioned else zero.single_partition_of_fp32_groups
+        for flat in flats:
+            step = torch.zeros((), dtype=torch.float32, device=flat.device)
+            zero.optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        if not self.partitioned:
+            for group, flat in zip(zero.bit16_groups, flats, strict=True):
+                self.utils.lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
+            zero._hp_optimizer_states_linked = True
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Imports deepspeed for this kind of device; late, since it looks for an accelerator and takes a second.
+
+    It would otherwise choose a GPU by itself, also for a run that is told to use the CPU.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+    import deepspeed.comm.comm
+    import deepspeed.ops
+    import deepspeed.utils
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's calls
+    # On a CPU, DeepSpeed would compile a shared-memory op at start; gloo does without, and hosts need no compiler.
+    # Set, not edited: reading this table would call the compiler to find out which ops could be built.
+    ops: Any = deepspeed.ops
+    ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+def decay_groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups by name: matrices decay; norms, biases and embeddings do not. One group where nothing decays."""
+    if not weight_decay:
+        return [{"params": list(parameters.values()), "weight_decay": 0.0}]
+    decays = {name: p.dim() >= 2 and not name.startswith("embeddings.") for name, p in parameters.items()}
+    groups = [
+        {"params": [p for name, p in parameters.items() if decays[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if not decays[name]], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,99 @@
+"""Rank 0 writes to the console and train.log, the others only errors; bars only on a terminal."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from simple_llama.cluster.console import close_log, progress, set_up_log
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.errors import UserError
+from simple_llama.common.logging import LOGGER
+
+
+def ranks(rank: int) -> Ranks:
+    """One of two ranks."""
+    return Ranks(rank, 2, rank, 2, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """Leave the program's logger as it was."""
+    yield
+    close_log()
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_rank_0_writes_console_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A message reaches stdout and the file, once each; stderr stays free for bars."""
+    log = tmp_path / "runs" / "train.log"
+    set_up_log(log, ranks(0))
+    LOGGER.info("kept %d pairs", 7)
+    console = capsys.readouterr()
+    assert console.out.count("INFO kept 7 pairs") == 1 and console.err == ""
+    assert log.read_text().count("INFO kept 7 pairs") == 1
+
+
+def test_other_ranks_show_only_errors_and_write_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What every rank would say is said once; an error says which rank it is from."""
+    set_up_log(tmp_path / "train.log", ranks(1))
+
+    LOGGER.warning("said by rank 0 too")
+    LOGGER.error("mine")
+    assert capsys.readouterr().out == "[rank 1] ERROR mine\n"
+    assert not (tmp_path / "train.log").exists()
+
+
+def test_setting_up_twice_does_not_double_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second set-up replaces the first; without arguments nothing changes; the file is appended to."""
+    set_up_log(tmp_path / "train.log", ranks(0))
+    LOGGER.info("first")
+    set_up_log(tmp_path / "train.log", ranks(0))
+    LOGGER.info("second")
+    assert capsys.readouterr().out.count("second") == 1
+    assert [line.split()[-1] for line in (tmp_path / "train.log").read_text().splitlines()] == ["first", "second"]
+
+
+def test_import_adds_no_handlers() -> None:
+    """Importing does nothing; closing brings that state back."""
+    close_log()
+    assert LOGGER.handlers == [] and LOGGER.level == logging.NOTSET and LOGGER is logging.getLogger("simple_llama")
+
+
+def test_an_unwritable_log_is_a_user_error(tmp_path: Path) -> None:
+    """A folder has the log's name."""
+    with pytest.raises(UserError, match=r"cannot write the log .*: Is a directory"):
+        set_up_log(tmp_path, ranks(0))
+
+
+def test_no_bar_in_a_file_or_on_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The iterable comes back as it is: rank 0 with stderr in a file, rank 1 on a terminal."""
+    items = [1, 2]
+    assert progress(items, 2, "pairs", ranks(0)) is items
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert progress(items, 2, "pairs", ranks(1)) is items
+
+
+def test_a_message_does_not_break_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal the bar goes to stderr with its name; a message in between goes whole to stdout."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    set_up_log(None, ranks(0))
+
+    for item in progress([1, 2], 2, "pairs", ranks(0)):
+        LOGGER.info("item %d", item)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("INFO ")[1] for line in lines] == ["item 1", "item 2"]
+    assert "pairs" in terminal.getvalue() and "2/2" in terminal.getvalue()

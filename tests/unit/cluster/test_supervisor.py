@@ -1,0 +1,299 @@
+"""The supervisor with launchers that fail in every way: small shell and Python programs. Real ones: tests/hosts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from simple_llama.cluster import supervisor
+from simple_llama.cluster.supervisor import FINISHED, check_environment_files, environment_with_keepalive, option
+from simple_llama.common.errors import UserError
+from tiny_job import ROOT
+
+SUPERVISE = [sys.executable, str(ROOT / "launch" / "supervise.py")]
+
+
+def start(folder: Path, *command: str, grace_s: float = 0.5) -> subprocess.Popen[str]:
+    """Supervises a command, started in `folder`."""
+    return subprocess.Popen(
+        [*SUPERVISE, "--grace_s", str(grace_s), *command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder: Path, script: str) -> tuple[int, str, str]:
+    """Supervises a shell script to its end: status, stdout, stderr."""
+    process = start(folder, "sh", "-c", script)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def wait_for(path: Path) -> str:
+    """The text of a file that another process writes."""
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return path.read_text().strip()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "words"),
+    [
+        (f"echo '12:00:00 INFO {FINISHED}'", 0, ""),
+        (f"echo 'host-a: 12:00:00 INFO {FINISHED}'", 0, ""),
+        ("echo all is well", 1, "did not say that it finished"),
+        (f"echo \"sample 0: '{FINISHED}'\"", 1, "did not say that it finished"),
+        (f"echo {FINISHED} >&2; exit 3", 3, ""),
+        ("exit 75", 75, ""),
+        ("kill -9 $$", 137, "ended by SIGKILL"),
+        (f"echo {FINISHED}; kill -9 $$", 137, "ended by SIGKILL"),
+    ],
+)
+def test_the_status_is_honest(tmp_path: Path, script: str, status: int, words: str) -> None:
+    """0 needs both the launcher's 0 and the job's word; a signal is 128 + its number."""
+    found, _, err = run(tmp_path, script)
+    assert found == status and words in err, err
+
+
+def test_output_is_passed_on_as_it_is(tmp_path: Path) -> None:
+    """Both streams, also bytes that are no UTF-8 text, and a last line without an end."""
+    process = subprocess.run(
+        [*SUPERVISE, "sh", "-c", r"printf 'a\377b\n'; printf 'to err\n' >&2; printf end"],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert process.stdout == b"a\377b\nend" and process.stderr.startswith(b"to err\n")
+
+
+def test_one_failed_host_ends_the_launch(tmp_path: Path) -> None:
+    """pdsh says that a host has ended with an error and waits for the other one for ever: ended after the grace."""
+    script = "echo 'pdsh@host-a: host-b: ssh exited with exit code 3' >&2; sleep 60"
+    began = time.monotonic()
+    status, _, err = run(tmp_path, script)
+    assert status == 3 and time.monotonic() - began < 20
+    assert "host host-b has failed, others have not ended within 0.5 s" in err
+    assert "host host-b failed first, with status 3" in err
+
+
+def test_a_launcher_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After _KILL_S, here 0.5 s."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from simple_llama.cluster import supervisor as s;"
+        "s._KILL_S = 0.5; sys.exit(s.supervise(['sh', '-c', sys.argv[2]], 0.2))"
+    )
+    script = "trap '' TERM; echo 'pdsh@a: b: ssh exited with exit code 1' >&2; while :; do sleep 0.1; done"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), script], cwd=tmp_path, capture_output=True, timeout=60
+    )
+    assert done.returncode == 1 and b"ended by SIGKILL" in done.stderr
+
+
+def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path) -> None:
+    """The launcher is killed; its child in a session of its own would run on for a minute."""
+    note = tmp_path / "pid"
+    began = time.monotonic()
+    status, _, err = run(tmp_path, f"setsid sh -c 'echo $$ >{note}; exec sleep 60' & sleep 0.5; kill -9 $$")
+    assert status == 137 and time.monotonic() - began < 30
+    assert "ending 1 processes that the launcher left" in err
+    assert not is_alive(int(wait_for(note)))
+
+
+def test_the_launcher_does_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
+    """kill -9 of the supervisor itself: the launcher gets SIGTERM."""
+    note = tmp_path / "pid"
+    process = start(tmp_path, "sh", "-c", f"echo $$ >{note}; exec sleep 60")
+    pid = int(wait_for(note))
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_the_ranks_not_the_launcher(tmp_path: Path, number: signal.Signals) -> None:
+    """The rank (LOCAL_RANK is set) saves and ends with 75; the launcher, which passes that on, is left alone. A helper
+    process of the rank gets no signal."""
+    rank = (
+        f"sh -c 'trap \"echo helper got it >>{tmp_path}/got\" TERM; sleep 2' & helper=$!;"
+        f"trap 'echo rank got it >>{tmp_path}/got; sleep 0.3; kill -9 $helper; exit 75' TERM;"
+        f"echo $$ >{tmp_path}/pid; while :; do sleep 0.1; done"
+    )
+    (tmp_path / "rank.sh").write_text(rank)
+    launcher = f"trap 'echo launcher got it >>{tmp_path}/got' TERM INT USR1; LOCAL_RANK=0 sh {tmp_path}/rank.sh"
+    process = start(tmp_path, "sh", "-c", launcher + "; exit $?")
+    wait_for(tmp_path / "pid")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and f"{number.name}: asking all ranks" in err
+    assert (tmp_path / "got").read_text() == "rank got it\n"
+
+
+def test_a_second_signal_ends_the_launcher(tmp_path: Path) -> None:
+    """For a person who does not want to wait."""
+    process = start(
+        tmp_path, "sh", "-c", f"echo >{tmp_path}/up; LOCAL_RANK=0 sh -c 'trap : TERM; while :; do sleep 0.1; done'"
+    )
+    wait_for(tmp_path / "up")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)  # the same wish, by another way
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=80)
+    assert process.returncode == 128 + signal.SIGTERM and "SIGINT again" in err
+
+
+HOSTFILES = {
+    "none there": (None, "expected a hostfile"),
+    "a folder": ("folder", "expected a hostfile"),
+    "empty": ("", "expected at least one line"),
+    "comments alone": ("# host-a slots=1\n\n", "expected at least one line"),
+    "no slots": ("host-a\n", ":1: expected 'HOST slots=N', found 'host-a'"),
+    "slots of words": ("host-a slots=two\n", ":1: expected 'HOST slots=N'"),
+    "negative slots": ("host-a slots=-1\n", ":1: expected 'HOST slots=N'"),
+    "no slot": ("host-a slots=0\n", ":1: expected 1 to 1024 slots, found 0"),
+    "enormous slots": (f"host-a slots={'9' * 400}\n", ":1: expected 1 to 1024 slots, found 9999"),
+    "a host twice": ("host-a slots=1\nhost-b slots=1\nhost-a slots=1\n", ":3: expected each host once, found host-a"),
+    "more behind it": ("host-a slots=1 gpus=2\n", ":1: expected 'HOST slots=N'"),
+    "an option as a name": ("-oProxyCommand=x slots=1\n", ":1: expected 'HOST slots=N'"),
+    "no text": (b"\xff\xfe\x00", "expected a hostfile"),
+    "a name with a NUL": (b"host\x00a slots=1\n", ":1: expected 'HOST slots=N'"),
+    "a shell command": ("host;reboot slots=1\n", ":1: expected 'HOST slots=N'"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTFILES)
+def test_a_bad_hostfile_is_refused(tmp_path: Path, case: str) -> None:
+    """Where DeepSpeed's launcher would show a traceback, or start something else than was written."""
+    content, words = HOSTFILES[case]
+    path = tmp_path / "hostfile"
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as refused:
+        supervisor.read_hostfile(str(path))
+    assert str(path) in str(refused.value) and words in str(refused.value)
+
+
+def test_a_bad_hostfile_ends_with_one_message(tmp_path: Path) -> None:
+    """As a person sees it: status 2, one line, nothing started."""
+    (tmp_path / "hostfile").write_text("host-a\n")
+    (tmp_path / "deepspeed").write_text("#!/bin/sh\ntouch started\n")
+    (tmp_path / "deepspeed").chmod(0o755)
+    process = start(tmp_path, "./deepspeed", "--hostfile=hostfile", "x.py")
+    out, err = process.communicate(timeout=60)
+    assert (
+        process.returncode == 2 and out == "" and err == "error: hostfile:1: expected 'HOST slots=N', found 'host-a'\n"
+    )
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_good_hostfile_is_read() -> None:
+    """The project's own, and one with comments."""
+    assert supervisor.read_hostfile(str(ROOT / "hostfile")) == ["localhost"]
+    assert supervisor.read_hostfile("") == []
+
+
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [
+        (["deepspeed", "--hostfile", "h", "x.py"], "h"),
+        (["deepspeed", "--no_ssh_check", "--hostfile=h", "x.py"], "h"),
+        (["deepspeed", "-H", "h", "x.py"], "h"),
+        (["deepspeed", "x.py", "--hostfile", "h"], ""),  # an option of the script
+        (["torchrun", "x.py"], ""),
+        (["deepspeed", "--hostfile"], ""),
+    ],
+)
+def test_options_of_the_launcher_stand_before_the_script(command: list[str], value: str) -> None:
+    """What stands behind the script is the script's."""
+    assert option(command, "--hostfile", "-H") == value
+
+
+@pytest.mark.parametrize("line", ["", "# a comment", "PATH", "1A=b", "A B=c", " A=b"])
+def test_a_line_that_deepspeed_env_cannot_have(tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed splits each line at "=", so a blank line or a comment is a traceback there, or a broken export."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "variables"
+    path.write_text(f"PATH=/bin:$PATH\n{line}\nA=\n")
+    with pytest.raises(UserError, match="variables:2: expected NAME=value"):
+        check_environment_files({"DS_ENV_FILE": str(path)})
+    path.write_text("PATH=/bin:$PATH\nA=\n")
+    check_environment_files({"DS_ENV_FILE": str(path)})
+    check_environment_files({"DS_ENV_FILE": "none"})
+
+
+def test_a_missing_program_is_named(tmp_path: Path) -> None:
+    """A typing mistake, and no command at all."""
+    for command in ([], ["deepsped", "x.py"]):
+        process = start(tmp_path, *command)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and err.startswith("error: expected a launcher's command")
+
+
+def test_ssh_gets_a_keepalive_unless_it_has_one() -> None:
+    """The user's own options stay."""
+    assert environment_with_keepalive({"A": "b"}) == {"A": "b", "PDSH_SSH_ARGS_APPEND": supervisor.KEEPALIVE}
+    own = {"PDSH_SSH_ARGS_APPEND": "-p 2222"}
+    assert environment_with_keepalive(own)["PDSH_SSH_ARGS_APPEND"] == f"-p 2222 {supervisor.KEEPALIVE}"
+    own = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=60"}
+    assert environment_with_keepalive(own) == own
+
+
+def test_descendants_are_found_below_below(tmp_path: Path) -> None:
+    """A child, its child, and nobody else."""
+    process = subprocess.Popen(["sh", "-c", f"sh -c 'echo $$ >{tmp_path}/pid; sleep 60; :' ; :"])
+    try:
+        below = int(wait_for(tmp_path / "pid"))
+        found = supervisor.descendants(os.getpid())
+        assert process.pid in found and below in found and os.getpid() not in found and os.getppid() not in found
+    finally:
+        for pid in supervisor.descendants(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def test_a_slow_reader_gets_all(tmp_path: Path) -> None:
+    """20,000 lines into a pipe that is read late: all of them arrive, and the job counts as finished."""
+    process = start(tmp_path, "sh", "-c", f"seq 1 20000; echo {FINISHED}")
+    time.sleep(2)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.splitlines()[-2:] == ["20000", FINISHED], err
+
+
+def test_another_launcher_has_hosts_of_its_own(tmp_path: Path) -> None:
+    """mpirun's hostfile is not DeepSpeed's; DeepSpeed's with another launcher may be anything too."""
+    (tmp_path / "hostfile").write_text("node-1 max_slots=4\n")
+    (tmp_path / "mpirun").write_text(f"#!/bin/sh\necho {FINISHED}\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    (tmp_path / "deepspeed").symlink_to("mpirun")
+    for command in (["./mpirun"], ["./deepspeed", "--launcher=openmpi"]):
+        process = start(tmp_path, *command, "--hostfile", "hostfile", "x.py")
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err

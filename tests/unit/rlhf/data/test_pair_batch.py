@@ -1,0 +1,75 @@
+"""A pair as one packed sequence. Model-level exactness is in test_policy.py."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+
+TOKENS = st.lists(st.integers(10, 14), min_size=1, max_size=8)
+
+
+def test_pair_by_hand():
+    """Prompt 1 2 3, answers 4 5 and 4 6 7. All answer tokens are scored, so the shared 4 is not part of the prefix."""
+    pair = TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 4, 6, 7], 3)
+    assert pair.prefix.tolist() == [1, 2, 3]
+    assert pair.chosen.tolist() == [4, 5] and pair.rejected.tolist() == [4, 6, 7]
+    assert pair.rows == 3 + 1 + 2 and (pair.chosen_len, pair.rejected_len) == (5, 6)
+
+
+def test_batch_by_hand():
+    """The pair above: stream 1 2 3 | 4 | 4 6; row 2 (token 3) predicts the first token of both branches."""
+    pair = TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 4, 6, 7], 3)
+    batch = PairBatch.pack([pair])
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4, 4, 6]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 3, 4]
+    assert batch.rows_N.tolist() == [2, 3, 2, 4, 5]
+    assert batch.targets_N.tolist() == [4, 5, 4, 6, 7]
+    assert batch.counts == ((2, 3),) and batch.layout.segments == ((3, (1, 2)),)
+
+
+def test_different_earlier_turns_are_context_in_the_branches():
+    """Chats 1 2 8 9 (scored: 9) and 1 3 8 9: only 1 is shared, the branches carry one unscored token each."""
+    pair = TokenizedPair.from_chats([1, 2, 8, 9], 1, [1, 3, 8, 9], 1)
+    batch = PairBatch.pack([pair])
+    assert pair.prefix.tolist() == [1] and batch.tokens_T.tolist() == [1, 2, 8, 3, 8]
+    assert batch.rows_N.tolist() == [2, 4] and batch.targets_N.tolist() == [9, 9]
+
+
+@given(st.lists(st.tuples(TOKENS, TOKENS, TOKENS), min_size=1, max_size=4))
+def test_every_scored_token_is_predicted_by_the_token_before_it(triples):
+    """For any pairs: row r of a scored token holds the token before it in its own chat, at that token's position."""
+    pairs = [TokenizedPair.from_chats([1, *p, *c], len(c), [1, *p, *r], len(r)) for p, c, r in triples]
+    batch = PairBatch.pack(pairs)
+    assert len(batch.tokens_T) == sum(pair.rows for pair in pairs) == batch.layout.rows
+    place = 0
+    for pair in pairs:
+        for chat, scored in pair.without_sharing():
+            for index in range(len(chat) - scored, len(chat)):
+                row = batch.rows_N[place]
+                assert batch.targets_N[place] == chat[index]
+                assert batch.tokens_T[row] == chat[index - 1] and batch.positions_T[row] == index - 1
+                place += 1
+    assert place == len(batch.targets_N)
+
+
+def test_digest_names_tokens_and_scored_spans():
+    """Same tokens with another scored span, swapped sides or one other token are other pairs."""
+    base = TokenizedPair.from_chats([1, 2, 3], 1, [1, 2, 4], 1)
+    assert base.digest == TokenizedPair.from_chats((1, 2, 3), 1, (1, 2, 4), 1).digest
+    others = [([1, 2, 3], 2, [1, 2, 4], 2), ([1, 2, 4], 1, [1, 2, 3], 1), ([1, 2, 3], 1, [1, 2, 5], 1)]
+    digests = {base.digest, *(TokenizedPair.from_chats(*other).digest for other in others)}
+    assert len(digests) == 4 and all(len(name) == 16 for name in digests)
+
+
+@pytest.mark.parametrize("scored", [0, 3, -1])
+def test_scored_span_must_leave_a_token_before_it(scored):
+    with pytest.raises(ValueError, match="chosen: .* expected 1..2"):
+        TokenizedPair.from_chats([1, 2, 3], scored, [1, 2, 4], 1)
+
+
+def test_chats_that_share_no_first_token_are_refused():
+    with pytest.raises(ValueError, match="same token"):
+        TokenizedPair.from_chats([1, 2], 1, [3, 2], 1)

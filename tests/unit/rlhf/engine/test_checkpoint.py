@@ -1,0 +1,321 @@
+"""States on disk: only whole, undamaged ones of our format are used, and nothing outside their folder is read.
+
+A state made here holds one parameter, `norm`, with weight [1, 2], first moment [3, 4] and second moment [5, 6].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import file_digest
+from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
+    SavedState,
+    check_same_run,
+    check_state,
+    newest_run,
+    newest_state,
+    read_parameters,
+    save_state,
+    state_folders,
+    weights_name,
+)
+
+SHARD = "rank_00000.safetensors"
+
+
+def parameter(first: float) -> dict[str, torch.Tensor]:
+    """Weight and moments that count up from `first`."""
+    values = torch.arange(first, first + 6).view(3, 2)
+    return {"weight": values[0], "exp_avg": values[1], "exp_avg_sq": values[2]}
+
+
+def write_shard(path: Path, **parameters: dict[str, torch.Tensor]) -> str:
+    """Writes parameters as save_state does; returns the file's digest."""
+    named = {f"{name}|{kind}": tensor.clone() for name, state in parameters.items() for kind, tensor in state.items()}
+    save_file(named, path)
+    return file_digest(path)
+
+
+def progress(step: int) -> dict[str, Any]:
+    """The facts of a state that do not depend on the run."""
+    return {"step": step, "optimizer_steps": step, "loss": 0.5, "weights": "dpo.pth"}
+
+
+def write_state(run: Path, step: int, **changes: Any) -> Path:
+    """A complete state of a run; `changes` replace or add facts."""
+    state = run / "state" / f"step_{step:08d}"
+    state.mkdir(parents=True)
+    files = {SHARD: write_shard(state / SHARD, norm=parameter(1.0))}
+    facts = {"format": 1, **progress(step), "files": files, **changes}
+    (state / "state.json").write_text(json.dumps(facts))
+    return state
+
+
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+# === check_state ===
+
+
+def test_a_whole_state_has_no_problem_and_gives_its_facts(tmp_path: Path) -> None:
+    """No problem; the facts are those of state.json."""
+    problem, facts = check_state(write_state(tmp_path, 7))
+    assert problem == "" and facts["step"] == 7 and list(facts["files"]) == [SHARD]
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
+    """A bit flipped, then the file gone; no facts are given of either."""
+    state = write_state(tmp_path, 7)
+    flip(state / SHARD)
+    assert check_state(state) == (f"{SHARD} is damaged (digest differs)", {})
+    (state / SHARD).unlink()
+    assert check_state(state) == (f"{SHARD} is missing", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["state.json", "No such file"]),
+        ('{"format": 1, "fil', ["state.json", "line 1", "not JSON"]),
+        ("", ["state.json", "not JSON"]),
+        ("[1]", ["state.json: expected format 1"]),
+        ('{"step": 7, "files": {}}', ["state.json: expected format 1"]),
+        ('{"format": 2, "step": 7, "files": {}}', ["state.json: expected format 1"]),
+        ('{"format": "1", "step": 7, "files": {}}', ["state.json: expected format 1"]),
+    ],
+    ids=["absent", "cut", "empty", "list", "no format", "later format", "text for a number"],
+)
+def test_a_state_json_that_is_absent_damaged_or_foreign_is_a_problem(
+    tmp_path: Path, text: str | None, words: list[str]
+) -> None:
+    """Never an exception: the caller goes on with an older state."""
+    state = write_state(tmp_path, 7)
+    (state / "state.json").unlink()
+    if text is not None:
+        (state / "state.json").write_text(text)
+    problem, facts = check_state(state)
+    assert all(word in problem for word in words), problem
+    assert facts == {}
+
+
+@pytest.mark.parametrize("name", ["../stranger", "../../stranger", "/{root}/stranger", "..", ""])
+def test_a_file_name_that_points_elsewhere_finds_nothing(tmp_path: Path, name: str) -> None:
+    """`stranger` lies beside and above the state with the digest that state.json asks for: it must not be found."""
+    run = tmp_path / "run"
+    state = write_state(run, 7)
+    for folder in (state.parent, run, tmp_path):
+        expected = write_shard(folder / "stranger", norm=parameter(100.0))
+    name = name.replace("/{root}", str(tmp_path))
+    (state / "state.json").write_text(json.dumps({"format": 1, **progress(7), "files": {name: expected}}))
+    assert check_state(state) == (f"{name} is missing", {})
+
+
+def test_parameters_are_read_from_the_state_folder_only(tmp_path: Path) -> None:
+    """A name "../norms" reads `norms` inside the folder (weight [1, 2]), not the one outside (weight [100, 101])."""
+    state = write_state(tmp_path, 7)
+    write_shard(state.parent / "norms", norm=parameter(100.0))
+    write_shard(state / "norms", norm=parameter(1.0))
+    [(_, tensors)] = read_parameters(SavedState(state, {"files": {"../norms": ""}}))
+    assert tensors["weight"].tolist() == [1.0, 2.0]
+
+
+# === newest_state ===
+
+
+def test_the_highest_step_is_the_newest(tmp_path: Path) -> None:
+    """By step, not by the order of writing; what is being written (.step_*.tmp) is no state."""
+    for step in (20, 100, 3):
+        write_state(tmp_path, step)
+    (tmp_path / "state" / ".step_00000200.tmp").mkdir()
+    assert [folder.name for folder in state_folders(tmp_path)] == ["step_00000100", "step_00000020", "step_00000003"]
+    saved = newest_state(tmp_path)
+    assert saved.folder.name == "step_00000100" and saved.facts["step"] == 100
+
+
+def test_damaged_states_are_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The newest has a flipped bit, the next no state.json, the third another format: the fourth is taken."""
+    for step in (1, 2, 4):
+        write_state(tmp_path, step)
+    write_state(tmp_path, 3, format=99)
+    write_state(tmp_path, 5)
+    flip(tmp_path / "state" / "step_00000005" / SHARD)
+    (tmp_path / "state" / "step_00000004" / "state.json").unlink()
+    assert newest_state(tmp_path).facts["step"] == 2
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 3
+    assert f"{tmp_path}/state/step_00000005 is not used: {SHARD} is damaged" in warnings[0]
+    assert "step_00000004 is not used: cannot read" in warnings[1]
+    assert "step_00000003 is not used: state.json: expected format 1" in warnings[2]
+
+
+def test_no_complete_state_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    """A run whose only state is damaged, and a folder that is not there."""
+    flip(write_state(tmp_path / "run", 1) / SHARD)
+    for folder in (tmp_path / "run", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=re.escape(f"{folder}: expected a state to resume from (state/step_*)")):
+            newest_state(folder)
+
+
+# === read_parameters, save_state ===
+
+
+def test_parameters_come_whole_from_several_files(tmp_path: Path) -> None:
+    """Two files: a and a.b (one name starts with the other), then norm; values as written, fp32."""
+    state = write_state(tmp_path, 7)
+    other = state / "rank_00001.safetensors"
+    write_shard(other, **{"a.b": parameter(20.0), "a": parameter(10.0)})
+    found = dict(read_parameters(SavedState(state, {"files": {SHARD: "", other.name: ""}})))
+    assert sorted(found) == ["a", "a.b", "norm"]
+    for name, first in (("norm", 1.0), ("a", 10.0), ("a.b", 20.0)):
+        state_of = {kind: tensor.tolist() for kind, tensor in found[name].items()}
+        assert state_of == {
+            "weight": [first, first + 1],
+            "exp_avg": [first + 2, first + 3],
+            "exp_avg_sq": [first + 4, first + 5],
+        }
+
+
+def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
+    """Text under the name of a shard."""
+    state = write_state(tmp_path, 7)
+    (state / SHARD).write_text("not a tensor")
+    with pytest.raises(UserError, match=f"{SHARD}: expected a safetensors file, found"):
+        list(read_parameters(SavedState(state, {"files": {SHARD: ""}})))
+
+
+def engine_of(**parameters: dict[str, torch.Tensor]) -> Any:
+    """What save_state reads of an engine."""
+    return SimpleNamespace(full_state=lambda: iter(parameters.items()))
+
+
+def test_what_save_state_writes_is_read_back(tmp_path: Path, ranks: Ranks) -> None:
+    """Same values, `latest` names it, the weights are handed to `export`, and of three states two are kept."""
+    exported: list[dict[str, torch.Tensor]] = []
+    for step in (1, 2, 3):
+        engine = engine_of(norm=parameter(float(step)), head=parameter(50.0))
+        save_state(tmp_path, engine, {**progress(step), "beta": 0.5}, keep=2, ranks=ranks, export=exported.append)
+    assert (tmp_path / "latest").read_text() == "step_00000003\n"
+    assert [folder.name for folder in (tmp_path / "state").iterdir() if folder.name == "step_00000001"] == []
+    assert len(list((tmp_path / "state").iterdir())) == 2
+    saved = newest_state(tmp_path)
+    assert saved.facts["step"] == 3 and saved.facts["beta"] == 0.5 and saved.facts["format"] == 1
+    found = dict(read_parameters(saved))
+    assert found["norm"]["weight"].tolist() == [3.0, 4.0] and found["head"]["exp_avg_sq"].tolist() == [54.0, 55.0]
+    assert {name: weight.tolist() for name, weight in exported[-1].items()} == {
+        "norm": [3.0, 4.0],
+        "head": [50.0, 51.0],
+    }
+
+
+def test_the_next_save_deletes_what_killed_ones_left(tmp_path: Path, ranks: Ranks) -> None:
+    """Half an exported file, half a `latest` and half a state of another step; the lock and other files stay."""
+    (tmp_path / "state" / ".step_00000001.tmp").mkdir(parents=True)
+    (tmp_path / "state" / ".step_00000001.tmp" / SHARD).write_bytes(b"half")
+    for name in (".dpo_1E_0.6931L_512MSQ.pth.7.ab.tmp", ".latest.7.ab.tmp", ".mine.tmp", "lock"):
+        (tmp_path / name).write_bytes(b"half")
+    save_state(tmp_path, engine_of(norm=parameter(1.0)), {"step": 2}, keep=1, ranks=ranks, export=lambda weights: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "latest", "lock", "state"]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000002"]
+
+
+def test_a_state_is_not_seen_before_its_export_is_there(tmp_path: Path, ranks: Ranks) -> None:
+    """The export fails (full disk): the state before stays the newest, `latest` names it, and the other half goes."""
+
+    def full(weights: dict[str, torch.Tensor]) -> None:
+        raise UserError("cannot write")
+
+    engine = engine_of(norm=parameter(1.0))
+    save_state(tmp_path, engine, progress(1), keep=1, ranks=ranks, export=lambda weights: None)
+    with pytest.raises(UserError, match="cannot write"):
+        save_state(tmp_path, engine, progress(2), keep=1, ranks=ranks, export=full)
+    assert newest_state(tmp_path).facts["step"] == 1 and (tmp_path / "latest").read_text() == "step_00000001\n"
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000001"]
+
+
+def test_a_disk_that_is_full_for_a_shard_is_a_user_error(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors has an error of its own for it."""
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(
+        UserError, match=r"cannot write .*rank_00000.safetensors: .*No space left on device.*free space"
+    ):
+        save_state(tmp_path, engine_of(norm=parameter(1.0)), {"step": 1}, 1, ranks, lambda weights: None)
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+# === names and settings ===
+
+
+def test_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:
+    """`b` saved before `a`; `c` never did; without any there is an error that names the folder."""
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: expected a run to resume (<run>/latest), found none")):
+        newest_run(tmp_path)
+    for name, seconds in (("a", 2000), ("b", 1000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "latest").write_text("step_00000001\n")
+        os.utime(tmp_path / name / "latest", (seconds, seconds))
+    (tmp_path / "c").mkdir()
+    assert newest_run(tmp_path) == "a"
+    os.utime(write_state(tmp_path / "killed", 1), (3000, 3000))  # before it wrote `latest`
+    assert newest_run(tmp_path) == "killed"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "loss", "max_seq_len", "expected"),
+    [
+        (2.0, 0.53123, 2048, "dpo_2E_0.5312L_2048MSQ.pth"),
+        (0.5, 0.693147, 512, "dpo_0.5E_0.6931L_512MSQ.pth"),
+        (1 / 3, 12.0, 512, "dpo_0.3333E_12.0000L_512MSQ.pth"),
+        (10.0, 0.00004, 8, "dpo_10E_0.0000L_8MSQ.pth"),
+    ],
+)
+def test_names_of_exported_weights(epochs: float, loss: float, max_seq_len: int, expected: str) -> None:
+    """Whole epochs without a fraction, others with four digits; the loss with four decimals."""
+    assert weights_name(epochs, loss, max_seq_len) == expected
+
+
+def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
+    """The same facts pass, also beside others; a changed and an unknown one are named with what was and what is."""
+    facts = {"beta": 0.5, "reference": {"weights": "ab"}, "step": 3}
+    check_same_run(facts, {"beta": 0.5, "reference": {"weights": "ab"}}, 3, tmp_path)
+    advice = "; resume with the settings, data and model of the run, or start another run_name"
+    with pytest.raises(UserError) as error:
+        check_same_run(facts, {"beta": 0.1}, 3, tmp_path)
+    assert str(error.value) == f"{tmp_path}: cannot resume: beta was 0.5, is now 0.1{advice}"
+    with pytest.raises(UserError) as error:
+        check_same_run(facts, {"reference": {"weights": "cd"}}, 3, tmp_path)
+    assert 'reference was {"weights": "ab"}, is now {"weights": "cd"};' in str(error.value)
+    with pytest.raises(UserError, match="seed was null, is now 1;"):
+        check_same_run(facts, {"seed": 1}, 3, tmp_path)
+    with pytest.raises(UserError, match="it is of step 3, but the run has 2 steps"):
+        check_same_run(facts, {}, 2, tmp_path)
+
+
+@pytest.mark.parametrize("files", [None, [], {}, [SHARD]])
+def test_a_state_without_its_files_is_no_state(tmp_path: Path, files: Any) -> None:
+    """state.json that names no file, or names them otherwise: passed over, not trusted and not a traceback."""
+    problem, facts = check_state(write_state(tmp_path, 7, files=files))
+    assert problem == "state.json: expected a step and the digests of its files" and facts == {}

@@ -1,0 +1,192 @@
+"""The DeepSpeed JSON: what it may not say, what is added to it, and that the shipped ones are accepted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.paths import root_path
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import (
+    full_ds_config,
+    model_dtype,
+    read_ds_config,
+    without_communication,
+    zero_stage,
+)
+
+BF16 = {
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {"stage": 2},
+}
+SHIPPED = {
+    "zero2_bf16.json": (torch.bfloat16, 2),
+    "zero2_fp32.json": (torch.float32, 2),
+    "zero2_offload.json": (torch.bfloat16, 2),
+    "zero3_bf16.json": (torch.bfloat16, 3),
+}
+
+
+def config_with(folder: Path, settings: Any, **changes: Any) -> DPOConfig:
+    """A DPOConfig whose deepspeed_config is a file that holds `settings`."""
+    path = folder / "ds.json"
+    path.write_text(json.dumps(settings))
+    return DPOConfig(deepspeed_config=str(path), **changes)
+
+
+def refusal(folder: Path, settings: Any) -> str:
+    """What is said about `settings`, behind the file's name."""
+    with pytest.raises(UserError) as error:
+        read_ds_config(config_with(folder, settings))
+    assert str(error.value).startswith(f"{folder}/ds.json: ")
+    return str(error.value).removeprefix(f"{folder}/ds.json: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "ours"),
+    [
+        ("train_batch_size", 128, "batch_size, grad_accum_steps and the number of ranks"),
+        ("train_micro_batch_size_per_gpu", 16, "batch_size"),
+        ("gradient_accumulation_steps", "auto", "grad_accum_steps"),
+        ("gradient_clipping", 1.0, "max_grad_norm"),
+        ("optimizer", {"type": "AdamW"}, "max_lr, beta1, beta2 and weight_decay"),
+        ("scheduler", {}, "warmup_iterations, max_lr and min_lr"),
+        ("activation_checkpointing", {}, "activation_checkpointing"),
+        ("tensorboard", {"enabled": False}, "log_dir"),
+    ],
+)
+def test_a_key_that_repeats_a_setting_is_refused_by_name(tmp_path: Path, key: str, value: Any, ours: str) -> None:
+    """Even an empty one, or one of the same value: the message names both."""
+    expected = f"{key}: this number lives in DPOConfig ({ours}); delete it from the JSON"
+    assert refusal(tmp_path, {**BF16, key: value}) == expected
+
+
+@pytest.mark.parametrize("key", ["fp16", "amp"])
+def test_half_precision_with_loss_scaling_is_refused(tmp_path: Path, key: str) -> None:
+    """fp16 and amp: refused where enabled, allowed where written down as off."""
+    expected = f"{key}: expected bf16 or fp32 (no {key}), found it enabled"
+    assert refusal(tmp_path, {"zero_optimization": {"stage": 2}, key: {"enabled": True}}) == expected
+    off = {**BF16, key: {"enabled": False}}
+    assert read_ds_config(config_with(tmp_path, off)) == off
+
+
+@pytest.mark.parametrize(
+    ("section", "found"), [({"data_types": {"grad_accum_dtype": "bf16"}}, "'bf16'"), ({"data_types": {}}, "None")]
+)
+def test_bf16_without_fp32_accumulation_is_refused(tmp_path: Path, section: dict, found: str) -> None:
+    """DeepSpeed's default is bf16 sums, so silence is refused as well; in fp32 the default is right."""
+    message = refusal(tmp_path, {**BF16, **section})
+    assert message.startswith('data_types.grad_accum_dtype: expected "fp32" with bf16') and message.endswith(found)
+    no_data_types = {key: value for key, value in BF16.items() if key != "data_types"}
+    assert refusal(tmp_path, no_data_types).startswith("data_types.grad_accum_dtype: ")
+    fp32 = {"zero_optimization": {"stage": 2}, **section}
+    assert read_ds_config(config_with(tmp_path, fp32)) == fp32
+
+
+@pytest.mark.parametrize("stage", [0, 1, 4, -1])
+def test_other_zero_stages_are_refused(tmp_path: Path, stage: int) -> None:
+    """0 by number and by silence, and numbers that are no stage."""
+    expected = "zero_optimization.stage: expected 2 or 3, found "
+    assert refusal(tmp_path, {**BF16, "zero_optimization": {"stage": stage}}) == f"{expected}{stage}"
+    without = {key: value for key, value in BF16.items() if key != "zero_optimization"}
+    assert refusal(tmp_path, without) == f"{expected}0"
+    assert refusal(tmp_path, {**BF16, "zero_optimization": {}}) == f"{expected}0"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_users_settings_come_back_as_they_are(tmp_path: Path, stage: int) -> None:
+    """Nothing is added or lost on reading, whatever else stands there."""
+    settings = {**BF16, "zero_optimization": {"stage": stage, "overlap_comm": True}, "wall_clock_breakdown": False}
+    assert read_ds_config(config_with(tmp_path, settings)) == settings
+    assert zero_stage(settings) == stage
+
+
+def test_no_json_object_is_refused(tmp_path: Path) -> None:
+    """A list, text that is no JSON, and a file that is not there."""
+    assert refusal(tmp_path, ["bf16"]) == "expected a JSON object, found list"
+    config = config_with(tmp_path, {})
+    Path(config.deepspeed_config).write_text("{bf16}")
+    with pytest.raises(UserError, match="ds.json, line 1, column 2: not JSON"):
+        read_ds_config(config)
+    with pytest.raises(UserError, match="none.json"):
+        read_ds_config(DPOConfig(deepspeed_config=str(tmp_path / "none.json")))
+
+
+def test_batch_arithmetic_and_clip_come_from_the_settings(tmp_path: Path) -> None:
+    """3 pairs x 5 micro-batches x 4 ranks = 60 pairs a step; the user's own keys stay."""
+    config = config_with(tmp_path, BF16, batch_size=3, grad_accum_steps=5, max_grad_norm=0.25)
+    assert full_ds_config(config, world_size=4) == {
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 5,
+        "train_batch_size": 60,
+        "gradient_clipping": 0.25,
+        "steps_per_print": 2147483647,
+    }
+
+
+def test_one_rank_alone_needs_no_communication() -> None:
+    """ZeRO-2 goes without buckets and a dtype of communication, or only without overlap; others stay as they are."""
+    shipped = {name: read_ds_config(DPOConfig(deepspeed_config=root_path("ds_configs", name))) for name in SHIPPED}
+    zero2 = shipped["zero2_bf16.json"]
+    alone = without_communication(zero2, keep_buckets=False)
+    assert "communication_data_type" not in alone
+    assert alone["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert alone["zero_optimization"] == {
+        **zero2["zero_optimization"],
+        "contiguous_gradients": False,
+        "overlap_comm": False,
+    }
+    buckets = without_communication(zero2, keep_buckets=True)
+    assert buckets == {**zero2, "zero_optimization": {**zero2["zero_optimization"], "overlap_comm": False}}
+    for name in ("zero2_offload.json", "zero3_bf16.json"):
+        assert without_communication(shipped[name], keep_buckets=False) == shipped[name]
+
+
+def test_dtype_of_the_computing_weights() -> None:
+    """bf16 only where it is there and on."""
+    assert model_dtype(BF16) == torch.bfloat16
+    assert model_dtype({"bf16": {"enabled": False}}) == torch.float32
+    assert model_dtype({"bf16": {}}) == torch.float32
+    assert model_dtype({}) == torch.float32
+
+
+def test_the_shipped_files_are_accepted() -> None:
+    """Each file of ds_configs/ by name, with its dtype and stage; none is missing here."""
+    folder = Path(root_path("ds_configs"))
+    found = {}
+    for path in folder.glob("*.json"):
+        settings = full_ds_config(DPOConfig(deepspeed_config=str(path)), world_size=2)
+        assert settings["train_batch_size"] == 16 * 8 * 2
+        found[path.name] = (model_dtype(settings), zero_stage(settings))
+    assert found == SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bfloat16": {"enabled": True}}, "bfloat16: expected this section under its other name, bf16"),
+        ({"zero_optimization": True}, "zero_optimization: expected a JSON object, found True"),
+        ({"data_types": None}, "data_types: expected a JSON object, found None"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage: expected 2 or 3, found 'two'"),
+        ({"zero_optimization": {"stage": 2.7}}, "zero_optimization.stage: expected 2 or 3, found 2.7"),
+    ],
+)
+def test_sections_of_another_kind_are_refused(tmp_path: Path, change: dict, words: str) -> None:
+    """DeepSpeed's second spelling of bf16, sections that are no objects, and stages that are no whole number."""
+    assert refusal(tmp_path, {**BF16, **change}) == words
+
+
+def test_compiled_layers_need_stage_2():
+    """ZeRO-3 fetches weights by hooks that compiled layers do not call."""
+    config = DPOConfig(compile=True, deepspeed_config=root_path("ds_configs", "zero3_bf16.json"))
+    with pytest.raises(UserError, match=r"compile: expected ZeRO stage 2, found stage 3 in .*zero3_bf16\.json"):
+        read_ds_config(config)

@@ -1,0 +1,130 @@
+"""The one forward: packed and shared equals each chat alone, whatever stands beside it; the gradient at step 0."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from tiny_job import TINY
+
+VOCAB = 50
+MLA = {"use_mla": True, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 16}
+LORA = {"use_lora": True, "lora_rank": 4}
+
+
+def tiny_model(seed: int = 0, **shape: object) -> LLaMaTransformer:
+    """Random weights large enough that attention and positions matter."""
+    torch.manual_seed(seed)
+    config = TrainingConfig(batch_size=1, tokens_per_update=512, **{**TINY, **shape})
+    model = LLaMaTransformer(config, VOCAB)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def random_pairs(seed: int, count: int) -> list[TokenizedPair]:
+    """Prompts of 1-30 tokens, some with a part before the answer that differs, answers of 1-20 tokens."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        prompt = [1, *rng.integers(2, VOCAB, rng.integers(0, 30))]
+        sides = []
+        for _ in range(2):
+            answer = list(rng.integers(2, VOCAB, rng.integers(1, 20)))
+            context = list(rng.integers(2, VOCAB, rng.integers(0, 4)))
+            sides += [[*prompt, *context, *answer], len(answer)]
+        pairs.append(TokenizedPair.from_chats(*sides))
+    return pairs
+
+
+def alone(model: LLaMaTransformer, pairs: list[TokenizedPair], pad: int) -> torch.Tensor:
+    """The plain way: each chat whole, on its own, padded behind; log_softmax of all logits, then gather."""
+    sums = []
+    for pair in pairs:
+        for ids, scored in pair.without_sharing():
+            row = torch.tensor([[*ids.tolist(), *[0] * pad]])
+            logps = model(row)[0, : len(ids) - 1].float().log_softmax(-1)
+            sums.append(logps.gather(1, row[0, 1 : len(ids), None])[-scored:].sum())
+    return torch.stack(sums).view(-1, 2)
+
+
+@pytest.mark.parametrize("shape", [{}, MLA, LORA], ids=["mha", "mla", "lora"])
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 6), pad=st.integers(0, 9))
+def test_packed_and_shared_equals_each_chat_alone(shape, seed, count, pad):
+    """fp32, 1e-5 a token: for any lengths, order, neighbours and padding."""
+    model, pairs = tiny_model(**shape), random_pairs(seed, count)
+    with torch.no_grad():
+        packed, plain = pair_logps(model, PairBatch.pack(pairs)), alone(model, pairs, pad)
+    counts = torch.tensor(PairBatch.pack(pairs).counts)
+    assert ((packed - plain).abs() / counts).max() < 1e-5
+    assert (packed <= 0).all()
+
+
+def test_positions_that_go_on_counting_are_noticed():
+    """The same batch with positions 0..T-1 instead of each chat's own: the numbers must differ."""
+    model, pairs = tiny_model(), random_pairs(3, 3)
+    batch = PairBatch.pack(pairs)
+    wrong = dataclasses.replace(batch, positions_T=torch.arange(len(batch.tokens_T)))
+    assert (pair_logps(model, wrong) - pair_logps(model, batch)).abs().max() > 0.01
+
+
+def test_order_and_company_do_not_matter():
+    """A pair has the same log-probs first, last and alone (fp32 1e-5)."""
+    model, pairs = tiny_model(), random_pairs(5, 4)
+    forward, backward = pair_logps(model, PairBatch.pack(pairs)), pair_logps(model, PairBatch.pack(pairs[::-1]))
+    torch.testing.assert_close(forward, backward.flip(0), atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(forward[2:3], pair_logps(model, PairBatch.pack(pairs[2:3])), atol=1e-4, rtol=1e-6)
+
+
+def test_loss_at_step_0_and_its_gradient():
+    """Policy == reference, beta 0.5, 3 pairs: the sum is 3 ln 2; d loss / d logp is -0.25 for chosen and +0.25 for
+    rejected, so the gradient equals that of -0.25 * sum(chosen - rejected); it is not zero though rewards are."""
+    model, pairs = tiny_model(), random_pairs(7, 3)
+    batch = PairBatch.pack(pairs)
+    loss_fn = PreferenceLoss(beta=0.5)
+    reference = pair_logps(model, batch)
+    out = DPOPolicy(model, loss_fn)(batch, reference)
+    assert out.loss.item() == pytest.approx(3 * 0.6931472, abs=1e-5)
+    assert loss_fn.rewards(out.logps_B2, reference).abs().max() < 1e-5
+    out.loss.backward()
+    got = {name: torch.clone(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    by_hand = alone(model, pairs, 0)
+    (-0.25 * (by_hand[:, 0] - by_hand[:, 1])).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(got[name], parameter.grad, atol=2e-5, rtol=1e-4, msg=name)
+    assert max(grad.abs().max() for grad in got.values()) > 1e-3
+
+
+def test_activation_checkpointing_changes_nothing():
+    """The same loss and gradients, bit for bit."""
+    model, batch = tiny_model(), PairBatch.pack(random_pairs(9, 3))
+    reference = pair_logps(model, batch) - 1.0
+    grads = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        model.activation_checkpointing = checkpointing
+        DPOPolicy(model, PreferenceLoss())(batch, reference).loss.backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_reference_pass_draws_no_random_numbers_and_keeps_the_mode():
+    """Dropout 0.5 in a training model: the pass is deterministic, and the model stays in training mode."""
+    model, batch = tiny_model(dropout=0.5).train(), PairBatch.pack(random_pairs(1, 2))
+    state = torch.get_rng_state()
+    first, second = pair_logps(model, batch), pair_logps(model, batch)
+    assert torch.equal(first, second) and torch.equal(torch.get_rng_state(), state) and model.training

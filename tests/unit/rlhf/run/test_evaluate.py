@@ -1,0 +1,101 @@
+"""Evaluation: every held-out pair counts once, and the means are those of a plain loop over whole chats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
+from tiny_job import TINY
+
+VOCAB = 20
+PAIRS = [
+    TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3),
+    TokenizedPair.from_chats([1, 9, 4], 1, [1, 9, 5, 6], 2),
+    TokenizedPair.from_chats([1, 2, 10, 11, 12, 13], 3, [1, 2, 14], 1),
+]
+REFERENCE = {PAIRS[0].digest: (-5.0, -9.0), PAIRS[1].digest: (-3.0, -6.0), PAIRS[2].digest: (-9.0, -2.0)}
+BETA = 0.5
+
+
+@pytest.fixture
+def model() -> LLaMaTransformer:
+    """Weights large enough that the log-probs differ from pair to pair."""
+    shape: dict[str, Any] = {**TINY, "batch_size": 1, "tokens_per_update": 512}
+    model = LLaMaTransformer(TrainingConfig(**shape), VOCAB)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def reference(pairs: Sequence[TokenizedPair], batch: PairBatch) -> torch.Tensor:
+    """Made-up sums of the reference, by the pair."""
+    return torch.tensor([REFERENCE[pair.digest] for pair in pairs])
+
+
+def by_hand(model: LLaMaTransformer, pairs: Sequence[TokenizedPair]) -> dict[str, float]:
+    """Means over `pairs`, each chat on its own: log_softmax of all logits, the scored tokens summed, DPO's Eq. 7."""
+    rows = []
+    for pair in pairs:
+        sums = []
+        for ids, scored in pair.without_sharing():
+            logps = model(torch.tensor([ids.tolist()]))[0].log_softmax(-1)
+            places = range(len(ids) - scored, len(ids))
+            sums.append(sum(logps[place - 1, ids[place]].item() for place in places))
+        chosen, rejected = (BETA * (sum_ - ref) for sum_, ref in zip(sums, REFERENCE[pair.digest], strict=True))
+        right = 1.0 if chosen > rejected else 0.0
+        loss = math.log1p(math.exp(rejected - chosen))
+        rows.append((loss, chosen, rejected, right, chosen - rejected, *sums))
+    names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+    names = (*names, "logps/chosen", "logps/rejected")
+    columns = zip(*rows, strict=True)
+    means = {f"eval_{name}": sum(column) / len(rows) for name, column in zip(names, columns, strict=True)}
+    return {**means, "eval_pairs": len(rows)}
+
+
+@pytest.mark.parametrize("micro_batches", [[(2, 0), (1,), ()], [(), (0, 1, 2)], [(1,), (2,), (0,)]])
+@torch.no_grad()
+def test_means_equal_a_loop_over_whole_chats(
+    model: LLaMaTransformer, ranks: Ranks, micro_batches: list[tuple[int, ...]]
+) -> None:
+    """Any order and grouping, also with an empty micro-batch: the same eight numbers to fp32's 1e-5, of 3 pairs."""
+    found = evaluate(
+        partial(pair_logps, model), PreferenceLoss("sigmoid", BETA), reference, PAIRS, micro_batches, ranks.device
+    )
+    expected = by_hand(model, PAIRS)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert found["eval_pairs"] == 3
+
+
+@torch.no_grad()
+def test_only_this_ranks_share_is_counted(model: LLaMaTransformer, ranks: Ranks) -> None:
+    """Micro-batches of pairs 1 and 2 only: pair 0 takes no part, although the empty one borrows it."""
+    found = evaluate(
+        partial(pair_logps, model), PreferenceLoss("sigmoid", BETA), reference, PAIRS, [(1,), (), (2,)], ranks.device
+    )
+    assert found == pytest.approx(by_hand(model, PAIRS[1:]), abs=1e-5)
+
+
+def test_an_empty_micro_batch_still_makes_its_forward(model: LLaMaTransformer, ranks: Ranks) -> None:
+    """Under ZeRO-3 a forward is a collective: three micro-batches are three calls of the model, empty or not."""
+    sizes = []
+
+    def logps(batch: PairBatch) -> torch.Tensor:
+        sizes.append(len(batch))
+        return pair_logps(model, batch)
+
+    evaluate(logps, PreferenceLoss(), reference, PAIRS, [(0, 1), (2,), ()], ranks.device)
+    assert sizes == [2, 1, 1]
