@@ -7,14 +7,17 @@ So a segment is one causal block, [prefix | branch 0], and one rectangular block
 are the last rows of its keys, [prefix | branch i] ("bottom-right causal"). CUDA in half precision runs all blocks of a
 stream in one varlen call; everything else runs one SDPA call a block, which is the specification.
 
-Shapes: T query rows, S key rows, H heads, K query/key width, V value width.
+Keys and values may have fewer heads than queries (grouped-query attention, arXiv:2305.13245): H is then a multiple of
+G, and query head h reads key head h * G // H. With H = G every head has its own.
+
+Shapes: T query rows, S key rows, H query heads, G key heads, K query/key width, V value width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -123,27 +126,27 @@ class PackedLayout:
 
 
 def attend(
-    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, layout: PackedLayout, scale: float
+    q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor, layout: PackedLayout, scale: float
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v over what `layout` lets each row see: (T, H, V) in the dtype of v."""
-    width = max(q_THK.shape[-1], v_THV.shape[-1])
+    width = max(q_THK.shape[-1], v_TGV.shape[-1])
     if q_THK.is_cuda and q_THK.dtype in _VARLEN_DTYPES and width <= _VARLEN_MAX_WIDTH:
-        return _attend_varlen(q_THK, k_THK, v_THV, layout, scale)
-    return attend_by_block(q_THK, k_THK, v_THV, layout, scale)
+        return _attend_varlen(q_THK, k_TGK, v_TGV, layout, scale)
+    return attend_by_block(q_THK, k_TGK, v_TGV, layout, scale)
 
 
 def attend_by_block(
-    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, layout: PackedLayout, scale: float
+    q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor, layout: PackedLayout, scale: float
 ) -> torch.Tensor:
     """`attend` by one SDPA call a block, on any device and dtype."""
-    dtype = v_THV.dtype
-    if emulates_bf16(v_THV):
-        q_THK, k_THK, v_THV = q_THK.float(), k_THK.float(), v_THV.float()
+    dtype = v_TGV.dtype
+    if emulates_bf16(v_TGV):
+        q_THK, k_TGK, v_TGV = q_THK.float(), k_TGK.float(), v_TGV.float()
     # split, not slices: the backward of a slice fills a whole stream with zeros
     lengths = [block.rows for block in layout.blocks]
-    parts = zip(layout.blocks, q_THK.split(lengths), k_THK.split(lengths), v_THV.split(lengths), strict=True)
+    parts = zip(layout.blocks, q_THK.split(lengths), k_TGK.split(lengths), v_TGV.split(lengths), strict=True)
     outputs = []
-    trunk_k, trunk_v = k_THK[:0], v_THV[:0]
+    trunk_k, trunk_v = k_TGK[:0], v_TGV[:0]
     for (_, rows, _, prefix), q, k, v in parts:
         mask = None
         if prefix:  # then the block before the branches was [prefix | branch 0]
@@ -156,7 +159,7 @@ def attend_by_block(
 
 
 def attend_suffix(
-    q_THK: torch.Tensor, k_SHK: torch.Tensor, v_SHV: torch.Tensor, scale: float, mask_TS: torch.Tensor | None = None
+    q_THK: torch.Tensor, k_SGK: torch.Tensor, v_SGV: torch.Tensor, scale: float, mask_TS: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Causal attention of T rows that are the last T of S: a branch after its prefix, or a step of generation.
 
@@ -165,12 +168,14 @@ def attend_suffix(
 
     Returns (T, H, V) in the dtype of v.
     """
-    rows, keys = q_THK.shape[0], k_SHK.shape[0]
+    rows, keys = q_THK.shape[0], k_SGK.shape[0]
     square = rows == keys
     if mask_TS is None and not square and rows > 1:  # a single last row sees every key
         mask_TS = suffix_mask(rows, keys, q_THK)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_SHK, v_SHV))
-    out = F.scaled_dot_product_attention(q, k, v, None if square else mask_TS, is_causal=square, scale=scale)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_SGK, v_SGV))
+    mask = None if square else mask_TS
+    grouped = _is_grouped(q_THK, k_SGK)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, scale=scale, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -179,20 +184,27 @@ def suffix_mask(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
     return like.new_full((rows, keys), -torch.inf).triu(keys - rows + 1)
 
 
+def _is_grouped(q_THK: torch.Tensor, k_SGK: torch.Tensor) -> bool:
+    return q_THK.shape[1] != k_SGK.shape[1]
+
+
 def _attend_varlen(
-    q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, layout: PackedLayout, scale: float
+    q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor, layout: PackedLayout, scale: float
 ) -> torch.Tensor:
     """`attend` by one flash call: block by block, keys are [prefix | own rows], aligned at the last row."""
     from torch.nn.attention.varlen import varlen_attn  # registers operators when imported
 
     plan = layout.varlen_plan(q_THK.device)
-    value_width = v_THV.shape[-1]
+    value_width = v_TGV.shape[-1]
+    k_SGK, v_SGV = k_TGK, v_TGV
     if plan.keys is not None:
-        k_THK, v_THV = gather_keys(k_THK, plan.keys), gather_keys(v_THV, plan.keys)
+        k_SGK, v_SGV = gather_keys(k_TGK, plan.keys), gather_keys(v_TGV, plan.keys)
     # one width for all three, a multiple of 8: zeros add nothing to q k^T and give zero columns of the output
     width = -(-max(q_THK.shape[-1], value_width) // 8) * 8
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_THK, k_THK, v_THV))
-    out = varlen_attn(
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_THK, k_SGK, v_SGV))
+    # torch 2.11 knows no such flag
+    call = partial(varlen_attn, enable_gqa=True) if _is_grouped(q_THK, k_SGK) else varlen_attn
+    out = call(
         q,
         k,
         v,
@@ -208,7 +220,7 @@ def _attend_varlen(
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Rows (T, H, K) to keys (S, H, K).
+    """Rows (T, G, K) to keys (S, G, K).
 
     The backward pass of `index_select` adds every element by an atomic operation; here each row takes its own key's
     gradient, and a prefix's rows add those of their copies, each once: no atomics, and the same result at each call.
@@ -216,25 +228,25 @@ class _GatherKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_THK: torch.Tensor, rows_S: torch.Tensor, own_T: torch.Tensor, *copies: torch.Tensor
+        ctx: Any, rows_TGK: torch.Tensor, rows_S: torch.Tensor, own_T: torch.Tensor, *copies: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(own_T, *copies)
-        return rows_THK.index_select(0, rows_S)
+        return rows_TGK.index_select(0, rows_S)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SHK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_SGK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         own_T, *copies = ctx.saved_tensors
-        grad_THK = grad_SHK.index_select(0, own_T)
+        grad_TGK = grad_SGK.index_select(0, own_T)
         for rows, keys in zip(copies[::2], copies[1::2], strict=True):
-            both = grad_THK.index_select(0, rows) + grad_SHK.index_select(0, keys)
-            grad_THK.index_copy_(0, rows, both)  # no row twice in one branch
-        return grad_THK, None, None, *(None for _ in copies)
+            both = grad_TGK.index_select(0, rows) + grad_SGK.index_select(0, keys)
+            grad_TGK.index_copy_(0, rows, both)  # no row twice in one branch
+        return grad_TGK, None, None, *(None for _ in copies)
 
 
-def gather_keys(rows_THK: torch.Tensor, plan: KeyPlan) -> torch.Tensor:
-    """The keys (or values) of all blocks one after the other: (S, H, K) from the stream's rows (T, H, K)."""
-    return _GatherKeys.apply(rows_THK, plan.rows_S, plan.own_T, *(x for copy in plan.copies for x in copy))
+def gather_keys(rows_TGK: torch.Tensor, plan: KeyPlan) -> torch.Tensor:
+    """The keys (or values) of all blocks one after the other: (S, G, K) from the stream's rows (T, G, K)."""
+    return _GatherKeys.apply(rows_TGK, plan.rows_S, plan.own_T, *(x for copy in plan.copies for x in copy))
 
 
 def _varlen_plan(blocks: Sequence[Block], device: torch.device) -> VarlenPlan:

@@ -19,10 +19,11 @@ LAYOUTS = {
 }
 
 
-def _run(run, layout: PackedLayout, dtype: torch.dtype, key: int, value: int) -> list[torch.Tensor]:
-    """Value and gradients in fp32, for operands that bf16 can hold."""
+def _run(run, layout: PackedLayout, dtype: torch.dtype, key: int, value: int, key_heads: int = 4) -> list[torch.Tensor]:
+    """Value and gradients in fp32, for operands that bf16 can hold; 4 query heads."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(layout.rows, 4, width) for width in (key, key, value, value)]
+    heads_and_widths = ((4, key), (key_heads, key), (key_heads, value), (4, value))
+    shapes = [(layout.rows, *numbers) for numbers in heads_and_widths]
     q, k, v, grad = (torch.randn(*shape, generator=generator).bfloat16().to("cuda", dtype) for shape in shapes)
     operands = [x.requires_grad_() for x in (q, k, v)]
     out = run(*operands, layout.to("cuda"), key**-0.5)
@@ -36,6 +37,16 @@ def test_varlen_equals_sdpa(name: str, key: int, value: int):
     """bf16 varlen is within bf16 rounding of fp32 SDPA, value and all gradients, also where widths differ (MLA)."""
     fast = _run(attend, LAYOUTS[name], torch.bfloat16, key, value)
     exact = _run(attend_by_block, LAYOUTS[name], torch.float32, key, value)
+    for ours, theirs in zip(fast, exact, strict=True):
+        assert torch.allclose(ours, theirs, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_shared_key_heads(name: str, key_heads: int):
+    """4 query heads over 1 or 2 key heads: bf16 varlen is within bf16 rounding of fp32 SDPA, value and gradients."""
+    fast = _run(attend, LAYOUTS[name], torch.bfloat16, 64, 64, key_heads)
+    exact = _run(attend_by_block, LAYOUTS[name], torch.float32, 64, 64, key_heads)
     for ours, theirs in zip(fast, exact, strict=True):
         assert torch.allclose(ours, theirs, atol=0.05, rtol=0.02)
 

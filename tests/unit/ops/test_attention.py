@@ -38,16 +38,20 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayo
     return torch.einsum("hts,shv->thv", weights, v)
 
 
-def _rows(layout: PackedLayout, dtype: torch.dtype = torch.float32, value: int = V) -> list[torch.Tensor]:
-    """Queries, keys and values for a layout, with gradients."""
+def _rows(
+    layout: PackedLayout, dtype: torch.dtype = torch.float32, value: int = V, heads: tuple[int, int] = (H, H)
+) -> list[torch.Tensor]:
+    """Queries, keys and values for a layout, with gradients; `heads` are those of queries and of keys."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((layout.rows, H, width) for width in (K, K, value))
+    shapes = ((layout.rows, n, width) for n, width in zip((*heads, heads[1]), (K, K, value), strict=True))
     return [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def _with_gradients(run, layout: PackedLayout, dtype: torch.dtype = torch.float32, value: int = V):
+def _with_gradients(
+    run, layout: PackedLayout, dtype: torch.dtype = torch.float32, value: int = V, heads: tuple[int, int] = (H, H)
+):
     """Value and the three gradients of `run`, for one fixed upstream gradient, all in fp32."""
-    rows = _rows(layout, dtype, value)
+    rows = _rows(layout, dtype, value, heads)
     out = run(*rows, layout, 0.7)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     return [x.float() for x in (out.detach(), *torch.autograd.grad(out, rows, grad))]
@@ -92,6 +96,47 @@ def test_bf16_is_near_fp32(monkeypatch: pytest.MonkeyPatch, fast: bool):
         assert torch.allclose(ours, theirs, atol=0.06)
 
 
+def _repeated(run):
+    """`run` on keys and values repeated to one a query head: key head 0 for the first H / G query heads, and so on."""
+
+    def with_own_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float):
+        copies = q.shape[1] // k.shape[1]
+        return run(q, k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1), layout, scale)
+
+    return with_own_keys
+
+
+@pytest.mark.parametrize("value", [K, V], ids=["equal widths", "wider values"])  # two kernels of SDPA
+@pytest.mark.parametrize("key_heads", [1, 2, 3])
+def test_fewer_key_heads_are_shared(key_heads: int, value: int):
+    """6 query heads over 1, 2 or 3 key heads: value and gradients of the definition with each key head repeated."""
+    ours = _with_gradients(attend, MIXED, value=value, heads=(6, key_heads))
+    exact = _with_gradients(_repeated(_dense), MIXED, value=value, heads=(6, key_heads))
+    assert [x.shape[1] for x in ours] == [6, 6, key_heads, key_heads]
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_shared_key_head_by_hand():
+    """Keys 0 weigh both rows alike: heads 0 and 1 average key head 0's values 2 and 4, heads 2 and 3 its 20 and 40."""
+    q, k = torch.ones(2, 4, 1), torch.zeros(2, 2, 1)
+    v = torch.tensor([[[2.0], [20.0]], [[4.0], [40.0]]])
+    assert attend_suffix(q[1:], k, v, 1.0).flatten().tolist() == [3, 3, 30, 30]
+    whole = attend(q, k, v, PackedLayout.causal([2]), 1.0)
+    assert whole[..., 0].tolist() == [[2, 2, 20, 20], [3, 3, 30, 30]]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_shared_key_heads_in_bf16(monkeypatch: pytest.MonkeyPatch, fast: bool):
+    """With and without bf16 units: bf16 results within the rounding of fp32 ones (2^-8 of values below 8)."""
+    monkeypatch.setattr("simple_llama.ops.linear.cpu_emulates_bf16", lambda: not fast)
+    q, k, v = _rows(MIXED, torch.bfloat16, heads=(4, 2))
+    assert attend(q, k, v, MIXED, 0.7).dtype == torch.bfloat16
+    low, exact = (_with_gradients(attend, MIXED, dtype, heads=(4, 2)) for dtype in (torch.bfloat16, torch.float32))
+    for ours, theirs in zip(low, exact, strict=True):
+        assert torch.allclose(ours, theirs, atol=0.06)
+
+
 def test_masks_are_made_once_a_layout(monkeypatch: pytest.MonkeyPatch):
     """Two layers over a layout with two equal rectangles (3 + 4 keys, 4 rows) make that mask once."""
     made: list[tuple[int, int]] = []
@@ -109,18 +154,20 @@ def test_suffix_mask_by_hand():
     assert suffix_mask(2, 4, torch.zeros(())).tolist() == [[0, 0, 0, -torch.inf], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("heads", [(H, H), (4, 2)], ids=["own keys", "shared keys"])
 @pytest.mark.parametrize("last", [1, 3, 5])
-def test_suffix_is_the_end_of_the_whole(last: int):
+def test_suffix_is_the_end_of_the_whole(last: int, heads: tuple[int, int]):
     """The last rows against all keys give what they give inside the whole sequence."""
     layout = PackedLayout.causal([5])
-    q, k, v = _rows(layout)
+    q, k, v = _rows(layout, heads=heads)
     whole = attend(q, k, v, layout, 0.5)
     assert torch.allclose(attend_suffix(q[-last:], k, v, 0.5), whole[-last:], atol=1e-6)
 
 
-def _varlen_by_definition(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+def _varlen_by_definition(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **flags):
     """What torch.nn.attention.varlen promises for a causal window, in plain torch: blocks aligned at the last row."""
     assert window_size == (-1, 0)
+    assert flags == ({"enable_gqa": True} if q.shape[1] != k.shape[1] else {})  # it refuses fewer key heads without
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     assert q.shape[-1] % 8 == 0
@@ -130,13 +177,14 @@ def _varlen_by_definition(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
     return torch.cat([attend_suffix(q[a:b], k[c:d], v[c:d], scale) for (a, b), (c, d) in spans])
 
 
+@pytest.mark.parametrize("heads", [(H, H), (4, 2), (3, 1)], ids=["own keys", "shared keys", "one key head"])
 @pytest.mark.parametrize("value", [2, V])
 @pytest.mark.parametrize("layout", [MIXED, PackedLayout.causal([3, 1, 4])], ids=["branches", "causal"])
-def test_varlen_arguments(monkeypatch: pytest.MonkeyPatch, layout: PackedLayout, value: int):
+def test_varlen_arguments(monkeypatch: pytest.MonkeyPatch, layout: PackedLayout, value: int, heads: tuple[int, int]):
     """The one varlen call for GPUs gets blocks, gathered keys and padded widths that add up to the SDPA path."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen_by_definition)
-    ours = _with_gradients(attention._attend_varlen, layout, value=value)
-    for mine, exact in zip(ours, _with_gradients(attend, layout, value=value), strict=True):
+    ours = _with_gradients(attention._attend_varlen, layout, value=value, heads=heads)
+    for mine, exact in zip(ours, _with_gradients(attend, layout, value=value, heads=heads), strict=True):
         assert torch.allclose(mine, exact, atol=1e-5)
 
 
