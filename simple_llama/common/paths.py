@@ -16,8 +16,11 @@ def root_path(*parts: str) -> str:
 
 
 def package_path(*parts: str) -> str:
-    """Absolute path of `parts` below the package itself: data that it ships."""
-    return str(_PACKAGE.joinpath(*parts))
+    """Absolute path of `parts` below the package itself: data that it ships, links followed.
+
+    `ds_configs` is such a link: a folder of the checkout, and one inside the package in a wheel.
+    """
+    return str(_PACKAGE.joinpath(*parts).resolve())
 
 
 def is_checkout() -> bool:
