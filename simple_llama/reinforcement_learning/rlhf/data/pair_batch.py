@@ -17,6 +17,7 @@ import torch
 
 from simple_llama.common.files import digest
 from simple_llama.ops.attention import PackedLayout
+from simple_llama.reinforcement_learning.rlhf.data.pair_key import as_keys
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class TokenizedPair:
     rejected: np.ndarray  # the rest of the rejected chat
     chosen_scored: int
     rejected_scored: int
-    digest: bytes  # 16 bytes over both whole chats and the scored spans: the pair's name in the reference store
+    digest: bytes  # 16 bytes over both whole chats and the scored spans: the pair's name (see pair_key)
 
     @classmethod
     def from_chats(
@@ -73,6 +74,11 @@ class TokenizedPair:
         """Tokens of the whole rejected chat."""
         return len(self.prefix) + len(self.rejected)
 
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """int32 token ids of the chosen chat up to its last <SOA>: what a model is asked to continue."""
+        return np.concatenate([self.prefix, self.chosen])[: -self.chosen_scored]
+
     def without_sharing(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
         """Both chats whole, each with its scored count: what a trainer without prefix sharing computes."""
         whole = (np.concatenate([self.prefix, branch]) for branch in (self.chosen, self.rejected))
@@ -82,17 +88,31 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs packed into one stream, ready for the model. Scored rows stand pair after pair, chosen then rejected."""
+    """Pairs packed into one stream, ready for the model. Scored rows stand pair after pair, chosen then rejected.
 
+    It has all that log-probs come from: the stream for a model, the keys for a store.
+    """
+
+    pairs: tuple[TokenizedPair, ...]  # what is packed, on the host
     tokens_T: torch.Tensor  # int64 input token ids
     positions_T: torch.Tensor  # int64 position of each row in its own chat
     layout: PackedLayout  # which rows see which
     rows_N: torch.Tensor  # int64 row of the stream that predicts each scored token
     targets_N: torch.Tensor  # int64 scored token ids
-    counts: tuple[tuple[int, int], ...]  # scored tokens of (chosen, rejected) a pair, on the host
+    counts_B2: torch.Tensor  # int64 scored tokens of (chosen, rejected)
 
     def __len__(self) -> int:
-        return len(self.counts)
+        return len(self.pairs)
+
+    @property
+    def counts(self) -> tuple[tuple[int, int], ...]:
+        """`counts_B2` on the host."""
+        return tuple((pair.chosen_scored, pair.rejected_scored) for pair in self.pairs)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Names of the pairs in the reference store: (B,) of KEY."""
+        return as_keys([pair.digest for pair in self.pairs], self.counts)
 
     @classmethod
     def pack(cls, pairs: Sequence[TokenizedPair]) -> PairBatch:
@@ -119,12 +139,13 @@ class PairBatch:
             return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
         return cls(
+            pairs=tuple(pairs),
             tokens_T=stack(tokens),
             positions_T=stack(positions),
             layout=PackedLayout(segments=tuple(segments)),
             rows_N=stack(rows),
             targets_N=stack(targets),
-            counts=tuple((pair.chosen_scored, pair.rejected_scored) for pair in pairs),
+            counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
         )
 
     def to(self, device: torch.device) -> PairBatch:
@@ -142,4 +163,5 @@ class PairBatch:
             layout=self.layout.to(device),
             rows_N=move(self.rows_N),
             targets_N=move(self.targets_N),
+            counts_B2=move(self.counts_B2),
         )

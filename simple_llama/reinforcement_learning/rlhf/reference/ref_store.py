@@ -18,21 +18,18 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write, atomic_write_json, digest, open_file, read_json, shown
-
-if TYPE_CHECKING:  # only a pair's digest and counts are read, so the store needs no torch
-    from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
 
 FILL_COMMAND = "deepspeed --hostfile hostfile launch/precompute_ref.py"
 
 # Key first: sorted by their bytes, records lie in the order of their keys.
 RECORD = np.dtype([("digest", "V16"), ("counts", "<i4", (2,)), ("logps", "<f4", (2,))])
-_AS_BYTES, _AS_KEY = "S32", "S24"  # a whole record, and its digest and counts, as one sortable value
+_AS_BYTES, _AS_KEY = "S32", "S24"  # a whole record, and its KEY, as one sortable value
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.npy")
 _MOST_SHARD_BYTES = 256 << 20  # six million records; a pass writes a few hundred into a shard
@@ -122,27 +119,28 @@ class RefStore:
             logger.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
         self._records = _merged(parts)
 
-    def missing(self, pairs: Sequence[TokenizedPair]) -> list[int]:
-        """Positions of the pairs without a record, in order; of equal pairs only the first."""
-        keys, _, found = self._find(pairs)
-        _, first = np.unique(keys, return_index=True)
-        return [int(position) for position in np.sort(first) if not found[position]]
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Positions of the keys (B,) without a record, in order; of equal keys only the first."""
+        _, found = self._find(keys)
+        absent = np.flatnonzero(~found)
+        _, first = np.unique(_sortable(keys[absent]), return_index=True)
+        return absent[np.sort(first)]
 
-    def lookup(self, pairs: Sequence[TokenizedPair]) -> np.ndarray:
-        """Log-prob sums (B, 2) float32 of (chosen, rejected). UserError when a pair has none."""
-        return self._records["logps"][self._rows(pairs)].astype(np.float32)
+    def lookup(self, keys: np.ndarray) -> np.ndarray:
+        """Log-prob sums (B, 2) float32 of (chosen, rejected) of the pairs with these keys (B,). UserError for none."""
+        return self._records["logps"][self._rows(keys)].astype(np.float32)
 
-    def content_digest(self, pairs: Sequence[TokenizedPair]) -> str:
-        """Hex digest of the records of `pairs`, whatever their order: equal on two ranks that see the same numbers."""
-        return digest(self._records[np.unique(self._rows(pairs))].tobytes()).hex()
+    def content_digest(self, keys: np.ndarray) -> str:
+        """Hex digest of the records of `keys`, whatever their order: equal on two ranks that see the same numbers."""
+        return digest(self._records[np.unique(self._rows(keys))].tobytes()).hex()
 
-    def add(self, pairs: Sequence[TokenizedPair], logps_B2: np.ndarray) -> None:
-        """Write the pairs' fp32 log-prob sums as one shard, whole or not at all.
+    def add(self, keys: np.ndarray, logps_B2: np.ndarray) -> None:
+        """Write the fp32 log-prob sums of pairs with these keys (B,) as one shard, whole or not at all.
 
         Raises:
             UserError: a sum is not finite or above zero, or the shard cannot be written (full disk, read-only folder).
         """
-        self._write(_checked_records(pairs, logps_B2))
+        self._write(_checked_records(keys, logps_B2))
 
     @contextlib.contextmanager
     def writer(self, every_pairs: int = 512, every_s: float = 60.0) -> Iterator[ShardWriter]:
@@ -173,24 +171,25 @@ class RefStore:
         atomic_write(self.folder / f"{digest(data.getbuffer()).hex()}.npy", data.getvalue())
         self._records = _merged([self._records, records])
 
-    def _rows(self, pairs: Sequence[TokenizedPair]) -> np.ndarray:
-        """Row of each pair in the records (B,). UserError when one is missing."""
-        keys, rows, found = self._find(pairs)
+    def _rows(self, keys: np.ndarray) -> np.ndarray:
+        """Row of each key in the records (B,). UserError when one is missing."""
+        rows, found = self._find(keys)
         if not found.all():
+            missing, asked = (len(np.unique(_sortable(some))) for some in (keys[~found], keys))
             raise UserError(
-                f"{len(np.unique(keys[~found]))} of {len(np.unique(keys))} pairs have no reference log-probs in "
+                f"{missing} of {asked} pairs have no reference log-probs in "
                 f"{self.folder}; run `{FILL_COMMAND}` with the same model, data and settings, then start again"
             )
         return rows
 
-    def _find(self, pairs: Sequence[TokenizedPair]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys of the pairs, the rows where their records must be, and whether they are there; (B,) each."""
-        wanted = _as_records(pairs, np.zeros((len(pairs), 2), np.float32)).view(_AS_BYTES)
-        keys, table = wanted.astype(_AS_KEY), self._records.view(_AS_BYTES)
+    def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows where the records of the keys must be, and whether they are there; (B,) each."""
+        wanted = _as_records(keys, np.zeros((len(keys), 2), np.float32)).view(_AS_BYTES)
+        table = self._records.view(_AS_BYTES)
         rows = np.searchsorted(table, wanted)  # log-probs of zero bytes come before all others of that key
         found = rows < len(table)
-        found[found] = table[rows[found]].astype(_AS_KEY) == keys[found]
-        return keys, rows, found
+        found[found] = table[rows[found]].astype(_AS_KEY) == wanted[found].astype(_AS_KEY)
+        return rows, found
 
 
 class ShardWriter:
@@ -203,9 +202,9 @@ class ShardWriter:
         self._parts: list[np.ndarray] = []
         self._flushed_at = time.monotonic()
 
-    def add(self, pairs: Sequence[TokenizedPair], logps_B2: np.ndarray) -> None:
+    def add(self, keys: np.ndarray, logps_B2: np.ndarray) -> None:
         """As `RefStore.add`, but on disk only after the next flush."""
-        self._parts.append(_checked_records(pairs, logps_B2))
+        self._parts.append(_checked_records(keys, logps_B2))
         waited = time.monotonic() - self._flushed_at
         if sum(map(len, self._parts)) >= self._every_pairs or waited >= self._every_s:
             self.flush()
@@ -218,27 +217,30 @@ class ShardWriter:
             self._store._write(np.concatenate(parts))
 
 
-def _as_records(pairs: Sequence[TokenizedPair], logps_B2: np.ndarray) -> np.ndarray:
-    """Records (B,) of pairs with their log-prob sums."""
-    digests = b"".join(pair.digest for pair in pairs)
-    assert len(digests) == 16 * len(pairs) and logps_B2.shape == (len(pairs), 2)
-    records = np.empty(len(pairs), RECORD)
-    records["digest"] = np.frombuffer(digests, "V16")
-    counts = [(pair.chosen_scored, pair.rejected_scored) for pair in pairs]
-    records["counts"] = np.array(counts, np.int32).reshape(len(pairs), 2)
+def _sortable(keys: np.ndarray) -> np.ndarray:
+    """Keys (B,) as values that numpy can sort."""
+    return np.ascontiguousarray(keys, KEY).view(_AS_KEY)
+
+
+def _as_records(keys: np.ndarray, logps_B2: np.ndarray) -> np.ndarray:
+    """Records (B,) of pairs with these keys and log-prob sums."""
+    assert keys.dtype == KEY and logps_B2.shape == (len(keys), 2)
+    records = np.empty(len(keys), RECORD)
+    for name in KEY.names or ():
+        records[name] = keys[name]
     records["logps"] = logps_B2
     return records
 
 
-def _checked_records(pairs: Sequence[TokenizedPair], logps_B2: np.ndarray) -> np.ndarray:
+def _checked_records(keys: np.ndarray, logps_B2: np.ndarray) -> np.ndarray:
     """Records of freshly computed sums. UserError when they cannot be log-probs, which a retry would not mend."""
     assert logps_B2.dtype == np.float32, "sums in 16 bits are off by whole nats"
-    records = _as_records(pairs, logps_B2)
+    records = _as_records(keys, logps_B2)
     bad = np.flatnonzero(~_are_sound(records))
     if len(bad):
         chosen, rejected = logps_B2[bad[0]]
         raise UserError(
-            f"the reference model gave {len(bad)} of {len(pairs)} pairs log-probs that are not finite numbers up to 0 "
+            f"the reference model gave {len(bad)} of {len(keys)} pairs log-probs that are not finite numbers up to 0 "
             f"(the first: chosen {chosen}, rejected {rejected}); check the checkpoint and its dtype. None was stored"
         )
     return records
