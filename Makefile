@@ -1,11 +1,15 @@
 # Every target does its own set-up: the first one run makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-hosts soak bench bench-gpu check format tensorboard clean
+.PHONY: help demo test test-gpu test-hosts soak bench bench-gpu check format docs tensorboard clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL = $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable
+# One stamp for each set of packages, written last: a killed install is done again.
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.installed-test
+CHECKED := $(VENV)/.installed-dev
 BENCH := .venv-bench
 PEERS := $(BENCH)/.installed
 # With more in sight, the peers' trainer would copy its model to all of them.
@@ -14,32 +18,44 @@ ONE_GPU = CUDA_VISIBLE_DEVICES=$$(echo $${CUDA_VISIBLE_DEVICES:-0} | cut -d, -f1
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# The stamp comes last: a killed install is done again.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing torch, DeepSpeed and what they need into $(VENV): 0.26 GB to download with a CPU's torch, 2.8 GB with"
+	@echo "CUDA's, which pip takes on Linux unless told otherwise (README, \"Before you start\"); then about a minute."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev]'
+	$(INSTALL) .
+	@touch $@
+
+$(TESTED): $(INSTALLED)
+	@echo "Installing what the tests need: 0.2 GB to download, most of it Triton."
+	$(INSTALL) '.[test]'
+	@touch $@
+
+$(CHECKED): $(TESTED)
+	@echo "Installing linters and the type checker, with a node of its own: 80 MB to download."
+	$(INSTALL) '.[test,dev]'
 	@touch $@
 
 # The peers that benches measure against, in an environment of their own.
 $(PEERS): pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	$(BENCH)/bin/pip install --disable-pip-version-check --constraint constraints.txt \
 		--requirement benchmarks/requirements.txt --editable .
 	@touch $@
 
-demo: $(INSTALLED) ## the whole main job on shipped data, on two CPU cores, in minutes
+demo: $(INSTALLED) ## the whole main job on shipped data, on two CPU cores: about a minute
 	$(BIN)/python benchmarks/demo.py
 
-test: $(INSTALLED) ## the tests that need neither a GPU nor root
-	$(BIN)/python -m pytest
+test: $(TESTED) ## the tests that need neither a GPU nor root: about six minutes on two cores
+	@echo "Running the tests: about six minutes on two cores. 'make test PYTEST=tests/unit' takes the quick ones alone."
+	$(BIN)/python -m pytest $(PYTEST)
 
-test-gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU
+test-gpu: $(TESTED) ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
-test-hosts: $(INSTALLED) ## two hosts in network namespaces: needs root, iproute2, openssh-server, pdsh
+test-hosts: $(TESTED) ## two hosts in network namespaces: needs root, iproute2, openssh-server, pdsh
 	$(BIN)/python -m pytest -m hosts
 
-soak: $(INSTALLED) ## kill a small run at 20 moments; it must end as one never killed
+soak: $(TESTED) ## kill a small run at 20 moments; it must end as one never killed
 	$(BIN)/python tests/soak.py --kills 20
 
 bench: $(PEERS) ## all benches on this CPU, beside their peers; appends to benchmarks/RESULTS.md; about two hours
@@ -56,18 +72,22 @@ bench-gpu: $(PEERS) ## the same on an NVIDIA GPU, with models of about a billion
 	$(ONE_GPU) -m benchmarks.bench_reference --device cuda --shape 1.3b --pairs 1024 --settings bf16 autocast
 	$(BENCH)/bin/python -m benchmarks.bench_scale --device cuda
 
-check: $(INSTALLED) ## format, lint, types, import floors
+check: $(CHECKED) ## format, lint, types, import floors: half a minute
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-format: $(INSTALLED) ## rewrite the files as `make check` wants them
+format: $(CHECKED) ## rewrite the files as `make check` wants them
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-tensorboard: $(INSTALLED) ## curves of all runs, on http://localhost:6006
-	$(BIN)/tensorboard --logdir runs --host localhost
+docs: $(INSTALLED) ## make the pages that come from the code: docs/settings.md, docs/one_pair.md
+	$(BIN)/python -m docs.settings
+	$(BIN)/python -m docs.one_pair
+
+tensorboard: $(INSTALLED) ## curves of all runs and of the demo, on http://localhost:6006
+	$(BIN)/tensorboard --logdir_spec runs:runs,demo:demo/runs --host localhost
 
 clean: ## remove both environments and all caches; runs and checkpoints stay
 	rm -rf $(VENV) $(BENCH) build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

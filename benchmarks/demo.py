@@ -1,6 +1,9 @@
 """`make demo`: the whole main job on shipped data, on a laptop's CPU, through the real launcher with two processes.
 
 start model (SFT on accepted answers) -> launch/precompute_ref.py -> launch/train_dpo.py -> a table
+
+A second demo replaces the first one's run and nothing else: the start model stays while what it is made from is the
+same, and so does the reference; other runs may use both.
 """
 
 from __future__ import annotations
@@ -11,18 +14,29 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from simple_llama.cluster.lock import FolderLock
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import atomic_write_json, file_digest, read_json
 from simple_llama.common.paths import root_path
 
 ROOT = Path(root_path())
-FOLDER = ROOT / "demo"  # everything that the demo writes; made anew by each demo
+FOLDER = ROOT / "demo"  # everything that the demo writes
 DATA = ROOT / "simple_llama" / "reinforcement_learning" / "rl_dataset"
+START = FOLDER / "start.pth"
+MADE_FROM = (  # files that decide what the start model is
+    DATA / "curated_safety.json",
+    ROOT / "simple_llama" / "dataset" / "bpe_8k.json",
+    ROOT / "simple_llama" / "finetune" / "full_sft" / "sft.py",
+    ROOT / "benchmarks" / "start_model.py",
+)
 SPLIT = {"val_share": 0.2, "seed": 42}  # 0.2 of the prompts: enough held-out pairs to read an accuracy from
 CONFIG: dict[str, Any] = {
     **SPLIT,
-    "model_path": str(FOLDER / "start.pth"),
+    "model_path": str(START),
     "rlhf_dataset_path": str(DATA),
     "ckpt_dir": str(FOLDER / "rlhf_checkpoints"),
     "ref_cache_dir": str(FOLDER / "ref_cache"),
@@ -44,15 +58,36 @@ CONFIG: dict[str, Any] = {
 def main() -> None:
     """Runs the three steps, each as the command a person would type, and prints what came of it."""
     started = time.perf_counter()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
-    (FOLDER / "config.json").write_text(json.dumps(CONFIG, indent=2))
-    (FOLDER / "hostfile").write_text("localhost slots=2\n")
-    split = [f"--{name}={value}" for name, value in SPLIT.items()]
-    run([sys.executable, "benchmarks/start_model.py", f"--data={DATA}", f"--out={CONFIG['model_path']}", *split])
+    clear(Path(CONFIG["ckpt_dir"]) / CONFIG["run_name"], Path(CONFIG["log_dir"]) / CONFIG["run_name"])
+    atomic_write_json(FOLDER / "config.json", CONFIG)
+    make_start(START, MADE_FROM)
     for script in ("launch/precompute_ref.py", "launch/train_dpo.py"):
         run([*launcher(), script, "--config", str(FOLDER / "config.json")])
     print(table(time.perf_counter() - started))
+
+
+def clear(checkpoints: Path, records: Path) -> None:
+    """Removes the last demo's run. UserError while it still goes on."""
+    FolderLock.take(checkpoints).release()
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.rmtree(records, ignore_errors=True)
+
+
+def make_start(path: Path, made_from: Sequence[Path]) -> None:
+    """Trains the start model, unless the one of an earlier demo was made from the same files; one of others moves
+    aside."""
+    facts = {**SPLIT, **{file.name: file_digest(file) for file in made_from}}
+    record = path.with_suffix(".json")
+    if path.exists() and record.exists() and read_json(record) == facts:
+        print(f"\nkept {shown(path)}, the start model of an earlier demo; what it is made from is the same")
+        return
+    if path.exists():
+        aside = path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
+        path.rename(aside)
+        print(f"\n{shown(path)} was made from other files: moved to {shown(aside)}")
+    split = [f"--{name}={value}" for name, value in SPLIT.items()]
+    run([sys.executable, "benchmarks/start_model.py", f"--data={DATA}", f"--out={path}", *split])
+    atomic_write_json(record, facts)
 
 
 def launcher() -> list[str]:
@@ -60,9 +95,12 @@ def launcher() -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    address = ["--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    return [str(deepspeed), "--hostfile", str(FOLDER / "hostfile"), *address]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
+
+
+def shown(path: Path) -> str:
+    """A path from the project's root."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def run(command: list[str]) -> None:
@@ -104,11 +142,14 @@ def table(seconds: float) -> str:
         f"after    {samples[-1]['answers'][0]!r}",
         "(2.6 M weights, half a minute of SFT: read the numbers; nobody has taught this model to write yet)",
         "",
-        f"checkpoint   {checkpoint.relative_to(ROOT)}",
-        "curves       .venv/bin/tensorboard --logdir demo/runs --host localhost",
+        f"checkpoint   {shown(checkpoint)}",
+        "curves       make tensorboard",
     ]
     return "\n" + "\n".join(body)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
