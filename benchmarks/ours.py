@@ -1,21 +1,19 @@
-"""Our own training step and reference pass as the benches drive them: with DeepSpeed, and as a plain loop without.
-
-Shapes: B pairs of a micro-batch.
-"""
+"""Our own training step and reference pass as the benches drive them: with DeepSpeed, and as a plain loop without."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from simple_llama.cluster.distributed import Ranks, all_reduce_sum
+from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import deal, sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, decay_groups
@@ -25,7 +23,8 @@ from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import P
 from simple_llama.reinforcement_learning.rlhf.precompute import computed
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import from_store
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
-from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums, pair_statistics
+from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
+from simple_llama.reinforcement_learning.rlhf.run.step import Learner, Portion, optimizer_step
 
 Pairs = Sequence[TokenizedPair]
 Pack = Callable[[Pairs], PairBatch]
@@ -37,47 +36,39 @@ def micro_batches(pairs: Pairs, count: int) -> list[list[TokenizedPair]]:
     return [[pairs[i] for i in hand] for hand in hands]
 
 
+def portions(pairs: Pairs, pack: Pack, count: int) -> Iterator[Portion]:
+    """The step of one rank: its pairs in `count` micro-batches, each packed when its turn comes."""
+    for place, part in enumerate(micro_batches(pairs, count)):
+        yield Portion(pack(part), 1 / len(pairs), last=place == count - 1)
+
+
 class Trainer:
-    """What both trainers below share: a policy of the start weights, stored references, sums of metrics."""
+    """A policy of the start weights, stored references and sums of metrics; the step is the product's own."""
 
     def __init__(self, start: LoadedModel, config: DPOConfig, store: RefStore, ranks: Ranks):
-        self.config, self.ranks, self.model_config = config, ranks, start.config
+        self.config, self.ranks = config, ranks
         self.dtype = model_dtype(read_ds_config(config))
         self.model = build_model(start, self.dtype, ranks.device)
         self.size: ModelSize = model_size(self.model)
-        self.loss_fn = PreferenceLoss(config.loss_type, config.beta)
-        self.policy = DPOPolicy(self.model, self.loss_fn)
+        self.policy = DPOPolicy(self.model, PreferenceLoss.of(config))
         self.store = store
         self.ref_logps = from_store(store)
-        self.sums = MetricSums(ranks.device)
+        work = partial(useful_flops, self.size, self.model.architecture, backward=True)
+        self.sums = MetricSums(ranks.device, work)
+
+    @property
+    def learner(self) -> Learner:
+        """What a step drives."""
+        raise NotImplementedError
 
     def step(self, pairs: Pairs, pack: Pack, count: int) -> None:
-        """A whole optimizer step on the mean loss of `pairs`: all that `Run.accumulate` and `Run.update` compute.
+        """A whole optimizer step on the mean loss of `pairs`.
 
         Args:
             count: micro-batches to make of them.
         """
-        device, losses = self.ranks.device, []
-        parts = micro_batches(pairs, count)
-        for place, chosen in enumerate(parts):
-            batch = pack(chosen).to(device)
-            ref_B2 = self.ref_logps(chosen, batch)
-            out = self.backward(batch, ref_B2, 1 / len(pairs), last=place == len(parts) - 1)
-            rewards_B2 = self.loss_fn.rewards(out.logps_B2, ref_B2)
-            flops = useful_flops(self.size, self.model_config, batch, backward=True)
-            self.sums.add(pair_statistics(out.losses_B, out.logps_B2, rewards_B2), len(batch.tokens_T), flops)
-            losses.append(out.losses_B)
-        total = all_reduce_sum(torch.stack([loss_B.sum() for loss_B in losses]).sum()).item()
-        assert math.isfinite(total)
-        assert math.isfinite(self.update())
-
-    def backward(self, batch: PairBatch, ref_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
-        """Adds `weight` times the gradient of a micro-batch's summed loss."""
-        raise NotImplementedError
-
-    def update(self) -> float:
-        """Clips and steps AdamW; the gradient norm before the clip."""
-        raise NotImplementedError
+        parts, rate = portions(pairs, pack, count), self.config.max_lr
+        optimizer_step(self.learner, parts, self.ref_logps, rate, self.sums, self.ranks.device)
 
 
 class EngineTrainer(Trainer):
@@ -87,11 +78,9 @@ class EngineTrainer(Trainer):
         super().__init__(start, config, store, ranks)
         self.engine = Engine(self.policy, start.state_dict, config, ranks)
 
-    def backward(self, batch: PairBatch, ref_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
-        return self.engine.backward(batch, ref_B2, weight, last)
-
-    def update(self) -> float:
-        return self.engine.step(self.config.max_lr)
+    @property
+    def learner(self) -> Engine:
+        return self.engine
 
 
 class PlainTrainer(Trainer):
@@ -99,9 +88,21 @@ class PlainTrainer(Trainer):
 
     def __init__(self, start: LoadedModel, config: DPOConfig, store: RefStore, ranks: Ranks):
         super().__init__(start, config, store, ranks)
-        self.weights = dict(self.model.named_parameters())
+        self.loop = PlainLoop(self.policy, start, config, ranks.device)
+
+    @property
+    def learner(self) -> PlainLoop:
+        return self.loop
+
+
+class PlainLoop:
+    """A learner of one rank in plain torch."""
+
+    def __init__(self, policy: DPOPolicy, start: LoadedModel, config: DPOConfig, device: torch.device):
+        self.policy, self.max_grad_norm = policy, config.max_grad_norm
+        self.weights = dict(policy.model.named_parameters())
         self.masters = {
-            name: torch.nn.Parameter(start.state_dict[name].to(ranks.device, torch.float32, copy=True))
+            name: torch.nn.Parameter(start.state_dict[name].to(device, torch.float32, copy=True))
             for name in self.weights
         }
         self.optimizer = torch.optim.AdamW(
@@ -111,8 +112,9 @@ class PlainTrainer(Trainer):
             fused=True,
         )
 
-    def backward(self, batch: PairBatch, ref_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
-        out = self.policy(batch, ref_B2)
+    def backward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
+        """Adds `weight` times the gradient of the batch's summed loss to the fp32 gradients."""
+        out = self.policy(batch, ref_logps_B2)
         (out.loss * weight).backward()
         for name, parameter in self.weights.items():
             gradient, master = parameter.grad, self.masters[name]
@@ -121,8 +123,11 @@ class PlainTrainer(Trainer):
             parameter.grad = None
         return out
 
-    def update(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.max_grad_norm)
+    def step(self, rate: float) -> float:
+        """Clips and steps AdamW at learning rate `rate`; the gradient norm before the clip."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -140,8 +145,10 @@ def reference_pass(
     model: LLaMaTransformer, store: RefStore, pairs: Pairs, batch_size: int, device: torch.device, flush_pairs: int
 ) -> None:
     """Computes and writes the log-probs that the store lacks: the loop of `precompute`, without its heartbeats."""
-    todo = [pairs[i] for i in store.missing(pairs)]
+    every = PairSet.of(pairs)
+    todo = every.select(store.missing(every.keys))
     with store.writer(every_pairs=flush_pairs) as writer:
-        micro_batches = sweep([pair.rows for pair in todo], batch_size, world_size=1)[0]
-        for chosen, logps_B2 in computed(model, ([todo[i] for i in batch] for batch in micro_batches), device):
-            writer.add(chosen, logps_B2)
+        mine = sweep(todo.rows, batch_size, world_size=1)[0]
+        batches = (PairBatch.pack([todo[i] for i in micro_batch]) for micro_batch in mine)
+        for keys, logps_B2 in computed(model, batches, device):
+            writer.add(keys, logps_B2)

@@ -97,26 +97,24 @@ PLACES: dict[str, dict[str, Spot]] = {
     "reference": replaced("reference.json"),
     # a training run's start
     "records": replaced("config.json"),
-    "resume": around("checkpoint", "load_state"),
+    "resume": around("engine.checkpoint", "load_state"),
     # a step
     "backward": around("engine.engine", "Engine.backward"),
     "step": around("engine.engine", "Engine.step"),
     "evaluate": around("run.training_run", "evaluate"),
-    "metrics": around("metrics", "RunWriter.scalars", half_of_line(lambda writer, *rest: writer.path)),
-    "samples": around(
-        "run.training_run", "append_samples", half_of_line(lambda folder, *rest: folder / "samples.jsonl")
-    ),
+    "metrics": around("run.records", "RunWriter.scalars", half_of_line(lambda writer, *rest: writer.path)),
+    "samples": around("run.sampling", "append_samples", half_of_line(lambda folder, *rest: folder / "samples.jsonl")),
     # a save
     "gather": {"before": Spot(f"{RLHF}.engine.engine", "Engine.full_state")},
-    "state_shard": around("checkpoint", "save_file", half_of_file(1)),
+    "state_shard": around("engine.checkpoint", "save_file", half_of_file(1)),
     "weights": {"half": Spot("torch", "save", half=half_of_file(1))}
     | {when: Spot("os", "replace", becomes("dpo_*.pth")) for when in ("before", "after")},
     "state_json": replaced("state.json"),
     "state_rename": {when: Spot("pathlib", "Path.rename", becomes("step_*")) for when in ("before", "after")},
     "latest": replaced("latest"),
-    "prune": around("checkpoint", "prune") | {"half": Spot("shutil", "rmtree", is_old_state, half_of_folder)},
+    "prune": around("engine.checkpoint", "_prune") | {"half": Spot("shutil", "rmtree", is_old_state, half_of_folder)},
     # everything is done
-    "end": {"before": Spot(f"{RLHF}.run.metrics", "RunWriter.close")},
+    "end": {"before": Spot(f"{RLHF}.run.records", "RunWriter.close")},
 }
 
 

@@ -10,15 +10,27 @@ from pathlib import Path
 import torch
 
 from simple_llama.cluster.distributed import Ranks, close_ranks, gather_objects, init_ranks, leave
-from simple_llama.reinforcement_learning.rlhf.dpo_config import parse_config
+from simple_llama.pretraining.weights import load_weights
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
-from simple_llama.reinforcement_learning.rlhf.run.training_run import Run
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
+from simple_llama.reinforcement_learning.rlhf.run.step import accumulate, portions
+from simple_llama.reinforcement_learning.rlhf.run.training_run import build_policy, open_reference
 
 
-def gradient(run: Run, ranks: Ranks) -> torch.Tensor:
+def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:
     """The flat gradient of step 1 that the ranks hold in parts, fp32 (collective)."""
-    run.accumulate(0)
-    zero = run.engine.optimizer
+    inputs = load_inputs(config, ranks)
+    pairs = inputs.data.train
+    policy = build_policy(config, inputs, PreferenceLoss.of(config), ranks.device)
+    engine = Engine(policy, load_weights(inputs.start_path).state_dict, config, ranks)
+    plan = BatchPlan(pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps)
+    ref_logps, _ = open_reference(config, inputs, ranks)
+    accumulate(engine, portions(plan.step(0), ranks.rank, pairs), ref_logps, MetricSums(ranks.device), ranks.device)
+    zero = engine.optimizer
     if zero.cpu_offload:
         mine = [partition.grad for partition in zero.single_partition_of_fp32_groups]
     else:
@@ -31,9 +43,7 @@ def main() -> None:
     """One step's forward and backward passes."""
     config = parse_config()
     ranks = init_ranks(config.device, config.start_timeout_s)
-    run = Run(config, load_inputs(config, ranks), ranks, config.run_name, lambda: None)
-    found = gradient(run, ranks)
-    run.writer.close()
+    found = gradient(config, ranks)
     if ranks.is_main:
         Path(config.ckpt_dir).mkdir(parents=True, exist_ok=True)
         torch.save(found, Path(config.ckpt_dir) / "gradient.pt")

@@ -3,8 +3,8 @@
     inputs -> reference log-probs -> for each step: forward, loss, backward, step -> metrics -> checkpoints
 
 `python3 apply_dpo.py` does the whole job in one process: it fills the reference store where pairs are missing, then
-trains. On several ranks the two halves are launch/precompute_ref.py and launch/train_dpo.py.
-Algorithm: Rafailov et al., "Direct Preference Optimization", arXiv:2305.18290.
+trains. On several ranks the two halves are launch/precompute_ref.py and launch/train_dpo.py. An optimizer step goes on
+in run/step.py. Algorithm: Rafailov et al., "Direct Preference Optimization", arXiv:2305.18290.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import locked, name_run
-from simple_llama.reinforcement_learning.rlhf.run.training_run import Run, due
+from simple_llama.reinforcement_learning.rlhf.run.step import optimizer_step
+from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun, due
 
 
 def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
     """Trains the policy (collective); returns the last exported `.pth`.
 
-    Raises UserError for what a person can put right, TrainingStopped for a loss or gradient that is not finite, and
+    Raises UserError for what a person can put right, NotFinite for a loss or gradient that is no number any more, and
     Stopped on request, after a save.
     """
     stopping.begin()
     name = name_run(config, ranks)
     with locked(Path(config.ckpt_dir) / name, ranks) as check_lock:
         with watchdog.patience("setting up the run"):
-            run = Run(config, inputs, ranks, name, check_lock)
+            run = TrainingRun(config, inputs, ranks, name, check_lock)
         try:
             run_steps(run)
         except stopping.Stopped:
@@ -42,40 +43,39 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
             run.profile.close()
             run.writer.close()
         run.finish()
-    return run.last_path
+    return run.saves.newest_path
 
 
-def run_steps(run: Run) -> None:
+def run_steps(run: TrainingRun) -> None:
     """From the start, or from where the saved run was, to the end."""
-    config = run.config
-    if run.saved:
-        run.restore()
-    if run.unfinished:
-        finish_step(run, run.done)
-    left = range(run.done, run.total_steps)
+    if run.at.unfinished:
+        finish_step(run, run.at.done)
+    left = range(run.at.done, run.total_steps)
     for index in progress(left, total=len(left), desc="train", ranks=run.ranks):
         step, rate = index + 1, run.rate(index)
         run.profile.begin(step)
-        run.accumulate(index)
-        run.update(step, rate)
-        with run.off_the_clock():
+        with run.naming_pairs(index):
+            parts, sums = run.portions(index), run.interval.sums
+            norm = optimizer_step(run.engine, parts, run.ref_logps, rate, sums, run.ranks.device)
+        run.made(step, norm)
+        with run.interval.off_the_clock():
             run.profile.end(step)
-        if run.saves_at(step) or due(step, config.log_interval):
+        if run.saves_at(step) or due(step, run.config.log_interval):
             run.log(step, rate)
         finish_step(run, step)
 
 
-def finish_step(run: Run, step: int) -> None:
+def finish_step(run: TrainingRun, step: int) -> None:
     """What is due after `step` steps: the checks of the start, an evaluation, a checkpoint."""
     if step == 0:
         run.check_start()
     elif run.ends_epoch(step) or due(step, run.config.eval_interval):
-        with run.off_the_clock():
+        with run.interval.off_the_clock():
             run.evaluate(step)
-    run.unfinished = False
+    run.at.unfinished = False
     if run.saves_at(step):
-        with run.off_the_clock():
-            run.save(step)
+        with run.interval.off_the_clock():
+            run.save()
 
 
 def precompute_and_train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:

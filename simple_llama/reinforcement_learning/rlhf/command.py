@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import set_up_log
-from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, init_ranks, leave
+from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, fail_together, init_ranks, leave
 from simple_llama.cluster.supervisor import FINISHED
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import check_folders
 
 BUG, MISTAKE, INTERRUPTED = 1, 2, 130  # exit status; with watchdog.LOST and stopping.STOPPED these are all
 
@@ -39,6 +40,8 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         )  # not before: while torch waits for the others in C++, a handler in Python would wait too
         set_up_log(None, ranks)
         watchdog.start(ranks, config.start_timeout_s, config.peer_timeout_s, config.step_timeout_s, config.io_timeout_s)
+        with fail_together(ranks):
+            check_folders(config, config.ref_cache_dir)
         inputs = load_inputs(config, ranks)
         stopping.agree(ranks, at_once=True)
         if not config.dry_run:

@@ -4,46 +4,48 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config, zero_stage
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, full_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.cost import estimate_memory, model_size
+from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
 
 
 def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
     """The whole report as text; computes nothing on a device and writes nothing."""
-    pairs = inputs.train_pairs
-    plan = BatchPlan(
-        tuple(pair.rows for pair in pairs), config.seed, world_size, config.batch_size, config.grad_accum_steps
-    )
+    pairs = inputs.data.train
+    plan = BatchPlan(pairs.rows, config.seed, world_size, config.batch_size, config.grad_accum_steps)
     ds_config = full_ds_config(config, world_size)
     sections = {
         "config": json.dumps(asdict(replace(config, max_seq_len=inputs.max_seq_len)), indent=2),
         "DeepSpeed": json.dumps(ds_config, indent=2),
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
-        "batches": batch_arithmetic(config, plan, pairs),
-        "memory per rank (estimate)": memory_table(config, inputs, plan, ds_config),
-        "first pair (scored tokens in [[ ]])": show_pair(inputs.tokenizer, pairs[0]),
+        "batches": _batch_arithmetic(config, plan, pairs),
+        "memory per rank (estimate)": _memory_table(config, config.reference, inputs, plan, ds_config),
+        "first pair (scored tokens in [[ ]])": _show_pair(inputs.tokenizer, pairs[0]),
     }
     return "\n\n".join(f"== {title} ==\n{body}" for title, body in sections.items())
 
 
-def batch_arithmetic(config: DPOConfig, plan: BatchPlan, pairs: list[TokenizedPair]) -> str:
+def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -> str:
     """Steps, pairs and tokens, with what sharing the prefix and packing save."""
-    packed = sum(plan.rows)
-    whole = sum(pair.chosen_len + pair.rejected_len for pair in pairs)
+    packed = int(plan.rows.sum(dtype=np.int64))
+    whole = int(pairs.chosen_len.sum(dtype=np.int64) + pairs.rejected_len.sum(dtype=np.int64))
     steps = plan.steps_per_epoch * config.epochs
     last = len(pairs) - (plan.steps_per_epoch - 1) * plan.pairs_per_step
     return "\n".join(
         [
-            f"{config.batch_size} pairs a micro-batch x {config.grad_accum_steps} micro-batches x {plan.world_size} "
+            f"{plan.batch_size} pairs a micro-batch x {plan.grad_accum_steps} micro-batches x {plan.world_size} "
             f"ranks = {plan.pairs_per_step} pairs an optimizer step",
             f"{len(pairs)} pairs = {plan.steps_per_epoch} steps an epoch (the last has {last} pairs); "
             f"{config.epochs} epochs = {steps} steps; warm-up over {config.warmup_iterations}",
@@ -52,20 +54,19 @@ def batch_arithmetic(config: DPOConfig, plan: BatchPlan, pairs: list[TokenizedPa
     )
 
 
-def memory_table(config: DPOConfig, inputs: Inputs, plan: BatchPlan, ds_config: dict) -> str:
+def _memory_table(
+    config: EngineConfig, reference: str, inputs: Inputs, plan: BatchPlan, ds_config: dict[str, Any]
+) -> str:
     """Weights, gradients, optimizer shard and activations of the largest micro-batch of the first epoch, in GiB."""
-    steps = [plan.step(index) for index in range(plan.steps_per_epoch)]
-    micro_batches = [micro for step in steps for rank in step for micro in rank if micro]
-    largest = max(micro_batches, key=lambda micro: sum(plan.rows[i] for i in micro))
-    batch = PairBatch.pack([inputs.train_pairs[i] for i in largest])
+    batch = PairBatch.pack([inputs.data.train[i] for i in plan.largest_micro_batch()])
     with torch.device("meta"):  # counts, no memory
-        model = LLaMaTransformer(inputs.model_config, inputs.vocab_size)
+        model = LLaMaTransformer(inputs.architecture)
     size = model_size(model)
     lora = sum(p.numel() for name, p in model.named_parameters() if "_lora_layer." in name)
     estimate = estimate_memory(
         size,
         lora if config.trainable == "lora" else sum(size),
-        inputs.model_config,
+        inputs.architecture,
         batch,
         inputs.dtype,
         plan.world_size,
@@ -73,7 +74,7 @@ def memory_table(config: DPOConfig, inputs: Inputs, plan: BatchPlan, ds_config: 
         config.activation_checkpointing,
         config.reduce_once,
     )
-    if config.reference == "online":
+    if reference == "online":
         estimate = estimate._replace(weights=estimate.weights + sum(size) * inputs.dtype.itemsize)
     lines = [f"{name:12} {amount / 2**30:8.3f} GiB" for name, amount in estimate._asdict().items()]
     lines.append(f"{'sum':12} {sum(estimate) / 2**30:8.3f} GiB")
@@ -83,7 +84,7 @@ def memory_table(config: DPOConfig, inputs: Inputs, plan: BatchPlan, ds_config: 
     return "\n".join(lines)
 
 
-def show_pair(tokenizer: Tokenizer, pair: TokenizedPair) -> str:
+def _show_pair(tokenizer: Tokenizer, pair: TokenizedPair) -> str:
     """Both chats decoded, special tokens shown, scored tokens between [[ and ]]."""
     lines = []
     for (ids, scored), side in zip(pair.without_sharing(), ("chosen", "rejected"), strict=True):

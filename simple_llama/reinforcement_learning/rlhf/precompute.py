@@ -12,12 +12,12 @@ from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import progress
 from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.common.logging import LOGGER
+from simple_llama.ops.machine import peak_memory_gb
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.objective.cost import peak_memory_gb
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
 
@@ -29,30 +29,32 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     request, with all that was computed on disk.
     """
     stopping.begin()
-    pairs = inputs.train_pairs + inputs.validation_pairs
+    pairs = inputs.data.pairs
     store = open_store(config.ref_cache_dir, inputs.reference, ranks)
-    missing = broadcast_object(store.missing(pairs), ranks)  # one rank's word, or two ranks could share out differently
+    missing = broadcast_object(
+        store.missing(pairs.keys), ranks
+    )  # one rank's word, or two ranks could share out differently
     LOGGER.info("reference store %s: %d of %d pairs are there", store.folder, len(pairs) - len(missing), len(pairs))
-    if not missing:
+    if not len(missing):
         return 0
     with watchdog.patience("loading the reference model"):
         model = inputs.build_model(ranks.device)
         compile_now(model, pairs[0], ranks.device, backward=False)
     started = time.perf_counter()
-    todo = [pairs[i] for i in missing]
-    mine = sweep([pair.rows for pair in todo], config.batch_size, ranks.world_size)[ranks.rank]
+    todo = pairs.select(missing)
+    mine = sweep(todo.rows, config.batch_size, ranks.world_size)[ranks.rank]
 
-    def micro_batches() -> Iterator[list[TokenizedPair]]:
+    def batches() -> Iterator[PairBatch]:
         for micro_batch in progress(mine, total=len(mine), desc="reference", ranks=ranks):
             watchdog.beat("reference pass")
             if stopping.requested():
                 return  # what is computed is written; a later pass computes the rest
             if micro_batch:
-                yield [todo[i] for i in micro_batch]
+                yield PairBatch.pack([todo[i] for i in micro_batch])
 
     with fail_together(ranks), store.writer(every_pairs=config.ref_flush_pairs) as writer:
-        for chosen, logps_B2 in computed(model, micro_batches(), ranks.device):
-            writer.add(chosen, logps_B2)
+        for keys, logps_B2 in computed(model, batches(), ranks.device):
+            writer.add(keys, logps_B2)
             watchdog.started()
     stopping.agree(ranks, at_once=True)
     seconds = time.perf_counter() - started
@@ -68,18 +70,18 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
 
 
 def computed(
-    model: LLaMaTransformer, micro_batches: Iterable[list[TokenizedPair]], device: torch.device
-) -> Iterator[tuple[list[TokenizedPair], np.ndarray]]:
-    """Each micro-batch with its log-prob sums (B, 2), fp32, in the same order.
+    model: LLaMaTransformer, batches: Iterable[PairBatch], device: torch.device
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The keys (B,) and log-prob sums (B, 2), fp32, of each batch, in the same order.
 
     A GPU is given the next micro-batch before the host waits for the sums of the last one, so it never waits for work.
     """
-    waiting: tuple[list[TokenizedPair], torch.Tensor, torch.cuda.Event | None] | None = None
-    for pairs in micro_batches:
-        sums_B2, arrived = _to_host(pair_logps(model, PairBatch.pack(pairs).to(device)))
+    waiting: tuple[np.ndarray, torch.Tensor, torch.cuda.Event | None] | None = None
+    for batch in batches:
+        sums_B2, arrived = _to_host(pair_logps(model, batch.to(device)))
         if waiting:
             yield _waited_for(*waiting)
-        waiting = pairs, sums_B2, arrived
+        waiting = batch.keys, sums_B2, arrived
     if waiting:
         yield _waited_for(*waiting)
 
@@ -96,9 +98,9 @@ def _to_host(sums_B2: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | No
 
 
 def _waited_for(
-    pairs: list[TokenizedPair], sums_B2: torch.Tensor, arrived: torch.cuda.Event | None
-) -> tuple[list[TokenizedPair], np.ndarray]:
-    """The pairs and their sums, once these are there."""
+    keys: np.ndarray, sums_B2: torch.Tensor, arrived: torch.cuda.Event | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The keys and their sums, once these are there."""
     if arrived:
         arrived.synchronize()
-    return pairs, sums_B2.numpy()
+    return keys, sums_B2.numpy()

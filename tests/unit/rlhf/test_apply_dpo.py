@@ -20,7 +20,8 @@ from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.run import training_run
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
-from simple_llama.reinforcement_learning.rlhf.run.training_run import Run, TrainingStopped
+from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, optimizer_step
+from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun
 from tiny_job import ROOT, TinyJob, make_job, write_pairs
 
 
@@ -113,7 +114,7 @@ def test_a_stop_in_an_evaluation_is_made_good(job, ranks, monkeypatch, stop_at):
     stopping.uninstall()
     folder, logs = job.folder / "checkpoints" / "tiny", job.folder / "runs" / "tiny"
     facts = newest_state(folder).facts
-    assert facts["unfinished"] and facts["step"] == (0, 2, 3)[stop_at - 1] and not (folder / "lock").exists()
+    assert facts.unfinished and facts.step == (0, 2, 3)[stop_at - 1] and not (folder / "lock").exists()
     shutil.copytree(folder, job.folder / "as stopped")
     for _ in range(2):
         run_job(job, ranks, save_interval=2, resume=True)
@@ -122,7 +123,7 @@ def test_a_stop_in_an_evaluation_is_made_good(job, ranks, monkeypatch, stop_at):
         assert lines == whole
         assert (logs / "samples.jsonl").read_text() == (job.folder / "runs" / "whole" / "samples.jsonl").read_text()
         assert all(torch.equal(tensor, job.weights("whole")[name]) for name, tensor in job.weights().items())
-        assert not newest_state(folder).facts["unfinished"]
+        assert not newest_state(folder).facts.unfinished
         assert {path.name for path in folder.glob("*.pth")} == {
             path.name for path in (job.folder / "checkpoints" / "whole").glob("*.pth")
         }
@@ -173,13 +174,12 @@ def test_not_a_number_stops_before_the_weights_change(job, ranks):
     config = DPOConfig(**job.settings)
     inputs = load_inputs(config, ranks)
     precompute(config, inputs, ranks)
-    run = Run(config, inputs, ranks, "stopped", lambda: None)
+    run = TrainingRun(config, inputs, ranks, "stopped", lambda: None)
     run.check_start()
     run.engine.model.norm.weight.data[0] = math.nan
-    with pytest.raises(
-        TrainingStopped, match=r"step 4: the loss of 8 pairs is not finite: .*pairs\.jsonl:\d+.* no chec"
-    ):
-        run.accumulate(3)
+    message = r"step 4: the loss of 8 pairs is not finite: .*pairs\.jsonl:\d+.* no chec"
+    with pytest.raises(NotFinite, match=message), run.naming_pairs(3):
+        optimizer_step(run.engine, run.portions(3), run.ref_logps, 1e-3, run.interval.sums, ranks.device)
     assert not list((job.folder / "checkpoints").glob("tiny/*"))
 
 
@@ -188,9 +188,9 @@ def test_audit_stops_a_store_of_another_model(job, ranks):
     config = DPOConfig(**job.settings)
     inputs = load_inputs(config, ranks)
     precompute(config, inputs, ranks)
-    run = Run(config, inputs, ranks, "stopped", lambda: None)
+    run = TrainingRun(config, inputs, ranks, "stopped", lambda: None)
     honest = run.ref_logps
-    run.ref_logps = lambda pairs, batch: honest(pairs, batch) - 0.1
+    run.ref_logps = lambda batch: honest(batch) - 0.1
     with pytest.raises(UserError, match="step-0 audit"):
         run.check_start()
 
@@ -255,9 +255,9 @@ def test_lora_only_trains_the_adapters(tmp_path, ranks):
         run_job(make_job(tmp_path / "plain"), ranks, trainable="lora")
 
 
-@pytest.mark.parametrize("loss", [("hinge", 1.0), ("ipo", 1.0)])
+@pytest.mark.parametrize("loss", [("hinge", 1.0), ("ipo", 1.0), ("robust", math.log(2)), ("sigmoid_norm", math.log(2))])
 def test_other_losses_start_where_their_papers_say(job, ranks, loss):
-    """hinge: 1; ipo: 1 / (4 beta^2) = 1 at beta 0.5."""
+    """hinge: 1; ipo: 1 / (4 beta^2) = 1 at beta 0.5; robust and sigmoid_norm: ln 2."""
     name, expected = loss
     run_job(job, ranks, loss_type=name, epochs=1)
     assert job.curve("loss")[0] == pytest.approx(expected, abs=1e-5)

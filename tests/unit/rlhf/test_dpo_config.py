@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, config_from_dict, parse_config
+from simple_llama.common.settings import settings_from_dict
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 
 
 def test_documented_defaults():
@@ -95,14 +99,14 @@ def test_every_field_has_a_help_text(capsys):
         ({"batch_size": "16"}, ["batch_size", "expected int"]),
         ({"batch_size": True}, ["batch_size", "expected int", "true"]),
         ({"resume": 1}, ["resume", "expected bool"]),
-        ({"loss_type": "dpo"}, ["loss_type", "sigmoid, hinge, ipo"]),
+        ({"loss_type": "dpo"}, ["loss_type", "sigmoid, hinge, ipo, robust, sigmoid_norm"]),
         ({"batch_size": None}, ["batch_size", "null"]),
         (["beta"], ["JSON object"]),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_allowed(setting, words):
     with pytest.raises(UserError) as error:
-        config_from_dict(setting, "my.json")
+        settings_from_dict(DPOConfig, setting, "my.json")
     for word in words:
         assert word in str(error.value)
 
@@ -121,3 +125,48 @@ def test_missing_and_doubled_config_files(tmp_path):
         parse_config(["--config"])
     with pytest.raises(UserError, match="one file, found 2"):
         parse_config(["--config", "a", "--config=b"])
+
+
+def test_who_takes_the_whole_config():
+    """Only a command's entry, the order of the run and what writes the whole config; all else takes a group."""
+    takers = []
+    for path in sorted(Path(root_path("simple_llama")).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if any("DPOConfig" in ast.unparse(a.annotation) for a in arguments if a.annotation):
+                    takers.append(f"{path.stem}.{node.name}")
+    assert takers == [
+        "apply_dpo.train",
+        "apply_dpo.precompute_and_train",
+        "command.run_command",
+        "dry_run.describe",
+        "precompute.precompute",
+    ]
+    assert len(takers) <= 8
+
+
+def test_each_setting_has_one_owner():
+    """A field is declared by one class, and DPOConfig has those of all owners in the order in which data flows."""
+    owners = [owner for owner in DPOConfig.__mro__ if dataclasses.is_dataclass(owner)]
+    declared = [name for owner in owners for name in vars(owner).get("__annotations__", {})]
+    assert len(declared) == len(set(declared)) == len(fields(DPOConfig))
+    assert [owner.__name__ for owner in reversed(owners)] == [
+        "DataConfig",
+        "PolicyConfig",
+        "BatchConfig",
+        "OptimizerConfig",
+        "EngineConfig",
+        "InputsConfig",
+        "LossConfig",
+        "ReferenceConfig",
+        "ScheduleConfig",
+        "FolderConfig",
+        "IntervalConfig",
+        "EvaluationConfig",
+        "SavesConfig",
+        "ProfileConfig",
+        "RunConfig",
+        "WatchConfig",
+        "DPOConfig",
+    ]

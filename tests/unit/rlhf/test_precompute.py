@@ -34,22 +34,25 @@ def test_each_micro_batch_comes_with_its_own_sums(asked: list[int]) -> None:
     """In order, none lost at the end, and one more computed than given out: a GPU has work while the host writes."""
     model: Any = None
     seen = []
-    for pairs, sums_B2 in precompute.computed(model, iter([PAIRS[:2], PAIRS[2:3], PAIRS[3:]]), CPU):
-        seen.append((pairs, sums_B2.tolist(), list(asked)))
+    batches = [PairBatch.pack(part) for part in (PAIRS[:2], PAIRS[2:3], PAIRS[3:])]
+    for keys, sums_B2 in precompute.computed(model, iter(batches), CPU):
+        seen.append((keys.tolist(), sums_B2.tolist(), list(asked)))
         assert sums_B2.dtype == np.float32
     assert seen == [
-        (PAIRS[:2], [[10, 16], [11, 17]], [2, 1]),
-        (PAIRS[2:3], [[12, 18]], [2, 1, 2]),
-        (PAIRS[3:], [[13, 19], [14, 20]], [2, 1, 2]),
+        (batches[0].keys.tolist(), [[10, 16], [11, 17]], [2, 1]),
+        (batches[1].keys.tolist(), [[12, 18]], [2, 1, 2]),
+        (batches[2].keys.tolist(), [[13, 19], [14, 20]], [2, 1, 2]),
     ]
 
 
 def test_a_stop_gives_out_what_is_computed(asked: list[int]) -> None:
     """Micro-batches that end early, and none at all."""
 
-    def stopped() -> Iterator[list[TokenizedPair]]:
-        yield PAIRS[:1]
+    batch = PairBatch.pack(PAIRS[:1])
+
+    def stopped() -> Iterator[PairBatch]:
+        yield batch
 
     model: Any = None
-    assert [pairs for pairs, _ in precompute.computed(model, stopped(), CPU)] == [PAIRS[:1]]
+    assert [keys.tolist() for keys, _ in precompute.computed(model, stopped(), CPU)] == [batch.keys.tolist()]
     assert list(precompute.computed(model, iter([]), CPU)) == []

@@ -12,8 +12,10 @@ A parameter's state stands whole in one file, so a run may resume on another num
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,75 +43,88 @@ from simple_llama.reinforcement_learning.rlhf.engine.engine import MOMENTS, Engi
 FORMAT = 1  # of state.json; a reader refuses another one
 
 
+@dataclass(frozen=True)
+class StateFacts:
+    """What state.json says of a run beside the digests of its files."""
+
+    step: int  # optimizer steps done
+    weights: str  # file name of the exported `.pth`; "" where none was
+    loss: float | None  # the last held-out loss, or the last interval's where nothing is held out
+    unfinished: bool  # whether an evaluation or a save is still due after `step`
+    course: dict[str, Any]  # what a resumed run must share: settings, pairs a step, digests of data and reference
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries of state.json, all on one level."""
+        own = {"step": self.step, "optimizer_steps": self.step, "weights": self.weights, "loss": self.loss}
+        return {**own, "unfinished": self.unfinished, **self.course}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> StateFacts:
+        """From a checked state.json; what is not ours by name belongs to the course. Older ones lack `unfinished`."""
+        own = {"format", "files", "step", "optimizer_steps", "weights", "loss", "unfinished"}
+        course = {key: value for key, value in found.items() if key not in own}
+        return cls(found["step"], found["weights"], found["loss"], bool(found.get("unfinished", False)), course)
+
+
 class SavedState(NamedTuple):
     """A complete state on disk."""
 
     folder: Path
-    facts: dict[str, Any]  # state.json
+    facts: StateFacts
+    files: dict[str, str]  # digests of its shards by their names
+    optimizer_steps: int  # AdamW's own count
 
 
-def save_state(
-    folder: Path,
-    engine: Engine,
-    facts: dict[str, Any],
-    keep: int,
-    ranks: Ranks,
-    export: Callable[[dict[str, torch.Tensor]], None],
-) -> None:
-    """Writes `folder`/state/step_N and prunes older states (collective); `facts` must hold `step`.
+@contextlib.contextmanager
+def writing_state(
+    folder: Path, engine: Engine, facts: StateFacts, keep: int, ranks: Ranks, again: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Writes `folder`/state/step_N and prunes older states, all but `keep` (collective).
 
-    Each parameter's state is written by one rank, in turn. `export` is called on rank 0 with the fp32 master weights
-    (CPU, by name) before the state can be seen: a state that is there has its `.pth` beside it. An error on one rank
-    is an error on all.
+    Gives the fp32 master weights by name (CPU; on rank 0, empty elsewhere): the body exports them before the state can
+    be seen, so a state that is there has its `.pth` beside it. An error on one rank is an error on all. Each
+    parameter's state is written by one rank, in turn.
+
+    Args:
+        again: this run has saved or loaded the state of that step already: its shards stay and the facts are made
+            anew, so there is no moment without it.
     """
-    name = f"step_{facts['step']:08d}"
-    temp = folder / "state" / f".{name}.tmp"
+    final = folder / "state" / f"step_{facts.step:08d}"
+    temp = final.with_name(f".{final.name}.tmp")
     try:
         with fail_together(ranks):
             if ranks.is_main:
-                sweep_temps(folder)
-                make_folder(temp)
-        weights, digests = write_shards(temp, engine, ranks)
+                _sweep_temps(folder)
+                if not again:
+                    _make_folder(temp)
+        weights, digests = _master_weights(engine, ranks) if again else _write_shards(temp, engine, ranks)
         with fail_together(ranks):
+            yield weights
             if ranks.is_main:
-                export(weights)
-                atomic_write_json(temp / "state.json", {"format": FORMAT, **facts, "files": digests})
-                publish_folder(temp, temp.with_name(name))
-                atomic_write(folder / "latest", f"{name}\n".encode())
-                prune(folder, name, keep)
+                if again:
+                    described = final / "state.json"
+                    atomic_write_json(described, {**read_json(described), **facts.to_json()})
+                else:
+                    atomic_write_json(temp / "state.json", {"format": FORMAT, **facts.to_json(), "files": digests})
+                    publish_folder(temp, final)
+                atomic_write(folder / "latest", f"{final.name}\n".encode())
+                _prune(folder, final.name, keep)
     except UserError:
         if ranks.is_main:
             shutil.rmtree(temp, ignore_errors=True)  # on a full disk, the room that it takes is needed
         raise
 
 
-def complete_state(
-    folder: Path,
-    engine: Engine,
-    facts: dict[str, Any],
-    keep: int,
-    ranks: Ranks,
-    export: Callable[[dict[str, torch.Tensor]], None],
-) -> None:
-    """As `save_state`, where the state of that step is on disk already; so there is no moment without it.
-
-    Its shards stay, the facts and the `.pth` are made anew.
-    """
+def _master_weights(engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """fp32 master weights on rank 0 (collective), and no digests: nothing is written."""
     weights = {}
     for parameter, tensors in engine.full_state():
         if ranks.is_main:
             weights[parameter] = tensors["weight"].cpu()
-    with fail_together(ranks):
-        if ranks.is_main:
-            sweep_temps(folder)
-            export(weights)
-            described = folder / "state" / f"step_{facts['step']:08d}" / "state.json"
-            atomic_write_json(described, {**read_json(described), **facts})
-            atomic_write(folder / "latest", f"{described.parent.name}\n".encode())
-            prune(folder, described.parent.name, keep)
+    return weights, {}
 
 
-def write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Writes each rank's share of a state (collective). Gives fp32 master weights, on rank 0, and digests by file."""
     mine, weights = {}, {}
     for index, (parameter, tensors) in enumerate(engine.full_state()):
@@ -133,16 +148,16 @@ def write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str, 
     return weights, digests
 
 
-def prune(folder: Path, newest: str, keep: int) -> None:
+def _prune(folder: Path, newest: str, keep: int) -> None:
     """Deletes states but the `keep` up to `newest`; later ones are damaged, or of a course that was given up."""
-    states = state_folders(folder)
+    states = _state_folders(folder)
     kept = [state for state in states if state.name <= newest][:keep]
     for state in states:
         if state not in kept:
             shutil.rmtree(state, ignore_errors=True)
 
 
-def sweep_temps(folder: Path) -> None:
+def _sweep_temps(folder: Path) -> None:
     """Deletes what killed saves left half-written. The folder is locked, so nobody is writing it any more."""
     for pattern in (".dpo_*.tmp", ".latest.*.tmp", "state/.step_*.tmp"):
         for temp in folder.glob(pattern):
@@ -152,7 +167,7 @@ def sweep_temps(folder: Path) -> None:
                 temp.unlink(missing_ok=True)
 
 
-def make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     """Makes a folder and its parents; UserError where the disk does not let it."""
     try:
         folder.mkdir(parents=True)
@@ -160,7 +175,7 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot make {folder}: {error.strerror or error}; choose another ckpt_dir") from error
 
 
-def state_folders(folder: Path) -> list[Path]:
+def _state_folders(folder: Path) -> list[Path]:
     """State folders of a run, newest (highest step) first."""
     return sorted((folder / "state").glob("step_*"), reverse=True)
 
@@ -170,30 +185,31 @@ def newest_state(folder: Path) -> SavedState:
 
     Raises UserError when there is none.
     """
-    for candidate in state_folders(folder):
-        problem, facts = check_state(candidate)
+    for candidate in _state_folders(folder):
+        problem, found = _check_state(candidate)
         if not problem:
-            return SavedState(candidate, facts)
+            facts = StateFacts.from_json(found)
+            return SavedState(candidate, facts, found["files"], int(found["optimizer_steps"]))
         LOGGER.warning("state %s is not used: %s", candidate, problem)
     raise UserError(f"{folder}: expected a state to resume from (state/step_*), found no complete one")
 
 
-def check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
+def _check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
     """What is wrong with a state folder ("" when nothing is), and its facts. Nothing outside the folder is read."""
     try:
         for path in (candidate, candidate / "state.json"):
             if path.is_symlink():
                 return f"{path.name} is a link, which leads out of the folder", {}
         facts = read_json(candidate / "state.json")
-        problem = facts_problem(candidate, facts)
+        problem = _facts_problem(candidate, facts)
         for name, expected in facts["files"].items() if not problem else ():
-            problem = problem or file_problem(candidate, name, expected)
+            problem = problem or _file_problem(candidate, name, expected)
     except (UserError, OSError) as error:
         problem = str(error)
     return (problem, {}) if problem else ("", facts)
 
 
-def facts_problem(candidate: Path, facts: Any) -> str:
+def _facts_problem(candidate: Path, facts: Any) -> str:
     """What is wrong with the content of a state.json; "" when nothing is."""
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         return f"state.json: expected format {FORMAT}"
@@ -211,7 +227,7 @@ def facts_problem(candidate: Path, facts: Any) -> str:
     return ""
 
 
-def file_problem(folder: Path, name: str, expected: Any) -> str:
+def _file_problem(folder: Path, name: str, expected: Any) -> str:
     """What is wrong with one file of a state, named in its state.json; "" when nothing is."""
     path = folder / Path(name).name
     if not path.is_file():
@@ -222,7 +238,7 @@ def file_problem(folder: Path, name: str, expected: Any) -> str:
         return f"{name} is a link, which leads out of the folder"
     if file_digest(path) != expected:
         return f"{name} is damaged (digest differs)"
-    for parameter, tensors in read_tensors(path):
+    for parameter, tensors in _read_tensors(path):
         watchdog.beat(f"checking {name}")
         shapes = {tuple(tensor.shape) for tensor in tensors.values()}
         if tensors.keys() != {"weight", *MOMENTS} or len(shapes) != 1:
@@ -234,17 +250,17 @@ def file_problem(folder: Path, name: str, expected: Any) -> str:
 
 def load_state(saved: SavedState, engine: Engine) -> None:
     """Sets master weights, moments and computing weights of `engine` from a checked state (every rank reads)."""
-    engine.load_full_state(read_parameters(saved), int(saved.facts["optimizer_steps"]))
+    engine.load_full_state(_read_parameters(saved), saved.optimizer_steps)
 
 
-def read_parameters(saved: SavedState) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _read_parameters(saved: SavedState) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(parameter name, {weight, exp_avg, exp_avg_sq}) of a state, one at a time, fp32 on the CPU."""
-    for name in saved.facts["files"]:
+    for name in saved.files:
         watchdog.beat(f"loading {name}")
-        yield from read_tensors(saved.folder / Path(name).name)
+        yield from _read_tensors(saved.folder / Path(name).name)
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _read_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(parameter name, {kind: tensor}) of one file of a state. UserError when it is no safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -255,16 +271,18 @@ def read_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         raise UserError(f"{path}: expected a safetensors file, found: {error}") from error
 
 
-def check_same_run(facts: dict[str, Any], now: dict[str, Any], total_steps: int, folder: Path) -> None:
+def check_same_run(saved: SavedState, course: dict[str, Any], total_steps: int) -> None:
     """Refuses to resume where the order of the data or the reference would differ from the saved run's."""
-    for key, value in now.items():
-        if facts.get(key) != value:
+    for key, value in course.items():
+        if saved.facts.course.get(key) != value:
             raise UserError(
-                f"{folder}: cannot resume: {key} was {brief(facts.get(key), 1000)}, is now {brief(value, 1000)}; "
-                "resume with the settings, data and model of the run, or start another run_name"
+                f"{saved.folder}: cannot resume: {key} was {brief(saved.facts.course.get(key), 1000)}, is now "
+                f"{brief(value, 1000)}; resume with the settings, data and model of the run, or start another run_name"
             )
-    if facts["step"] > total_steps:
-        raise UserError(f"{folder}: cannot resume: it is of step {facts['step']}, but the run has {total_steps} steps")
+    if saved.facts.step > total_steps:
+        raise UserError(
+            f"{saved.folder}: cannot resume: it is of step {saved.facts.step}, but the run has {total_steps} steps"
+        )
 
 
 def weights_name(epochs_done: float, loss: float, max_seq_len: int) -> str:
@@ -277,7 +295,7 @@ def has_checkpoints(folder: Path) -> bool:
 
     A `.pth` beside nothing but an unfinished state is none: a kill in the first save leaves it, and nothing to resume.
     """
-    if (folder / "latest").exists() or state_folders(folder):
+    if (folder / "latest").exists() or _state_folders(folder):
         return True
     return any(folder.glob("dpo_*.pth")) and not any((folder / "state").glob(".step_*.tmp"))
 

@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
+from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import brief, read_json, shown
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.common.paths import root_path
+from simple_llama.common.settings import Bounds, PathText, Settings
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchConfig
+from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Settings):
+    """AdamW (arXiv:1711.05101) and the clip of its gradient."""
+
+    # === Optimizer ===
+    weight_decay: Annotated[float, Bounds(0.0, 10.0)] = (
+        0.0  # AdamW decay of matrices; norms, biases and embeddings have none
+    )
+    beta1: Annotated[float, Bounds(0.0, 0.99999)] = 0.9  # AdamW
+    beta2: Annotated[float, Bounds(0.0, 0.999999)] = 0.95  # AdamW
+    max_grad_norm: Annotated[float, Bounds(0.0, 1e9)] = 1.0  # clip of the global gradient norm; 0: no clip
+
+
+@dataclass(frozen=True)
+class EngineConfig(OptimizerConfig, BatchConfig, PolicyConfig):
+    """What DeepSpeed is given: its own JSON, and from here the numbers that the JSON may not have."""
+
+    # === Engine ===
+    deepspeed_config: PathText = root_path(
+        "ds_configs", "zero2_bf16.json"
+    )  # DeepSpeed JSON: ZeRO stage, dtype, buckets
+    reduce_once: Annotated[
+        bool,
+        Doc(
+            "ranks exchange gradients once an optimizer step, not each micro-batch: less traffic, 4 more bytes a "
+            "parameter on each rank"
+        ),
+    ] = False
+
+    def check_rules(self) -> None:
+        """UserError for an option without effect."""
+        if self.reduce_once and self.grad_accum_steps == 1:
+            raise UserError("reduce_once: expected grad_accum_steps above 1, found 1, where it changes nothing")
+
 
 OURS = {
     "train_batch_size": "batch_size, grad_accum_steps and the number of ranks",
@@ -52,7 +93,7 @@ ZERO_COUNTS = (
 ZERO_SECTIONS = ("leaf_module", "offload_optimizer", "offload_param", "zenflow")
 
 
-def read_ds_config(config: DPOConfig) -> dict[str, Any]:
+def read_ds_config(config: EngineConfig) -> dict[str, Any]:
     """The user's DeepSpeed settings; UserError where one of them repeats what DPOConfig says."""
     found = read_json(config.deepspeed_config)
     if not isinstance(found, dict):
@@ -128,7 +169,7 @@ def is_count(value: Any, least: int) -> bool:
     return type(value) in (int, float) and least <= value < 2**63 and value == int(value)
 
 
-def full_ds_config(config: DPOConfig, world_size: int) -> dict[str, Any]:
+def full_ds_config(config: EngineConfig, world_size: int) -> dict[str, Any]:
     """What goes to `deepspeed.initialize`: the user's JSON and DPOConfig's batch and clip, each from one place."""
     return {
         **read_ds_config(config),

@@ -14,9 +14,13 @@ from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.communication import CommunicationMeter
-from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config, without_communication, zero_stage
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import (
+    EngineConfig,
+    full_ds_config,
+    without_communication,
+    zero_stage,
+)
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, evaluating, pair_logps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the master weight: what a resumed run needs of a parameter
@@ -28,7 +32,9 @@ class Engine:
     Master weights are fp32 and start as the checkpoint's own fp32 values, not as their bf16 rounding.
     """
 
-    def __init__(self, policy: DPOPolicy, start_weights: Mapping[str, torch.Tensor], config: DPOConfig, ranks: Ranks):
+    def __init__(
+        self, policy: DPOPolicy, start_weights: Mapping[str, torch.Tensor], config: EngineConfig, ranks: Ranks
+    ):
         """Wraps `policy` (already in its computing dtype). Needs the process group that `init_ranks` made.
 
         Args:
@@ -44,7 +50,7 @@ class Engine:
         trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             decay_groups(trainable, config.weight_decay),
-            lr=config.max_lr,
+            lr=0.0,  # each step is given its own
             betas=(config.beta1, config.beta2),
             fused=True,
         )

@@ -4,30 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import nn
+from typing_extensions import Doc
 
+from simple_llama.common.settings import Bounds, Settings
 from simple_llama.ops import logprob
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.losses import Scores
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 
 
+@dataclass(frozen=True)
+class PolicyConfig(Settings):
+    """How the policy's model computes and which of its weights learn."""
+
+    # === Policy ===
+    dropout: Annotated[
+        float,
+        Bounds(0.0, 0.9),
+        Doc("of the policy while training; anything above 0 makes the step-0 loss differ from ln 2"),
+    ] = 0.0
+    trainable: Literal["all", "lora"] = "all"  # lora: only the adapters of a checkpoint that has them
+    activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, about a third slower
+    compile: Annotated[
+        bool,
+        Doc(
+            "compile the decoder layers (torch.compile; on a CPU it needs g++): faster steps after a slower start; "
+            "ZeRO-2; references are kept apart from uncompiled ones"
+        ),
+    ] = False
+
+
+GIVEN = ("logps_B2", "ref_B2", "counts_B2")  # fields of Scores that a training forward fills in
+
+
 class PolicyOutput(NamedTuple):
-    """What a training forward gives; all fp32."""
+    """What a training forward gives; all fp32, and detached but for the loss."""
 
     loss: torch.Tensor  # scalar: sum of the pairs' losses, differentiable
-    losses_B: torch.Tensor  # detached
-    logps_B2: torch.Tensor  # detached sums of chosen and rejected
+    losses_B: torch.Tensor
+    logps_B2: torch.Tensor  # log-prob sums of chosen and rejected
+    rewards_B2: torch.Tensor  # implicit rewards of chosen and rejected
 
 
 class DPOPolicy(nn.Module):
     """The module that DeepSpeed wraps: forward is packed pairs and reference log-probs in, summed loss out."""
 
     def __init__(self, model: LLaMaTransformer, loss_fn: PreferenceLoss):
+        """UserError where the loss reads what no batch gives."""
         super().__init__()
+        loss_fn.require(GIVEN)
         self.model = model
         self.loss_fn = loss_fn
 
@@ -38,18 +69,17 @@ class DPOPolicy(nn.Module):
             batch: B packed pairs on the model's device.
             ref_logps_B2: fp32 log-prob sums of the frozen reference, (chosen, rejected).
         """
+
+        def losses(logps_b2: torch.Tensor, pairs: slice) -> torch.Tensor:
+            return self.loss_fn(Scores(logps_b2, ref_logps_B2[pairs], batch.counts_B2[pairs]))
+
         hidden_ND = scored_hidden(self.model, batch)
-        weight_VD = self.model.final_linear.weight
-        loss, logps_B2 = logprob.pair_loss(
-            hidden_ND,
-            weight_VD,
-            batch.targets_N,
-            batch.counts,
-            lambda logps_b2, pairs: self.loss_fn(logps_b2, ref_logps_B2[pairs]),
+        loss, losses_B, logps_B2 = logprob.pair_loss(
+            hidden_ND, self.model.head_weight, batch.targets_N, batch.counts, losses
         )
         with torch.no_grad():
-            losses_B = self.loss_fn(logps_B2, ref_logps_B2)
-        return PolicyOutput(loss, losses_B, logps_B2)
+            rewards_B2 = self.loss_fn.rewards(Scores(logps_B2, ref_logps_B2))
+        return PolicyOutput(loss, losses_B, logps_B2, rewards_B2)
 
 
 def scored_hidden(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
@@ -63,7 +93,7 @@ def pair_logps(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
     """Log-prob sums (B, 2) of the chosen and rejected answers, fp32, without gradient and without dropout."""
     with evaluating(model):
         hidden_ND = scored_hidden(model, batch)
-        return logprob.pair_logps(hidden_ND, model.final_linear.weight, batch.targets_N, batch.counts)
+        return logprob.pair_logps(hidden_ND, model.head_weight, batch.targets_N, batch.counts)
 
 
 def compile_now(model: LLaMaTransformer, pair: TokenizedPair, device: torch.device, backward: bool) -> None:

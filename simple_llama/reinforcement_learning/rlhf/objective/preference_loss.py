@@ -1,50 +1,85 @@
-"""The preference loss of a run: which of `losses`, and with which options."""
+"""The preference loss of a run: which of `losses`, with which options, and what it needs."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import inspect
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
+from simple_llama.common.settings import Settings
+from simple_llama.reinforcement_learning.rlhf.objective.losses import (
+    LOSSES,
+    Beta,
+    LabelSmoothing,
+    Loss,
+    Scores,
+    log_ratios,
+)
 
 
 @dataclass(frozen=True)
-class PreferenceLoss:
-    """A loss with its settings. Raises UserError for a setting out of range, or one that the loss would ignore."""
+class LossConfig(Settings):
+    """The options of all losses, written out; a test holds them against the losses' signatures."""
 
-    loss_type: str = "sigmoid"
-    beta: float = 0.5
-    label_smoothing: float = 0.0
+    # === Loss ===
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"] = "sigmoid"  # preference loss
+    beta: Beta = 0.5
+    label_smoothing: LabelSmoothing = 0.0
 
-    def __post_init__(self) -> None:
+    def check_rules(self) -> None:
+        """UserError for a loss that does not exist, and for an option that the chosen loss does not have."""
         if self.loss_type not in LOSSES:
             raise UserError(f"loss_type: expected one of {', '.join(LOSSES)}; found {self.loss_type!r}")
-        if not 0 < self.beta < math.inf:
-            raise UserError(f"beta: expected a finite number above 0, found {self.beta!r}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing: expected at least 0 and below 0.5, found {self.label_smoothing!r}")
-        if self.label_smoothing > 0 and self.loss_type != "sigmoid":
-            raise UserError(
-                f"label_smoothing: expected 0 with loss_type {self.loss_type!r}, which ignores it, "
-                f"found {self.label_smoothing}; use loss_type 'sigmoid' or leave it out"
-            )
+        own = options(LOSSES[self.loss_type])
+        for field in fields(LossConfig):
+            value = getattr(self, field.name)
+            if field.name not in ("loss_type", *own) and value != field.default:
+                raise UserError(
+                    f"{field.name}: expected {field.default:g} with loss_type {self.loss_type!r}, which ignores it, "
+                    f"found {value}; use one of {', '.join(with_option(field.name))} or leave it out"
+                )
 
-    def __call__(self, logps_B2: torch.Tensor, ref_logps_B2: torch.Tensor) -> torch.Tensor:
-        """Loss (B,) of each pair from fp32 log-prob sums of the policy and of the reference."""
-        ratios_B2 = logps_B2 - ref_logps_B2
-        options = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
-        return LOSSES[self.loss_type](ratios_B2[:, 0] - ratios_B2[:, 1], beta=self.beta, **options)
 
-    def rewards(self, logps_B2: torch.Tensor, ref_logps_B2: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class PreferenceLoss(LossConfig):
+    """A loss with its options. Raises UserError for a value out of bounds, or an option that the loss would ignore."""
+
+    @classmethod
+    def of(cls, config: LossConfig) -> PreferenceLoss:
+        """The loss that `config` describes."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(LossConfig)})
+
+    def __call__(self, scores: Scores) -> torch.Tensor:
+        """Loss (B,) of each pair."""
+        loss = LOSSES[self.loss_type]
+        return loss.function(scores, **{name: getattr(self, name) for name in options(loss)})
+
+    def rewards(self, scores: Scores) -> torch.Tensor:
         """Implicit rewards (B, 2): beta * log(pi / pi_ref), Sec. 4 of arXiv:2305.18290."""
-        return self.beta * (logps_B2 - ref_logps_B2)
+        return self.beta * log_ratios(scores)
+
+    def require(self, given: Collection[str]) -> None:
+        """UserError where the loss reads a field of `Scores` that is not `given`."""
+        for name in LOSSES[self.loss_type].reads:
+            if name not in given:
+                raise UserError(f"loss_type {self.loss_type!r} reads {name}, which this run does not give")
+
+    def at_start(self) -> float:
+        """The loss of any pair while the policy is the reference (margin 0): what the first step must show."""
+        equal_12 = torch.full((1, 2), -1.0, dtype=torch.float64)
+        return self(Scores(equal_12, equal_12, torch.ones(1, 2, dtype=torch.int64))).item()
 
 
-def step0_loss(loss_type: str, beta: float, label_smoothing: float) -> float:
-    """The loss of any pair while the policy is the reference (margin 0): what the first step must show."""
-    loss = PreferenceLoss(loss_type, beta, label_smoothing)
-    equal_12 = torch.zeros(1, 2, dtype=torch.float64)
-    return loss(equal_12, equal_12).item()
+def options(loss: Loss) -> tuple[str, ...]:
+    """Names of a loss's own options: its keyword-only parameters."""
+    parameters = inspect.signature(loss.function).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+
+def with_option(name: str) -> list[str]:
+    """The losses that have an option."""
+    return [loss_type for loss_type, loss in LOSSES.items() if name in options(loss)]

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from typing_extensions import Doc
 
+from simple_llama.common.settings import Bounds, CountOrNone, Settings
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import MicroBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.losses import Scores
+from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps, RefLogps
-from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums, pair_statistics
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps
+from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Settings):
+    """When the policy is looked at, and by how many sample answers."""
+
+    # === Evaluation ===
+    eval_interval: Annotated[
+        CountOrNone,
+        Doc("optimizer steps between evaluations, beside those at the start and each epoch's end; 0: only these"),
+    ] = 50
+    n_samples: Annotated[
+        int, Bounds(0, 64), Doc("validation prompts that are answered at each evaluation; 0: none")
+    ] = 4
+    sample_tokens: Annotated[int, Bounds(1, 65536)] = 64  # tokens of a sample answer, at most
 
 
 def evaluate(
     logps: Logps,
     loss_fn: PreferenceLoss,
-    ref_logps: RefLogps,
+    ref_logps: Logps,
     pairs: Sequence[TokenizedPair],
     micro_batches: Iterable[MicroBatch],
     device: torch.device,
@@ -30,13 +51,13 @@ def evaluate(
     """
     sums = MetricSums(device)
     for micro_batch in micro_batches:
-        chosen = [pairs[i] for i in micro_batch or (0,)]  # an empty one still makes its forward call, for nothing
-        batch = PairBatch.pack(chosen).to(device)
+        # an empty one still makes its forward call, for nothing
+        batch = PairBatch.pack([pairs[i] for i in micro_batch or (0,)]).to(device)
         logps_B2 = logps(batch)
-        ref_B2 = ref_logps(chosen, batch)
+        scores = Scores(logps_B2, ref_logps(batch), batch.counts_B2)
         if not micro_batch:
             continue
-        losses_B = loss_fn(logps_B2, ref_B2)
-        sums.add(pair_statistics(losses_B, logps_B2, loss_fn.rewards(logps_B2, ref_B2)))
+        losses_B = loss_fn(scores)
+        sums.add(PolicyOutput(losses_B.sum(), losses_B, logps_B2, loss_fn.rewards(scores)), batch)
     means = sums.means()
     return {f"eval_{name}": value for name, value in means.items() if name not in ("tokens", "useful_flops")}

@@ -5,17 +5,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch.profiler import ProfilerActivity
+from typing_extensions import Doc
 
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import shown
 from simple_llama.common.logging import LOGGER
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.run.metrics import writes
+from simple_llama.common.settings import WHOLE, Settings
+from simple_llama.reinforcement_learning.rlhf.run.records import writes
+
+_MOST_STEPS = 10  # a trace has some hundred bytes an operation
+
+
+@dataclass(frozen=True)
+class ProfileConfig(Settings):
+    """Which steps are traced."""
+
+    profile_steps: Annotated[
+        tuple[int, int],
+        Doc("first and last optimizer step that are traced (at most 10) into <log_dir>/<run_name>/profile; 0 0: none"),
+    ] = (0, 0)
+
+    def check_rules(self) -> None:
+        """UserError unless the steps are (0, 0), or a first and a last one that are not too many."""
+        first, last = self.profile_steps
+        if (first, last) != (0, 0) and not 1 <= first <= last <= min(first + _MOST_STEPS - 1, WHOLE):
+            raise UserError(
+                f"profile_steps: expected 0 0, or a first step from 1 and a last one from it, at most {_MOST_STEPS} "
+                f"steps, found {shown(first)} {shown(last)}"
+            )
 
 
 class StepProfile:
@@ -24,7 +49,7 @@ class StepProfile:
     A step stands in the trace as `ProfilerStep#<number>`. Profiled steps are slower, in the perf/ curves too.
     """
 
-    def __init__(self, config: DPOConfig, folder: Path, ranks: Ranks, done: int, total_steps: int):
+    def __init__(self, config: ProfileConfig, folder: Path, ranks: Ranks, done: int, total_steps: int):
         """Steps up to `done` were made before. UserError where steps are asked for that the run does not have."""
         self.first, self.last = config.profile_steps
         if self.last > total_steps:

@@ -7,31 +7,68 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typing_extensions import Doc
 
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.cluster.lock import NAME as LOCK_NAME
 from simple_llama.cluster.lock import FolderLock
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write_json
-from simple_llama.common.paths import root_path
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.common.files import atomic_write_json, shown
+from simple_llama.common.paths import is_checkout, root_path
+from simple_llama.common.settings import PathText, Settings
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import has_checkpoints, newest_run
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
-from simple_llama.reinforcement_learning.rlhf.run.metrics import append_record
 
-SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all
+_SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all
+_LONGEST_NAME = 200  # bytes; a file system takes 255, and temp names are longer than the name
 
 
-def name_run(config: DPOConfig, ranks: Ranks) -> str:
+@dataclass(frozen=True)
+class FolderConfig(Settings):
+    """Where a run writes, and whether it goes on."""
+
+    # === Run ===
+    run_name: str = ""  # empty: the date and time; with --resume: the newest run
+    log_dir: PathText = root_path("runs")  # TensorBoard curves and the run's records go to <log_dir>/<run_name>
+    ckpt_dir: Annotated[PathText, Doc("checkpoints go to <ckpt_dir>/<run_name>")] = root_path(
+        "simple_llama", "reinforcement_learning", "rlhf", "rlhf_checkpoints"
+    )
+    resume: bool = False  # continue the run `run_name` (or the newest) from its last state
+
+    def check_rules(self) -> None:
+        """UserError for a run's name that is no plain name of a folder."""
+        name = self.run_name
+        if "/" in name or name in (".", "..") or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+            raise UserError(
+                f"run_name: expected a plain name without '/' of at most {_LONGEST_NAME} bytes, found {shown(name)}"
+            )
+
+
+def check_folders(config: FolderConfig, ref_cache_dir: str) -> None:
+    """Raises UserError where a folder that a run writes to cannot be one: not after an epoch, when it is needed."""
+    folders = {
+        name: Path(folder) / config.run_name
+        for name, folder in (("log_dir", config.log_dir), ("ckpt_dir", config.ckpt_dir))
+    }
+    for name, folder in {**folders, "ref_cache_dir": Path(ref_cache_dir)}.items():
+        try:
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        except OSError as error:
+            raise UserError(f"{name}: {folder}: cannot be a folder: {error.strerror}") from error
+        if not there.is_dir():
+            raise UserError(f"{name}: {there}: expected a folder, or nothing there yet; found something else")
+
+
+def name_run(config: FolderConfig, ranks: Ranks) -> str:
     """The run's name, rank 0's word (collective): `run_name`, or the newest run to resume, or the date and time.
 
     Raises UserError when a run of that name has checkpoints and is not to be resumed.
@@ -77,7 +114,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
 
 def wait_for_lock(folder: Path) -> None:
     """Returns when this host sees the lock of rank 0; UserError when it does not: the disk is not shared."""
-    for _ in range(SEEN_TRIES):
+    for _ in range(_SEEN_TRIES):
         if (folder / LOCK_NAME).exists():
             return
         time.sleep(1)  # network file systems show a new file late
@@ -96,10 +133,10 @@ def unmark_finished(folder: Path) -> None:
     (folder / "finished.json").unlink(missing_ok=True)
 
 
-def write_records(folder: Path, config: DPOConfig, ds_config: dict[str, Any]) -> None:
+def write_records(folder: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> None:
     """Writes config.json, ds_config.json and environment.json (versions and git revision, no variables)."""
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(folder / "config.json", asdict(config))
+    atomic_write_json(folder / "config.json", settings)
     atomic_write_json(folder / "ds_config.json", ds_config)
     atomic_write_json(folder / "environment.json", environment())
 
@@ -111,6 +148,8 @@ def environment() -> dict[str, Any]:
 
 def git_revision() -> str | None:
     """`git describe` of the project's folder, with -dirty; None outside a checkout or without git."""
+    if not is_checkout():
+        return None
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -123,14 +162,3 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl: {step, prompts, answers}; the first one is the start model's."""
-    path = folder / "samples.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append_samples(folder: Path, step: int, prompts: list[str], answers: list[str]) -> None:
-    """Adds a line to samples.jsonl."""
-    append_record(folder / "samples.jsonl", {"step": step, "prompts": prompts, "answers": answers})

@@ -2,55 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import torch
+import numpy as np
 from tokenizers import Tokenizer
 
 from simple_llama.cluster import watchdog
+from simple_llama.cluster.distributed import Ranks, gather_objects
+from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
+from simple_llama.inference.generate import generate
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import PreferencePair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import evaluating
-
-
-@torch.no_grad()
-def generate(model: LLaMaTransformer, prompt_ids: Sequence[int], max_new_tokens: int, stop_id: int) -> list[int]:
-    """Greedy continuation of one prompt with a key-value cache; ends before `stop_id` or at the model's length limit.
-
-    Greedy, so that a change of the answer is a change of the policy. Returns the new token ids.
-    """
-    device = model.final_linear.weight.device
-    room = min(max_new_tokens, model.config.max_seq_len - len(prompt_ids))
-    answer: list[int] = []
-    with evaluating(model):
-        cache = model.new_cache(len(prompt_ids) + max(room, 0))
-        ahead = torch.tensor(list(prompt_ids), device=device)
-        while len(answer) < room:
-            watchdog.beat("sample answers")
-            token = int(model.decode(ahead, cache).argmax())
-            if token == stop_id:
-                break
-            answer.append(token)
-            ahead = torch.tensor([token], device=device)
-    return answer
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig
+from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, append_samples, read_samples
 
 
 def answers(
     model: LLaMaTransformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
-    """Decoded greedy answers to `prompts` (token ids that end with <SOA>)."""
-    stop_id = SPECIAL_IDS["<EOA>"]
-    return [tokenizer.decode(generate(model, ids, max_new_tokens, stop_id)).strip() for ids in prompts]
+    """Decoded greedy answers to `prompts` (token ids that end with <SOA>), without dropout."""
+    with evaluating(model):
+        return [tokenizer.decode(list(_watched(model, ids, max_new_tokens))).strip() for ids in prompts]
 
 
-def sample_prompts(pairs: Sequence[PreferencePair], count: int) -> list[list[int]]:
+def _watched(model: LLaMaTransformer, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+    """An answer's tokens; each token is a sign of life."""
+    watchdog.beat("sample answers")
+    for token in generate(model, prompt_ids, max_new_tokens, SPECIAL_IDS["<EOA>"]):
+        yield token
+        watchdog.beat("sample answers")
+
+
+def sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
     """The first `count` different prompts of `pairs` as token ids that end with <SOA>."""
     prompts: dict[tuple[int, ...], None] = {}
     for pair in pairs:
         if len(prompts) == count:
             break
-        prompts[tuple(pair.prompt_ids.tolist())] = None
+        chosen_chat = np.concatenate([pair.prefix, pair.chosen])
+        prompts[tuple(chosen_chat[: -pair.chosen_scored].tolist())] = None
     return [list(prompt) for prompt in prompts]
 
 
@@ -61,3 +56,40 @@ def sample_page(prompt: str, before: str, after: str) -> str:
         return "\n".join("    " + line for line in text.splitlines() or [""])
 
     return f"**prompt**\n\n{block(prompt)}\n\n**start model**\n\n{block(before)}\n\n**policy**\n\n{block(after)}\n"
+
+
+class Samples:
+    """The fixed prompts of a run, and where answers to them are written."""
+
+    def __init__(
+        self, inputs: Inputs, engine: Engine, config: EvaluationConfig, ranks: Ranks, folder: Path, writer: RunWriter
+    ):
+        """Args: folder: the run's, with its samples.jsonl."""
+        self.tokenizer, self.engine, self.ranks = inputs.tokenizer, engine, ranks
+        self.prompts = sample_prompts(inputs.data.validation, config.n_samples)
+        self.most_tokens = config.sample_tokens
+        self.folder, self.writer = folder, writer
+
+    def take(self, step: int) -> None:
+        """Answers the prompts (collective): shared out over the ranks, or together under ZeRO-3."""
+        if not self.prompts:
+            return
+        ranks, together = self.ranks, self.engine.partitioned
+        share = slice(None) if together else slice(ranks.rank, None, ranks.world_size)
+        mine = answers(self.engine.model, self.tokenizer, self.prompts[share], self.most_tokens)
+        gathered = gather_objects(mine, ranks)
+        if ranks.is_main:
+            parts = 1 if together else len(gathered)
+            self.write(step, [gathered[i % parts][i // parts] for i in range(len(self.prompts))])
+
+    def write(self, step: int, now: list[str]) -> None:
+        """Puts the answers after `step` steps beside the start model's: samples.jsonl, TensorBoard, the log."""
+        prompts = [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in self.prompts]
+        append_samples(self.folder, step, prompts, now)
+        first = read_samples(self.folder)[0]
+        start = dict(zip(first["prompts"], first["answers"], strict=True)) if first["step"] == 0 else {}
+        for index, (prompt, after) in enumerate(zip(prompts, now, strict=True)):
+            before = start.get(prompt, "(not recorded at step 0)")
+            self.writer.text(step, f"samples/prompt_{index}", sample_page(prompt, before, after))
+            LOGGER.info("sample %d, start model: %r", index, before)
+            LOGGER.info("sample %d, step %d: %r", index, step, after)

@@ -23,14 +23,15 @@ from simple_llama.common.files import file_digest
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
+    StateFacts,
+    _check_state,
+    _read_parameters,
+    _state_folders,
     check_same_run,
-    check_state,
     newest_run,
     newest_state,
-    read_parameters,
-    save_state,
-    state_folders,
     weights_name,
+    writing_state,
 )
 
 SHARD = "rank_00000.safetensors"
@@ -43,15 +44,27 @@ def parameter(first: float) -> dict[str, torch.Tensor]:
 
 
 def write_shard(path: Path, **parameters: dict[str, torch.Tensor]) -> str:
-    """Writes parameters as save_state does; returns the file's digest."""
+    """Writes parameters as a save does; returns the file's digest."""
     named = {f"{name}|{kind}": tensor.clone() for name, state in parameters.items() for kind, tensor in state.items()}
     save_file(named, path)
     return file_digest(path)
 
 
+def facts(step: int, **course: Any) -> StateFacts:
+    """What a state says of a run."""
+    return StateFacts(step, weights="dpo.pth", loss=0.5, unfinished=False, course=course)
+
+
 def progress(step: int) -> dict[str, Any]:
-    """The facts of a state that do not depend on the run."""
+    """The same in state.json, as older ones have it."""
     return {"step": step, "optimizer_steps": step, "loss": 0.5, "weights": "dpo.pth"}
+
+
+def save(run: Path, of: StateFacts, ranks: Ranks, keep: int = 1, again: bool = False, **parameters: Any) -> Any:
+    """Saves `parameters` (default: `norm`, counting up from 1); gives the weights that the body of a save is given."""
+    engine = engine_of(**(parameters or {"norm": parameter(1.0)}))
+    with writing_state(run, engine, of, keep, ranks, again) as weights:
+        return dict(weights)
 
 
 def write_state(run: Path, step: int, **changes: Any) -> Path:
@@ -59,9 +72,14 @@ def write_state(run: Path, step: int, **changes: Any) -> Path:
     state = run / "state" / f"step_{step:08d}"
     state.mkdir(parents=True)
     files = {SHARD: write_shard(state / SHARD, norm=parameter(1.0))}
-    facts = {"format": 1, **progress(step), "files": files, **changes}
-    (state / "state.json").write_text(json.dumps(facts))
+    found = {"format": 1, **progress(step), "files": files, **changes}
+    (state / "state.json").write_text(json.dumps(found))
     return state
+
+
+def saved_in(state: Path, *files: str) -> SavedState:
+    """A state of these files, whose facts do not matter."""
+    return SavedState(state, facts(7), dict.fromkeys(files, ""), 7)
 
 
 def flip(path: Path) -> None:
@@ -71,22 +89,22 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-# === check_state ===
+# === one state ===
 
 
 def test_a_whole_state_has_no_problem_and_gives_its_facts(tmp_path: Path) -> None:
     """No problem; the facts are those of state.json."""
-    problem, facts = check_state(write_state(tmp_path, 7))
-    assert problem == "" and facts["step"] == 7 and list(facts["files"]) == [SHARD]
+    problem, found = _check_state(write_state(tmp_path, 7))
+    assert problem == "" and found["step"] == 7 and list(found["files"]) == [SHARD]
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     """A bit flipped, then the file gone; no facts are given of either."""
     state = write_state(tmp_path, 7)
     flip(state / SHARD)
-    assert check_state(state) == (f"{SHARD} is damaged (digest differs)", {})
+    assert _check_state(state) == (f"{SHARD} is damaged (digest differs)", {})
     (state / SHARD).unlink()
-    assert check_state(state) == (f"{SHARD} is missing", {})
+    assert _check_state(state) == (f"{SHARD} is missing", {})
 
 
 @pytest.mark.parametrize(
@@ -110,9 +128,9 @@ def test_a_state_json_that_is_absent_damaged_or_foreign_is_a_problem(
     (state / "state.json").unlink()
     if text is not None:
         (state / "state.json").write_text(text)
-    problem, facts = check_state(state)
+    problem, found = _check_state(state)
     assert all(word in problem for word in words), problem
-    assert facts == {}
+    assert found == {}
 
 
 @pytest.mark.parametrize("name", ["../stranger", "../../stranger", "/{root}/stranger", "..", ""])
@@ -124,7 +142,7 @@ def test_a_file_name_that_points_elsewhere_finds_nothing(tmp_path: Path, name: s
         expected = write_shard(folder / "stranger", norm=parameter(100.0))
     name = name.replace("/{root}", str(tmp_path))
     (state / "state.json").write_text(json.dumps({"format": 1, **progress(7), "files": {name: expected}}))
-    assert check_state(state) == (f"{name} is missing", {})
+    assert _check_state(state) == (f"{name} is missing", {})
 
 
 def test_parameters_are_read_from_the_state_folder_only(tmp_path: Path) -> None:
@@ -132,7 +150,7 @@ def test_parameters_are_read_from_the_state_folder_only(tmp_path: Path) -> None:
     state = write_state(tmp_path, 7)
     write_shard(state.parent / "norms", norm=parameter(100.0))
     write_shard(state / "norms", norm=parameter(1.0))
-    [(_, tensors)] = read_parameters(SavedState(state, {"files": {"../norms": ""}}))
+    [(_, tensors)] = _read_parameters(saved_in(state, "../norms"))
     assert tensors["weight"].tolist() == [1.0, 2.0]
 
 
@@ -144,9 +162,9 @@ def test_the_highest_step_is_the_newest(tmp_path: Path) -> None:
     for step in (20, 100, 3):
         write_state(tmp_path, step)
     (tmp_path / "state" / ".step_00000200.tmp").mkdir()
-    assert [folder.name for folder in state_folders(tmp_path)] == ["step_00000100", "step_00000020", "step_00000003"]
+    assert [folder.name for folder in _state_folders(tmp_path)] == ["step_00000100", "step_00000020", "step_00000003"]
     saved = newest_state(tmp_path)
-    assert saved.folder.name == "step_00000100" and saved.facts["step"] == 100
+    assert saved.folder.name == "step_00000100" and saved.facts.step == 100
 
 
 def test_damaged_states_are_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,7 +175,7 @@ def test_damaged_states_are_passed_over_with_a_warning(tmp_path: Path, caplog: p
     write_state(tmp_path, 5)
     flip(tmp_path / "state" / "step_00000005" / SHARD)
     (tmp_path / "state" / "step_00000004" / "state.json").unlink()
-    assert newest_state(tmp_path).facts["step"] == 2
+    assert newest_state(tmp_path).facts.step == 2
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 3
     assert f"{tmp_path}/state/step_00000005 is not used: {SHARD} is damaged" in warnings[0]
@@ -173,7 +191,7 @@ def test_no_complete_state_is_an_error_that_names_the_folder(tmp_path: Path) -> 
             newest_state(folder)
 
 
-# === read_parameters, save_state ===
+# === parameters, saving ===
 
 
 def test_parameters_come_whole_from_several_files(tmp_path: Path) -> None:
@@ -181,7 +199,7 @@ def test_parameters_come_whole_from_several_files(tmp_path: Path) -> None:
     state = write_state(tmp_path, 7)
     other = state / "rank_00001.safetensors"
     write_shard(other, **{"a.b": parameter(20.0), "a": parameter(10.0)})
-    found = dict(read_parameters(SavedState(state, {"files": {SHARD: "", other.name: ""}})))
+    found = dict(_read_parameters(saved_in(state, SHARD, other.name)))
     assert sorted(found) == ["a", "a.b", "norm"]
     for name, first in (("norm", 1.0), ("a", 10.0), ("a.b", 20.0)):
         state_of = {kind: tensor.tolist() for kind, tensor in found[name].items()}
@@ -197,31 +215,54 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
     state = write_state(tmp_path, 7)
     (state / SHARD).write_text("not a tensor")
     with pytest.raises(UserError, match=f"{SHARD}: expected a safetensors file, found"):
-        list(read_parameters(SavedState(state, {"files": {SHARD: ""}})))
+        list(_read_parameters(saved_in(state, SHARD)))
 
 
 def engine_of(**parameters: dict[str, torch.Tensor]) -> Any:
-    """What save_state reads of an engine."""
+    """What a save reads of an engine."""
     return SimpleNamespace(full_state=lambda: iter(parameters.items()))
 
 
-def test_what_save_state_writes_is_read_back(tmp_path: Path, ranks: Ranks) -> None:
-    """Same values, `latest` names it, the weights are handed to `export`, and of three states two are kept."""
-    exported: list[dict[str, torch.Tensor]] = []
+def test_what_a_save_writes_is_read_back(tmp_path: Path, ranks: Ranks) -> None:
+    """Same values, `latest` names it, the body is given the weights, and of three states two are kept."""
     for step in (1, 2, 3):
-        engine = engine_of(norm=parameter(float(step)), head=parameter(50.0))
-        save_state(tmp_path, engine, {**progress(step), "beta": 0.5}, keep=2, ranks=ranks, export=exported.append)
+        of = facts(step, beta=0.5)
+        weights = save(tmp_path, of, ranks, keep=2, norm=parameter(float(step)), head=parameter(50.0))
     assert (tmp_path / "latest").read_text() == "step_00000003\n"
-    assert [folder.name for folder in (tmp_path / "state").iterdir() if folder.name == "step_00000001"] == []
-    assert len(list((tmp_path / "state").iterdir())) == 2
+    assert sorted(folder.name for folder in (tmp_path / "state").iterdir()) == ["step_00000002", "step_00000003"]
     saved = newest_state(tmp_path)
-    assert saved.facts["step"] == 3 and saved.facts["beta"] == 0.5 and saved.facts["format"] == 1
-    found = dict(read_parameters(saved))
+    assert saved.facts == facts(3, beta=0.5) and saved.optimizer_steps == 3
+    found = dict(_read_parameters(saved))
     assert found["norm"]["weight"].tolist() == [3.0, 4.0] and found["head"]["exp_avg_sq"].tolist() == [54.0, 55.0]
-    assert {name: weight.tolist() for name, weight in exported[-1].items()} == {
-        "norm": [3.0, 4.0],
-        "head": [50.0, 51.0],
-    }
+    assert {name: weight.tolist() for name, weight in weights.items()} == {"norm": [3.0, 4.0], "head": [50.0, 51.0]}
+
+
+def test_state_json_is_what_it_was(tmp_path: Path, ranks: Ranks) -> None:
+    """The names and their order are part of the format: older and newer programs read each other's states."""
+    save(tmp_path, StateFacts(2, "", None, True, {"seed": 42, "data": "ab"}), ranks)
+    found = json.loads((tmp_path / "state" / "step_00000002" / "state.json").read_text())
+    own = ["format", "step", "optimizer_steps", "weights", "loss", "unfinished"]
+    assert list(found) == [*own, "seed", "data", "files"]
+    assert [found[name] for name in own] == [1, 2, 2, "", None, True]
+    assert list(found["files"]) == [SHARD]
+
+
+def test_a_state_that_is_there_is_completed_not_written_anew(tmp_path: Path, ranks: Ranks) -> None:
+    """Saved when stopped, without its `.pth`; after the evaluation that was due, its facts change and no tensor."""
+    save(tmp_path, StateFacts(2, "", None, True, {}), ranks)
+    shard = tmp_path / "state" / "step_00000002" / SHARD
+    before = shard.stat().st_ino, shard.read_bytes()
+    weights = save(tmp_path, facts(2), ranks, again=True)
+    assert (shard.stat().st_ino, shard.read_bytes()) == before and weights["norm"].tolist() == [1.0, 2.0]
+    assert newest_state(tmp_path).facts == facts(2)
+
+
+def test_a_damaged_state_of_the_same_step_is_written_anew(tmp_path: Path, ranks: Ranks) -> None:
+    """Resumed from the one before, a run comes to its step again: what lies there was not this run's."""
+    save(tmp_path, facts(2), ranks)
+    flip(tmp_path / "state" / "step_00000002" / SHARD)
+    save(tmp_path, facts(2), ranks)
+    assert newest_state(tmp_path).facts.step == 2
 
 
 def test_the_next_save_deletes_what_killed_ones_left(tmp_path: Path, ranks: Ranks) -> None:
@@ -230,22 +271,18 @@ def test_the_next_save_deletes_what_killed_ones_left(tmp_path: Path, ranks: Rank
     (tmp_path / "state" / ".step_00000001.tmp" / SHARD).write_bytes(b"half")
     for name in (".dpo_1E_0.6931L_512MSQ.pth.7.ab.tmp", ".latest.7.ab.tmp", ".mine.tmp", "lock"):
         (tmp_path / name).write_bytes(b"half")
-    save_state(tmp_path, engine_of(norm=parameter(1.0)), {"step": 2}, keep=1, ranks=ranks, export=lambda weights: None)
+    save(tmp_path, facts(2), ranks)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "latest", "lock", "state"]
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000002"]
 
 
 def test_a_state_is_not_seen_before_its_export_is_there(tmp_path: Path, ranks: Ranks) -> None:
     """The export fails (full disk): the state before stays the newest, `latest` names it, and the other half goes."""
-
-    def full(weights: dict[str, torch.Tensor]) -> None:
-        raise UserError("cannot write")
-
+    save(tmp_path, facts(1), ranks)
     engine = engine_of(norm=parameter(1.0))
-    save_state(tmp_path, engine, progress(1), keep=1, ranks=ranks, export=lambda weights: None)
-    with pytest.raises(UserError, match="cannot write"):
-        save_state(tmp_path, engine, progress(2), keep=1, ranks=ranks, export=full)
-    assert newest_state(tmp_path).facts["step"] == 1 and (tmp_path / "latest").read_text() == "step_00000001\n"
+    with pytest.raises(UserError, match="cannot write"), writing_state(tmp_path, engine, facts(2), 1, ranks, False):
+        raise UserError("cannot write")
+    assert newest_state(tmp_path).facts.step == 1 and (tmp_path / "latest").read_text() == "step_00000001\n"
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000001"]
 
 
@@ -262,7 +299,7 @@ def test_a_disk_that_is_full_for_a_shard_is_a_user_error(
     with pytest.raises(
         UserError, match=r"cannot write .*rank_00000.safetensors: .*No space left on device.*free space"
     ):
-        save_state(tmp_path, engine_of(norm=parameter(1.0)), {"step": 1}, 1, ranks, lambda weights: None)
+        save(tmp_path, facts(1), ranks)
     assert list((tmp_path / "state").iterdir()) == []
 
 
@@ -298,24 +335,24 @@ def test_names_of_exported_weights(epochs: float, loss: float, max_seq_len: int,
 
 
 def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
-    """The same facts pass, also beside others; a changed and an unknown one are named with what was and what is."""
-    facts = {"beta": 0.5, "reference": {"weights": "ab"}, "step": 3}
-    check_same_run(facts, {"beta": 0.5, "reference": {"weights": "ab"}}, 3, tmp_path)
+    """The same course passes, also beside more; a changed and an unknown one are named with what was and what is."""
+    saved = SavedState(tmp_path, facts(3, beta=0.5, reference={"weights": "ab"}), {}, 3)
+    check_same_run(saved, {"beta": 0.5, "reference": {"weights": "ab"}}, 3)
     advice = "; resume with the settings, data and model of the run, or start another run_name"
     with pytest.raises(UserError) as error:
-        check_same_run(facts, {"beta": 0.1}, 3, tmp_path)
+        check_same_run(saved, {"beta": 0.1}, 3)
     assert str(error.value) == f"{tmp_path}: cannot resume: beta was 0.5, is now 0.1{advice}"
     with pytest.raises(UserError) as error:
-        check_same_run(facts, {"reference": {"weights": "cd"}}, 3, tmp_path)
+        check_same_run(saved, {"reference": {"weights": "cd"}}, 3)
     assert 'reference was {"weights": "ab"}, is now {"weights": "cd"};' in str(error.value)
     with pytest.raises(UserError, match="seed was null, is now 1;"):
-        check_same_run(facts, {"seed": 1}, 3, tmp_path)
+        check_same_run(saved, {"seed": 1}, 3)
     with pytest.raises(UserError, match="it is of step 3, but the run has 2 steps"):
-        check_same_run(facts, {}, 2, tmp_path)
+        check_same_run(saved, {}, 2)
 
 
 @pytest.mark.parametrize("files", [None, [], {}, [SHARD]])
 def test_a_state_without_its_files_is_no_state(tmp_path: Path, files: Any) -> None:
     """state.json that names no file, or names them otherwise: passed over, not trusted and not a traceback."""
-    problem, facts = check_state(write_state(tmp_path, 7, files=files))
-    assert problem == "state.json: expected a step and the digests of its files" and facts == {}
+    problem, found = _check_state(write_state(tmp_path, 7, files=files))
+    assert problem == "state.json: expected a step and the digests of its files" and found == {}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from simple_llama.cluster.distributed import Ranks
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
@@ -33,16 +34,16 @@ BETA = 0.5
 def model() -> LLaMaTransformer:
     """Weights large enough that the log-probs differ from pair to pair."""
     shape: dict[str, Any] = {**TINY, "batch_size": 1, "tokens_per_update": 512}
-    model = LLaMaTransformer(TrainingConfig(**shape), VOCAB)
+    model = LLaMaTransformer(Architecture.of(TrainingConfig(**shape), VOCAB))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
-def reference(pairs: Sequence[TokenizedPair], batch: PairBatch) -> torch.Tensor:
+def reference(batch: PairBatch) -> torch.Tensor:
     """Made-up sums of the reference, by the pair."""
-    return torch.tensor([REFERENCE[pair.digest] for pair in pairs])
+    return torch.tensor([REFERENCE[pair.digest] for pair in batch.pairs])
 
 
 def by_hand(model: LLaMaTransformer, pairs: Sequence[TokenizedPair]) -> dict[str, float]:

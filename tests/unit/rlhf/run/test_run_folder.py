@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ import pytest
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, config_from_file
+from simple_llama.common.files import read_json
+from simple_llama.common.settings import settings_from_dict
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.run import run_folder
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
-    append_samples,
     environment,
     git_revision,
     name_run,
-    read_samples,
     write_records,
 )
 
@@ -88,9 +89,9 @@ def test_records_hold_what_repeats_the_run(tmp_path: Path) -> None:
     """The settings read back as the same config, the DeepSpeed dict as it was, versions and revision beside them."""
     config = DPOConfig(beta=0.125, run_name="r", max_lr=1e-5)
     folder = tmp_path / "runs" / "r"
-    write_records(folder, config, {"zero_optimization": {"stage": 2}})
+    write_records(folder, asdict(config), {"zero_optimization": {"stage": 2}})
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "ds_config.json", "environment.json"]
-    assert config_from_file(str(folder / "config.json")) == config
+    assert settings_from_dict(DPOConfig, read_json(folder / "config.json"), "config.json") == config
     assert json.loads((folder / "ds_config.json").read_text()) == {"zero_optimization": {"stage": 2}}
     assert json.loads((folder / "environment.json").read_text()) == environment()
 
@@ -118,8 +119,7 @@ def test_no_environment_variable_is_written(tmp_path: Path, monkeypatch: pytest.
     """Secrets under usual names: neither name nor value is in any file."""
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"):
         monkeypatch.setenv(name, f"hunter2-{name.lower()}")
-    write_records(tmp_path, DPOConfig(), {"bf16": {"enabled": True}})
-    append_samples(tmp_path, 0, ["p"], ["a"])
+    write_records(tmp_path, asdict(DPOConfig()), {"bf16": {"enabled": True}})
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"bf16" in written and b'"python"' in written
     for word in (b"hunter2", b"API_KEY", b"TOKEN", b"SECRET", b"PASSWORD"):
@@ -130,6 +130,9 @@ def test_git_revision_of_this_project_or_none(monkeypatch: pytest.MonkeyPatch, t
     """A revision is one word; outside a checkout, and without git, there is none."""
     revision = git_revision()
     assert revision is None or re.fullmatch(r"[\w.-]+", revision)
+    with monkeypatch.context() as installed:
+        installed.setattr(run_folder, "is_checkout", lambda: False)  # the working folder may be any other checkout
+        assert git_revision() is None
     monkeypatch.setattr(run_folder, "root_path", lambda: str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_revision() is None
@@ -139,17 +142,3 @@ def test_git_revision_of_this_project_or_none(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr(subprocess, "run", no_git)
     assert git_revision() is None
-
-
-# === samples ===
-
-
-def test_samples_round_trip(tmp_path: Path) -> None:
-    """Two lines in order, text of any kind unchanged; without a file there are none."""
-    assert read_samples(tmp_path) == []
-    append_samples(tmp_path, 0, ["a\nb", "\u00e9"], ["", "\u2028 x"])
-    append_samples(tmp_path, 5, ["a\nb", "\u00e9"], ['say "y"', "z"])
-    assert read_samples(tmp_path) == [
-        {"step": 0, "prompts": ["a\nb", "\u00e9"], "answers": ["", "\u2028 x"]},
-        {"step": 5, "prompts": ["a\nb", "\u00e9"], "answers": ['say "y"', "z"]},
-    ]

@@ -1,0 +1,105 @@
+"""One optimizer step: forward and backward of every micro-batch, then the clip and AdamW. All that training computes.
+
+    gradient of the mean loss over the step's pairs = sum over micro-batches of weight * d (sum of their losses)
+
+Shapes: B pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from simple_llama.cluster.distributed import all_reduce_sum
+from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import Step
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps
+from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
+
+
+class NotFinite(UserError):
+    """The loss or the gradient is no longer a finite number."""
+
+    def __init__(self, message: str, losses: Sequence[torch.Tensor] | None = None):
+        """Args: losses: (B,) of each of this rank's micro-batches, where it is the loss; None for a gradient."""
+        super().__init__(message)
+        self.losses = losses
+
+
+class Learner(Protocol):
+    """What a step drives: the engine, or the plain loop that benches compare it with."""
+
+    def backward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
+        """Adds `weight` times the gradient of the batch's summed loss; `last` of the step."""
+        ...
+
+    def step(self, rate: float) -> float:
+        """Clips, updates the weights, forgets the gradient; gives its norm before the clip."""
+        ...
+
+
+class Portion(NamedTuple):
+    """A micro-batch of one rank, as it enters a step."""
+
+    batch: PairBatch
+    weight: float  # of each pair's loss; 0 for one that is computed for company's sake
+    last: bool  # of the step
+
+
+def portions(step: Step, rank: int, pairs: Sequence[TokenizedPair]) -> Iterator[Portion]:
+    """This rank's micro-batches of a step of the plan, packed one by one.
+
+    ZeRO divides by the number of ranks when it reduces, so a weight of ranks / pairs makes the step's gradient that of
+    the mean over all pairs.
+    """
+    pairs_in_step = sum(len(micro_batch) for mine in step for micro_batch in mine)
+    for place, micro_batch in enumerate(step[rank]):
+        # Where a short step's pairs do not go round, a rank computes any pair, with weight 0.
+        batch = PairBatch.pack([pairs[i] for i in micro_batch or step[0][0]])
+        yield Portion(batch, len(step) / pairs_in_step if micro_batch else 0.0, place == len(step[rank]) - 1)
+
+
+def optimizer_step(
+    learner: Learner,
+    parts: Iterable[Portion],
+    ref_logps: Logps,
+    rate: float,
+    sums: MetricSums,
+    device: torch.device,
+) -> float:
+    """A whole step at learning rate `rate` (collective); gives the gradient's norm before the clip.
+
+    Raises NotFinite on all ranks: for a loss before the weights change, for a gradient after.
+    """
+    losses = accumulate(learner, parts, ref_logps, sums, device)
+    if not _all_finite(losses, device):
+        raise NotFinite("the loss is not finite", losses)
+    norm = learner.step(rate)
+    if not (math.isfinite(norm) and norm >= 0):
+        raise NotFinite(f"the gradient norm is {norm}")
+    return norm
+
+
+def accumulate(
+    learner: Learner, parts: Iterable[Portion], ref_logps: Logps, sums: MetricSums, device: torch.device
+) -> list[torch.Tensor]:
+    """Forward and backward of this rank's micro-batches; gives the losses (B,) of those that count."""
+    losses = []
+    for on_host, weight, last in parts:
+        batch = on_host.to(device)
+        out = learner.backward(batch, ref_logps(batch), weight, last)
+        if weight:
+            sums.add(out, batch)
+            losses.append(out.losses_B)
+    return losses
+
+
+def _all_finite(losses: Sequence[torch.Tensor], device: torch.device) -> bool:
+    """Whether the losses of all ranks are: one reduction and one host read a step (collective)."""
+    mine = [loss_B.sum() for loss_B in losses] or [torch.zeros((), device=device)]
+    return math.isfinite(all_reduce_sum(torch.stack(mine).sum()).item())

@@ -1,0 +1,88 @@
+"""Settings of made-up owners: bounds in place, help texts, JSON and flags, rules of each owner."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+from typing_extensions import Doc
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.settings import Bounds, Count, PathText, Settings, parse_settings, settings_from_dict
+
+
+@dataclass(frozen=True)
+class OvenConfig(Settings):
+    """An owner."""
+
+    heat: Annotated[float, Bounds(0, 300, above=True)] = 180.0  # degrees
+    trays: Count = 1  # at once
+
+    def check_rules(self) -> None:
+        if self.trays > 2 and self.heat > 200:
+            raise UserError("trays: expected at most 2 above 200 degrees")
+
+
+@dataclass(frozen=True)
+class ShopConfig(Settings):
+    """Another owner."""
+
+    folder: PathText = "shop"  # where it is
+    share: Annotated[float, Bounds(0, 0.5, below=True), Doc("of the till")] = 0.1
+
+
+@dataclass(frozen=True)
+class BakeryConfig(ShopConfig, OvenConfig):
+    """A command."""
+
+    open: bool = False  # whether it is
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside", "words"),
+    [
+        (Bounds(0, 2), [0, 1.5, 2], [-1e-9, 2.1, math.nan], "a number from 0 to 2"),
+        (Bounds(0, 2, above=True), [1e-9, 2], [0, 2.1, math.nan], "a number above 0 to 2"),
+        (Bounds(0, 0.5, below=True), [0, 0.49995], [0.5, math.nan], "a number from 0 to below 0.5"),
+        (Bounds(0, math.inf, True, True), [1e-300, 1e300], [0, math.inf, math.nan], "a finite number above 0"),
+    ],
+)
+def test_bounds(bounds: Bounds, inside: list[float], outside: list[float], words: str) -> None:
+    """What lies at, below and above the ends; NaN lies nowhere."""
+    assert all(map(bounds.hold, inside)) and not any(map(bounds.hold, outside)) and str(bounds) == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heat": 0.0}, "heat: expected a number above 0 to 300, found 0.0"),
+        ({"trays": 0}, "trays: expected a number from 1 to 2147483647, found 0"),
+        ({"share": 0.5}, "share: expected a number from 0 to below 0.5, found 0.5"),
+        ({"folder": ""}, "folder: expected a path, found an empty one"),
+        ({"folder": "a\0b"}, "folder: expected Unicode text without NUL"),
+        ({"trays": 3, "heat": 250.0}, "trays: expected at most 2 above 200 degrees"),
+    ],
+)
+def test_each_owner_checks_its_own(changes: dict[str, object], message: str) -> None:
+    """By bounds in the annotation, and by the rule of an owner that another class inherits."""
+    with pytest.raises(UserError) as error:
+        BakeryConfig(**changes)  # type: ignore[arg-type]
+    assert str(error.value).startswith(message)
+
+
+def test_json_and_flags() -> None:
+    """A whole number becomes a float; an unknown key is named with the known ones; flags come with both spellings."""
+    assert settings_from_dict(BakeryConfig, {"heat": 200}, "f") == BakeryConfig(heat=200.0)
+    with pytest.raises(UserError, match="f: unknown setting 'oven'; known are heat, trays, folder, share, open"):
+        settings_from_dict(BakeryConfig, {"oven": 1}, "f")
+    assert parse_settings(BakeryConfig, ["--trays", "2", "--open", "--local_rank=1"], None).trays == 2
+
+
+def test_help_is_the_comment_or_the_doc(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an inherited field too."""
+    with pytest.raises(SystemExit):
+        parse_settings(BakeryConfig, ["--help"], "Bakes.")
+    shown = capsys.readouterr().out
+    assert "degrees" in shown and "of the till" in shown and "whether it is" in shown and "Bakes." in shown
