@@ -24,12 +24,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from typing_extensions import Doc
 
 from simple_llama.cluster import stopping
 from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together, set_collective_timeout
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
+from simple_llama.common.settings import Bounds, Settings
 
 LOST = 3  # exit status: a rank, host or link is gone or stuck; what was saved is whole, `--resume` goes on from it
 
@@ -40,6 +43,32 @@ LAST_WORDS_S = 5.0  # for the log and for clean-up, which may hang with the disk
 HONEST = 4.0  # a pause may be this many times as long as the longest one seen so far
 MAX_LINE = 1 << 16  # bytes of a peer's line; more is no peer of ours
 GREETING_S = 5.0  # in which a connection says who it is
+
+
+@dataclass(frozen=True)
+class WatchConfig(Settings):
+    """How long ranks wait for each other."""
+
+    # === Watchdog ===
+    start_timeout_s: Annotated[
+        float, Bounds(1.0, 1e6), Doc("seconds that a rank waits for the others to come at the start")
+    ] = 35.0
+    peer_timeout_s: Annotated[
+        float,
+        Bounds(5.0, 1e6),
+        Doc("seconds that another rank's process may be silent before all end (hung or stopped, host down, link cut)"),
+    ] = 20.0
+    step_timeout_s: Annotated[
+        float,
+        Bounds(1.0, 1e6),
+        Doc(
+            "seconds without a finished micro-batch or sample on any rank before all end (hang); "
+            "at least 4 times the longest so far"
+        ),
+    ] = 60.0
+    io_timeout_s: Annotated[float, Bounds(1.0, 1e6), Doc("the same while data is read and checkpoints are written")] = (
+        1800.0
+    )
 
 
 @dataclass
@@ -80,12 +109,9 @@ class Watchdog:
         self,
         ranks: Ranks,
         peers: list[Peer],
-        peer_timeout_s: float,
-        step_timeout_s: float,
-        io_timeout_s: float,
+        config: WatchConfig,
     ):
-        self.ranks, self.peers = ranks, peers
-        self.peer_timeout_s, self.step_timeout_s, self.io_timeout_s = peer_timeout_s, step_timeout_s, io_timeout_s
+        self.ranks, self.peers, self.config = ranks, peers, config
         self.progress = Progress()
         self.moved = time.monotonic()  # when any main thread was last seen to get on
         self.seen_beats = 0
@@ -108,8 +134,8 @@ class Watchdog:
     def allowed_s(self) -> float:
         """Seconds that this rank's main thread may take until it gets on again."""
         if self.progress.starting or self.progress.patience:
-            return self.io_timeout_s
-        return max(self.step_timeout_s, HONEST * self.progress.longest_s)
+            return self.config.io_timeout_s
+        return max(self.config.step_timeout_s, HONEST * self.progress.longest_s)
 
     def tell(self, **line: object) -> None:
         """Sends a line to all peers; one that cannot take it now is judged by its silence."""
@@ -136,7 +162,9 @@ class Watchdog:
         self.forgive(last)  # the last rank may have come long after the first
         while not self.closed.wait(BEAT_S):
             now = time.monotonic()
-            if now - last > max(5 * BEAT_S, self.peer_timeout_s / 4):  # this process was stopped itself: begin anew
+            if now - last > max(
+                5 * BEAT_S, self.config.peer_timeout_s / 4
+            ):  # this process was stopped itself: begin anew
                 self.forgive(now)
             last = now
             self.tell(place=self.progress.place, beats=self.progress.beats, allowed_s=self.allowed_s())
@@ -200,7 +228,7 @@ class Watchdog:
                 found = (
                     f"{peer} is gone: its process ended without a word (killed or crashed); last heard in: {peer.place}"
                 )
-            elif now - peer.heard > self.peer_timeout_s and not peer.left:
+            elif now - peer.heard > self.config.peer_timeout_s and not peer.left:
                 found = (
                     f"{peer} is silent for {now - peer.heard:.0f} s (peer_timeout_s): its process hangs or is stopped, "
                     f"its host is down or the link is cut; last heard in: {peer.place}"
@@ -209,7 +237,7 @@ class Watchdog:
         if not found and self.ranks.is_main and self.peers and now - self.moved > limit:
             places = [f"rank 0 on host {socket.gethostname()}: {self.progress.place}"]
             places += [f"{peer}: {peer.place}" for peer in self.peers[:7]]
-            setting = "io_timeout_s" if limit >= self.io_timeout_s else "step_timeout_s"
+            setting = "io_timeout_s" if limit >= self.config.io_timeout_s else "step_timeout_s"
             found = f"no rank got on for {now - self.moved:.0f} s ({setting}); {'; '.join(places)}"
         return found
 
@@ -238,18 +266,16 @@ class Watchdog:
 _watchdog: Watchdog | None = None
 
 
-def start(
-    ranks: Ranks, start_timeout_s: float, peer_timeout_s: float, step_timeout_s: float, io_timeout_s: float
-) -> None:
-    """Starts this rank's watchdog (collective); the times are those of DPOConfig.
+def start(ranks: Ranks, config: WatchConfig) -> None:
+    """Starts this rank's watchdog (collective).
 
     Raises UserError when rank 0 cannot be reached.
     """
     global _watchdog
-    peers = [] if ranks.world_size == 1 else connect(ranks, start_timeout_s)
-    _watchdog = Watchdog(ranks, peers, peer_timeout_s, step_timeout_s, io_timeout_s)
+    peers = [] if ranks.world_size == 1 else connect(ranks, config.start_timeout_s)
+    _watchdog = Watchdog(ranks, peers, config)
     if ranks.world_size > 1:
-        set_collective_timeout(2 * io_timeout_s)  # from here on it is the watchdog that ends a wait
+        set_collective_timeout(2 * config.io_timeout_s)  # from here on it is the watchdog that ends a wait
     if peers or stopping.has_launcher():
         _watchdog.thread.start()
 

@@ -39,7 +39,7 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
             ranks.world_size
         )  # not before: while torch waits for the others in C++, a handler in Python would wait too
         set_up_log(None, ranks)
-        watchdog.start(ranks, config.start_timeout_s, config.peer_timeout_s, config.step_timeout_s, config.io_timeout_s)
+        watchdog.start(ranks, config)
         with fail_together(ranks):
             check_folders(config, config.ref_cache_dir)
         inputs = load_inputs(config, ranks)

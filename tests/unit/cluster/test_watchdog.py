@@ -14,7 +14,7 @@ import torch
 
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.distributed import Ranks
-from simple_llama.cluster.watchdog import Peer, Watchdog
+from simple_llama.cluster.watchdog import Peer, WatchConfig, Watchdog
 from simple_llama.common.errors import UserError
 
 
@@ -34,10 +34,10 @@ def dogs() -> Iterator[list[Watchdog]]:
     """Three ranks' watchdogs, linked as in a job, not started: 20 s, 60 s and 1800 s, past the start."""
     links = [socket.socketpair() for _ in range(2)]
     main = Watchdog(
-        ranks_of(0, 3), [peer_of(i + 1, f"host-{i + 1}", pair[0]) for i, pair in enumerate(links)], 20, 60, 1800
+        ranks_of(0, 3), [peer_of(i + 1, f"host-{i + 1}", pair[0]) for i, pair in enumerate(links)], WatchConfig()
     )
     others = [
-        Watchdog(ranks_of(i + 1, 3), [peer_of(0, "host-0", pair[1])], 20, 60, 1800) for i, pair in enumerate(links)
+        Watchdog(ranks_of(i + 1, 3), [peer_of(0, "host-0", pair[1])], WatchConfig()) for i, pair in enumerate(links)
     ]
     for dog in (main, *others):
         dog.progress.starting = False
