@@ -10,7 +10,7 @@ from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import brief, read_json, shown
-from simple_llama.common.paths import root_path
+from simple_llama.common.paths import package_path
 from simple_llama.common.settings import Bounds, PathText, Settings
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchConfig
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
@@ -21,9 +21,9 @@ class OptimizerConfig(Settings):
     """AdamW (arXiv:1711.05101) and the clip of its gradient."""
 
     # === Optimizer ===
-    weight_decay: Annotated[float, Bounds(0.0, 10.0)] = (
-        0.0  # AdamW decay of matrices; norms, biases and embeddings have none
-    )
+    weight_decay: Annotated[
+        float, Bounds(0.0, 10.0), Doc("AdamW decay of matrices; norms, biases and embeddings have none")
+    ] = 0.0
     beta1: Annotated[float, Bounds(0.0, 0.99999)] = 0.9  # AdamW
     beta2: Annotated[float, Bounds(0.0, 0.999999)] = 0.95  # AdamW
     max_grad_norm: Annotated[float, Bounds(0.0, 1e9)] = 1.0  # clip of the global gradient norm; 0: no clip
@@ -34,9 +34,9 @@ class EngineConfig(OptimizerConfig, BatchConfig, PolicyConfig):
     """What DeepSpeed is given: its own JSON, and from here the numbers that the JSON may not have."""
 
     # === Engine ===
-    deepspeed_config: PathText = root_path(
+    deepspeed_config: Annotated[PathText, Doc("DeepSpeed JSON: ZeRO stage, dtype, buckets")] = package_path(
         "ds_configs", "zero2_bf16.json"
-    )  # DeepSpeed JSON: ZeRO stage, dtype, buckets
+    )
     reduce_once: Annotated[
         bool,
         Doc(

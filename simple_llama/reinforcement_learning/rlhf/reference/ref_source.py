@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from typing_extensions import Doc
 
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
@@ -32,9 +33,9 @@ class ReferenceConfig(Settings):
     """Where the reference is kept."""
 
     # === Reference ===
-    reference: Literal["store", "online"] = (
-        "store"  # online keeps the frozen model in memory (the baseline of the store)
-    )
+    reference: Annotated[
+        Literal["store", "online"], Doc("online keeps the frozen model in memory (the baseline of the store)")
+    ] = "store"
     ref_cache_dir: PathText = root_path("ref_cache")  # reference log-probs, shared by all runs
     ref_flush_pairs: Count = 512  # pairs per shard of the reference store; a killed pass loses at most these per rank
 
