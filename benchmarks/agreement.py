@@ -77,7 +77,7 @@ def trl_side(
         logps_B2 = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), dim=1)
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
-        gradients = from_hf(gradients_of(trainer.model), start.config)
+        gradients = from_hf(gradients_of(trainer.model), start.architecture)
     return Computed(logps_B2.cpu(), loss.detach().cpu(), gradients)
 
 

@@ -17,6 +17,7 @@ import tyro
 from benchmarks import measure
 from simple_llama.ops.attention import PackedLayout
 from simple_llama.ops.linear import Linear
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 
@@ -38,7 +39,7 @@ class Bench:
 def block_way(bench: Bench, dtype: torch.dtype, plain: bool = False, compiled: bool = False) -> Callable[[], None]:
     """Decoder blocks; `plain` ones multiply in their own dtype, as torch does by itself."""
     config = TrainingConfig(n_embd=bench.width, n_heads=8, n_layers=bench.layers, max_seq_len=4096)
-    model = LLaMaTransformer(config, 16).to(dtype)
+    model = LLaMaTransformer(Architecture.of(config, 16)).to(dtype)
     if compiled:
         model.compile_layers()
     if plain:

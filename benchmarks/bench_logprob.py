@@ -23,8 +23,7 @@ import tyro
 
 from benchmarks import head_ways, measure
 from benchmarks.head_ways import Errors, Exact, Outcome, Problem, worst
-from simple_llama.ops.machine import has_fast_bf16
-from simple_llama.reinforcement_learning.rlhf.objective.cost import synchronize
+from simple_llama.ops.machine import has_fast_bf16, synchronize
 
 Size = tuple[int, int, int]  # N, D, V
 WIDTHS, VOCABULARIES, ROWS = (512, 1024, 4096), (8192, 32000, 128256), (512, 1024, 2048, 4096)

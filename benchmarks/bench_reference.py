@@ -31,16 +31,12 @@ from benchmarks.peers import ATTENTIONS, Peer, TrlSettings
 from benchmarks.train_report import SAME_DTYPE
 from benchmarks.workload import HH_DATA, make_pairs, mixes_at_hand, pairs_for_rows, start_model
 from simple_llama.common.errors import UserError
+from simple_llama.ops.machine import peak_memory_gb, synchronize
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import LoadedModel, build_model, vocab_size
+from simple_llama.pretraining.weights import LoadedModel, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.objective.cost import (
-    model_size,
-    peak_memory_gb,
-    synchronize,
-    useful_flops,
-)
+from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, useful_flops
 
 ROWS_ON_CUDA = 16384  # packed rows of a batch of ours, about
 CPU_SPEEDUP = 5.0  # TRL's best time over ours, on HH-RLHF
@@ -82,7 +78,7 @@ def main(bench: BenchReference) -> None:
     start = start_model(bench.shape, bench.model_path, bench.seed)
     if not bench.mix:
         bench = replace(bench, mix="hh" if mixes_at_hand(["hh"], bench.data) else "short")
-    pairs = make_pairs(bench.mix, bench.pairs, vocab_size(start.state_dict), bench.seed, bench.data)
+    pairs = make_pairs(bench.mix, bench.pairs, start.architecture.vocab_size, bench.seed, bench.data)
     batch_size = bench.batch_size or (pairs_for_rows(pairs, ROWS_ON_CUDA) if bench.device == "cuda" else 16)
     kinds = {name: dtype for name, dtype in DTYPES.items() if name != "ours fp32" or "fp32" in bench.settings}
     models = {name: build_model(start, dtype, device) for name, dtype in kinds.items()}
@@ -102,7 +98,7 @@ def main(bench: BenchReference) -> None:
         seconds = interleaved(ways, bench.rounds, device)
         memory = {name: peak_gib(way, device) for name, way in ways.items()}
     rates = {dtype: gemm_flops(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
-    flops = pass_flops(models["ours bf16"], start, pairs, batch_size)
+    flops = pass_flops(models["ours bf16"], pairs, batch_size)
     body = [speeds(seconds, memory, len(pairs), flops), "\n".join(notes), facts(bench, seconds, flops, rates, device)]
     body.append(f"peak of the process {peak_memory_gb(device):.2f} GiB, {time.perf_counter() - started:.0f} s")
     command = shlex.join(["python", "-m", "benchmarks.bench_reference", *sys.argv[1:]])
@@ -175,12 +171,12 @@ def same_log_probs(
     return line
 
 
-def pass_flops(model: LLaMaTransformer, start: LoadedModel, pairs: Sequence[TokenizedPair], batch_size: int) -> float:
+def pass_flops(model: LLaMaTransformer, pairs: Sequence[TokenizedPair], batch_size: int) -> float:
     """Useful FLOPs of a pass: forward only, a shared prompt once, scored rows only."""
     size = model_size(model)
     batches = sweep([pair.rows for pair in pairs], batch_size, world_size=1)[0]
     packed = (PairBatch.pack([pairs[i] for i in batch]) for batch in batches)
-    return sum(useful_flops(size, start.config, batch, backward=False) for batch in packed)
+    return sum(useful_flops(size, model.architecture, batch, backward=False) for batch in packed)
 
 
 def speeds(seconds: dict[str, list[float]], memory: dict[str, float], pairs: int, flops: float) -> str:

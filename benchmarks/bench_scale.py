@@ -29,12 +29,13 @@ import tyro
 from benchmarks.measure import RESULTS, record, table
 from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, init_ranks, leave
 from simple_llama.common.paths import root_path
+from simple_llama.ops.machine import peak_memory_gb, synchronize
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
-from simple_llama.reinforcement_learning.rlhf.objective.cost import peak_memory_gb, synchronize
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 
@@ -214,7 +215,7 @@ def make_model(bench: Bench) -> LLaMaTransformer:
         batch_size=1,
         tokens_per_update=rows,
     )
-    return LLaMaTransformer(config, bench.vocabulary)
+    return LLaMaTransformer(Architecture.of(config, bench.vocabulary))
 
 
 def make_engine(bench: Bench, setting: Setting, folder: Path, ranks: Ranks) -> Engine:

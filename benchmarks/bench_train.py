@@ -37,10 +37,11 @@ from benchmarks.workload import HH_DATA, PACKS, make_pairs, mixes_at_hand, pairs
 from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
-from simple_llama.pretraining.weights import LoadedModel, build_model, vocab_size
+from simple_llama.ops.machine import peak_memory_gb, synchronize
+from simple_llama.pretraining.weights import LoadedModel, build_model
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.objective.cost import peak_memory_gb, synchronize, useful_flops
+from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
 
 ROWS_ON_CUDA = 16384  # packed rows of a micro-batch of ours, at least
 BETA, RATE, BETAS, CLIP = 0.1, 1e-7, (0.9, 0.95), 1.0  # of both sides; a tiny rate keeps the weights as they are
@@ -85,7 +86,7 @@ def main(bench: BenchTrain) -> None:
     mixes = bench.mixes or mixes_at_hand(default, bench.data)
     notes = []
     if bench.settings:
-        pairs = make_pairs(mixes[0], bench.agreement_pairs, vocab_size(start.state_dict), bench.seed, bench.data)
+        pairs = make_pairs(mixes[0], bench.agreement_pairs, start.architecture.vocab_size, bench.seed, bench.data)
         notes.append(check_agreement(start, pairs, trl_settings("fp32", len(pairs), 1), ranks.device))
         print(notes[-1], flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,7 @@ def measure_mix(
 ) -> MixResult:
     """All trainers on the same steps of a mix, in turns."""
     gc.collect()  # trainers of the mix before, or of the check, that hold each other
-    vocab, device = vocab_size(start.state_dict), ranks.device
+    vocab, device = start.architecture.vocab_size, ranks.device
     batch_size, each = batch_sizes(bench, make_pairs(mix, 256, vocab, bench.seed, bench.data))
     parts = {"shared": bench.accumulate} | dict.fromkeys(("whole", "padded"), bench.accumulate * batch_size // each)
     per_step = batch_size * bench.accumulate
@@ -230,7 +231,7 @@ def step_flops(trainer: Trainer, pack: str, steps: Sequence[list[TokenizedPair]]
     """FLOPs of each round's step when its batches are packed so: visible keys, and the head's scored rows only."""
     return [
         sum(
-            useful_flops(trainer.size, trainer.model_config, PACKS[pack](chosen), backward=True)
+            useful_flops(trainer.size, trainer.model.architecture, PACKS[pack](chosen), backward=True)
             for chosen in micro_batches(step, count)
         )
         for step in steps

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from simple_llama.common.paths import root_path
-from simple_llama.reinforcement_learning.rlhf.objective.cost import synchronize
+from simple_llama.ops.machine import synchronize
 
 Way = Callable[[], object]
 RESULTS = root_path("benchmarks", "RESULTS.md")

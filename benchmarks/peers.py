@@ -23,7 +23,7 @@ from benchmarks.workload import TOKENIZER, shares_prompt
 from simple_llama.common.errors import UserError
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.interop.hf_names import hf_config, to_hf
-from simple_llama.pretraining.weights import LoadedModel, vocab_size
+from simple_llama.pretraining.weights import LoadedModel
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 
 ATTENTIONS = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa",)}  # that are tried; eager's scores of long chats fill a GPU
@@ -247,8 +247,8 @@ def hf_model(start: LoadedModel, dtype: torch.dtype) -> Any:
     """LlamaForCausalLM with our weights in `dtype`; RoPE's frequencies stay fp32, as `from_pretrained` leaves them."""
     from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
-    model = LlamaForCausalLM(LlamaConfig(**hf_config(start.config, vocab_size(start.state_dict))))
-    model.load_state_dict(to_hf(start.state_dict, start.config), strict=True)
+    model = LlamaForCausalLM(LlamaConfig(**hf_config(start.architecture)))
+    model.load_state_dict(to_hf(start.state_dict, start.architecture), strict=True)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

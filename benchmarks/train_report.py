@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.measure import medians, table
-from simple_llama.reinforcement_learning.rlhf.objective.cost import peak_flops
+from simple_llama.ops.machine import peak_flops
 
 # TRL's best time over ours, by mix
 CPU_SPEEDUPS = {"hh": 6.0, "short": 3.0}

@@ -19,6 +19,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.ops.attention import PackedLayout
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, load_weights
@@ -76,7 +77,9 @@ def start_model(shape: str, model_path: str, seed: int) -> LoadedModel:
         n_embd=width, n_layers=layers, n_heads=heads, multiple_of=multiple_of, max_seq_len=HH_MAX_TOKENS
     )
     torch.manual_seed(seed)
-    return LoadedModel(LLaMaTransformer(config, vocab).state_dict(), config, {}, Path(f"random-{shape}"))
+    return LoadedModel(
+        LLaMaTransformer(Architecture.of(config, vocab)).state_dict(), config, {}, Path(f"random-{shape}")
+    )
 
 
 def mixes_at_hand(names: Sequence[str], data: str) -> tuple[str, ...]:

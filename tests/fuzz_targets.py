@@ -30,6 +30,7 @@ from simple_llama.dataset.json_records import data_files, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_IDS, load_tokenizer, token_count, tokenizer_digest
 from simple_llama.dataset.train_bpe import tokenizer_json, train_bpe
 from simple_llama.finetune.format_llm_prompt import encode_chat
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import build_model, check_weights, load_weights
@@ -259,7 +260,10 @@ def sound_shard() -> bytes:
 def sound_weights() -> tuple[bytes, ...]:
     """A checkpoint in torch's two formats, and both again with code in them."""
     config = TrainingConfig(n_embd=8, n_heads=2, n_layers=1, multiple_of=8, max_seq_len=16)
-    content: dict[str, Any] = {"model_state_dict": LLaMaTransformer(config, 10).state_dict(), "config": config}
+    content: dict[str, Any] = {
+        "model_state_dict": LLaMaTransformer(Architecture.of(config, 10)).state_dict(),
+        "config": config,
+    }
     files = []
     for metadata in ({"step": 7}, RunsCode()):
         for zipped in (True, False):

@@ -16,6 +16,7 @@ import torch
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.dataset.train_bpe import tokenizer_json, train_bpe
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import save_weights
@@ -108,7 +109,7 @@ def make_job(folder: Path, pairs: int = 24, **model: object) -> TinyJob:
     torch.manual_seed(7)
     config = TrainingConfig(batch_size=1, tokens_per_update=512, **{**TINY, **model})
     vocab = load_tokenizer(folder / "tokenizer.json").get_vocab_size()
-    save_weights(folder / "start.pth", LLaMaTransformer(config, vocab).state_dict(), config, {})
+    save_weights(folder / "start.pth", LLaMaTransformer(Architecture.of(config, vocab)).state_dict(), config, {})
     return TinyJob(folder)
 
 

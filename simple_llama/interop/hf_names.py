@@ -1,85 +1,110 @@
-"""SimpleLLaMA's weights as those of Hugging Face's LlamaForCausalLM, and back: the same function, other names and rows.
+"""SimpleLLaMA's tensors as those of Hugging Face's models, and back: the same function, other names and rows.
 
-What differs: queries, keys and values are one matrix here, head by head; and RoPE turns adjacent pairs (x0, x1), (x2,
-x3), ... here, but (x_j, x_{j + K/2}) there. So there the rows of a head's queries and keys stand in another order; a
-dot product of both does not see it. Gradients map as weights do.
+What differs: queries, keys and values are one matrix here, key head by key head; and RoPE turns adjacent pairs
+(x0, x1), (x2, x3), ... here, but (x_j, x_{j + K/2}) there. So there the rows of a head's queries and keys stand in
+another order; a dot product of both does not see it. Gradients map as weights do.
 
-Shapes: H heads, K width of a head, D width.
+A family is an Architecture and a NameMap. Shapes: K width of a head's query and key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.pretraining.config import TrainingConfig
-from simple_llama.pretraining.layers import feed_forward_width
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.rotary import LinearScaling
 
 Tensors = Mapping[str, torch.Tensor]
 
-# {layer} is "decoder_blocks.N" here and "model.layers.N" there; qkv_linear is mapped by itself
-SAME_VALUES = {
-    "embeddings.weight": "model.embed_tokens.weight",
-    "{layer}.attention.out.weight": "{layer}.self_attn.o_proj.weight",
-    "{layer}.ffwd.w1.weight": "{layer}.mlp.gate_proj.weight",
-    "{layer}.ffwd.w3.weight": "{layer}.mlp.up_proj.weight",
-    "{layer}.ffwd.w2.weight": "{layer}.mlp.down_proj.weight",
-    "{layer}.norm1.weight": "{layer}.input_layernorm.weight",
-    "{layer}.norm2.weight": "{layer}.post_attention_layernorm.weight",
-    "norm.weight": "model.norm.weight",
-    "final_linear.weight": "lm_head.weight",
-}
+_QKV = "{layer}.attention.qkv_linear"
+_QK_NORMS = ("{layer}.attention.q_norm", "{layer}.attention.k_norm")
 
 
-def hf_config(config: TrainingConfig, vocab: int) -> dict[str, Any]:
-    """Arguments of transformers' LlamaConfig for the same architecture. UserError where it has none (MLA, LoRA)."""
-    check_mappable(config)
+@dataclass(frozen=True)
+class NameMap:
+    """What a family calls our modules. `{layer}` stands for "decoder_blocks.N" here and for `layer` with N there."""
+
+    layer: str
+    names: Mapping[str, Sequence[str]]  # qkv_linear is three modules there, any other is one
+
+
+LLAMA = NameMap(
+    layer="model.layers.{n}",
+    names={
+        "embeddings": ["model.embed_tokens"],
+        "{layer}.norm1": ["{layer}.input_layernorm"],
+        _QKV: ["{layer}.self_attn.q_proj", "{layer}.self_attn.k_proj", "{layer}.self_attn.v_proj"],
+        _QK_NORMS[0]: ["{layer}.self_attn.q_norm"],
+        _QK_NORMS[1]: ["{layer}.self_attn.k_norm"],
+        "{layer}.attention.out": ["{layer}.self_attn.o_proj"],
+        "{layer}.norm2": ["{layer}.post_attention_layernorm"],
+        "{layer}.ffwd.w1": ["{layer}.mlp.gate_proj"],
+        "{layer}.ffwd.w3": ["{layer}.mlp.up_proj"],
+        "{layer}.ffwd.w2": ["{layer}.mlp.down_proj"],
+        "norm": ["model.norm"],
+        "final_linear": ["lm_head"],
+    },
+)
+
+
+def to_hf(state_dict: Tensors, architecture: Architecture, family: NameMap = LLAMA) -> dict[str, torch.Tensor]:
+    """Copies of our tensors under the family's names, in its order of rows."""
+    _check_mappable(architecture)
+    mapped = {}
+    for name, tensor in state_dict.items():
+        module, theirs = _named(name, family)
+        parts = _split(tensor, architecture) if module == _QKV else [tensor]
+        if module == _QKV or module in _QK_NORMS:
+            order_K = half_order(architecture.key_width)
+            parts = [_reordered(part, order_K) for part in parts[:2]] + parts[2:]
+        mapped |= {their: part.clone() for their, part in zip(theirs, parts, strict=True)}
+    return mapped
+
+
+def from_hf(tensors: Tensors, architecture: Architecture, family: NameMap = LLAMA) -> dict[str, torch.Tensor]:
+    """Copies of the family's tensors (weights or gradients) under our names, in our order of rows."""
+    _check_mappable(architecture)
+    with torch.device("meta"):  # names, no memory
+        names = list(LLaMaTransformer(architecture).state_dict())
+    mapped = {}
+    for name in names:
+        module, theirs = _named(name, family)
+        parts = [tensors[their] for their in theirs]
+        if module == _QKV or module in _QK_NORMS:
+            back_K = half_order(architecture.key_width).argsort()
+            parts = [_reordered(part, back_K) for part in parts[:2]] + parts[2:]
+        mapped[name] = _joined(parts, architecture) if module == _QKV else parts[0].clone()
+    return mapped
+
+
+def hf_config(architecture: Architecture) -> dict[str, Any]:
+    """Arguments of transformers' LlamaConfig for the same architecture. UserError where it has none."""
+    _check_mappable(architecture)
+    if architecture.qk_norm or architecture.qkv_bias != architecture.out_bias:
+        raise UserError("model: expected a LlamaForCausalLM, found norms of queries or biases of some projections")
     return {
-        "vocab_size": vocab,
-        "hidden_size": config.n_embd,
-        "intermediate_size": feed_forward_width(config.n_embd, config.multiple_of),
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_heads,
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": architecture.width,
+        "intermediate_size": architecture.hidden_width,
+        "num_hidden_layers": architecture.layers,
+        "num_attention_heads": architecture.heads,
+        "num_key_value_heads": architecture.key_heads,
+        "head_dim": architecture.key_width,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(config.theta)},
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
+        "max_position_embeddings": architecture.max_seq_len,
+        "rms_norm_eps": architecture.eps,
+        "rope_parameters": _rope_parameters(architecture),
+        "tie_word_embeddings": architecture.tied_head,
+        "attention_bias": architecture.qkv_bias,
+        "mlp_bias": architecture.ffwd_bias,
         "use_cache": False,
     }
-
-
-def to_hf(state_dict: Tensors, config: TrainingConfig) -> dict[str, torch.Tensor]:
-    """Copies of our tensors under LlamaForCausalLM's names, in its order of rows."""
-    check_mappable(config)
-    names = same_value_names(config)
-    mapped = {names[ours]: tensor.clone() for ours, tensor in state_dict.items() if ours in names}
-    order_K = half_order(config.n_embd // config.n_heads)
-    for layer in range(config.n_layers):
-        qkv = state_dict[f"decoder_blocks.{layer}.attention.qkv_linear.weight"]
-        q_HKD, k_HKD, v_HKD = qkv.view(config.n_heads, 3, -1, config.n_embd).unbind(1)
-        for name, rows_HKD in (("q", q_HKD[:, order_K]), ("k", k_HKD[:, order_K]), ("v", v_HKD)):
-            mapped[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = rows_HKD.reshape(-1, config.n_embd).clone()
-    return mapped
-
-
-def from_hf(tensors: Tensors, config: TrainingConfig) -> dict[str, torch.Tensor]:
-    """Copies of LlamaForCausalLM's tensors (weights or gradients) under our names, in our order of rows."""
-    check_mappable(config)
-    mapped = {ours: tensors[theirs].clone() for ours, theirs in same_value_names(config).items()}
-    back_K = half_order(config.n_embd // config.n_heads).argsort()
-    for layer in range(config.n_layers):
-        parts = [tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv"]
-        q_HKD, k_HKD, v_HKD = (part.view(config.n_heads, -1, config.n_embd) for part in parts)
-        qkv = torch.stack((q_HKD[:, back_K], k_HKD[:, back_K], v_HKD), dim=1)
-        mapped[f"decoder_blocks.{layer}.attention.qkv_linear.weight"] = qkv.reshape(-1, config.n_embd)
-    return mapped
 
 
 def half_order(width: int) -> torch.Tensor:
@@ -87,18 +112,54 @@ def half_order(width: int) -> torch.Tensor:
     return torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
 
 
-def same_value_names(config: TrainingConfig) -> dict[str, str]:
-    """Their name for each of our tensors that has the same values."""
-    names = {}
-    for ours, theirs in SAME_VALUES.items():
-        layers = range(config.n_layers) if "{layer}" in ours else (0,)
-        for layer in layers:
-            here, there = f"decoder_blocks.{layer}", f"model.layers.{layer}"
-            names[ours.format(layer=here)] = theirs.format(layer=there)
-    return names
+def _named(name: str, family: NameMap) -> tuple[str, list[str]]:
+    """Our module of a tensor as NameMap has it, and the family's names of the tensor (or of its parts)."""
+    module, kind = name.rsplit(".", 1)
+    layer = ""
+    if module.startswith("decoder_blocks."):
+        _, number, rest = module.split(".", 2)
+        module, layer = "{layer}." + rest, family.layer.format(n=number)
+    if module not in family.names:
+        raise UserError(f"{name}: expected a tensor that the other library's model has too, found none by that name")
+    return module, [f"{their.format(layer=layer)}.{kind}" for their in family.names[module]]
 
 
-def check_mappable(config: TrainingConfig) -> None:
-    """UserError for an architecture that LlamaForCausalLM does not have."""
-    if config.use_mla or config.use_lora:
+def _split(tensor: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
+    """Queries, keys and values of qkv_linear's rows, each head by head."""
+    key, value = architecture.key_width, architecture.value_width
+    queries = architecture.heads // architecture.key_heads * key
+    parts = tensor.unflatten(0, (architecture.key_heads, -1)).split((queries, key, value), dim=1)
+    return [part.flatten(0, 1) for part in parts]
+
+
+def _joined(parts: Sequence[torch.Tensor], architecture: Architecture) -> torch.Tensor:
+    """qkv_linear's rows from queries, keys and values."""
+    return torch.cat([part.unflatten(0, (architecture.key_heads, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _reordered(tensor: torch.Tensor, order_K: torch.Tensor) -> torch.Tensor:
+    """The rows of each head in another order."""
+    return tensor.unflatten(0, (-1, len(order_K)))[:, order_K].flatten(0, 1)
+
+
+def _rope_parameters(architecture: Architecture) -> dict[str, Any]:
+    """LlamaConfig's dictionary of RoPE."""
+    theta, scaling = {"rope_theta": float(architecture.theta)}, architecture.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", **theta}
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", **theta, "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        **theta,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.slow_turns,
+        "high_freq_factor": scaling.fast_turns,
+        "original_max_position_embeddings": scaling.trained_len,
+    }
+
+
+def _check_mappable(architecture: Architecture) -> None:
+    """UserError for an architecture that these families do not have."""
+    if architecture.latent or architecture.lora:
         raise UserError("model: expected multi-head attention without LoRA, as LlamaForCausalLM has, found MLA or LoRA")

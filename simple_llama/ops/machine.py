@@ -1,12 +1,17 @@
-"""Which GEMMs this machine runs fast: the one decision that the CPU code paths share."""
+"""What this machine can do: which GEMMs it runs fast (the decision that all CPU paths share), its peak, its memory."""
 
 from __future__ import annotations
 
 import functools
+import re
+import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+BF16_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
 
 
 @functools.cache
@@ -36,3 +41,41 @@ def bf16_valued_gemms() -> Iterator[None]:
         yield
     finally:
         setting.fp32_precision = before
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s for MFU: a GPU's data sheet (dense bf16) where known, else the best of a few square GEMMs here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        words = re.split(r"[\s-]", torch.cuda.get_device_name(device))  # NVIDIA A100-SXM4-80GB
+        for key, peak in BF16_PEAK_FLOPS.items():
+            if key in words:
+                return peak
+    return measured_gemm_flops(device, dtype, size=1024 if device.type == "cpu" else 8192)
+
+
+def measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int, tries: int = 5) -> float:
+    """Best FLOP/s of `size`^3 GEMMs in `dtype`, or in fp32 where a CPU is faster in it than in bf16."""
+    dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
+    best = 0.0
+    for kind in dtypes:
+        left, right = (torch.ones(size, size, dtype=kind, device=device) for _ in range(2))
+        for _ in range(tries):
+            synchronize(device)
+            start = time.perf_counter()
+            torch.mm(left, right)
+            synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queue; a CPU has none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far in GiB: of the CUDA allocator, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

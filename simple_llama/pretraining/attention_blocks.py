@@ -3,7 +3,8 @@
 Each makes queries, keys and values of packed rows and leaves the rest to `attend`, so that one layer serves packed
 pairs, plain sequences and generation with a cache.
 
-Shapes: T packed rows, D width, H heads, K query/key width of a head, V value width of a head.
+Shapes: T packed rows, D width, H query heads, G key heads, K query/key width of a head, V value width of a head, A the
+values of all query heads (H * V).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from simple_llama.ops.linear import Linear
-from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.pretraining.architecture import Architecture, Latent
 from simple_llama.pretraining.layers import LoRAInjection, RMSNorm
 from simple_llama.pretraining.rotary import Rotation, rotate
 
@@ -23,88 +24,99 @@ class Attend(Protocol):
     """Mixes rows: who sees whom is the caller's matter."""
 
     def __call__(
-        self, q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, *, scale: float
+        self, q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor, *, scale: float
     ) -> torch.Tensor: ...
 
 
 class MHSelfAttention(nn.Module):
-    """Multi-head self-attention; one matrix for queries, keys and values, head by head."""
+    """Multi-head self-attention, with as many key heads as query heads or fewer.
 
-    def __init__(self, config: TrainingConfig):
+    One matrix makes all, key head by key head: the queries that it serves, the key, the value.
+    """
+
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.head_dim = config.n_embd // config.n_heads
-        self.qkv_linear = Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.out = Linear(config.n_embd, config.n_embd, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-        _add_lora(self, config, key_width=self.head_dim, value_width=self.head_dim)
+        key, value = architecture.key_width, architecture.value_width
+        self.heads, self.key_heads, self.scale = architecture.heads, architecture.key_heads, key**-0.5
+        self.parts = (self.heads // self.key_heads * key, key, value)  # widths of a key head's queries, key, value
+        self.qkv_linear = Linear(architecture.width, self.key_heads * sum(self.parts), architecture.qkv_bias)
+        self.out = Linear(self.heads * value, architecture.width, architecture.out_bias)
+        self.dropout = nn.Dropout(architecture.dropout)
+        self.q_norm, self.k_norm = (
+            RMSNorm(key, architecture.eps) if architecture.qk_norm else nn.Identity() for _ in range(2)
+        )
+        _add_lora(self, architecture, queries=self.heads * key, keys=self.key_heads * key)
 
     def forward(self, x_TD: torch.Tensor, by: Rotation, attend: Attend) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
         rows = x_TD.shape[0]
-        q_THK, k_THK, v_THK = self.qkv_linear(x_TD).view(rows, self.n_heads, 3, self.head_dim).unbind(2)
-        q_THK = rotate(_plus_lora(self, "q", q_THK, x_TD), by)
-        k_THK = rotate(_plus_lora(self, "k", k_THK, x_TD), by)
-        v_THK = _plus_lora(self, "v", v_THK, x_TD)
-        y_THK = attend(q_THK, k_THK, v_THK, scale=self.head_dim**-0.5)
-        y_TD = y_THK.reshape(rows, -1)
-        return self.dropout(_plus_lora(self, "o", self.out(y_TD), y_TD))
+        q, k_TGK, v_TGV = self.qkv_linear(x_TD).view(rows, self.key_heads, -1).split(self.parts, dim=-1)
+        q_THK = q.reshape(rows, self.heads, -1)
+        q_THK = rotate(self.q_norm(_plus_lora(self, "q", q_THK, x_TD)), by)
+        k_TGK = rotate(self.k_norm(_plus_lora(self, "k", k_TGK, x_TD)), by)
+        v_TGV = _plus_lora(self, "v", v_TGV, x_TD)
+        y_TA = attend(q_THK, k_TGK, v_TGV, scale=self.scale).reshape(rows, -1)
+        return self.dropout(_plus_lora(self, "o", self.out(y_TA), y_TA))
 
 
 class MLA(nn.Module):
     """Multi-head latent attention: keys and values from one narrow row; one key part with RoPE for all heads."""
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, architecture: Architecture, latent: Latent):
         super().__init__()
-        heads, width = config.n_heads, config.n_embd
-        self.n_heads = heads
-        self.kv_rank = config.kv_lora_rank
-        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        queries = heads * (self.nope + self.rope)
-        self.compress_q = config.q_lora_rank > 0
+        width, heads, bias = architecture.width, architecture.heads, architecture.qkv_bias
+        self.heads, self.key_rank = heads, latent.key_rank
+        self.plain, self.rope, self.value = latent.plain_width, architecture.rope_width, architecture.value_width
+        queries = heads * architecture.key_width
+        self.compress_q = latent.query_rank > 0
         if self.compress_q:
-            self.wq_a = Linear(width, config.q_lora_rank)
-            self.q_norm = RMSNorm(config.q_lora_rank, config.eps)
-            self.wq_b = Linear(config.q_lora_rank, queries)
+            self.wq_a = Linear(width, latent.query_rank, bias)
+            self.q_norm = RMSNorm(latent.query_rank, architecture.eps)
+            self.wq_b = Linear(latent.query_rank, queries, bias)
         else:
-            self.wq = Linear(width, queries)
-        self.wkv_a = Linear(width, self.kv_rank + self.rope)
-        self.kv_norm = RMSNorm(self.kv_rank, config.eps)
-        self.wkv_b = Linear(self.kv_rank, heads * (self.nope + self.value))
-        self.wo = Linear(heads * self.value, width)
-        self.dropout = nn.Dropout(config.dropout)
-        _add_lora(self, config, key_width=self.nope, value_width=self.value)
+            self.wq = Linear(width, queries, bias)
+        self.wkv_a = Linear(width, self.key_rank + self.rope, bias)
+        self.kv_norm = RMSNorm(self.key_rank, architecture.eps)
+        self.wkv_b = Linear(self.key_rank, heads * (self.plain + self.value), bias)
+        self.wo = Linear(heads * self.value, width, architecture.out_bias)
+        self.scale = architecture.key_width**-0.5
+        self.dropout = nn.Dropout(architecture.dropout)
+        _add_lora(self, architecture, queries=heads * self.plain, keys=heads * self.plain)
 
     def forward(self, x_TD: torch.Tensor, by: Rotation, attend: Attend) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
-        rows, heads = x_TD.shape[0], self.n_heads
+        rows, heads = x_TD.shape[0], self.heads
         q_TQ = self.wq_b(self.q_norm(self.wq_a(x_TD))) if self.compress_q else self.wq(x_TD)
-        q_nope, q_rope = q_TQ.view(rows, heads, -1).split((self.nope, self.rope), dim=-1)
-        latent, k_rope = self.wkv_a(x_TD).split((self.kv_rank, self.rope), dim=-1)
+        q_plain, q_rope = q_TQ.view(rows, heads, -1).split((self.plain, self.rope), dim=-1)
+        latent, k_rope = self.wkv_a(x_TD).split((self.key_rank, self.rope), dim=-1)
         kv = self.wkv_b(self.kv_norm(latent)).view(rows, heads, -1)
-        k_nope, v_THV = kv.split((self.nope, self.value), dim=-1)
+        k_plain, v_THV = kv.split((self.plain, self.value), dim=-1)
 
         # LoRA updates the parts without position only, as upstream's checkpoints have it
-        q_nope, k_nope = _plus_lora(self, "q", q_nope, x_TD), _plus_lora(self, "k", k_nope, x_TD)
+        q_plain, k_plain = _plus_lora(self, "q", q_plain, x_TD), _plus_lora(self, "k", k_plain, x_TD)
         v_THV = _plus_lora(self, "v", v_THV, x_TD)
         k_rope = rotate(k_rope.unsqueeze(1), by).expand(-1, heads, -1)
-        q_THK = torch.cat((q_nope, rotate(q_rope, by)), dim=-1)
-        k_THK = torch.cat((k_nope, k_rope), dim=-1)
+        q_THK = torch.cat((q_plain, rotate(q_rope, by)), dim=-1)
+        k_THK = torch.cat((k_plain, k_rope), dim=-1)
 
-        y_THV = attend(q_THK, k_THK, v_THV, scale=(self.nope + self.rope) ** -0.5)
-        y_TD = y_THV.reshape(rows, -1)
-        return self.dropout(_plus_lora(self, "o", self.wo(y_TD), y_TD))
+        y_TA = attend(q_THK, k_THK, v_THV, scale=self.scale).reshape(rows, -1)
+        return self.dropout(_plus_lora(self, "o", self.wo(y_TA), y_TA))
 
 
-def _add_lora(layer: nn.Module, config: TrainingConfig, *, key_width: int, value_width: int) -> None:
-    """Gives `layer` a `{q,k,v,o}_lora_layer` for each projection that the configuration updates."""
-    if not config.use_lora:
+def _add_lora(layer: nn.Module, architecture: Architecture, *, queries: int, keys: int) -> None:
+    """Gives `layer` a `{q,k,v,o}_lora_layer` for each projection that is updated; `queries` and `keys` numbers wide."""
+    if (lora := architecture.lora) is None:
         return
-    width, heads = config.n_embd, config.n_heads
-    outputs = {"q": heads * key_width, "k": heads * key_width, "v": heads * value_width, "o": width}
-    for name, size in outputs.items():
-        if getattr(config, f"{name}_lora"):
-            setattr(layer, f"{name}_lora_layer", LoRAInjection(width, size, config.lora_rank, config.lora_alpha))
+    width, value = architecture.width, architecture.value_width
+    sizes = {
+        "q": (width, queries),
+        "k": (width, keys),
+        "v": (width, architecture.key_heads * value),
+        "o": (architecture.heads * value, width),
+    }
+    for name, (inputs, outputs) in sizes.items():
+        if name in lora.targets:
+            setattr(layer, f"{name}_lora_layer", LoRAInjection(inputs, outputs, lora.rank, lora.alpha))
 
 
 def _plus_lora(layer: nn.Module, name: str, projected: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:

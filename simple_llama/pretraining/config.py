@@ -95,7 +95,7 @@ _SWITCHES = ("use_mla", "use_lora", "q_lora", "k_lora", "v_lora", "o_lora")
 _LORA_FIELDS = ("lora_rank", "lora_alpha", "q_lora", "k_lora", "v_lora", "o_lora")
 
 
-def architecture(config: TrainingConfig) -> dict[str, Any]:
+def identity_fields(config: TrainingConfig) -> dict[str, Any]:
     """The fields that, with the weights, decide the model's output: two models that differ here are two models."""
     names = ["n_embd", "n_heads", "n_layers", "multiple_of", "eps", "theta", "use_mla", "use_lora"]
     names += ["q_lora_rank", *_MLA_SIZES] if config.use_mla else []

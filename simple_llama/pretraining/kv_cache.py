@@ -1,6 +1,6 @@
 """Keys and values of the tokens that one sequence has so far, so that generation computes each token once.
 
-Shapes: L layers, S rows of room, T rows at hand, H heads, K query/key width, V value width.
+Shapes: L layers, S rows of room, T rows at hand, H query heads, G key heads, K query/key width, V value width.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from simple_llama.ops.attention import attend_suffix
 class KVCache:
     """Rows [0, length) are filled in every layer."""
 
-    keys_LSHK: torch.Tensor
-    values_LSHV: torch.Tensor
+    keys_LSGK: torch.Tensor
+    values_LSGV: torch.Tensor
     length: int = 0
 
     @property
     def room(self) -> int:
         """Rows in all."""
-        return self.keys_LSHK.shape[1]
+        return self.keys_LSGK.shape[1]
 
     def attend(
-        self, q_THK: torch.Tensor, k_THK: torch.Tensor, v_THV: torch.Tensor, *, layer: int, scale: float
+        self, q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor, *, layer: int, scale: float
     ) -> torch.Tensor:
         """Writes the T rows behind the filled ones of `layer`; returns attention over all of them, (T, H, V)."""
-        end = self.length + k_THK.shape[0]
-        self.keys_LSHK[layer, self.length : end] = k_THK
-        self.values_LSHV[layer, self.length : end] = v_THV
-        return attend_suffix(q_THK, self.keys_LSHK[layer, :end], self.values_LSHV[layer, :end], scale)
+        end = self.length + k_TGK.shape[0]
+        self.keys_LSGK[layer, self.length : end] = k_TGK
+        self.values_LSGV[layer, self.length : end] = v_TGV
+        return attend_suffix(q_THK, self.keys_LSGK[layer, :end], self.values_LSGV[layer, :end], scale)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from simple_llama.ops.linear import Linear, linear
+from simple_llama.pretraining.architecture import Architecture
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +21,17 @@ class RMSNorm(nn.Module):
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rows of any leading shape."""
         return self.weight * F.rms_norm(x_TD, self.weight.shape, eps=self.eps)  # computes in fp32 inside
+
+
+class TiedEmbedding(nn.Embedding):
+    """One table for both ends of the model: token ids to rows, and rows to logits.
+
+    Both by a call, since partitioned weights (ZeRO-3) are gathered when their module is called.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Token ids (T,) to rows (T, D); rows (T, D) to logits (T, V)."""
+        return linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
 class LoRAInjection(nn.Module):
@@ -39,19 +51,14 @@ class LoRAInjection(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU, w2(silu(w1 x) * w3 x) (arXiv:2002.05202)."""
 
-    def __init__(self, width: int, multiple_of: int, dropout: float):
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        hidden = feed_forward_width(width, multiple_of)
-        self.w1 = Linear(width, hidden, bias=False)
-        self.w2 = Linear(hidden, width, bias=False)
-        self.w3 = Linear(width, hidden, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        width, hidden, bias = architecture.width, architecture.hidden_width, architecture.ffwd_bias
+        self.w1 = Linear(width, hidden, bias)
+        self.w2 = Linear(hidden, width, bias)
+        self.w3 = Linear(width, hidden, bias)
+        self.dropout = nn.Dropout(architecture.dropout)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
         return self.dropout(self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD)))
-
-
-def feed_forward_width(width: int, multiple_of: int) -> int:
-    """8/3 of the width, so that three matrices weigh as much as two of 4 * width, rounded up to `multiple_of`."""
-    return multiple_of * -(-int(4 * width * (2 / 3)) // multiple_of)

@@ -15,24 +15,23 @@ from simple_llama.common.errors import UserError
 from simple_llama.ops.attention import PackedLayout, attend
 from simple_llama.ops.linear import Linear
 from simple_llama.ops.machine import cpu_emulates_bf16
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.attention_blocks import MLA, Attend, MHSelfAttention
-from simple_llama.pretraining.config import TrainingConfig, check_model_config
 from simple_llama.pretraining.kv_cache import KVCache
-from simple_llama.pretraining.layers import FeedForward, RMSNorm
+from simple_llama.pretraining.layers import FeedForward, RMSNorm, TiedEmbedding
 from simple_llama.pretraining.rotary import Rotation, rotation
-
-VOCAB_SIZE = 8192  # tokens of dataset/bpe_8k.json; TrainingConfig does not hold it
 
 
 class DecoderBlock(nn.Module):
     """Attention, then feed-forward, each behind a norm and added to its input."""
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        self.attention = MLA(config) if config.use_mla else MHSelfAttention(config)
-        self.ffwd = FeedForward(config.n_embd, config.multiple_of, config.dropout)
-        self.norm1 = RMSNorm(config.n_embd, config.eps)
-        self.norm2 = RMSNorm(config.n_embd, config.eps)
+        latent = architecture.latent
+        self.attention = MLA(architecture, latent) if latent else MHSelfAttention(architecture)
+        self.ffwd = FeedForward(architecture)
+        self.norm1 = RMSNorm(architecture.width, architecture.eps)
+        self.norm2 = RMSNorm(architecture.width, architecture.eps)
 
     def forward(self, x_TD: torch.Tensor, by: Rotation, attend: Attend) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
@@ -41,28 +40,33 @@ class DecoderBlock(nn.Module):
 
 
 class LLaMaTransformer(nn.Module):
-    """Embeddings, decoder blocks, a norm and an untied vocabulary matrix.
+    """Embeddings, decoder blocks, a norm and a vocabulary matrix, which may be the embeddings (`tied_head`).
 
     `activation_checkpointing` (off; set it after construction) computes the blocks again in backward: less memory for
     about a third more time. `compile_layers` compiles them.
     """
 
-    def __init__(self, config: TrainingConfig, vocab_size: int = VOCAB_SIZE):
-        """Random weights: normal(0, 0.02), smaller where a block adds to the stream. UserError for impossible sizes."""
+    def __init__(self, architecture: Architecture):
+        """Random weights: normal(0, 0.02), smaller where a block adds to the stream."""
         super().__init__()
-        check_model_config(config)
-        self.config = config
+        width, vocab_size, layers = architecture.width, architecture.vocab_size, architecture.layers
+        self.architecture = architecture
         self.activation_checkpointing = False
         self.compiled = False
-        self.embeddings = nn.Embedding(vocab_size, config.n_embd)
-        self.decoder_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.n_embd, config.eps)
-        self.final_linear = Linear(config.n_embd, vocab_size, bias=False)
+        self.embeddings = (TiedEmbedding if architecture.tied_head else nn.Embedding)(vocab_size, width)
+        self.decoder_blocks = nn.ModuleList(DecoderBlock(architecture) for _ in range(layers))
+        self.norm = RMSNorm(width, architecture.eps)
+        self.final_linear = None if architecture.tied_head else Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.embeddings.weight, std=0.02)
         for name, parameter in self.decoder_blocks.named_parameters():
             if name.endswith(("attention.out.weight", "attention.wo.weight", "ffwd.w2.weight")):
-                # 2 * n_layers outputs add up in the stream (GPT-2)
-                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layers) ** 0.5)
+                # 2 * layers outputs add up in the stream (GPT-2)
+                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The vocabulary matrix (V, D)."""
+        return self._head.weight
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) of B sequences of equal length."""
@@ -70,7 +74,7 @@ class LLaMaTransformer(nn.Module):
         layout = PackedLayout.causal([length] * batch).to(ids_BT.device)
         positions_T = torch.arange(length, device=ids_BT.device).repeat(batch)
         hidden_TD = self.hidden(ids_BT.flatten(), positions_T, layout)
-        return self.final_linear(hidden_TD).view(batch, length, -1)
+        return self._head(hidden_TD).view(batch, length, -1)
 
     def hidden(self, tokens_T: torch.Tensor, positions_T: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         """Rows (T, D) after the last norm: what the vocabulary matrix is multiplied with.
@@ -78,7 +82,7 @@ class LLaMaTransformer(nn.Module):
         Args:
             tokens_T: token ids of the packed stream.
             positions_T: each row's position in its own sequence.
-            layout: which rows see which; UserError when a sequence of it is longer than config.max_seq_len.
+            layout: which rows see which; UserError when a sequence of it is longer than the architecture's max_seq_len.
         """
         self._check_length(layout.longest)
         by = self._rotation(positions_T)
@@ -87,7 +91,7 @@ class LLaMaTransformer(nn.Module):
         x_TD = self.embeddings(tokens_T)
         for block in self.decoder_blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                keep_rng = self.training and self.config.dropout > 0  # the same dropout mask both times
+                keep_rng = self.training and self.architecture.dropout > 0  # the same dropout mask both times
                 x_TD = checkpoint(block, x_TD, by, mix, use_reentrant=False, preserve_rng_state=keep_rng)
             else:
                 x_TD = block(x_TD, by, mix)
@@ -104,13 +108,13 @@ class LLaMaTransformer(nn.Module):
         self.compiled = True
 
     def new_cache(self, max_len: int) -> KVCache:
-        """An empty cache for one sequence of up to `max_len` tokens (UserError beyond config.max_seq_len)."""
+        """An empty cache for one sequence of up to `max_len` tokens (UserError beyond max_seq_len)."""
         self._check_length(max_len)
-        config, weight = self.config, self.embeddings.weight
-        value = config.v_head_dim if config.use_mla else config.n_embd // config.n_heads
-        key = config.qk_nope_head_dim + config.qk_rope_head_dim if config.use_mla else value
-        shape = (config.n_layers, max_len, config.n_heads)
-        return KVCache(weight.new_zeros(*shape, key), weight.new_zeros(*shape, value))
+        architecture, weight = self.architecture, self.embeddings.weight
+        shape = (architecture.layers, max_len, architecture.key_heads)
+        return KVCache(
+            weight.new_zeros(*shape, architecture.key_width), weight.new_zeros(*shape, architecture.value_width)
+        )
 
     @torch.no_grad()
     def decode(self, tokens_T: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -127,16 +131,18 @@ class LLaMaTransformer(nn.Module):
             call = block.forward if self.compiled else block  # one row a call: compiling would not pay
             x_TD = call(x_TD, by, partial(cache.attend, layer=layer))
         cache.length = end
-        return self.final_linear(self.norm(x_TD[-1:]))[0]
+        return self._head(self.norm(x_TD[-1:]))[0]
+
+    @property
+    def _head(self) -> nn.Embedding | Linear:
+        return self.final_linear or self.embeddings
 
     def _rotation(self, positions_T: torch.Tensor) -> Rotation:
-        config = self.config
-        width = config.qk_rope_head_dim if config.use_mla else config.n_embd // config.n_heads
-        return rotation(positions_T, width, config.theta)
+        architecture = self.architecture
+        return rotation(positions_T, architecture.rope_width, architecture.theta, architecture.rope_scaling)
 
     def _check_length(self, tokens: int) -> None:
-        if tokens > self.config.max_seq_len:
-            limit = self.config.max_seq_len
+        if tokens > (limit := self.architecture.max_seq_len):
             raise UserError(f"sequence: expected at most the model's max_seq_len = {limit} tokens, found {tokens}")
 
 
@@ -145,9 +151,3 @@ def compiled_graphs() -> int:
     from torch._dynamo.utils import counters  # the compiler is imported where it is used
 
     return counters["stats"]["unique_graphs"]
-
-
-def count_parameters(config: TrainingConfig, vocab_size: int = VOCAB_SIZE) -> int:
-    """Parameters of the model that `config` describes; takes no memory."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in LLaMaTransformer(config, vocab_size).parameters())

@@ -5,9 +5,34 @@ Shapes: T rows, H heads, K width (even).
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """All positions divided by `factor` (arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's: slow pairs are slowed by `factor`, fast ones left alone, those between in proportion.
+
+    A pair is slow when it makes at most `slow_turns` whole turns over `trained_len` tokens, fast from `fast_turns` on.
+    """
+
+    factor: float
+    slow_turns: float  # low_freq_factor in Hugging Face's config.json
+    fast_turns: float  # high_freq_factor
+    trained_len: int  # original_max_position_embeddings: tokens of a sequence before the stretch
+
+
+RopeScaling = LinearScaling | Llama3Scaling
 
 
 class Rotation(NamedTuple):
@@ -18,13 +43,24 @@ class Rotation(NamedTuple):
     turns: torch.Tensor  # complex64, cos + i sin
 
 
-def rotation(positions_T: torch.Tensor, width: int, theta: float) -> Rotation:
-    """Angles position * theta^(-2i / width) of pair i, in fp32 whatever the dtype of the model."""
+def rotation(positions_T: torch.Tensor, width: int, theta: float, scaling: RopeScaling | None = None) -> Rotation:
+    """Angles position * theta^(-2i / width) of pair i, or as `scaling` has it; in fp32 whatever the model's dtype."""
     pair_twice = torch.arange(0, width, 2, device=positions_T.device).float()
-    frequencies = 1.0 / theta ** (pair_twice / width)
+    frequencies = _scaled(1.0 / theta ** (pair_twice / width), scaling)
     angles = torch.outer(positions_T.float(), frequencies).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
     return Rotation(cos, sin, torch.complex(cos, sin))
+
+
+def _scaled(frequencies: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
+    """The frequencies (radians a position) as they were stretched."""
+    if scaling is None:
+        return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
+    turns = scaling.trained_len * frequencies / (2 * math.pi)
+    kept = ((turns - scaling.slow_turns) / (scaling.fast_turns - scaling.slow_turns)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 class _Rotate(torch.autograd.Function):

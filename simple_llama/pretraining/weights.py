@@ -8,7 +8,8 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_path, open_file, shown
-from simple_llama.pretraining.config import TrainingConfig, check_model_config
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 
 _EXPECTED = "expected a SimpleLLaMA checkpoint: a torch.save file with `model_state_dict` and `config`"
@@ -33,6 +35,16 @@ class LoadedModel:
     config: TrainingConfig
     metadata: dict[str, Any]  # empty in upstream's own files
     path: Path
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the model is built by, without dropout, which is a run's own. UserError for impossible sizes."""
+        config = copy(self.config)
+        config.dropout = 0.0
+        try:
+            return Architecture.of(config, _vocab_size(self.state_dict))
+        except UserError as error:
+            raise UserError(f"{self.path}: config: {error}") from error
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
@@ -100,12 +112,6 @@ def check_weights(loaded: LoadedModel, dtype: torch.dtype) -> None:
         _check_finite(loaded.path, dtype, {name: tensor.detach().to(dtype)})
 
 
-def vocab_size(state_dict: Mapping[str, torch.Tensor]) -> int:
-    """Tokens that the model knows; 0 without embeddings. The config does not hold it."""
-    embeddings = state_dict.get("embeddings.weight")
-    return 0 if embeddings is None or embeddings.dim() != 2 else embeddings.shape[0]
-
-
 def save_weights(
     path: str | os.PathLike[str],
     state_dict: Mapping[str, torch.Tensor],
@@ -137,11 +143,10 @@ def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
     return state.hexdigest()
 
 
-def replace_dropout(config: TrainingConfig, dropout: float) -> TrainingConfig:
-    """The config with another dropout. Restored configs may lack or add fields, so not through `__init__`."""
-    changed = TrainingConfig.__new__(TrainingConfig)
-    changed.__dict__.update(config.__dict__, dropout=dropout)
-    return changed
+def _vocab_size(state_dict: Mapping[str, torch.Tensor]) -> int:
+    """Tokens that the model knows; 0 without embeddings. The config does not hold it."""
+    embeddings = state_dict.get("embeddings.weight")
+    return 0 if embeddings is None or embeddings.dim() != 2 else embeddings.shape[0]
 
 
 def _is_sound_zip(path: Path) -> bool:
@@ -189,13 +194,9 @@ def _plain_state_dict(state_dict: Any, path: str | os.PathLike[str]) -> dict[str
 
 def _empty_model(loaded: LoadedModel, dropout: float) -> LLaMaTransformer:
     """The model that the file's config describes, without values; UserError where the file's tensors do not fit it."""
-    config = replace_dropout(loaded.config, dropout)
-    try:
-        check_model_config(config)
-    except UserError as error:
-        raise UserError(f"{loaded.path}: config: {error}") from error
+    architecture = replace(loaded.architecture, dropout=dropout)
     with torch.device("meta"):
-        model = LLaMaTransformer(config, vocab_size(loaded.state_dict))
+        model = LLaMaTransformer(architecture)
     _check_fit(model, loaded)
     return model
 

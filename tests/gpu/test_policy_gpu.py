@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from host_waits import no_host_waits
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
@@ -30,7 +31,8 @@ LOSS = PreferenceLoss("sigmoid", 0.1, 0.0)
 def _model(**changes: object) -> LLaMaTransformer:
     """Random weights on the CPU in fp32, large enough that every part matters and all are bf16 values."""
     torch.manual_seed(0)
-    model = LLaMaTransformer(TrainingConfig(**{**SHAPE, "batch_size": 1, **changes}), VOCAB)  # type: ignore[arg-type]
+    config = TrainingConfig(**{**SHAPE, "batch_size": 1, **changes})  # type: ignore[arg-type]
+    model = LLaMaTransformer(Architecture.of(config, VOCAB))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

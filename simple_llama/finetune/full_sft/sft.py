@@ -22,6 +22,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.finetune.format_llm_prompt import encode_chat
 from simple_llama.ops import logprob
 from simple_llama.ops.attention import PackedLayout
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import save_weights
@@ -56,13 +57,14 @@ def finetune(
     last tenth of the steps.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    architecture = Architecture.of(model_config, tokenizer.get_vocab_size())
     encoded = [encode_chat(tokenizer, *chat) for chat in chats]
-    usable = [(np.asarray(ids), scored) for ids, scored in encoded if len(ids) <= model_config.max_seq_len]
+    usable = [(np.asarray(ids), scored) for ids, scored in encoded if len(ids) <= architecture.max_seq_len]
     LOGGER.info("SFT: kept %d of %d chats (%d too long)", len(usable), len(encoded), len(encoded) - len(usable))
     if not usable:
-        raise UserError(f"SFT: expected chats of at most max_seq_len {model_config.max_seq_len} tokens, found none")
+        raise UserError(f"SFT: expected chats of at most max_seq_len {architecture.max_seq_len} tokens, found none")
     torch.manual_seed(config.seed)
-    model = LLaMaTransformer(model_config, tokenizer.get_vocab_size()).to(device)
+    model = LLaMaTransformer(architecture).to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.max_lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
@@ -107,4 +109,4 @@ def answer_loss(model: LLaMaTransformer, chats: Sequence[tuple[np.ndarray, int]]
     rows_N = stack([np.arange(end - scored, end) for end, (_, scored) in zip(ends, chats, strict=True)])
     targets_N = stack([ids[-scored:] for ids, scored in chats])
     hidden_ND = model.hidden(tokens_T, positions_T, layout).index_select(0, rows_N)
-    return -logprob.token_logps(hidden_ND, model.final_linear.weight, targets_N).mean()
+    return -logprob.token_logps(hidden_ND, model.head_weight, targets_N).mean()

@@ -9,14 +9,14 @@ import torch
 
 from benchmarks.bench_reference import BenchReference, facts, our_pass, pass_flops, ratio
 from benchmarks.workload import make_pairs
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import LoadedModel
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, useful_flops
 
 CPU = torch.device("cpu")
-CONFIG = TrainingConfig(n_embd=16, n_heads=2, n_layers=1, multiple_of=8, max_seq_len=256)
+ARCHITECTURE = Architecture.of(TrainingConfig(n_embd=16, n_heads=2, n_layers=1, multiple_of=8, max_seq_len=256), 50)
 SECONDS = {"ours bf16": [2.0, 2.0, 5.0], "TRL bf16": [12.0, 16.0, 20.0], "TRL fp32": [9.0, 8.0, 10.0]}
 RATES = {torch.bfloat16: 4e9, torch.float32: 8e9}
 
@@ -24,7 +24,7 @@ RATES = {torch.bfloat16: 4e9, torch.float32: 8e9}
 def test_every_pass_computes_every_pair(tmp_path: Path) -> None:
     """Each call fills a store of its own: one would find all pairs there and have nothing to time."""
     pairs = make_pairs("short", 5, 50, seed=0)
-    way = our_pass(LLaMaTransformer(CONFIG, 50), pairs, 2, CPU, str(tmp_path))
+    way = our_pass(LLaMaTransformer(ARCHITECTURE), pairs, 2, CPU, str(tmp_path))
     way()
     way()
     assert len(list(tmp_path.iterdir())) == len(list(tmp_path.glob("*/*.npy"))) == 2
@@ -32,10 +32,9 @@ def test_every_pass_computes_every_pair(tmp_path: Path) -> None:
 
 def test_pass_flops_are_those_of_its_batches() -> None:
     """One batch of all pairs: a forward's useful FLOPs, a third of a step's."""
-    pairs, model = make_pairs("short", 3, 50, seed=0), LLaMaTransformer(CONFIG, 50)
-    start = LoadedModel({}, CONFIG, {}, Path("none"))
-    step = useful_flops(model_size(model), CONFIG, PairBatch.pack(pairs), backward=True)
-    assert pass_flops(model, start, pairs, batch_size=3) == pytest.approx(step / 3)
+    pairs, model = make_pairs("short", 3, 50, seed=0), LLaMaTransformer(ARCHITECTURE)
+    step = useful_flops(model_size(model), ARCHITECTURE, PairBatch.pack(pairs), backward=True)
+    assert pass_flops(model, pairs, batch_size=3) == pytest.approx(step / 3)
 
 
 def test_facts_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks.bench_train import BenchTrain, batch_sizes, mean_lengths, step_f
 from benchmarks.ours import micro_batches
 from benchmarks.workload import PACKS, make_pairs
 from simple_llama.common.errors import UserError
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize
@@ -25,7 +27,7 @@ class Recorder:
     """In a trainer's place: remembers what it is to step on."""
 
     size = ModelSize(layers=100, head=10, other=0)
-    model_config = TrainingConfig(n_embd=4, n_heads=1, n_layers=1)
+    model = SimpleNamespace(architecture=Architecture.of(TrainingConfig(n_embd=4, n_heads=1, n_layers=1), 10))
 
     def __init__(self) -> None:
         self.steps: list[tuple[list[TokenizedPair], Any, int]] = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.workload import MIXES, PACKS, make_pairs, pack_padded, pack_whole, pairs_for_rows, shares_prompt
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
@@ -37,7 +38,8 @@ def test_padded_by_hand() -> None:
 @pytest.mark.parametrize("name", ["whole", "padded"])
 def test_all_ways_give_the_same_log_probs(name: str) -> None:
     """Sharing and padding change the work, not the numbers."""
-    model = LLaMaTransformer(TrainingConfig(n_embd=16, n_heads=2, n_layers=2, multiple_of=8, max_seq_len=64), 12)
+    config = TrainingConfig(n_embd=16, n_heads=2, n_layers=2, multiple_of=8, max_seq_len=64)
+    model = LLaMaTransformer(Architecture.of(config, 12))
     expected = pair_logps(model, PACKS["shared"](PAIRS))
     assert torch.allclose(pair_logps(model, PACKS[name](PAIRS)), expected, atol=1e-5)
     assert expected.std() > 1e-3

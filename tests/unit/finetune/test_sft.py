@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.finetune.format_llm_prompt import encode_chat
 from simple_llama.finetune.full_sft.sft import Chat, SFTConfig, answer_loss, finetune, rate
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import build_model, load_weights
@@ -49,7 +50,7 @@ def encoded(tokenizer: Tokenizer) -> list[tuple[np.ndarray, int]]:
 def test_packed_loss_is_the_mean_over_the_scored_tokens(tokenizer: Tokenizer) -> None:
     """Each chat alone through the model, log_softmax of all logits; the sum over the last answers and their <EOA>,
     by the number of those tokens (not the mean of the chats' means, which differs here)."""
-    model = LLaMaTransformer(tiny_config(), tokenizer.get_vocab_size())
+    model = LLaMaTransformer(Architecture.of(tiny_config(), tokenizer.get_vocab_size()))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -67,8 +68,8 @@ def test_packed_loss_is_the_mean_over_the_scored_tokens(tokenizer: Tokenizer) ->
 
 def test_the_loss_of_an_even_model_is_ln_of_the_vocabulary(tokenizer: Tokenizer) -> None:
     """All logits 0: every token has probability 1 / 300."""
-    model = LLaMaTransformer(tiny_config(), tokenizer.get_vocab_size())
-    model.final_linear.weight.data.zero_()
+    model = LLaMaTransformer(Architecture.of(tiny_config(), tokenizer.get_vocab_size()))
+    model.head_weight.data.zero_()
     assert answer_loss(model, encoded(tokenizer), CPU).item() == pytest.approx(math.log(300), abs=1e-5)
 
 
@@ -83,7 +84,7 @@ def test_ten_steps_lower_the_loss_and_the_saved_model_has_it(
         last = finetune([*CHATS, TOO_LONG], tokenizer, tiny_config(), config, path)
     assert "SFT: kept 3 of 4 chats (1 too long)" in caplog.text
     torch.manual_seed(3)
-    untrained = LLaMaTransformer(tiny_config(), 300)
+    untrained = LLaMaTransformer(Architecture.of(tiny_config(), 300))
     first = answer_loss(untrained, encoded(tokenizer), CPU).item()
     assert first == pytest.approx(math.log(300), abs=0.1)
     assert last < first - 1.0

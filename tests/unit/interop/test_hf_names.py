@@ -2,37 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.interop.hf_names import from_hf, half_order, hf_config, to_hf
+from simple_llama.interop.hf_names import LLAMA, NameMap, from_hf, half_order, hf_config, to_hf
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.rotary import rotate, rotation
+from simple_llama.pretraining.rotary import LinearScaling, Llama3Scaling, rotation
 
-CONFIG = TrainingConfig(n_embd=24, n_heads=3, n_layers=2, multiple_of=8, max_seq_len=64)
-ROWS, HEADS, WIDTH = 5, 3, 8  # T rows, H heads, K width of a head
+OURS = Architecture.of(TrainingConfig(n_embd=24, n_heads=4, n_layers=2, multiple_of=8, max_seq_len=64), 11)
+FAMILIES = {
+    "ours": OURS,
+    "grouped": replace(OURS, key_heads=2, rope_width=8, value_width=8),
+    "qwen2": replace(OURS, key_heads=1, qkv_bias=True, tied_head=True),
+    "qwen3": replace(OURS, key_heads=2, qk_norm=True),
+    "all biases": replace(OURS, qkv_bias=True, out_bias=True, ffwd_bias=True),
+}
+ROWS = 5  # T
 
 
-def test_round_trip_is_exact() -> None:
+def random_model(architecture: Architecture) -> LLaMaTransformer:
+    """Every parameter random, biases and norms too."""
+    model = LLaMaTransformer(architecture)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_is_exact(name: str) -> None:
     """There and back gives every tensor bit for bit; no name of ours is lost and none of theirs is left over."""
-    ours = LLaMaTransformer(CONFIG, vocab_size=11).state_dict()
-    theirs = to_hf(ours, CONFIG)
-    back = from_hf(theirs, CONFIG)
+    ours = random_model(FAMILIES[name]).state_dict()
+    theirs = to_hf(ours, FAMILIES[name])
+    back = from_hf(theirs, FAMILIES[name])
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
-    assert len(theirs) == len(ours) + 2 * CONFIG.n_layers  # q, k and v are three matrices there
+    fused = sum(".qkv_linear." in name for name in ours)
+    assert len(theirs) == len(ours) + 2 * fused  # q, k and v are three matrices there
+    assert not any(tensor.is_set_to(ours[name]) for name, tensor in back.items())  # copies
 
 
 def test_shapes_are_those_of_the_config() -> None:
-    """The feed-forward is 8/3 * 24 = 64 wide, a multiple of 8 already."""
-    theirs = to_hf(LLaMaTransformer(CONFIG, vocab_size=11).state_dict(), CONFIG)
-    wanted = hf_config(CONFIG, 11)
+    """Width 24, 4 heads of 6 or 8; the feed-forward is 8/3 * 24 = 64 wide, a multiple of 8 already."""
+    theirs = to_hf(random_model(OURS).state_dict(), OURS)
+    wanted = hf_config(OURS)
     assert wanted["intermediate_size"] == 64
     assert theirs["model.layers.1.mlp.up_proj.weight"].shape == (64, 24)
     assert theirs["model.layers.1.mlp.down_proj.weight"].shape == (24, 64)
     assert theirs["model.embed_tokens.weight"].shape == theirs["lm_head.weight"].shape == (wanted["vocab_size"], 24)
+    grouped, wanted = FAMILIES["grouped"], hf_config(FAMILIES["grouped"])
+    theirs = to_hf(random_model(grouped).state_dict(), grouped)
+    assert (wanted["num_attention_heads"], wanted["num_key_value_heads"], wanted["head_dim"]) == (4, 2, 8)
+    assert theirs["model.layers.0.self_attn.q_proj.weight"].shape == (4 * 8, 24)
+    assert theirs["model.layers.0.self_attn.v_proj.weight"].shape == (2 * 8, 24)
+    assert theirs["model.layers.0.self_attn.o_proj.weight"].shape == (24, 4 * 8)
+
+
+def test_families_have_their_own_tensors() -> None:
+    """Biases of q, k and v alone, no head of its own; norms of queries and keys."""
+    qwen2 = to_hf(random_model(FAMILIES["qwen2"]).state_dict(), FAMILIES["qwen2"])
+    assert {name.split(".", 3)[3] for name in qwen2 if name.endswith(".bias")} == {
+        f"self_attn.{part}_proj.bias" for part in "qkv"
+    }
+    assert "lm_head.weight" not in qwen2
+    qwen3 = to_hf(random_model(FAMILIES["qwen3"]).state_dict(), FAMILIES["qwen3"])
+    assert qwen3["model.layers.0.self_attn.q_norm.weight"].shape == (6,)
+
+
+def test_another_name_map_gives_other_names() -> None:
+    """A family is data: the names of its modules, with the layer's number in them."""
+    names = {ours: [their.replace("self_attn.", "attn/") for their in theirs] for ours, theirs in LLAMA.names.items()}
+    family = NameMap(layer="h{n}", names={**names, "norm": ["last"]})
+    ours = random_model(OURS).state_dict()
+    theirs = to_hf(ours, OURS, family)
+    assert {"last.weight", "h1.attn/k_proj.weight", "model.embed_tokens.weight"} < theirs.keys()
+    assert torch.equal(from_hf(theirs, OURS, family)["norm.weight"], ours["norm.weight"])
+    with pytest.raises(UserError, match=r"norm.weight: expected a tensor that the other"):
+        to_hf(ours, OURS, NameMap("h{n}", {name: theirs for name, theirs in names.items() if name != "norm"}))
 
 
 def test_half_order_by_hand() -> None:
@@ -52,28 +102,64 @@ def rotate_half(x_THK: torch.Tensor, positions_T: torch.Tensor, theta: float) ->
     return out
 
 
-def test_scores_of_mapped_queries_and_keys_are_ours() -> None:
+@pytest.mark.parametrize("name", ["ours", "grouped", "qwen3"])
+def test_scores_of_mapped_queries_and_keys_are_ours(name: str) -> None:
     """q k^T after rotate-half RoPE of their projections equals ours after RoPE of adjacent pairs; values are equal."""
-    model = LLaMaTransformer(CONFIG, vocab_size=11).double()
-    theirs = to_hf(model.state_dict(), CONFIG)
-    x_TD, positions_T = torch.randn(ROWS, CONFIG.n_embd).double(), torch.arange(ROWS) + 3
+    a = FAMILIES[name]
+    model, width, shared = random_model(a).double(), a.key_width, a.heads // a.key_heads
+    theirs = to_hf(model.state_dict(), a)
+    x_TD, positions_T = torch.randn(ROWS, a.width).double(), torch.arange(ROWS) + 3
+    seen = []
 
-    qkv = model.decoder_blocks[1].attention.qkv_linear(x_TD).view(ROWS, HEADS, 3, WIDTH)  # pyright: ignore
-    by = rotation(positions_T, WIDTH, CONFIG.theta)
-    q, k = rotate(qkv[:, :, 0], by), rotate(qkv[:, :, 1], by)
-    ours = torch.einsum("thk,shk->hts", q, k)
+    def attend(q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor, *, scale: float) -> torch.Tensor:
+        seen.extend((q_THK, k_TGK, v_TGV))
+        return q_THK
 
+    model.decoder_blocks[1].attention(x_TD, rotation(positions_T, width, a.theta), attend)  # pyright: ignore
     projected = {
-        name: (x_TD @ theirs[f"model.layers.1.self_attn.{name}_proj.weight"].T).view(ROWS, HEADS, WIDTH)
-        for name in "qkv"
+        part: (x_TD @ theirs[f"model.layers.1.self_attn.{part}_proj.weight"].T).view(ROWS, -1, width) for part in "qkv"
     }
-    q, k = (rotate_half(projected[name], positions_T, CONFIG.theta) for name in "qk")
-    assert torch.allclose(torch.einsum("thk,shk->hts", q, k), ours, rtol=1e-5, atol=1e-8)  # our RoPE computes in fp32
-    assert torch.equal(projected["v"], qkv[:, :, 2])
+    q, k, v = seen
+    assert torch.allclose(projected["v"], v, rtol=1e-12, atol=1e-12)  # other GEMMs round otherwise
+    for part in "qk" if a.qk_norm else "":
+        weight_K = theirs[f"model.layers.1.self_attn.{part}_norm.weight"]
+        rows = projected[part]
+        projected[part] = weight_K * rows / (rows.square().mean(-1, keepdim=True) + a.eps).sqrt()
+    their_q, their_k = (rotate_half(projected[part], positions_T, a.theta) for part in "qk")
+    scores = [torch.einsum("thk,shk->hts", a, b.repeat_interleave(shared, 1)) for a, b in ((their_q, their_k), (q, k))]
+    assert torch.allclose(*scores, rtol=1e-5, atol=1e-5)  # our RoPE computes in fp32
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"rope_type": "default", "rope_theta": 500.0}),
+        ({"rope_scaling": LinearScaling(4.0)}, {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}),
+        (
+            {"rope_scaling": Llama3Scaling(8.0, 1.0, 4.0, 8192)},
+            {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+    ],
+)
+def test_rope_parameters_of_the_config(changes: dict, expected: dict) -> None:
+    """As transformers 5 spells them."""
+    assert hf_config(replace(OURS, theta=500, **changes))["rope_parameters"] == expected
 
 
 def test_other_architectures_are_refused() -> None:
-    """LlamaForCausalLM has neither latent attention nor LoRA."""
+    """LlamaForCausalLM has neither latent attention nor LoRA; nor, of what the names cover, Qwen's parts."""
     for config in (TrainingConfig(use_mla=True), TrainingConfig(use_lora=True)):
         with pytest.raises(UserError, match="MLA or LoRA"):
-            hf_config(config, 11)
+            hf_config(Architecture.of(config, 11))
+        with pytest.raises(UserError, match="MLA or LoRA"):
+            to_hf({}, Architecture.of(config, 11))
+    for name in ("qwen2", "qwen3"):
+        with pytest.raises(UserError, match="expected a LlamaForCausalLM"):
+            hf_config(FAMILIES[name])

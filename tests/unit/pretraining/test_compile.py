@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from simple_llama.ops.attention import PackedLayout
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from tiny_job import MLA
@@ -26,7 +27,7 @@ def _pair(compiled_dtype: torch.dtype, **changes) -> tuple[LLaMaTransformer, LLa
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        models.append(LLaMaTransformer(TrainingConfig(**{**SMALL, **changes}), 50).to(compiled_dtype))
+        models.append(LLaMaTransformer(Architecture.of(TrainingConfig(**{**SMALL, **changes}), 50)).to(compiled_dtype))
     models[1].compile_layers()
     return models[0], models[1]
 
@@ -58,7 +59,7 @@ def test_values_and_gradients():
 def test_bf16_is_as_near_to_fp32():
     """Fused arithmetic rounds less often: mean square error against fp32 is at most 1.1 times the other."""
     plain, compiled = _pair(torch.bfloat16)
-    exact = LLaMaTransformer(plain.config, 50)
+    exact = LLaMaTransformer(plain.architecture)
     exact.load_state_dict(plain.state_dict())
     exact_tensors = _outcome(exact)
     errors = [

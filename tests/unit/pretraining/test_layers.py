@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simple_llama.pretraining.layers import FeedForward, LoRAInjection, RMSNorm, feed_forward_width
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.layers import FeedForward, LoRAInjection, RMSNorm, TiedEmbedding
 
 
 def test_rms_norm_by_hand():
@@ -31,16 +32,42 @@ def test_rms_norm_eps():
 
 def test_feed_forward_by_hand():
     """One number, all weights 1: w2(silu(2) * 2) = 2 / (1 + e^-2) * 2 = 3.523188, once for each of 3 hidden ones."""
-    layer = FeedForward(1, multiple_of=3, dropout=0.0)
+    layer = FeedForward(_one_wide())
     for parameter in layer.parameters():
         parameter.data.fill_(1.0)
     assert layer(torch.tensor([[2.0]])).item() == pytest.approx(3 * 3.523188, rel=1e-6)
 
 
-@pytest.mark.parametrize(("width", "multiple_of", "hidden"), [(2048, 256, 5632), (64, 32, 192), (3, 1, 8), (3, 8, 8)])
-def test_feed_forward_width(width: int, multiple_of: int, hidden: int):
-    """8/3 * 2048 = 5461.3, up to a multiple of 256: 5632; 170.7 to 192; 8 stays 8."""
-    assert feed_forward_width(width, multiple_of) == hidden
+def test_feed_forward_with_biases_by_hand():
+    """All weights and biases 1: w2 (silu(2 + 1) * (2 + 1)) + 1 = 3 / (1 + e^-3) * 3 = 8.573167 for each of 3, and 1."""
+    layer = FeedForward(_one_wide(ffwd_bias=True))
+    for parameter in layer.parameters():
+        parameter.data.fill_(1.0)
+    assert layer(torch.tensor([[2.0]])).item() == pytest.approx(3 * 8.573167 + 1, rel=1e-6)
+
+
+def _one_wide(ffwd_bias: bool = False) -> Architecture:
+    """One number a row, three hidden ones."""
+    return Architecture(
+        vocab_size=1,
+        max_seq_len=1,
+        width=1,
+        layers=1,
+        heads=1,
+        key_heads=1,
+        rope_width=2,
+        value_width=1,
+        hidden_width=3,
+        ffwd_bias=ffwd_bias,
+    )
+
+
+def test_tied_embedding_by_hand():
+    """Token 2 is row (5, 6); the logits of row (1, 10) are 1 + 20, 3 + 40, 5 + 60."""
+    table = TiedEmbedding(3, 2)
+    table.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    assert table(torch.tensor([2])).tolist() == [[5.0, 6.0]]
+    assert table(torch.tensor([[1.0, 10.0]])).tolist() == [[21.0, 43.0, 65.0]]
 
 
 def test_lora_by_hand():

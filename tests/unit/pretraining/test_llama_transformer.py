@@ -11,8 +11,9 @@ import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.ops.attention import PackedLayout
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
-from simple_llama.pretraining.llama_transformer import LLaMaTransformer, count_parameters
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.rotary import rotation
 from simple_llama.pretraining.weights import build_model, load_weights
 from tiny_job import MLA
@@ -36,7 +37,7 @@ POSITIONS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8])
 def _model(kind: str = "mha", **changes) -> LLaMaTransformer:
     """A small model in fp32, weights large enough that every part matters."""
     torch.manual_seed(0)
-    model = LLaMaTransformer(TrainingConfig(**{**SMALL, **KINDS[kind], **changes}), VOCAB)
+    model = LLaMaTransformer(Architecture.of(TrainingConfig(**{**SMALL, **KINDS[kind], **changes}), VOCAB))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -74,20 +75,21 @@ def test_lora_fixture_needs_its_updates(shared_dir: Path):
 
 def _merged(model: LLaMaTransformer, name: str) -> LLaMaTransformer:
     """Adds the `name` update, scale * (A B)^T, to the rows of the matrix that it stands beside, and zeroes it."""
-    config, width = model.config, model.config.n_embd // model.config.n_heads
+    heads, lora, latent = model.architecture.heads, model.architecture.lora, model.architecture.latent
+    assert lora
     parameters = dict(model.named_parameters())
-    for layer in range(config.n_layers):
+    for layer in range(model.architecture.layers):
         attention = f"decoder_blocks.{layer}.attention"
         lora_b = parameters[f"{attention}.{name}_lora_layer.lora_b"]
-        update = (config.lora_alpha / config.lora_rank * parameters[f"{attention}.{name}_lora_layer.lora_a"] @ lora_b).T
+        update = (lora.alpha / lora.rank * parameters[f"{attention}.{name}_lora_layer.lora_a"] @ lora_b).T
         if name == "o":
-            rows = parameters[f"{attention}.{'wo' if config.use_mla else 'out'}.weight"].data
-        elif config.use_mla:  # queries of a head: [without position | with]
-            rows = parameters[f"{attention}.wq.weight"].data.unflatten(0, (config.n_heads, -1))
-            rows = rows[:, : config.qk_nope_head_dim]
+            rows = parameters[f"{attention}.{'wo' if latent else 'out'}.weight"].data
+        elif latent:  # queries of a head: [without position | with]
+            rows = parameters[f"{attention}.wq.weight"].data.unflatten(0, (heads, -1))
+            rows = rows[:, : latent.plain_width]
         else:  # rows of a head: [q | k | v]
             part = "qkv".index(name)
-            rows = parameters[f"{attention}.qkv_linear.weight"].data.unflatten(0, (config.n_heads, 3, width))[:, part]
+            rows = parameters[f"{attention}.qkv_linear.weight"].data.unflatten(0, (heads, 3, -1))[:, part]
         rows += update.detach().view(rows.shape)
         lora_b.data.zero_()
     return model
@@ -275,7 +277,7 @@ def test_bf16_is_near_fp32():
 def test_start_weights():
     """normal(0, 0.02); the two matrices a layer that add to the stream are smaller by sqrt(2 * 2 layers) = 2."""
     torch.manual_seed(0)
-    model = LLaMaTransformer(TrainingConfig(**{**SMALL, "n_embd": 128}), VOCAB)
+    model = LLaMaTransformer(Architecture.of(TrainingConfig(**{**SMALL, "n_embd": 128}), VOCAB))
     weights = dict(model.named_parameters())
     for name, std in (
         ("embeddings", 0.02),
@@ -290,10 +292,5 @@ def test_start_weights():
 
 def test_parameter_count_by_hand():
     """2 * 50 * 32 embeddings and head, a layer 4 * 32^2 + 3 * 32 * 96 (8/3 * 32 = 85, up to 96) + 2 norms, a norm."""
-    config = TrainingConfig(**SMALL)
-    before = torch.get_rng_state()
-    assert count_parameters(config, VOCAB) == 2 * 50 * 32 + 2 * (4 * 32**2 + 3 * 32 * 96 + 2 * 32) + 32
-    assert count_parameters(config, VOCAB) == sum(p.numel() for p in _model().parameters())
-    torch.set_rng_state(before)
-    count_parameters(config)
-    assert torch.equal(torch.get_rng_state(), before)
+    parameters = 2 * 50 * 32 + 2 * (4 * 32**2 + 3 * 32 * 96 + 2 * 32) + 32
+    assert sum(p.numel() for p in _model().parameters()) == parameters

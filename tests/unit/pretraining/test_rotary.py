@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from simple_llama.pretraining.rotary import rotate, rotation
+from simple_llama.pretraining.rotary import LinearScaling, Llama3Scaling, rotate, rotation
 
 
 def test_by_hand():
@@ -64,3 +65,23 @@ def test_bf16_is_fp32_rounded_once():
     x = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     by = rotation(torch.arange(1000, 1004), 6, 10_000)
     assert torch.equal(rotate(x, by), rotate(x.float(), by).bfloat16())
+
+
+def _frequencies(width: int, theta: float, scaling: LinearScaling | Llama3Scaling) -> list[float]:
+    """Angles of position 1."""
+    by = rotation(torch.tensor([1]), width, theta, scaling)
+    return torch.atan2(by.sin, by.cos).flatten().tolist()
+
+
+def test_linear_scaling_by_hand():
+    """Width 4, theta 100: frequencies 1 and 0.1, both by 4."""
+    assert _frequencies(4, 100.0, LinearScaling(4.0)) == pytest.approx([0.25, 0.025], rel=1e-6)
+
+
+def test_llama3_scaling_by_hand():
+    """Width 6, theta 1000: 1, 0.1 and 0.01 radians a token; over 88 tokens (28 pi) 14, 1.4 and 0.14 whole turns.
+
+    14 is at least 4: kept. 0.14 is at most 1: by 8. 1.4 lies 0.1335 (88 / 20 pi = 1.4006) of the way from 1 to 4.
+    """
+    found = _frequencies(6, 1000.0, Llama3Scaling(factor=8.0, slow_turns=1.0, fast_turns=4.0, trained_len=88))
+    assert found == pytest.approx([1.0, 0.1 * (0.13352 + 0.86648 / 8), 0.01 / 8], rel=1e-4)

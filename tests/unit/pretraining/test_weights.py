@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from simple_llama.common.errors import UserError
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import (
@@ -29,7 +31,7 @@ CONFIG = TrainingConfig(n_embd=8, n_heads=2, n_layers=1, multiple_of=8, max_seq_
 def state_dict() -> dict[str, torch.Tensor]:
     """Weights of a model with 10 tokens."""
     torch.manual_seed(0)
-    return {name: tensor.clone() for name, tensor in LLaMaTransformer(CONFIG, 10).state_dict().items()}
+    return {name: tensor.clone() for name, tensor in LLaMaTransformer(Architecture.of(CONFIG, 10)).state_dict().items()}
 
 
 @pytest.fixture
@@ -76,7 +78,8 @@ def test_upstream_config_without_a_field(tmp_path: Path, state_dict: dict[str, t
     loaded = load_weights(tmp_path / "old.pth")
     assert loaded.config.theta == 10_000
     model = build_model(loaded, torch.float32, "cpu", dropout=0.25)
-    assert (model.config.dropout, vars(model.config)["extra"], loaded.config.dropout) == (0.25, 3, 0.0)
+    assert model.architecture == replace(Architecture.of(CONFIG, 10), dropout=0.25)
+    assert (loaded.config.dropout, vars(loaded.config)["extra"]) == (0.0, 3)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
@@ -163,8 +166,8 @@ def test_build_model_copies(state_dict: dict[str, torch.Tensor]):
     before = torch.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
         model = build_model(_loaded(state_dict), dtype, "cpu")
-        assert model.final_linear.weight.dtype == dtype
-        assert model.final_linear.weight.requires_grad
+        assert model.head_weight.dtype == dtype
+        assert model.head_weight.requires_grad
         assert torch.equal(model.norm.weight, state_dict["norm.weight"].to(dtype))
         with torch.no_grad():
             model.norm.weight.add_(1)

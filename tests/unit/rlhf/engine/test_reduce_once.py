@@ -10,6 +10,7 @@ import torch
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
@@ -28,7 +29,7 @@ SHAPES = {"mha": {}, "mla": {**MLA, "v_head_dim": 16}, "lora": {"use_lora": True
 def test_every_parameter_takes_part_in_every_micro_batch(name: str) -> None:
     """What `Engine.accumulate_locally` relies on: the last micro-batch, here one pair of weight 0, touches them all."""
     config = TrainingConfig(batch_size=1, tokens_per_update=512, **{**TINY, **SHAPES[name]})
-    model = LLaMaTransformer(config, 20)
+    model = LLaMaTransformer(Architecture.of(config, 20))
     pair = TokenizedPair.from_chats([1, 2, 3], 1, [1, 2, 4], 1)
     policy = DPOPolicy(model, PreferenceLoss("sigmoid", 0.5, 0.0))
     (policy(PairBatch.pack([pair]), torch.zeros(1, 2)).loss * 0.0).backward()

@@ -6,24 +6,24 @@ computed, so the packed stream has 3 + 1 + 2 = 6 rows; 2 + 3 = 5 of its tokens a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
-from simple_llama.pretraining.llama_transformer import LLaMaTransformer, count_parameters
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.cost import (
     MemoryEstimate,
     ModelSize,
     estimate_memory,
-    measured_gemm_flops,
     model_size,
-    peak_flops,
     useful_flops,
 )
 
 BATCH = PairBatch.pack([TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3)])
-CPU = torch.device("cpu")
 VOCAB = 50
 # width 32, 2 layers, 2 heads of 16, feed-forward width 16 * ceil(85 / 16) = 96
 TINY = {"n_embd": 32, "n_layers": 2, "n_heads": 2, "multiple_of": 16, "max_seq_len": 512}
@@ -31,9 +31,9 @@ MLA = {"use_mla": True, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_
 SIZE = ModelSize(layers=8000, head=1600, other=400)  # 10,000 weights, 1600 = 50 * 32 of them the vocabulary matrix
 
 
-def tiny_config(**shape: object) -> TrainingConfig:
+def tiny(**shape: object) -> Architecture:
     """The tiny shape, changed by `shape`."""
-    return TrainingConfig(batch_size=1, tokens_per_update=512, **{**TINY, **shape})
+    return Architecture.of(TrainingConfig(batch_size=1, tokens_per_update=512, **{**TINY, **shape}), VOCAB)
 
 
 def test_useful_flops_of_multi_head_attention_by_hand() -> None:
@@ -44,19 +44,19 @@ def test_useful_flops_of_multi_head_attention_by_hand() -> None:
     matrices      2 FLOPs * (6 rows * 8,000 + 5 scored * 1,600) = 112,000
     forward       116,864; forward and backward three times that
     """
-    assert useful_flops(SIZE, tiny_config(), BATCH, backward=False) == 116_864
-    assert useful_flops(SIZE, tiny_config(), BATCH, backward=True) == 350_592
+    assert useful_flops(SIZE, tiny(), BATCH, backward=False) == 116_864
+    assert useful_flops(SIZE, tiny(), BATCH, backward=True) == 350_592
 
 
 def test_useful_flops_of_latent_attention_by_hand() -> None:
     """2 * 19 * 2 layers * 2 heads * (6 + 4 query + 16 value) = 3,952, and the same matrices."""
-    assert useful_flops(SIZE, tiny_config(**MLA), BATCH, backward=False) == 115_952
+    assert useful_flops(SIZE, tiny(**MLA), BATCH, backward=False) == 115_952
 
 
 def test_useful_flops_add_up_over_pairs() -> None:
     """Packed pairs do not see each other: two cost twice as much as one."""
     pair = TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3)
-    assert useful_flops(SIZE, tiny_config(), PairBatch.pack([pair, pair]), backward=False) == 2 * 116_864
+    assert useful_flops(SIZE, tiny(), PairBatch.pack([pair, pair]), backward=False) == 2 * 116_864
 
 
 def test_model_size_by_hand() -> None:
@@ -64,14 +64,26 @@ def test_model_size_by_hand() -> None:
 
     Vocabulary matrix 50 * 32 = 1,600. Other: embeddings 1,600 and 5 norms of 32 = 1,760.
     """
-    assert model_size(LLaMaTransformer(tiny_config(), VOCAB)) == (26_624, 1_600, 1_760)
+    assert model_size(LLaMaTransformer(tiny())) == (26_624, 1_600, 1_760)
 
 
 @pytest.mark.parametrize("shape", [{}, MLA, {"use_lora": True, "lora_rank": 4}], ids=["mha", "mla", "lora"])
 def test_model_size_adds_up(shape: dict[str, object]) -> None:
     """Every weight is in one of the three parts, biases and adapters too."""
-    config = tiny_config(**shape)
-    assert sum(model_size(LLaMaTransformer(config, VOCAB))) == count_parameters(config, VOCAB)
+    model = LLaMaTransformer(tiny(**shape))
+    assert sum(model_size(model)) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_tied_head_works_once_and_is_held_once() -> None:
+    """The same 1,600 weights are embeddings and head: multiplied as the head, and other are the 5 norms of 32 only."""
+    model = LLaMaTransformer(replace(tiny(), tied_head=True))
+    assert model_size(model) == (26_624, 1_600, 160)
+    assert sum(model_size(model)) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_grouped_keys_cost_as_many_products() -> None:
+    """Fewer keys are read by as many queries: attention's products are those of multi-head attention."""
+    assert useful_flops(SIZE, replace(tiny(), key_heads=1), BATCH, backward=False) == 116_864
 
 
 @pytest.mark.parametrize(
@@ -84,26 +96,26 @@ def test_model_size_adds_up(shape: dict[str, object]) -> None:
 )
 def test_each_zero_stage_divides_one_part_more(stage: int, expected: tuple[int, int, int]) -> None:
     """10,000 weights on 4 ranks, bf16: 2, 4 and 12 bytes each; stage 1 divides the last, 2 the second, 3 the first."""
-    found = estimate_memory(SIZE, 10_000, tiny_config(), BATCH, torch.bfloat16, world_size=4, stage=stage)
+    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.bfloat16, world_size=4, stage=stage)
     assert found[:3] == expected
 
 
 def test_weights_that_are_not_trained_cost_only_themselves() -> None:
     """1,200 of 10,000 weights trained on 2 ranks, ZeRO-2: 20,000 bytes of weights, 600 * 4 and 600 * 12 beside them."""
-    found = estimate_memory(SIZE, 1_200, tiny_config(), BATCH, torch.bfloat16, world_size=2, stage=2)
+    found = estimate_memory(SIZE, 1_200, tiny(), BATCH, torch.bfloat16, world_size=2, stage=2)
     assert found[:3] == (20_000, 2_400, 7_200)
 
 
 @pytest.mark.parametrize(("stage", "bytes_a_weight"), [(2, 4 + 16), (3, 4 + 16)])
 def test_one_fp32_rank_has_nothing_to_divide(stage: int, bytes_a_weight: int) -> None:
     """4 + 4 + 12 bytes a weight on one rank, as ds_configs/README.md says (4 + 16 / N)."""
-    found = estimate_memory(SIZE, 10_000, tiny_config(), BATCH, torch.float32, world_size=1, stage=stage)
+    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.float32, world_size=1, stage=stage)
     assert found.weights + found.gradients + found.optimizer == bytes_a_weight * 10_000
 
 
 def test_one_reduction_a_step_keeps_whole_gradients() -> None:
     """10,000 weights on 4 ranks: 4 bytes each of this rank's own sum, and of a quarter of the ranks' sum."""
-    found = estimate_memory(SIZE, 10_000, tiny_config(), BATCH, torch.bfloat16, 4, 2, reduce_once=True)
+    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.bfloat16, 4, 2, reduce_once=True)
     assert found[:3] == (20_000, 40_000 + 10_000, 30_000)
 
 
@@ -113,38 +125,11 @@ def test_activations_by_hand() -> None:
     layers   6 rows * (10 * 32 + 3 * 96) * 2 layers * 2 bytes = 14,592
     head     5 scored rows * 32 * 2 bytes = 320; 5 * 50 logits * 4 bytes = 1,000; 50 * 32 gradients * 4 bytes = 6,400
     """
-    found = estimate_memory(SIZE, 10_000, tiny_config(), BATCH, torch.bfloat16, world_size=4, stage=3)
+    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.bfloat16, world_size=4, stage=3)
     assert found == MemoryEstimate(5_000, 10_000, 30_000, 14_592 + 320 + 1_000 + 6_400)
 
 
 def test_recomputation_keeps_one_vector_a_layer_and_one_whole_layer() -> None:
     """6 rows * (32 * 2 layers + 10 * 32 + 3 * 96) * 2 bytes = 8,064, and the same 7,720 of the head."""
-    found = estimate_memory(SIZE, 10_000, tiny_config(), BATCH, torch.bfloat16, 4, 3, recompute=True)
+    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.bfloat16, 4, 3, recompute=True)
     assert found.activations == 8_064 + 7_720
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_measured_gemm_flops_is_a_speed(dtype: torch.dtype) -> None:
-    """Above 0 and below what any machine does (1e18)."""
-    assert 0 < measured_gemm_flops(CPU, dtype, size=32, tries=2) < 1e18
-
-
-def test_measured_gemm_flops_counts_two_a_multiply_and_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that says 0.5 s, then 0.25 s: the best of two 10^3 GEMMs is 2 * 1000 / 0.25 FLOP/s."""
-    ticks = iter([0.0, 0.5, 1.0, 1.25])
-    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
-    assert measured_gemm_flops(CPU, torch.float32, size=10, tries=2) == 8000.0
-
-
-def test_peak_of_a_known_gpu_is_its_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name's own words count: an H200 is no H20, an unknown GPU and fp32 are measured."""
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(
-        "simple_llama.reinforcement_learning.rlhf.objective.cost.measured_gemm_flops", lambda *_, **__: 1.0
-    )
-    names = {"NVIDIA H200": 989e12, "NVIDIA H20": 148e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA Unheard-of": 1.0}
-    for name, peak in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops(cuda, torch.bfloat16) == peak
-        assert peak_flops(cuda, torch.float32) == 1.0
-    assert peak_flops(CPU, torch.bfloat16) == 1.0

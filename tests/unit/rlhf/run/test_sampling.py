@@ -1,44 +1,20 @@
-"""Greedy answers: the same tokens as full forwards, and where they end; the prompts; the page."""
+"""Answers to prompts as text, and signs of life while they are made; the prompts; the page."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from simple_llama.dataset.tokenizer import load_tokenizer
+from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import PreferencePair, tokenize
-from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation
-from simple_llama.reinforcement_learning.rlhf.run.sampling import answers, generate, sample_page, sample_prompts
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.run.sampling import answers, sample_page, sample_prompts
 from tiny_job import TINY, make_job
 
-VOCAB = 50
 PROMPT = [8, 21, 22, 6]
-NO_STOP = -1
-MLA = {"use_mla": True, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 16}
-
-
-def tiny_model(vocab: int = VOCAB, **shape: object) -> LLaMaTransformer:
-    """Weights large enough that the next token depends on all tokens before it."""
-    config = TrainingConfig(batch_size=1, tokens_per_update=512, **{**TINY, **shape})
-    model = LLaMaTransformer(config, vocab)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@torch.no_grad()
-def by_full_forwards(model: LLaMaTransformer, count: int) -> list[int]:
-    """The plain way: the whole chat through the model for each next token."""
-    ids = list(PROMPT)
-    for _ in range(count):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(PROMPT) :]
 
 
 @pytest.fixture(scope="module")
@@ -47,76 +23,68 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(make_job(tmp_path_factory.mktemp("job")).folder / "tokenizer.json")
 
 
-def pairs_of(tokenizer: Tokenizer, *users: str) -> list[PreferencePair]:
-    """One pair a user message, all with other answers."""
-    conversations = [
-        Conversation("Be kind.", (user,), (f"yes {n}",), (f"no {n}",), "pairs.jsonl", n)
-        for n, user in enumerate(users, 1)
-    ]
-    return list(tokenize(conversations, tokenizer))
+def one_token_model(token: int, **shape: object) -> LLaMaTransformer:
+    """Its most likely next token is always `token`."""
+    model = LLaMaTransformer(Architecture.of(TrainingConfig(**{**TINY, **shape}), 300))  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.embeddings.weight.fill_(1.0)
+        for block in model.decoder_blocks.parameters():
+            block.zero_()
+        model.head_weight.zero_()
+        model.head_weight[token] = 1.0
+    return model
 
 
-# === generate ===
-
-
-@pytest.mark.parametrize("shape", [{}, MLA], ids=["mha", "mla"])
-def test_greedy_equals_full_forwards_step_by_step(shape: dict[str, Any]) -> None:
-    """Twelve tokens with the cache are the argmax of twelve full forwards, and they are not one token twelve times."""
-    model = tiny_model(**shape)
-    expected = by_full_forwards(model, 12)
-    assert len(set(expected)) > 2
-    assert generate(model, PROMPT, 12, NO_STOP) == expected
-
-
-def test_it_ends_before_the_stop_id() -> None:
-    """The fourth different token as the stop id: what stands before it is the answer."""
-    model = tiny_model()
-    tokens = by_full_forwards(model, 12)
-    stop = list(dict.fromkeys(tokens))[3]
-    assert generate(model, PROMPT, 12, stop) == tokens[: tokens.index(stop)]
-    assert generate(model, PROMPT, 12, tokens[0]) == []
-
-
-def test_it_respects_both_limits() -> None:
-    """Prompt of 4 in a model of 8 tokens: 4 new ones at most, 3 where 3 are asked for, none where it is full."""
-    model = tiny_model(max_seq_len=8)
-    assert len(generate(model, PROMPT, 100, NO_STOP)) == 4
-    assert len(generate(model, PROMPT, 3, NO_STOP)) == 3
-    assert generate(model, [*PROMPT, *PROMPT], 100, NO_STOP) == []
-
-
-def test_dropout_is_off_and_the_training_flag_is_kept() -> None:
-    """A model in training with dropout 0.5 answers as the same model without dropout."""
-    model = tiny_model(dropout=0.5).train()
-    found = [generate(model, PROMPT, 8, NO_STOP) for _ in range(2)]
-    assert model.training
-    assert found == [by_full_forwards(model.eval(), 8)] * 2
+# === answers ===
 
 
 def test_answers_are_decoded_up_to_end_of_answer(tokenizer: Tokenizer) -> None:
     """A model whose every next token is " a": two tokens of text; whose every next token is <EOA>: no text."""
     [letter] = tokenizer.encode(" a", add_special_tokens=False).ids
-    model = tiny_model(vocab=300)
     for token, expected in ((letter, "a a"), (7, "")):
-        with torch.no_grad():
-            model.embeddings.weight.fill_(1.0)
-            for block in model.decoder_blocks.parameters():
-                block.zero_()
-            model.final_linear.weight.zero_()
-            model.final_linear.weight[token] = 1.0
-        assert answers(model, tokenizer, [PROMPT, [6]], 2) == [expected, expected]
+        assert answers(one_token_model(token), tokenizer, [PROMPT, [6]], 2) == [expected, expected]
+
+
+def test_dropout_is_off_and_the_training_flag_is_kept(tokenizer: Tokenizer) -> None:
+    """A model in training with dropout 0.9 answers as without; afterwards it is in training still."""
+    [letter] = tokenizer.encode(" a", add_special_tokens=False).ids
+    model = one_token_model(letter, dropout=0.9).train()
+    dropped = []
+    model.decoder_blocks[0].register_forward_hook(lambda module, _, __: dropped.append(module.training))
+    assert answers(model, tokenizer, [PROMPT], 3) == ["a a a"]
+    assert model.training and dropped == [False] * 3
+
+
+def test_each_token_is_a_sign_of_life(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first token of each of two answers, and after each of three tokens: 2 * 4."""
+    beats = []
+    monkeypatch.setattr("simple_llama.cluster.watchdog.beat", beats.append)
+    [letter] = tokenizer.encode(" a", add_special_tokens=False).ids
+    answers(one_token_model(letter), tokenizer, [PROMPT, [6]], 3)
+    assert beats == ["sample answers"] * 8
 
 
 # === prompts and pages ===
 
 
-def test_prompts_are_different_and_end_with_start_of_answer(tokenizer: Tokenizer) -> None:
-    """Users a, a, b, a, c: the first two different prompts are a's and b's; there are only three in all."""
-    pairs = pairs_of(tokenizer, "a", "a", "b", "a", "c")
-    texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in sample_prompts(pairs, 2)]
-    assert texts == [f"<SOT> Be kind.<EOT> \n\n<SOU> {user}<EOU> \n<SOA>" for user in ("a", "b")]
-    assert [ids[-1] for ids in sample_prompts(pairs, 9)] == [6, 6, 6]
+def pair_of(prompt: list[int], answer: int) -> TokenizedPair:
+    """Two chats of one prompt: its first answer is `answer`, its second one 99; both end with 7."""
+    return TokenizedPair.from_chats([*prompt, answer, 7], 2, [*prompt, 99, 7], 2)
+
+
+def test_prompts_are_different_and_end_with_start_of_answer() -> None:
+    """Prompts a, a, b, a, c: the first two different ones are a and b; there are only three in all."""
+    a, b, c = [8, 20, 6], [8, 21, 22, 6], [9, 6]
+    pairs = [pair_of(prompt, answer) for prompt, answer in ((a, 50), (a, 51), (b, 50), (a, 52), (c, 50))]
+    assert sample_prompts(pairs, 2) == [a, b]
+    assert sample_prompts(pairs, 9) == [a, b, c]
     assert sample_prompts(pairs, 0) == [] and sample_prompts([], 3) == []
+
+
+def test_the_prompt_is_the_chosen_chats() -> None:
+    """Where the chats differ before their last answers, the chosen one is asked about: all but its scored tokens."""
+    pair = TokenizedPair.from_chats([8, 20, 30, 6, 40, 41, 7], 3, [8, 20, 31, 6, 42, 7], 2)
+    assert sample_prompts([pair], 1) == [[8, 20, 30, 6]]
 
 
 def test_page_indents_every_line() -> None:
