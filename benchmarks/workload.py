@@ -120,7 +120,7 @@ def hh_pairs(data: str, count: int, seed: int) -> list[TokenizedPair]:
         converted = str(Path(folder) / "hh.jsonl")
         prepare(PrepareConfig(inputs=(data,), output=converted))
         loaded = RLDatasetLoader(converted, load_tokenizer(TOKENIZER), HH_MAX_TOKENS, val_share=0.0, seed=seed)
-    pairs = [pair.tokenized for pair in loaded.train if shares_prompt(pair.tokenized)]
+    pairs = [pair for pair in loaded.train if shares_prompt(pair)]
     if len(pairs) < count:
         raise UserError(f"{data}: expected at least {count} pairs with one prompt, found {len(pairs)}")
     order = np.random.default_rng(seed).permutation(len(pairs))[:count]
@@ -165,12 +165,13 @@ def pack_chats(pairs: Sequence[TokenizedPair], padded: bool) -> PairBatch:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return PairBatch(
+        pairs=tuple(pairs),
         tokens_T=stack(tokens),
         positions_T=stack(positions),
         layout=PackedLayout.causal([longest] * len(chats) if padded else lengths),
         rows_N=stack(rows),
         targets_N=stack(targets),
-        counts=tuple((pair.chosen_scored, pair.rejected_scored) for pair in pairs),
+        counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from simple_llama.cluster import watchdog
@@ -44,8 +43,7 @@ def sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]
     for pair in pairs:
         if len(prompts) == count:
             break
-        chosen_chat = np.concatenate([pair.prefix, pair.chosen])
-        prompts[tuple(chosen_chat[: -pair.chosen_scored].tolist())] = None
+        prompts[tuple(pair.prompt_ids.tolist())] = None
     return [list(prompt) for prompt in prompts]
 
 
