@@ -36,6 +36,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import LoadedModel, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, useful_flops
 
 ROWS_ON_CUDA = 16384  # packed rows of a batch of ours, about
@@ -162,7 +163,7 @@ def same_log_probs(
     with tempfile.TemporaryDirectory() as folder:
         store = new_store(folder, "agreement")
         reference_pass(model, store, few, len(few), device, FLUSH_PAIRS)
-        ours_B2 = store.lookup(few)
+        ours_B2 = store.lookup(PairSet.of(few).keys)
     theirs_B2 = peer.precompute(8, len(few))
     worst = float(np.abs((ours_B2 - theirs_B2) / theirs_B2).max())
     line = f"- agreement with TRL in fp32 on {len(few)} pairs: log-probs differ by at most {worst:.1e} of their value"
@@ -174,7 +175,7 @@ def same_log_probs(
 def pass_flops(model: LLaMaTransformer, pairs: Sequence[TokenizedPair], batch_size: int) -> float:
     """Useful FLOPs of a pass: forward only, a shared prompt once, scored rows only."""
     size = model_size(model)
-    batches = sweep([pair.rows for pair in pairs], batch_size, world_size=1)[0]
+    batches = sweep(PairSet.of(pairs).rows, batch_size, world_size=1)[0]
     packed = (PairBatch.pack([pairs[i] for i in batch]) for batch in batches)
     return sum(useful_flops(size, model.architecture, batch, backward=False) for batch in packed)
 

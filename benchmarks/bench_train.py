@@ -40,6 +40,7 @@ from simple_llama.common.paths import root_path
 from simple_llama.ops.machine import peak_memory_gb, synchronize
 from simple_llama.pretraining.weights import LoadedModel, build_model
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
 
@@ -207,7 +208,7 @@ def trl_stepped(
     trials = 2 * len(ATTENTIONS[device.type])
     pairs = [pair for step in [*[steps[0]] * trials, *steps] for pair in step]
     settings = trl_settings(numerics, each, len(steps[0]) // each)
-    ref_logps_B2 = ours["bf16"].store.lookup(pairs)
+    ref_logps_B2 = ours["bf16"].store.lookup(PairSet.of(pairs).keys)
     return SteppedPeer(Peer(start, pairs, ref_logps_B2, settings, device, str(Path(folder) / "trl")))
 
 
