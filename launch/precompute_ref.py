@@ -1,6 +1,6 @@
 """Computes the frozen reference's log-probs of all pairs on all ranks and keeps them on disk.
 
-    deepspeed --hostfile hostfile launch/precompute_ref.py [--config FILE.json] [--flags]
+    deepspeed launch/precompute_ref.py [--config FILE.json] [--flags]
 
 Once for each model and data set; a second run, or one after a crash, computes only what is missing.
 """

@@ -1,6 +1,6 @@
 """Trains a policy by Direct Preference Optimization on all ranks; the reference store must be filled.
 
-    deepspeed --hostfile hostfile launch/train_dpo.py [--config FILE.json] [--flags]
+    deepspeed launch/train_dpo.py [--config FILE.json] [--flags]
 
 Also starts with torchrun, srun or plain python (one rank). See --help for every setting.
 """

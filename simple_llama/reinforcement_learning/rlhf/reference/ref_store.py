@@ -25,7 +25,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write, atomic_write_json, digest, open_file, read_json, shown
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
 
-FILL_COMMAND = "deepspeed --hostfile hostfile launch/precompute_ref.py"
+FILL_COMMAND = "deepspeed launch/precompute_ref.py"
 
 # Key first: sorted by their bytes, records lie in the order of their keys.
 RECORD = np.dtype([("digest", "V16"), ("counts", "<i4", (2,)), ("logps", "<f4", (2,))])
