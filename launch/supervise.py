@@ -1,6 +1,6 @@
 """Runs a launcher's command so that it always ends, and with status 0 only when the job has finished.
 
-    python launch/supervise.py deepspeed launch/train_dpo.py [--flags]      # or: deepspeed --hostfile hostfile launch/...
+    python launch/supervise.py deepspeed launch/train_dpo.py [--flags]     # or deepspeed --hostfile hostfile launch/...
     python launch/supervise.py --grace_s 60 deepspeed ...      # seconds for the other hosts after the first has failed
 
 Exit status: that of the first host that failed, or the launcher's own (of its ranks: 2 a mistake, 3 a rank was lost, 75

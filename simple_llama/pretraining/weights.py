@@ -22,6 +22,12 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 
 _EXPECTED = "expected a SimpleLLaMA checkpoint: a torch.save file with `model_state_dict` and `config`"
+_ORIGIN = (
+    "A checkpoint is a torch.save file (.pth) with `model_state_dict` and `config` (a pickled TrainingConfig), as "
+    "SimpleLLaMA's SFT and benchmarks/start_model.py (`make demo`) write it; Hugging Face folders, safetensors, GGUF "
+    "and names of models are not taken"
+)
+_FOREIGN = {".safetensors": "safetensors", ".gguf": "GGUF"}  # files of other programs, by their ending
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of data-parallel wrappers
 _NAMES_SHOWN = 6  # of wrong tensors in a message
 _NAME_SHOWN = 100  # characters of a tensor's name in a message
@@ -48,18 +54,22 @@ class LoadedModel:
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
-    """`path` itself if it is a file; in a folder, its newest .pth. UserError when there is none."""
+    """`path` itself if it is a file; in a folder, its newest .pth. UserError when there is none, or another form."""
     path = Path(path)
     try:
         if not path.is_dir():
             if not path.exists():
-                raise UserError(f"{path}: expected a .pth file, or a folder with one, found nothing there")
+                raise UserError(f"{path}: expected a .pth file, or a folder with one, found nothing there. {_ORIGIN}")
+            if path.suffix in _FOREIGN:
+                raise UserError(f"{path}: expected a .pth file, found a {_FOREIGN[path.suffix]} file. {_ORIGIN}")
             return path
         files = {file: file.stat() for file in path.glob("*.pth") if not file.name.startswith(".")}
+        others = {_FOREIGN[file.suffix] for file in path.iterdir() if file.suffix in _FOREIGN}
     except OSError as error:  # a broken link, a name that is too long
         raise UserError(f"{error.filename}: expected a .pth file, found: {error.strerror}") from error
     if not files:
-        raise UserError(f"{path}: expected a folder with a .pth file, found none; train or copy a model into it first")
+        found = f"{' and '.join(sorted(others))} files" if others else "none"
+        raise UserError(f"{path}: expected a folder with a .pth file, found {found}. {_ORIGIN}")
     return max(files, key=lambda file: (files[file].st_mtime_ns, file.name))
 
 

@@ -224,6 +224,34 @@ def test_find_weights(tmp_path: Path):
     assert find_weights(tmp_path / "b.pth") == tmp_path / "b.pth"
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "found"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", (), "found nothing there"),
+        ("model", ("config.json", "model.safetensors"), "found safetensors files"),
+        ("model", ("model-Q4_K_M.gguf",), "found GGUF files"),
+        ("model/model.safetensors", ("model.safetensors",), "found a safetensors file"),
+        ("model/model.gguf", ("model.gguf",), "found a GGUF file"),
+    ],
+)
+def test_other_forms_are_named_and_refused(tmp_path: Path, name: str, files: tuple[str, ...], found: str):
+    """A model's name, a Hugging Face folder, GGUF: the message says what a checkpoint holds, and who writes one."""
+    for file in files:
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / file).touch()
+    with pytest.raises(UserError, match=found) as error:
+        find_weights(tmp_path / name)
+    for said in ("model_state_dict", "TrainingConfig", "start_model.py", "make demo", "Hugging Face", "not taken"):
+        assert said in str(error.value)
+
+
+def test_a_checkpoint_among_other_files_is_found(tmp_path: Path):
+    """A .pth beside the files of another program is taken."""
+    for file in ("config.json", "model.safetensors", "sft.pth"):
+        (tmp_path / file).touch()
+    assert find_weights(tmp_path) == tmp_path / "sft.pth"
+
+
 def test_save_writes_views_alone(tmp_path: Path, state_dict: dict[str, torch.Tensor]):
     """Tensors that are views of one large buffer (as ZeRO keeps them) do not bring the buffer along."""
     flat = torch.zeros(1_000_000)
