@@ -1,6 +1,7 @@
 """Who am I among the ranks, and the few collectives that are not the engine's: plain torch.distributed.
 
-Every function that takes or gives something of all ranks is a collective: all ranks call it, in the same order.
+Every function that takes or gives something of all ranks is a collective: all ranks call it, in the same order. It
+waits at most the timeout of `init_ranks`, later that of `set_collective_timeout`; for a lost rank the watchdog ends it.
 Objects travel pickled, so only between the processes of one job.
 """
 
@@ -13,15 +14,17 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from simple_llama.cluster.processes import boot_id
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
 
@@ -32,6 +35,7 @@ _LAUNCHER_VARIABLES = (
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
 _LATE_S = 5.0  # after the start's timeout, in which torch may say itself what is wrong
+_FLUSH_S = 30.0  # for what was said and is not written yet: the disk may hang, or nobody may read
 _MOST_NAMED = 8  # differing ranks shown in one message
 
 
@@ -56,6 +60,9 @@ def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     The place comes from the launcher's variables (deepspeed, torchrun, mpirun, srun); without any, or with a world of
     one, this process is the whole job and opens no port. Groups: gloo on the CPU, nccl on CUDA (gloo for CPU tensors).
 
+    On the CPU torch gets its threads here, as many as this rank's share of the cores, whatever the launcher and
+    OMP_NUM_THREADS say (torchrun sets it): how sums are rounded depends on threads, but not on who started the ranks.
+
     Args:
         device: "auto" (CUDA when there is one), "cpu" or "cuda".
         timeout_s: seconds that a rank waits for the others, here and, until `set_collective_timeout`, in collectives.
@@ -67,13 +74,13 @@ def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     torch_device = _device(device, local_rank, local_world_size)
     _join(rank, world_size, torch_device, timeout_s)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it even where a group exists already
+    places: list[Any] = [None] * world_size
+    dist.all_gather_object(places, (socket.gethostname(), boot_id() or socket.gethostname(), _own_cores()))
+    hosts, machines, cores = zip(*places, strict=True)
     if local_world_size is None:
-        hosts: list[str | None] = [None] * world_size
-        dist.all_gather_object(hosts, socket.gethostname())
         local_world_size = Counter(hosts)[socket.gethostname()]
     if torch_device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world_size))
+        torch.set_num_threads(_share(rank, machines, cores))
     return Ranks(rank, world_size, local_rank, local_world_size, torch_device)
 
 
@@ -84,7 +91,7 @@ def set_collective_timeout(seconds: float) -> None:
 
 
 def close_ranks() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one. Waits for collectives under way, so at most for their timeout."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -95,10 +102,9 @@ def leave(status: int) -> None:
     A process was seen to abort in C++ destructors on its way out, one rank alone too ("terminate called without an
     active exception", status -6), which a launcher takes for a failure of the whole job.
     """
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    words = threading.Thread(target=_flush, daemon=True)
+    words.start()
+    words.join(_FLUSH_S)
     os._exit(status)
 
 
@@ -164,6 +170,14 @@ def fail_together(ranks: Ranks) -> Iterator[None]:
             raise UserError(f"rank {rank} on host {failure[0]} failed: {failure[1]}")
 
 
+def _flush() -> None:
+    """Writes what the log and the two streams still hold."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+
+
 def _place() -> tuple[int, int, int, int | None]:
     """(rank, world size, local rank, local world size or None when unknown) by the launcher's variables."""
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -214,6 +228,21 @@ def _device(wanted: str, local_rank: int, local_world_size: int | None) -> torch
             "(slots= in the hostfile), and let each rank see all devices of its host (CUDA_VISIBLE_DEVICES)"
         )
     return torch.device("cuda", local_rank)
+
+
+def _own_cores() -> list[int]:
+    """The cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _share(rank: int, machines: Sequence[str], cores: Sequence[Sequence[int]]) -> int:
+    """How many cores a rank has to itself, at least one; a core is shared by all ranks that may run on it.
+
+    By rank: the machine that it is on, and its cores there. Launchers count otherwise: two torchruns on one machine, or
+    two of its containers, each say one rank a host.
+    """
+    users = Counter((machine, core) for machine, own in zip(machines, cores, strict=True) for core in own)
+    return max(1, int(sum(Fraction(1, users[machines[rank], core]) for core in cores[rank])))
 
 
 def _join(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from simple_llama.cluster.processes import stat_fields
+from simple_llama.cluster.processes import boot_id, stat_fields
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 
@@ -131,8 +131,7 @@ class FolderLock:
 def this_process() -> Holder:
     """This process as a holder, with a fresh token."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
+        boot, namespace = boot_id(), os.readlink("/proc/self/ns/pid")
     except OSError:  # no Linux
         boot, namespace = "", ""
     _, started = _process(os.getpid())

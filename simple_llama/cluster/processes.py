@@ -1,4 +1,4 @@
-"""What Linux tells of a process."""
+"""What Linux tells of a process, and of the machine that it runs on."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def stat_fields(pid: int) -> list[str]:
     except OSError:
         return []
     return text.rpartition(")")[2].split()  # the name before it may hold blanks and brackets
+
+
+def boot_id() -> str:
+    """Names this machine until it starts again, in all its containers alike; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,6 +1,9 @@
 """Starts by other launchers than DeepSpeed's: what srun, Kubernetes and torchrun on each host set is enough.
 
-Two processes on this machine stand for two tasks or pods; all give the curve of ranks with torchrun's variables.
+Two processes on this machine stand for two tasks or pods; all give the curve of ranks with torchrun's variables, bit
+for bit: each has half of the machine's cores as threads, whoever starts it. That matters on CPUs with AVX-512, where
+torch's kernels add in another order with two threads than with one (seen on an AMD Zen 4; with ATEN_CPU_CAPABILITY=avx2
+they do not).
 """
 
 from __future__ import annotations

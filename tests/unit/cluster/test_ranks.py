@@ -41,8 +41,11 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
-def test_one_process_is_a_whole_job() -> None:
-    """No launcher: rank 0 of 1 with working collectives, all cores, no port asked for."""
+def test_one_process_is_a_whole_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher: rank 0 of 1 with working collectives, all cores (as OMP_NUM_THREADS does not say), no port asked
+    for."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     ranks = init_ranks("cpu", timeout_s=30)
     assert ranks == Ranks(0, 1, 0, 1, torch.device("cpu")) and ranks.is_main
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
@@ -50,6 +53,21 @@ def test_one_process_is_a_whole_job() -> None:
     assert distributed.gather_objects("a", ranks) == ["a"] and distributed.broadcast_object("b", ranks) == "b"
     distributed.require_same("seed", 1, ranks)
     distributed.barrier(ranks)
+
+
+@pytest.mark.parametrize(
+    ("machines", "cores", "shares"),
+    [
+        ("aa", [[0, 1], [0, 1]], [1, 1]),  # two ranks on two cores, whatever their launchers call a host
+        ("ab", [[0, 1], [0, 1]], [2, 2]),  # two machines
+        ("aaa", [range(8)] * 3, [2, 2, 2]),  # 8 / 3
+        ("aa", [[0, 1], [2, 3]], [2, 2]),  # a scheduler bound each to cores of its own
+        ("aab", [[0, 1, 2, 3], [2, 3], [0]], [3, 1, 1]),  # 1 + 1 + 1/2 + 1/2; 1/2 + 1/2; 1
+        ("aaa", [[0], [0], [0]], [1, 1, 1]),  # one at least
+    ],
+)
+def test_cores_are_shared_by_those_who_may_use_them(machines: str, cores: list[list[int]], shares: list[int]) -> None:
+    assert [distributed._share(rank, machines, cores) for rank in range(len(machines))] == shares
 
 
 def test_the_sum_is_a_new_tensor() -> None:
