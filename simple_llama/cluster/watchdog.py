@@ -9,16 +9,14 @@ to all. Rank 0 judges the others, each of them judges rank 0:
     failed    it said itself that it ends with an error
     stuck     everybody is heard, but no main thread got on for `step_timeout_s` (`io_timeout_s` within `patience`)
 
-Then every rank says why and ends at once with status LOST. Lines are JSON, read as data only, and begin with a secret
-that rank 0 gave out by a collective.
+Then every rank says why and ends at once with status LOST. How the ranks come to be connected, and what a line is:
+watch_links.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import secrets
 import socket
 import threading
 import time
@@ -29,20 +27,19 @@ from typing import Annotated, Any
 from typing_extensions import Doc
 
 from simple_llama.cluster import stopping
-from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together, set_collective_timeout
-from simple_llama.common.errors import UserError
+from simple_llama.cluster.distributed import Ranks, set_collective_timeout
+from simple_llama.cluster.watch_links import Link, connect
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Bounds, Settings
 
 LOST = 3  # exit status: a rank, host or link is gone or stuck; what was saved is whole, `--resume` goes on from it
 
-BEAT_S = 1.0  # between two lines of a rank
-GRACE_S = 3.0  # in which a main thread that is ending may say so itself
-ORDERLY_S = 30.0  # the same after a rank's own error: often it is that of all ranks, and one of them tidies up longer
-LAST_WORDS_S = 5.0  # for the log and for clean-up, which may hang with the disk
-HONEST = 4.0  # a pause may be this many times as long as the longest one seen so far
-MAX_LINE = 1 << 16  # bytes of a peer's line; more is no peer of ours
-GREETING_S = 5.0  # in which a connection says who it is
+_BEAT_S = 1.0  # between two lines of a rank
+_GRACE_S = 3.0  # in which a main thread that is ending may say so itself
+_ORDERLY_S = 30.0  # the same after a rank's own error: often it is that of all ranks, and one of them tidies up longer
+_LAST_WORDS_S = 5.0  # for the log and for clean-up, which may hang with the disk
+_HONEST = 4.0  # a pause may be this many times as long as the longest one seen so far
+_LATE_S = 5.0  # after the start's timeout, in which rank 0 says who did not come
 
 
 @dataclass(frozen=True)
@@ -72,26 +69,22 @@ class WatchConfig(Settings):
 
 
 @dataclass
-class Peer:
+class _Peer:
     """What is known of another rank."""
 
-    rank: int
-    host: str
-    link: socket.socket
+    link: Link
     heard: float  # when, on this process's clock
     place: str = "start"  # where its main thread is
     beats: int = 0
     allowed_s: float = 0.0
-    unread: bytes = b""
-    left: float = 0.0  # when its connection was found closed; 0: open
     farewell: bool = False
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on host {self.host}"
+        return f"rank {self.link.rank} on host {self.link.host}"
 
 
 @dataclass
-class Progress:
+class _Progress:
     """How far the main thread of this process is."""
 
     place: str = "start"
@@ -102,17 +95,12 @@ class Progress:
     patience: int = 0  # depth of `patience`
 
 
-class Watchdog:
+class _Watchdog:
     """The thread of one rank; made by `start`."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        peers: list[Peer],
-        config: WatchConfig,
-    ):
+    def __init__(self, ranks: Ranks, peers: list[_Peer], config: WatchConfig):
         self.ranks, self.peers, self.config = ranks, peers, config
-        self.progress = Progress()
+        self.progress = _Progress()
         self.moved = time.monotonic()  # when any main thread was last seen to get on
         self.seen_beats = 0
         self.verdict, self.ends_at = "", 0.0
@@ -135,15 +123,12 @@ class Watchdog:
         """Seconds that this rank's main thread may take until it gets on again."""
         if self.progress.starting or self.progress.patience:
             return self.config.io_timeout_s
-        return max(self.config.step_timeout_s, HONEST * self.progress.longest_s)
+        return max(self.config.step_timeout_s, _HONEST * self.progress.longest_s)
 
     def tell(self, **line: object) -> None:
         """Sends a line to all peers; one that cannot take it now is judged by its silence."""
-        data = json.dumps(line).encode() + b"\n"
         for peer in self.peers:
-            if not peer.left:
-                with contextlib.suppress(OSError):
-                    peer.link.send(data)
+            peer.link.send(line)
 
     def close(self) -> None:
         """Says farewell and stops watching."""
@@ -151,20 +136,18 @@ class Watchdog:
             self.closed.set()
             self.tell(farewell=True)
         for peer in self.peers:
-            with contextlib.suppress(OSError):
-                peer.link.close()
+            peer.link.close()
 
     # === The thread ===
 
     def run(self) -> None:
         """Once a second: say where we are, hear the others, judge."""
         last = time.monotonic()
+        suspended_s = max(5 * _BEAT_S, self.config.peer_timeout_s / 4)
         self.forgive(last)  # the last rank may have come long after the first
-        while not self.closed.wait(BEAT_S):
+        while not self.closed.wait(_BEAT_S):
             now = time.monotonic()
-            if now - last > max(
-                5 * BEAT_S, self.config.peer_timeout_s / 4
-            ):  # this process was stopped itself: begin anew
+            if now - last > suspended_s:  # this process was stopped itself: begin anew
                 self.forgive(now)
             last = now
             self.tell(place=self.progress.place, beats=self.progress.beats, allowed_s=self.allowed_s())
@@ -181,25 +164,16 @@ class Watchdog:
         for peer in self.peers:
             peer.heard = now
 
-    def hear(self, peer: Peer, now: float) -> None:
+    def hear(self, peer: _Peer, now: float) -> None:
         """Reads what a peer said since."""
-        while not peer.left:
-            try:
-                data = peer.link.recv(MAX_LINE)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                peer.left = now
-                return
+        came, lines = peer.link.receive()
+        if came:
             peer.heard = now
-            *lines, peer.unread = (peer.unread + data).split(b"\n")
-            for line in lines:
-                with contextlib.suppress(ValueError, TypeError, AttributeError):  # half a line: the peer is judged soon
-                    self.take(peer, json.loads(line), now)
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, OverflowError):  # no number where one should be
+                self.take(peer, line, now)
 
-    def take(self, peer: Peer, line: dict[str, Any], now: float) -> None:
+    def take(self, peer: _Peer, line: dict[str, Any], now: float) -> None:
         """Understands one line."""
         if "verdict" in line:
             self.decide(str(line["verdict"]), now, bool(line.get("orderly")))
@@ -224,11 +198,11 @@ class Watchdog:
         """What is wrong, or an empty string."""
         found = ""
         for peer in self.peers:
-            if peer.left and not peer.farewell:
+            if not peer.link.is_open and not peer.farewell:
                 found = (
                     f"{peer} is gone: its process ended without a word (killed or crashed); last heard in: {peer.place}"
                 )
-            elif now - peer.heard > self.config.peer_timeout_s and not peer.left:
+            elif now - peer.heard > self.config.peer_timeout_s and peer.link.is_open:
                 found = (
                     f"{peer} is silent for {now - peer.heard:.0f} s (peer_timeout_s): its process hangs or is stopped, "
                     f"its host is down or the link is cut; last heard in: {peer.place}"
@@ -244,7 +218,7 @@ class Watchdog:
     def decide(self, verdict: str, now: float, orderly: bool = False) -> None:
         """The first verdict counts; rank 0 passes it on."""
         if verdict and not self.verdict:
-            self.verdict, self.ends_at = verdict, now + (ORDERLY_S if orderly else GRACE_S)
+            self.verdict, self.ends_at = verdict, now + (_ORDERLY_S if orderly else _GRACE_S)
             if self.ranks.is_main:
                 self.tell(verdict=verdict, orderly=orderly)
 
@@ -252,7 +226,7 @@ class Watchdog:
         """Says why, cleans up if that can be done at once, and ends the process."""
         words = threading.Thread(target=self.say_last_words, daemon=True)
         words.start()  # beside this one: the main thread may hold the log's lock, and the disk may hang
-        words.join(LAST_WORDS_S)
+        words.join(_LAST_WORDS_S)
         os._exit(LOST)
 
     def say_last_words(self) -> None:
@@ -263,7 +237,7 @@ class Watchdog:
             word()
 
 
-_watchdog: Watchdog | None = None
+_watchdog: _Watchdog | None = None
 
 
 def start(ranks: Ranks, config: WatchConfig) -> None:
@@ -272,76 +246,16 @@ def start(ranks: Ranks, config: WatchConfig) -> None:
     Raises UserError when rank 0 cannot be reached.
     """
     global _watchdog
-    peers = [] if ranks.world_size == 1 else connect(ranks, config.start_timeout_s)
-    _watchdog = Watchdog(ranks, peers, config)
+    links: list[Link] = []
+    if ranks.world_size > 1:
+        set_collective_timeout(config.start_timeout_s + _LATE_S)
+        links = connect(ranks, config.start_timeout_s)
+    peers = [_Peer(link, time.monotonic()) for link in links]
+    _watchdog = _Watchdog(ranks, peers, config)
     if ranks.world_size > 1:
         set_collective_timeout(2 * config.io_timeout_s)  # from here on it is the watchdog that ends a wait
     if peers or stopping.has_launcher():
         _watchdog.thread.start()
-
-
-def connect(ranks: Ranks, timeout_s: float) -> list[Peer]:
-    """The links of this rank: rank 0's to all others, the others' to rank 0 (collective)."""
-    server = None
-    if ranks.is_main:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        server = socket.create_server(("", 0), family=family, backlog=ranks.world_size, dualstack_ipv6=both)
-    offer = (server.getsockname()[1], secrets.token_hex(16), socket.gethostname()) if server else None
-    port, secret, main_host = broadcast_object(offer, ranks)
-    with fail_together(ranks):
-        if server is None:
-            return_link = reach(os.environ["MASTER_ADDR"], port, secret, ranks, timeout_s)
-            return [Peer(0, main_host, return_link, time.monotonic())]
-        with server:
-            return accept(server, secret, ranks.world_size - 1, timeout_s)
-
-
-def reach(address: str, port: int, secret: str, ranks: Ranks, timeout_s: float) -> socket.socket:
-    """Connects to rank 0 and says who we are."""
-    try:
-        link = socket.create_connection((address, port), timeout_s)
-        link.sendall(secret.encode() + json.dumps([ranks.rank, socket.gethostname()]).encode() + b"\n")
-    except OSError as error:
-        raise UserError(
-            f"rank {ranks.rank} on host {socket.gethostname()} cannot reach rank 0's watchdog at {address}:{port}: "
-            f"{error}; expected that hosts of a job may connect to each other on any port"
-        ) from error
-    link.setblocking(False)
-    return link
-
-
-def accept(server: socket.socket, secret: str, count: int, timeout_s: float) -> list[Peer]:
-    """Waits for the greeting of `count` ranks; a connection that does not know the secret is dropped."""
-    peers: list[Peer] = []
-    deadline = time.monotonic() + timeout_s
-    while len(peers) < count:
-        server.settimeout(max(0.001, deadline - time.monotonic()))
-        try:
-            link, _ = server.accept()
-        except TimeoutError:
-            missing = f"{count - len(peers)} of {count} ranks did not connect within {timeout_s:g} s"
-            raise UserError(f"watchdog: {missing}") from None
-        greeting = read_line(link, GREETING_S)
-        if not secrets.compare_digest(greeting[: len(secret)], secret.encode()):
-            link.close()
-            continue
-        rank, host = json.loads(greeting[len(secret) :])
-        link.setblocking(False)
-        peers.append(Peer(int(rank), str(host), link, time.monotonic()))
-    return sorted(peers, key=lambda peer: peer.rank)
-
-
-def read_line(link: socket.socket, timeout_s: float) -> bytes:
-    """What a stranger says, up to a line's end; less when that takes too long."""
-    data, deadline = b"", time.monotonic() + timeout_s
-    with contextlib.suppress(OSError):
-        while not data.endswith(b"\n") and len(data) < MAX_LINE and (left := deadline - time.monotonic()) > 0:
-            link.settimeout(left)
-            if not (more := link.recv(MAX_LINE)):
-                break
-            data += more
-    return data
 
 
 def beat(place: str) -> None:
@@ -379,12 +293,15 @@ def before_end(word: Callable[[], object]) -> None:
 
 
 def await_verdict() -> None:
-    """After an error that may come from a lost peer: if so, the watchdog ends this process with the reason."""
-    watchdog, deadline = _watchdog, time.monotonic() + 3 * BEAT_S
+    """After an error that may come from a lost peer: if so, the watchdog ends this process with the reason.
+
+    Returns after three beats without a verdict; with one, the thread ends the process at its next beat.
+    """
+    watchdog, deadline = _watchdog, time.monotonic() + 3 * _BEAT_S
     if watchdog is not None:
         watchdog.main_thread_failed = True
     while watchdog is not None and watchdog.thread.is_alive() and (watchdog.verdict or time.monotonic() < deadline):
-        time.sleep(BEAT_S / 10)
+        time.sleep(_BEAT_S / 10)
 
 
 def fail(reason: str) -> None:

@@ -14,11 +14,13 @@ import pytest
 
 from tiny_job import free_port
 
+pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]
 
 WORKER = """
 import json, sys, torch
 from simple_llama.cluster.distributed import *
+from simple_llama.cluster.watch_links import connect
 from simple_llama.common.errors import UserError
 
 def message_of(call):
@@ -33,10 +35,12 @@ def odd_body(rank):
             raise OSError("disk\\nsecond line")
 
 ranks = init_ranks("cpu", timeout_s=60)
+links = connect(ranks, 30)
 rank, mine = ranks.rank, torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
 seen = {
     "place": [rank, ranks.world_size, ranks.local_rank, ranks.local_world_size],
     "threads": torch.get_num_threads(),
+    "links": [[link.rank, link.host, *link.socket.getsockname(), *link.socket.getpeername()] for link in links],
     "sum": all_reduce_sum(mine).tolist(),
     "mine": mine.tolist(),
     "gathered": gather_objects({"rank": rank}, ranks),
@@ -54,33 +58,50 @@ leave(0)
 """
 
 
-def start(rank: int, code: str, *arguments: str, port: int) -> subprocess.Popen[str]:
+def start(rank: int, code: str, *arguments: str, port: int, **variables: str) -> subprocess.Popen[str]:
     """One rank of two, with the variables of the deepspeed launcher; LOCAL_SIZE is left for the ranks to find out."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")}
-    environment |= {name: str(value) for name, value in place.items()}
+    environment |= {name: str(value) for name, value in place.items()} | variables
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two ranks got."""
-    folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-    processes = [start(rank, WORKER, str(folder / f"{rank}.json"), port=port) for rank in (0, 1)]
+def results(folder: Path, **variables: str) -> list[dict[str, Any]]:
+    """What each of two ranks got, which write it below `folder`."""
+    port = free_port()
+    processes = [start(rank, WORKER, str(folder / f"{rank}.json"), port=port, **variables) for rank in (0, 1)]
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-pytestmark = pytest.mark.dist
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of ranks that are told nothing of their host."""
+    return results(tmp_path_factory.mktemp("ranks"))
+
+
+def test_a_launcher_does_not_decide_on_threads(tmp_path: Path) -> None:
+    """What torchrun says on each of two hosts that are one machine: one rank here, one thread. Their ranks share the
+    cores as those of any other launcher do."""
+    found = results(tmp_path, LOCAL_WORLD_SIZE="1", OMP_NUM_THREADS="1")
+    assert [rank["place"] for rank in found] == [[0, 2, 0, 1], [1, 2, 1, 1]]
+    assert {rank["threads"] for rank in found} == {max(1, len(os.sched_getaffinity(0)) // 2)}
 
 
 def test_each_rank_knows_its_place(seen: list[dict[str, Any]]) -> None:
     """Two ranks of one host share its cores, also when the launcher does not say how many ranks a host has."""
     assert [rank["place"] for rank in seen] == [[0, 2, 0, 2], [1, 2, 1, 2]]
     assert {rank["threads"] for rank in seen} == {max(1, len(os.sched_getaffinity(0)) // 2)}
+
+
+def test_the_watchdogs_are_connected_where_the_ranks_are(seen: list[dict[str, Any]]) -> None:
+    """MASTER_ADDR is 127.0.0.1: each has a link to the other there, and both see the same two ends."""
+    (of_0,), (of_1,) = (rank["links"] for rank in seen)
+    assert of_0[:3] == [1, socket.gethostname(), "127.0.0.1"] and of_1[:3] == [0, socket.gethostname(), "127.0.0.1"]
+    assert of_0[2:4] == of_1[4:6] and of_0[4:6] == of_1[2:4]
 
 
 def test_the_sum_is_over_all_ranks(seen: list[dict[str, Any]]) -> None:
