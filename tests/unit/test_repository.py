@@ -52,12 +52,55 @@ def test_code_is_ascii(files: list[Path]) -> None:
     assert [str(path) for path in found if not (ROOT / path).read_bytes().isascii()] == []
 
 
-def test_readme_lists_every_python_file(files: list[Path]) -> None:
-    """The tree in README.md has a line for each Python file outside tests/."""
-    blocks = re.findall(r"^```.*?^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    listed = set(re.findall(r"[\w.]+\.py\b", "\n".join(blocks)))
-    shipped = {path for path in files if path.suffix == ".py" and path.relative_to(ROOT).parts[0] != "tests"}
-    assert sorted(path.name for path in shipped if path.name != "__init__.py" and path.name not in listed) == []
+def test_docs_list_every_python_file(files: list[Path]) -> None:
+    """The tree in docs/code.md has a line for each Python file outside tests/, and for no other."""
+    tree = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "code.md").read_text(), re.DOTALL | re.MULTILINE)[-1]
+    shipped = {path.relative_to(ROOT) for path in files if path.suffix == ".py" and path.name != "__init__.py"}
+    assert listed_files(tree) == sorted(str(path) for path in shipped if path.parts[0] != "tests")
+
+
+def test_listed_files() -> None:
+    """Indentation says in which folder a file of a tree lies."""
+    assert listed_files("a/   folder\n  b/\n    c.py  file\n  d.py\ne/\n  f.py  file\n") == [
+        "a/b/c.py",
+        "a/d.py",
+        "e/f.py",
+    ]
+
+
+def listed_files(tree: str) -> list[str]:
+    """Paths of the files in a tree whose folders end with "/", two spaces a level; sorted."""
+    found, folders = [], []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folders[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        if not name.endswith("/"):
+            found.append("".join(folders))
+    return sorted(found)
+
+
+def test_readme_is_short() -> None:
+    """A first page: at most 1,400 words, as wc counts them."""
+    assert len((ROOT / "README.md").read_text().split()) <= 1400
+
+
+def test_pages_name_what_exists(files: list[Path]) -> None:
+    """What the project's pages link to and name is there: files, Python modules, `make` targets."""
+    here = [str(path.relative_to(ROOT)) for path in files]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    wrong = []
+    for page in (path for path in files if path.suffix == ".md" and path.name != "RESULTS.md"):
+        text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT)
+        links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+        wrong += [f"{name}: {link}" for link in links if link and not (page.parent / link).exists()]
+        named = re.findall(
+            r"(?<![\w/])(?:launch|benchmarks|tests|docs|simple_llama)/[a-z0-9_/]+\.(?:py|sh|json)\b", text
+        )
+        named += re.findall(r"`([a-z0-9_/]+\.py)`", text)  # from any folder on
+        named += [f"{module.replace('.', '/')}.py" for module in re.findall(r"python3? -m ([a-z_.]+\.\w+)", text)]
+        wrong += [f"{name}: {file}" for file in named if not any(f"/{path}".endswith(f"/{file}") for path in here)]
+        wrong += [f"{name}: make {word}" for word in re.findall(r"`make ([a-z-]+)", text) if word not in targets]
+    assert wrong == []
 
 
 def test_launch_scripts_are_short(files: list[Path]) -> None:
