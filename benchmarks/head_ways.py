@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from simple_llama.ops import logprob
-from simple_llama.ops.logprob_torch import CHUNK_ROWS, Counts
+from simple_llama.ops.logprob import CHUNK_ROWS, Counts
 
 BETA = 0.1
 NLL = "torch sum"  # the one way with another loss
@@ -102,14 +102,14 @@ def ways(device_type: str, dtype: torch.dtype) -> dict[str, Way]:
 
 def ours(problem: Problem) -> Outcome:
     """`pair_loss`: three GEMMs."""
-    losses, logps_B2 = logprob.pair_loss(
+    loss, _, logps_B2 = logprob.pair_loss(
         problem.hidden_ND,
         problem.weight_VD,
         problem.targets_N,
         problem.counts,
         lambda logps_b2, _: dpo_losses(logps_b2),
     )
-    return _differentiated(losses / len(problem.counts), problem, logps_B2)
+    return _differentiated(loss / len(problem.counts), problem, logps_B2)
 
 
 def ours_recomputed(problem: Problem) -> Outcome:

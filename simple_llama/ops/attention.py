@@ -121,7 +121,7 @@ class PackedLayout:
         """Additive bottom-right causal mask (rows, prefix + rows) in the dtype and place of `like`."""
         key = (rows, prefix, like.dtype, like.device)
         if key not in self._made:
-            self._made[key] = suffix_mask(rows, prefix + rows, like)
+            self._made[key] = _suffix_mask(rows, prefix + rows, like)
         return self._made[key]
 
 
@@ -132,10 +132,10 @@ def attend(
     width = max(q_THK.shape[-1], v_TGV.shape[-1])
     if q_THK.is_cuda and q_THK.dtype in _VARLEN_DTYPES and width <= _VARLEN_MAX_WIDTH:
         return _attend_varlen(q_THK, k_TGK, v_TGV, layout, scale)
-    return attend_by_block(q_THK, k_TGK, v_TGV, layout, scale)
+    return _attend_by_block(q_THK, k_TGK, v_TGV, layout, scale)
 
 
-def attend_by_block(
+def _attend_by_block(
     q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGV: torch.Tensor, layout: PackedLayout, scale: float
 ) -> torch.Tensor:
     """`attend` by one SDPA call a block, on any device and dtype."""
@@ -164,14 +164,14 @@ def attend_suffix(
     """Causal attention of T rows that are the last T of S: a branch after its prefix, or a step of generation.
 
     Args:
-        mask_TS: `suffix_mask(T, S)` where the caller has it already; otherwise made here if one is needed.
+        mask_TS: `PackedLayout.mask` of these rows where the caller has it; otherwise made here if one is needed.
 
     Returns (T, H, V) in the dtype of v.
     """
     rows, keys = q_THK.shape[0], k_SGK.shape[0]
     square = rows == keys
     if mask_TS is None and not square and rows > 1:  # a single last row sees every key
-        mask_TS = suffix_mask(rows, keys, q_THK)
+        mask_TS = _suffix_mask(rows, keys, q_THK)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THK, k_SGK, v_SGV))
     mask = None if square else mask_TS
     grouped = _is_grouped(q_THK, k_SGK)
@@ -179,7 +179,7 @@ def attend_suffix(
     return out.squeeze(0).transpose(0, 1)
 
 
-def suffix_mask(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+def _suffix_mask(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
     """Additive mask (rows, keys): 0 where row i of the last `rows` sees key j <= keys - rows + i, else -inf."""
     return like.new_full((rows, keys), -torch.inf).triu(keys - rows + 1)
 
@@ -198,7 +198,7 @@ def _attend_varlen(
     value_width = v_TGV.shape[-1]
     k_SGK, v_SGV = k_TGK, v_TGV
     if plan.keys is not None:
-        k_SGK, v_SGV = gather_keys(k_TGK, plan.keys), gather_keys(v_TGV, plan.keys)
+        k_SGK, v_SGV = _gather_keys(k_TGK, plan.keys), _gather_keys(v_TGV, plan.keys)
     # one width for all three, a multiple of 8: zeros add nothing to q k^T and give zero columns of the output
     width = -(-max(q_THK.shape[-1], value_width) // 8) * 8
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_THK, k_SGK, v_SGV))
@@ -244,7 +244,7 @@ class _GatherKeys(torch.autograd.Function):
         return grad_TGK, None, None, *(None for _ in copies)
 
 
-def gather_keys(rows_TGK: torch.Tensor, plan: KeyPlan) -> torch.Tensor:
+def _gather_keys(rows_TGK: torch.Tensor, plan: KeyPlan) -> torch.Tensor:
     """The keys (or values) of all blocks one after the other: (S, G, K) from the stream's rows (T, G, K)."""
     return _GatherKeys.apply(rows_TGK, plan.rows_S, plan.own_T, *(x for copy in plan.copies for x in copy))
 
@@ -254,7 +254,7 @@ def _varlen_plan(blocks: Sequence[Block], device: torch.device) -> VarlenPlan:
     queries = [block.rows for block in blocks]
     keys = [block.prefix + block.rows for block in blocks]
     return VarlenPlan(
-        key_plan(blocks, device) if any(block.prefix for block in blocks) else None,
+        _key_plan(blocks, device) if any(block.prefix for block in blocks) else None,
         _send(torch.tensor([0, *accumulate(queries)], dtype=torch.int32), device),
         _send(torch.tensor([0, *accumulate(keys)], dtype=torch.int32), device),
         max(queries, default=0),
@@ -262,7 +262,7 @@ def _varlen_plan(blocks: Sequence[Block], device: torch.device) -> VarlenPlan:
     )
 
 
-def key_plan(blocks: Sequence[Block], device: torch.device) -> KeyPlan:
+def _key_plan(blocks: Sequence[Block], device: torch.device) -> KeyPlan:
     """The rows that a layout's blocks have as keys, and each row's places among them."""
     pieces: list[torch.Tensor] = []
     own: list[torch.Tensor] = []

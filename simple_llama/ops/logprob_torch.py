@@ -1,42 +1,25 @@
-"""Log-probs of targets under a vocabulary matrix, a chunk of logits at a time: the specification, in plain torch.
+"""What happens to the rows of a chunk's logits, in plain torch: the specification of row kernels, and the CPU's way.
 
-    pair_loss     three GEMMs a chunk of whole pairs; the loss is differentiated while the chunk's logits still exist
-    token_logps   four GEMMs; logits are computed again in backward, for any loss downstream
-    pair_logps    token_logps summed over each answer
-
-Without gradient all three only compute sums. Scored rows stand pair after pair, chosen rows then rejected rows.
-Logits, sums, losses and coefficients are fp32 for bf16 and fp32 inputs, fp64 for fp64 inputs: a bf16 logit is off by
-up to 0.03 at |z| = 16, and a bf16 sum near 300 has spacing 2.
-
-Shapes: B pairs, N scored tokens, D width, V vocabulary; lower case b, n for those of one chunk.
+Shapes: n rows of one chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from simple_llama.ops.machine import bf16_valued_gemms, has_fast_bf16
-
-Counts = Sequence[tuple[int, int]]  # scored tokens of (chosen, rejected) a pair, on the host: no sync to read them
-LossFn = Callable[[torch.Tensor, slice], torch.Tensor]  # (logps_b2, which pairs) -> losses_b
-Grads = tuple[torch.Tensor | None, ...]  # one an argument of forward
-
-# Rows of logits that exist at once. Fewer rows make the GEMMs memory-bound (each chunk reads and writes all of dW).
-CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+_NARROWING_PARTS = 16  # narrowing a chunk holds a copy of one part at a time beside it
 
 
 class RowKernels(NamedTuple):
-    """What happens to the rows of a chunk's logits. Both may overwrite the logits; `logps_` runs first."""
+    """Three steps of the head, in the order in which they run. The first two may overwrite the logits."""
 
     # (logits_nV, targets_n) -> (logps_n, state_n); state_n is for gradient_ only
     logps_: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    # (buffer_nV as logps_ left it, targets_n, state_n, coefficients_n, dtype) -> d/d logits (n, V) in dtype
+    # (buffer_nV as logps_ left it, targets_n, state_n, coefficients_n, dtype) -> d/d logits (n, V) in dtype, which
+    # is that of the buffer or narrower; it lies in the memory of the buffer
     gradient_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
     # (gradient of any shape, factor (), dtype) -> their product, rounded once to dtype; the gradient stays
     scaled: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
@@ -55,7 +38,20 @@ def _torch_gradient_(
 ) -> torch.Tensor:
     """coefficient * (onehot - softmax), in place in the buffer that `_torch_logps_` left."""
     exp_nV.mul_((-coefs_n / sum_n)[:, None])
-    return exp_nV.scatter_add_(1, targets_n[:, None], coefs_n[:, None]).to(dtype)
+    gradient_nV = exp_nV.scatter_add_(1, targets_n[:, None], coefs_n[:, None])
+    return gradient_nV if dtype == gradient_nV.dtype else _narrowed_(gradient_nV, dtype)
+
+
+def _narrowed_(wide_nV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same numbers in a narrower dtype, written to the front of their own memory, some rows at a time.
+
+    The narrow rows 0 to i end before the wide row i + 1 begins, so nothing is written over that is still to be read.
+    """
+    narrow_nV = wide_nV.view(dtype).flatten()[: wide_nV.numel()].view(wide_nV.shape)
+    rows = -(-len(wide_nV) // _NARROWING_PARTS)
+    for wide, narrow in zip(wide_nV.split(rows), narrow_nV.split(rows), strict=True):
+        narrow.copy_(wide.to(dtype))
+    return narrow_nV
 
 
 def _torch_scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -63,276 +59,4 @@ def _torch_scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dty
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
-TORCH_ROWS = RowKernels(_torch_logps_, _torch_gradient_, _torch_scaled)
-
-
-def pair_loss(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    targets_N: torch.Tensor,
-    counts: Counts,
-    loss_fn: LossFn,
-    chunk_rows: int | None = None,
-    rows: RowKernels = TORCH_ROWS,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over pairs of a loss of the pairs' log-prob sums, in three GEMMs.
-
-    Each chunk's gradient is formed in the forward pass, so backward only scales it and needs no weight.
-
-    Args:
-        hidden_ND: rows that predict the scored tokens; fp32, bf16 or fp64, same dtype as the weight.
-        targets_N: int64 scored tokens.
-        counts: (chosen, rejected) scored tokens a pair; they add up to N.
-        loss_fn: (logps_b2, pairs: slice) -> losses_b for those pairs, each of its own pair's log-probs only.
-        chunk_rows: about how many rows of logits exist at once (a chunk holds whole pairs).
-
-    Returns:
-        Loss (scalar, differentiable in hidden and weight) and logps_B2 (detached), both fp32.
-    """
-    chunk_rows = chunk_rows or CHUNK_ROWS[hidden_ND.device.type]
-    if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return _PairLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, rows)
-    logps_B2 = pair_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, rows)
-    return loss_fn(logps_B2, slice(0, len(counts))).sum(), logps_B2
-
-
-def pair_logps(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    targets_N: torch.Tensor,
-    counts: Counts,
-    chunk_rows: int | None = None,
-    rows: RowKernels = TORCH_ROWS,
-) -> torch.Tensor:
-    """Log-prob sums (B, 2) of the chosen and rejected answers, fp32, differentiable. Arguments as in `pair_loss`."""
-    logps_N = token_logps(hidden_ND, weight_VD, targets_N, chunk_rows, rows)
-    return _pair_sums(logps_N, _lengths(counts, logps_N.device))
-
-
-def token_logps(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    targets_N: torch.Tensor,
-    chunk_rows: int | None = None,
-    rows: RowKernels = TORCH_ROWS,
-) -> torch.Tensor:
-    """Log-prob (N,) of each target, fp32, differentiable by computing the logits again. Arguments as in `pair_loss`."""
-    chunk_rows = chunk_rows or CHUNK_ROWS[hidden_ND.device.type]
-    return _TokenLogps.apply(hidden_ND, weight_VD, targets_N, chunk_rows, rows)
-
-
-class _PairLoss(torch.autograd.Function):
-    """Three GEMMs: logits, hidden gradient and weight gradient of a chunk, all in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        targets_N: torch.Tensor,
-        counts: Counts,
-        loss_fn: LossFn,
-        chunk_rows: int,
-        rows: RowKernels,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        gemms = _Gemms(hidden_ND, weight_VD)
-        gradients = _Gradients(gemms, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        chunks = _pair_chunks(counts, chunk_rows)
-        logits_nV = gemms.logits_buffer([chunk.rows for chunk in chunks])
-        lengths_2B = _lengths(counts, hidden_ND.device)
-        losses, logps = [], []
-        for chunk in chunks:
-            targets_n = targets_N[chunk.rows]
-            lengths_2b = lengths_2B[2 * chunk.pairs.start : 2 * chunk.pairs.stop]
-            buffer_nV = gemms.logits_(logits_nV, chunk.rows)
-            logps_n, state_n = rows.logps_(buffer_nV, targets_n)
-            logps_b2 = _pair_sums(logps_n, lengths_2b)
-            losses_b, coefs_b2 = _differentiate(loss_fn, logps_b2, chunk.pairs)
-            coefs_n = torch.repeat_interleave(coefs_b2.flatten(), lengths_2b, output_size=len(targets_n))
-            gradients.add_(rows.gradient_(buffer_nV, targets_n, state_n, coefs_n, gemms.gradient_dtype), chunk.rows)
-            losses.append(losses_b)
-            logps.append(logps_b2)
-        ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD)
-        ctx.dtype, ctx.scaled = hidden_ND.dtype, rows.scaled
-        logps_B2 = torch.cat(logps)
-        ctx.mark_non_differentiable(logps_B2)
-        return torch.cat(losses).sum(), logps_B2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_loss, _ = grad_outputs
-        hidden_ND, weight_VD = (
-            None if gradient is None else ctx.scaled(gradient, grad_loss, ctx.dtype) for gradient in ctx.saved_tensors
-        )
-        return hidden_ND, weight_VD, None, None, None, None, None
-
-
-class _TokenLogps(torch.autograd.Function):
-    """Four GEMMs: nothing of size N x V or V x D is kept between forward and backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        targets_N: torch.Tensor,
-        chunk_rows: int,
-        rows: RowKernels,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        ctx.chunk_rows, ctx.rows = chunk_rows, rows
-        gemms = _Gemms(hidden_ND, weight_VD)
-        chunks = _row_chunks(len(targets_N), chunk_rows)
-        logits_nV = gemms.logits_buffer(chunks)
-        logps_N = torch.empty(len(targets_N), dtype=gemms.wide_dtype, device=hidden_ND.device)
-        for chunk in chunks:
-            logps_N[chunk], _ = rows.logps_(gemms.logits_(logits_nV, chunk), targets_N[chunk])
-        return logps_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (coefs_N,) = grad_outputs
-        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
-        gemms = _Gemms(hidden_ND, weight_VD)
-        gradients = _Gradients(gemms, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        chunks = _row_chunks(len(targets_N), ctx.chunk_rows)
-        logits_nV = gemms.logits_buffer(chunks)
-        for chunk in chunks:
-            buffer_nV = gemms.logits_(logits_nV, chunk)
-            _, state_n = ctx.rows.logps_(buffer_nV, targets_N[chunk])
-            gradient_nV = ctx.rows.gradient_(buffer_nV, targets_N[chunk], state_n, coefs_N[chunk], gemms.gradient_dtype)
-            gradients.add_(gradient_nV, chunk)
-        hidden_grad_ND, weight_grad_VD = (
-            None if gradient is None else gradient.to(hidden_ND.dtype)
-            for gradient in (gradients.hidden_ND, gradients.weight_VD)
-        )
-        return hidden_grad_ND, weight_grad_VD, None, None, None
-
-
-class _Gemms:
-    """The GEMMs of one call. Their results are fp32 (fp64 for fp64 inputs), whatever the operands are held in.
-
-    bf16 on CUDA: bf16 operands, fp32 results. bf16 on the CPU: logits from widened operands, the weight once and the
-    rows chunk by chunk; gradients from bf16 operands where the CPU has bf16 units and from the widened ones elsewhere.
-    """
-
-    def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor):
-        self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
-        self.wide_dtype = torch.promote_types(weight_VD.dtype, torch.float32)
-        narrow = weight_VD.dtype != self.wide_dtype
-        self.mixed = narrow and weight_VD.is_cuda
-        self.fast_bf16 = narrow and not self.mixed and has_fast_bf16(weight_VD.device)
-        self.gradient_dtype = weight_VD.dtype if self.mixed or self.fast_bf16 else self.wide_dtype
-        if not self.mixed:
-            self.wide_VD = weight_VD.to(self.wide_dtype)
-        self.wide_nD = hidden_ND[:0]  # the rows of the chunk whose logits came last
-
-    def logits_buffer(self, chunks: Sequence[slice]) -> torch.Tensor:
-        """The one workspace that the logits of every chunk are written to."""
-        most_rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        return self.weight_VD.new_empty(most_rows, len(self.weight_VD), dtype=self.wide_dtype)
-
-    def logits_(self, buffer_nV: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Writes hidden[rows] weight^T into the first rows of the buffer and gives these."""
-        out_nV = buffer_nV[: rows.stop - rows.start]
-        if self.mixed:
-            return torch.mm(self.hidden_ND[rows], self.weight_VD.T, out_dtype=self.wide_dtype, out=out_nV)
-        self.wide_nD = self.hidden_ND[rows].to(self.wide_dtype)
-        with bf16_valued_gemms() if self.fast_bf16 else nullcontext():
-            return torch.mm(self.wide_nD, self.wide_VD.T, out=out_nV)
-
-    def hidden_gradient_(self, gradient_nV: torch.Tensor, out_nD: torch.Tensor) -> None:
-        """out = gradient weight."""
-        if self.mixed:
-            torch.mm(gradient_nV, self.weight_VD, out_dtype=self.wide_dtype, out=out_nD)
-        elif self.fast_bf16:
-            out_nD.copy_(gradient_nV @ self.weight_VD)
-        else:
-            torch.mm(gradient_nV, self.wide_VD, out=out_nD)
-
-    def add_weight_gradient_(self, gradient_nV: torch.Tensor, rows: slice, out_VD: torch.Tensor, beta: int) -> None:
-        """out = beta * out + gradient^T hidden[rows], the rows of the last logits; beta 0 ignores what stood in out."""
-        if self.mixed:
-            torch.addmm(out_VD, gradient_nV.T, self.hidden_ND[rows], beta=beta, out_dtype=self.wide_dtype, out=out_VD)
-        elif self.fast_bf16:
-            product_VD = gradient_nV.T @ self.hidden_ND[rows]
-            out_VD.add_(product_VD) if beta else out_VD.copy_(product_VD)
-        else:
-            torch.addmm(out_VD, gradient_nV.T, self.wide_nD, beta=beta, out=out_VD)
-
-
-class _Gradients:
-    """fp32 gradients of the hidden rows and the weight, each None where it is not needed."""
-
-    def __init__(self, gemms: _Gemms, hidden: bool, weight: bool):
-        self.gemms = gemms
-        self.hidden_ND = torch.empty_like(gemms.hidden_ND, dtype=gemms.wide_dtype) if hidden else None
-        self.weight_VD = torch.empty_like(gemms.weight_VD, dtype=gemms.wide_dtype) if weight else None
-        self.chunks = 0
-
-    def add_(self, gradient_nV: torch.Tensor, rows: slice) -> None:
-        """Takes in the gradient of the logits of these rows."""
-        if self.hidden_ND is not None:
-            self.gemms.hidden_gradient_(gradient_nV, self.hidden_ND[rows])
-        if self.weight_VD is not None:
-            self.gemms.add_weight_gradient_(gradient_nV, rows, self.weight_VD, beta=min(self.chunks, 1))
-        self.chunks += 1
-
-
-class _Chunk(NamedTuple):
-    pairs: slice
-    rows: slice
-
-
-def _pair_chunks(counts: Counts, chunk_rows: int) -> list[_Chunk]:
-    """Whole pairs in about equal chunks: a pair belongs to the chunk that its middle row falls into.
-
-    A chunk has at most chunk_rows rows and the halves of its first and last pair that stick out.
-    """
-    total = sum(chosen + rejected for chosen, rejected in counts)
-    n_chunks = -(-total // chunk_rows)
-    chunks: list[_Chunk] = []
-    previous, start = -1, 0
-    for pair, (chosen, rejected) in enumerate(counts):
-        stop = start + chosen + rejected
-        index = (start + stop) * n_chunks // (2 * total)
-        if index == previous:
-            last = chunks.pop()
-            chunks.append(_Chunk(slice(last.pairs.start, pair + 1), slice(last.rows.start, stop)))
-        else:
-            chunks.append(_Chunk(slice(pair, pair + 1), slice(start, stop)))
-        previous, start = index, stop
-    return chunks
-
-
-def _row_chunks(n_rows: int, chunk_rows: int) -> list[slice]:
-    """Rows in about equal chunks of at most chunk_rows."""
-    n_chunks = -(-n_rows // chunk_rows)
-    edges = [n_rows * i // n_chunks for i in range(n_chunks)] + [n_rows]
-    return [slice(start, stop) for start, stop in pairwise(edges)]
-
-
-def _lengths(counts: Counts, device: torch.device) -> torch.Tensor:
-    """Scored tokens of each answer (2B,), chosen and rejected in turn, on `device` without a host sync."""
-    lengths_2B = torch.tensor(counts, dtype=torch.int64).flatten()
-    if device.type == "cuda":
-        return lengths_2B.pin_memory().to(device, non_blocking=True)
-    return lengths_2B
-
-
-def _pair_sums(logps_n: torch.Tensor, lengths_2b: torch.Tensor) -> torch.Tensor:
-    """Sums (b, 2) over each answer, rounded once: they depend on no other answer and on no order of adding."""
-    # unsafe=True skips a check of the lengths that would wait for the device
-    sums_2b = torch.segment_reduce(logps_n.double(), "sum", lengths=lengths_2b, unsafe=True)
-    return sums_2b.view(-1, 2).to(logps_n.dtype)
-
-
-def _differentiate(loss_fn: LossFn, logps_b2: torch.Tensor, pairs: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (b,) of these pairs, and the derivative (b, 2) of their sum in each log-prob."""
-    with torch.enable_grad():
-        leaf_b2 = logps_b2.detach().requires_grad_()
-        losses_b = loss_fn(leaf_b2, pairs)
-        (coefs_b2,) = torch.autograd.grad(losses_b.sum(), leaf_b2)
-    return losses_b.detach(), coefs_b2
+TORCH_KERNELS = RowKernels(_torch_logps_, _torch_gradient_, _torch_scaled)

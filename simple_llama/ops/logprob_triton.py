@@ -2,7 +2,7 @@
 
 A row pass reads the logits once (logsumexp and target logit), and a gradient pass overwrites them in place. For bf16
 GEMMs the gradient is written as bf16 into the first half of each row's own bytes, so that it needs no second buffer.
-Import this module only where Triton is installed. `logprob_torch` is the specification.
+Import this module only where Triton is installed. `logprob_torch` is their specification.
 
 Shapes: n rows of one chunk, V vocabulary.
 """
@@ -18,8 +18,8 @@ import triton.language as tl
 from simple_llama.common.logging import LOGGER
 from simple_llama.ops.logprob_torch import RowKernels
 
-MAX_BLOCK = 4096  # logits of a row that one program holds at once
-WARPS = 8
+_MAX_BLOCK = 4096  # logits of a row that one program holds at once
+_WARPS = 8
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _triton_logps_(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[to
         lse_n2,
         vocab,
         BLOCK=_block(vocab),
-        num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
     )
     return logps_n, lse_n2
 
@@ -110,7 +110,7 @@ def _triton_gradient_(
         coefs_n.contiguous(),
         vocab,
         BLOCK=_block(vocab),
-        num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
     )
     return grad_nV
 
@@ -119,14 +119,14 @@ def _triton_scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dt
     """gradient * factor, multiplied in fp32 and rounded once to `dtype`. The gradient is contiguous."""
     out = torch.empty_like(gradient, dtype=dtype)
     if out.numel():
-        grid = (triton.cdiv(out.numel(), MAX_BLOCK),)
+        grid = (triton.cdiv(out.numel(), _MAX_BLOCK),)
         _scale_kernel[grid](
             gradient,
             factor,
             out,
             out.numel(),
-            BLOCK=MAX_BLOCK,
-            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+            BLOCK=_MAX_BLOCK,
+            num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
         )
     return out
 
@@ -147,7 +147,7 @@ def has_driver() -> bool:
 
 def _block(vocab: int) -> int:
     """Columns a program takes at a time: all of a small vocabulary, as a power of two."""
-    return min(1 << (vocab - 1).bit_length(), MAX_BLOCK)
+    return min(1 << (vocab - 1).bit_length(), _MAX_BLOCK)
 
 
-TRITON_ROWS = RowKernels(_triton_logps_, _triton_gradient_, _triton_scaled)
+TRITON_KERNELS = RowKernels(_triton_logps_, _triton_gradient_, _triton_scaled)

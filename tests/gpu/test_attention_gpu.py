@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from host_waits import no_host_waits
-from simple_llama.ops.attention import PackedLayout, attend, attend_by_block
+from simple_llama.ops.attention import PackedLayout, _attend_by_block, attend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,7 @@ def _run(run, layout: PackedLayout, dtype: torch.dtype, key: int, value: int, ke
 def test_varlen_equals_sdpa(name: str, key: int, value: int):
     """bf16 varlen is within bf16 rounding of fp32 SDPA, value and all gradients, also where widths differ (MLA)."""
     fast = _run(attend, LAYOUTS[name], torch.bfloat16, key, value)
-    exact = _run(attend_by_block, LAYOUTS[name], torch.float32, key, value)
+    exact = _run(_attend_by_block, LAYOUTS[name], torch.float32, key, value)
     for ours, theirs in zip(fast, exact, strict=True):
         assert torch.allclose(ours, theirs, atol=0.05, rtol=0.02)
 
@@ -46,7 +46,7 @@ def test_varlen_equals_sdpa(name: str, key: int, value: int):
 def test_shared_key_heads(name: str, key_heads: int):
     """4 query heads over 1 or 2 key heads: bf16 varlen is within bf16 rounding of fp32 SDPA, value and gradients."""
     fast = _run(attend, LAYOUTS[name], torch.bfloat16, 64, 64, key_heads)
-    exact = _run(attend_by_block, LAYOUTS[name], torch.float32, 64, 64, key_heads)
+    exact = _run(_attend_by_block, LAYOUTS[name], torch.float32, 64, 64, key_heads)
     for ours, theirs in zip(fast, exact, strict=True):
         assert torch.allclose(ours, theirs, atol=0.05, rtol=0.02)
 

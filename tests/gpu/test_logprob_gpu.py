@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from host_waits import no_host_waits
-from simple_llama.ops import logprob, logprob_torch
-from simple_llama.ops.logprob_torch import TORCH_ROWS, RowKernels
+from simple_llama.ops import logprob
+from simple_llama.ops.logprob_torch import TORCH_KERNELS, RowKernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,20 +31,20 @@ def problem(vocab: int, dtype: torch.dtype, width: int = 64) -> tuple[torch.Tens
     return hidden, weight, torch.randint(vocab, (n,), generator=generator).cuda()
 
 
-def row_kernels(name: str) -> RowKernels:
+def kernels_named(name: str) -> RowKernels:
     """The two implementations, by name: the Triton one cannot be imported where Triton is not installed."""
     if name == "torch":
-        return TORCH_ROWS
+        return TORCH_KERNELS
     pytest.importorskip("triton")
-    from simple_llama.ops.logprob_triton import TRITON_ROWS
+    from simple_llama.ops.logprob_triton import TRITON_KERNELS
 
-    return TRITON_ROWS
+    return TRITON_KERNELS
 
 
-@pytest.mark.parametrize("rows", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [1, 257, 8192, 9001])
-def test_head_equals_textbook(vocab: int, dtype: torch.dtype, rows: str) -> None:
+def test_head_equals_textbook(vocab: int, dtype: torch.dtype, name: str) -> None:
     """Three- and four-GEMM modes, several chunks: sums to 1e-3, gradients to the rounding of the dtype."""
     hidden, weight, targets = problem(vocab, dtype)
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
@@ -52,9 +52,10 @@ def test_head_equals_textbook(vocab: int, dtype: torch.dtype, rows: str) -> None
     lengths = [length for pair in COUNTS for length in pair]
     exact = torch.stack([part.sum() for part in exact_token.split(lengths)]).view(-1, 2)
     expected = torch.autograd.grad(loss_fn(exact, slice(0)).sum(), (exact_hidden, exact_weight))
-    kernels = row_kernels(rows)
-    loss, logps = logprob_torch.pair_loss(hidden, weight, targets, COUNTS, loss_fn, 150, kernels)
-    recomputed = logprob_torch.pair_logps(hidden, weight, targets, COUNTS, 150, kernels)
+    kernels = kernels_named(name)
+    loss, losses, logps = logprob.pair_loss(hidden, weight, targets, COUNTS, loss_fn, 150, kernels)
+    recomputed = logprob.pair_logps(hidden, weight, targets, COUNTS, 150, kernels)
+    assert torch.equal(losses, loss_fn(logps, slice(0)))
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), exact.detach(), atol=1e-3, rtol=1e-6)
     torch.testing.assert_close(recomputed.detach(), logps, atol=1e-3, rtol=1e-6)
@@ -69,23 +70,23 @@ def test_head_equals_textbook(vocab: int, dtype: torch.dtype, rows: str) -> None
 @pytest.mark.parametrize(("vocab", "scale"), [(5, 1.0), (4096, 1.0), (32003, 1e4), (128256, 1.0)])
 def test_row_kernels_match(vocab: int, scale: float, dtype: torch.dtype) -> None:
     """Triton rows == torch rows; the bf16 gradient overwrites the logits that it is read from, row by row."""
-    triton_rows = row_kernels("triton")
+    triton_kernels = kernels_named("triton")
     generator = torch.Generator("cuda").manual_seed(0)
     logits = (2 * torch.rand(301, vocab, generator=generator, device="cuda") - 1) * scale
     targets = torch.randint(vocab, (301,), generator=generator, device="cuda")
     coefs = torch.randn(301, generator=generator, device="cuda")
     slow_logits = logits.clone()
-    slow_logps, slow_state = TORCH_ROWS.logps_(slow_logits, targets)
-    slow_gradient = TORCH_ROWS.gradient_(slow_logits, targets, slow_state, coefs, torch.float32)
-    logps, state = triton_rows.logps_(logits, targets)
-    gradient = triton_rows.gradient_(logits, targets, state, coefs, dtype)
+    slow_logps, slow_state = TORCH_KERNELS.logps_(slow_logits, targets)
+    slow_gradient = TORCH_KERNELS.gradient_(slow_logits, targets, slow_state, coefs, torch.float32)
+    logps, state = triton_kernels.logps_(logits, targets)
+    gradient = triton_kernels.gradient_(logits, targets, state, coefs, dtype)
     torch.testing.assert_close(logps, slow_logps, rtol=1e-6, atol=1e-5)
     tolerance = 1e-4 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(gradient.float(), slow_gradient, rtol=tolerance, atol=1e-6)
 
 
 def test_no_host_sync() -> None:
-    """A forward and backward of the door waits for the device nowhere (after the kernels were compiled)."""
+    """A forward and backward of the head waits for the device nowhere (after the kernels were compiled)."""
     hidden, weight, targets = problem(8192, torch.bfloat16)
     logprob.pair_loss(hidden, weight, targets, COUNTS, loss_fn, 150)[0].backward()
     with no_host_waits():

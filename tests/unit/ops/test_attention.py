@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simple_llama.ops import attention
-from simple_llama.ops.attention import PackedLayout, attend, attend_suffix, suffix_mask
+from simple_llama.ops.attention import PackedLayout, _suffix_mask, attend, attend_suffix
 
 H, K, V = 2, 4, 6
 MIXED = PackedLayout(((3, (2, 4)), (0, (1, 2)), (2, ()), (4, (0, 3)), (1, (2, 0, 1)), (3, (2, 4))))
@@ -140,8 +140,8 @@ def test_shared_key_heads_in_bf16(monkeypatch: pytest.MonkeyPatch, fast: bool):
 def test_masks_are_made_once_a_layout(monkeypatch: pytest.MonkeyPatch):
     """Two layers over a layout with two equal rectangles (3 + 4 keys, 4 rows) make that mask once."""
     made: list[tuple[int, int]] = []
-    real = attention.suffix_mask
-    monkeypatch.setattr(attention, "suffix_mask", lambda r, k, like: made.append((r, k)) or real(r, k, like))
+    real = attention._suffix_mask
+    monkeypatch.setattr(attention, "_suffix_mask", lambda r, k, like: made.append((r, k)) or real(r, k, like))
     layout = PackedLayout(((3, (2, 4)), (3, (1, 4))))
     for _ in range(2):
         q, k, v = _rows(layout)
@@ -151,7 +151,7 @@ def test_masks_are_made_once_a_layout(monkeypatch: pytest.MonkeyPatch):
 
 def test_suffix_mask_by_hand():
     """Two rows that are the last of four: the first sees three keys, the second all."""
-    assert suffix_mask(2, 4, torch.zeros(())).tolist() == [[0, 0, 0, -torch.inf], [0, 0, 0, 0]]
+    assert _suffix_mask(2, 4, torch.zeros(())).tolist() == [[0, 0, 0, -torch.inf], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("heads", [(H, H), (4, 2)], ids=["own keys", "shared keys"])
@@ -191,10 +191,13 @@ def test_varlen_arguments(monkeypatch: pytest.MonkeyPatch, layout: PackedLayout,
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gather_of_keys_and_its_gradient(compiled: bool):
-    """As `index_select` and its gradient, for up to three branches and empty ones, compiled with any number of rows."""
+    """As `index_select` and its gradient, for up to three branches and empty ones, compiled with any number of rows.
+
+    The rows are copies, so equal bit for bit on any CPU; the gradient's sums may differ in their order.
+    """
     if compiled and not shutil.which("g++"):
         pytest.skip("compiling for a CPU needs g++")
-    gather = torch.compile(attention.gather_keys, dynamic=True) if compiled else attention.gather_keys
+    gather = torch.compile(attention._gather_keys, dynamic=True) if compiled else attention._gather_keys
     layouts = [((2, (3, 1)),), ((3, (0, 2, 4, 1)), (0, (2, 3)), (2, (1, 0, 2)), (4, ())), ((1, (1, 1)), (5, (2, 2)))]
     for segments in layouts:
         layout = PackedLayout(segments)

@@ -19,7 +19,10 @@ def _operands(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def test_upcast_is_the_fp32_result_rounded_once():
-    """Value and all three gradients are bitwise those of fp32 arithmetic on the same bf16 numbers, rounded to bf16."""
+    """Value and all three gradients are bitwise those of fp32 arithmetic on the same bf16 numbers, rounded to bf16.
+
+    On any CPU, with any number of threads: both sides make the same three fp32 GEMMs in one process.
+    """
     ours, exact = _operands(torch.bfloat16), [x.detach().float().requires_grad_() for x in _operands(torch.bfloat16)]
     out, expected = linear(*ours, upcast=True), F.linear(*exact)
     grad = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).bfloat16()

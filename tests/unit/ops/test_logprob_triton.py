@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from simple_llama.ops import logprob
-from simple_llama.ops.logprob_torch import TORCH_ROWS
+from simple_llama.ops.logprob_torch import TORCH_KERNELS
 
 CHECKS = Path(__file__).with_name("interpreted_logprob_triton.py")
 
@@ -28,7 +28,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), subprocess.CalledProcessError(1, "gcc")])
-def test_a_gpu_without_a_compiler_gets_torch_rows(
+def test_a_gpu_without_a_compiler_gets_torch_kernels(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Triton compiles a module when it first meets the GPU; where it cannot, the head goes on and says why."""
@@ -40,7 +40,7 @@ def test_a_gpu_without_a_compiler_gets_torch_rows(
 
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=fail))
     monkeypatch.setattr(logprob_triton, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
-    logprob.row_kernels.cache_clear()
-    assert logprob.row_kernels("cuda", torch.bfloat16) is TORCH_ROWS
+    logprob._fastest_kernels.cache_clear()
+    assert logprob._fastest_kernels("cuda", torch.bfloat16) is TORCH_KERNELS
     assert "Triton cannot start" in caplog.text and str(error) in caplog.text
-    logprob.row_kernels.cache_clear()
+    logprob._fastest_kernels.cache_clear()
