@@ -112,7 +112,7 @@ def parse_settings(kind: type[SomeSettings], argv: Sequence[str] | None, descrip
 
 
 def take_option(args: list[str], name: str) -> tuple[list[str], list[str]]:
-    """Splits `name VALUE`, `name=VALUE` (also spelled with hyphens) out of `args`: (the values, all other arguments)."""
+    """Splits `name VALUE`, `name=VALUE` (also with hyphens) out of `args`: (the values, all other arguments)."""
     values, rest, waiting = [], [], iter(args)
     for arg in waiting:
         flag, equals, value = arg.partition("=")
@@ -145,7 +145,7 @@ def settings_from_dict(kind: type[SomeSettings], found: Any, source: str) -> Som
 
 
 def _typed(place: str, value: Any, default: Any, choices: tuple[Any, ...]) -> Any:
-    """A JSON value as the type of a setting's default: a list as a tuple, a whole number as a float where one is due."""
+    """A JSON value as the type of a setting's default: a list as a tuple, a whole number as a float."""
     if isinstance(default, tuple):
         if not (isinstance(value, list) and [type(number) for number in value] == [type(n) for n in default]):
             raise UserError(f"{place}: expected a list of {len(default)} whole numbers, found {brief(value)}")

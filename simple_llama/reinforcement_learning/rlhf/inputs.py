@@ -16,7 +16,7 @@ from typing_extensions import Doc
 from simple_llama.cluster.distributed import Ranks, fail_together, require_same
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path, root_path
-from simple_llama.common.settings import PathText
+from simple_llama.common.settings import PathText, Settings
 from simple_llama.dataset.tokenizer import load_tokenizer, token_count, tokenizer_digest
 from simple_llama.ops.attention import ATTENTION_VERSION
 from simple_llama.ops.logprob import HEAD_VERSION
@@ -38,14 +38,19 @@ _PACKAGES = ("torch", "deepspeed", "tokenizers", "numpy", "safetensors", "tensor
 
 
 @dataclass(frozen=True)
-class InputsConfig(DataConfig, EngineConfig):
-    """What decides the inputs: the model's and the tokenizer's files, the data, and how the model is computed."""
+class ModelConfig(Settings):
+    """Which model."""
 
     # === Model ===
     model_path: Annotated[PathText, Doc("SFT checkpoint: a .pth file, or a folder whose newest .pth is taken")] = (
         root_path("simple_llama", "finetune", "full_sft", "sft_checkpoints")
     )
     tokenize_path: PathText = package_path("dataset", "bpe_8k.json")  # tokenizer JSON
+
+
+@dataclass(frozen=True)
+class InputsConfig(EngineConfig, DataConfig, ModelConfig):
+    """What decides the inputs: the model's and the tokenizer's files, the data, and how the model is computed."""
 
 
 @dataclass(frozen=True)

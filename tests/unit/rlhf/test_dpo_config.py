@@ -152,6 +152,7 @@ def test_each_setting_has_one_owner():
     declared = [name for owner in owners for name in vars(owner).get("__annotations__", {})]
     assert len(declared) == len(set(declared)) == len(fields(DPOConfig))
     assert [owner.__name__ for owner in reversed(owners)] == [
+        "ModelConfig",
         "DataConfig",
         "PolicyConfig",
         "BatchConfig",

@@ -14,8 +14,9 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf import dry_run
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.dry_run import batch_arithmetic, describe
+from simple_llama.reinforcement_learning.rlhf.dry_run import _batch_arithmetic, describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.cost import MemoryEstimate
 from tiny_job import TinyJob, make_job
@@ -79,9 +80,9 @@ def test_batch_arithmetic_by_hand(config: DPOConfig) -> None:
     A step has 2 * 4 * 2 = 16 pairs; 21 pairs are a step of 16 and one of 5; two epochs are 4 steps. A pair has
     3 + 1 + 2 = 6 packed rows, 126 in all, and 5 + 6 = 11 tokens as whole chats, 231 in all; 231 / 126 = 1.83.
     """
-    pairs = [TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3)] * 21
-    plan = BatchPlan(tuple(pair.rows for pair in pairs), 0, 2, config.batch_size, config.grad_accum_steps)
-    assert batch_arithmetic(config, plan, pairs) == (
+    pairs = PairSet.of([TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3)] * 21)
+    plan = BatchPlan(pairs.rows, 0, 2, config.batch_size, config.grad_accum_steps)
+    assert _batch_arithmetic(config, plan, pairs) == (
         "2 pairs a micro-batch x 4 micro-batches x 2 ranks = 16 pairs an optimizer step\n"
         "21 pairs = 2 steps an epoch (the last has 5 pairs); 2 epochs = 4 steps; warm-up over 2\n"
         "126 packed tokens an epoch; both chats whole would be 231 (1.83 times as many)"
@@ -90,9 +91,9 @@ def test_batch_arithmetic_by_hand(config: DPOConfig) -> None:
 
 def test_a_full_last_step_is_said_so(config: DPOConfig) -> None:
     """16 pairs in steps of 8: two steps, the last has 8."""
-    pairs = [TokenizedPair.from_chats([1, 2], 1, [1, 3], 1)] * 16
-    plan = BatchPlan((1,) * 16, 0, 1, config.batch_size, config.grad_accum_steps)
-    assert "16 pairs = 2 steps an epoch (the last has 8 pairs); 2 epochs = 4 steps" in batch_arithmetic(
+    pairs = PairSet.of([TokenizedPair.from_chats([1, 2], 1, [1, 3], 1)] * 16)
+    plan = BatchPlan(pairs.rows, 0, 1, config.batch_size, config.grad_accum_steps)
+    assert "16 pairs = 2 steps an epoch (the last has 8 pairs); 2 epochs = 4 steps" in _batch_arithmetic(
         config, plan, pairs
     )
 
@@ -124,7 +125,7 @@ def test_memory_lines(config: DPOConfig, inputs: Inputs, monkeypatch: pytest.Mon
     assert lines[5:] == [
         f"45,984 weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
     ]
-    plan = BatchPlan(tuple(pair.rows for pair in inputs.train_pairs), config.seed, 2, 2, 4)
+    plan = BatchPlan(inputs.data.train.rows, config.seed, 2, 2, 4)
     steps = [plan.step(index) for index in range(plan.steps_per_epoch)]
     rows = [sum(plan.rows[i] for i in micro) for step in steps for rank in step for micro in rank]
     assert len(batch.tokens_T) == max(rows) > min(rows)
@@ -132,8 +133,8 @@ def test_memory_lines(config: DPOConfig, inputs: Inputs, monkeypatch: pytest.Mon
 
 def test_the_first_pair_is_shown_with_its_scored_tokens(config: DPOConfig, inputs: Inputs) -> None:
     """[[ ]] stand around each answer and its <EOA>, and nowhere else. (Each text begins with the tokenizer's space.)"""
-    pair = inputs.data.train[0]
-    tokenized = pair.tokenized
+    tokenized = inputs.data.train[0]
+    [pair] = inputs.data.conversations(inputs.data.train[:1])
     prompt = f"<SOT> Be kind.<EOT> \n\n<SOU> {pair.users[0]}<EOU> \n<SOA>"
     assert sections(describe(config, inputs, 1))["first pair (scored tokens in [[ ]])"] == (
         f"chosen ({tokenized.chosen_len} tokens, {tokenized.chosen_scored} scored): "

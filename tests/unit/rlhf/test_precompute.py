@@ -36,12 +36,12 @@ def test_each_micro_batch_comes_with_its_own_sums(asked: list[int]) -> None:
     seen = []
     batches = [PairBatch.pack(part) for part in (PAIRS[:2], PAIRS[2:3], PAIRS[3:])]
     for keys, sums_B2 in precompute.computed(model, iter(batches), CPU):
-        seen.append((keys.tolist(), sums_B2.tolist(), list(asked)))
+        seen.append((keys.tobytes(), sums_B2.tolist(), list(asked)))
         assert sums_B2.dtype == np.float32
     assert seen == [
-        (batches[0].keys.tolist(), [[10, 16], [11, 17]], [2, 1]),
-        (batches[1].keys.tolist(), [[12, 18]], [2, 1, 2]),
-        (batches[2].keys.tolist(), [[13, 19], [14, 20]], [2, 1, 2]),
+        (batches[0].keys.tobytes(), [[10, 16], [11, 17]], [2, 1]),
+        (batches[1].keys.tobytes(), [[12, 18]], [2, 1, 2]),
+        (batches[2].keys.tobytes(), [[13, 19], [14, 20]], [2, 1, 2]),
     ]
 
 
@@ -54,5 +54,5 @@ def test_a_stop_gives_out_what_is_computed(asked: list[int]) -> None:
         yield batch
 
     model: Any = None
-    assert [keys.tolist() for keys, _ in precompute.computed(model, stopped(), CPU)] == [batch.keys.tolist()]
+    assert [keys.tobytes() for keys, _ in precompute.computed(model, stopped(), CPU)] == [batch.keys.tobytes()]
     assert list(precompute.computed(model, iter([]), CPU)) == []

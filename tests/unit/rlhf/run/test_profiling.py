@@ -16,7 +16,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
-from simple_llama.reinforcement_learning.rlhf.run.training_run import Run
+from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun
 from tiny_job import TinyJob, make_job
 
 
@@ -70,15 +70,15 @@ def test_steps_beyond_the_run_are_refused(job: TinyJob, ranks: Ranks) -> None:
 def test_a_stop_within_the_trace_drops_it(job: TinyJob, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
     """Stopped after step 2 of a profile of steps 2 to 5: no file, no profiler left on. The resumed run traces what is
     left, steps 3 to 5, and says so; one that starts after them traces nothing and goes on."""
-    original = Run.update
+    original = TrainingRun.made
 
-    def update_asked_to_stop(run: Run, step: int, rate: float) -> None:
-        original(run, step, rate)
+    def asked_to_stop(run: TrainingRun, step: int, grad_norm: float) -> None:
+        original(run, step, grad_norm)
         if step == 2:
             stopping.request("SIGTERM")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "update", update_asked_to_stop)
+        patch.setattr(TrainingRun, "made", asked_to_stop)
         with pytest.raises(stopping.Stopped):
             run_job(job, ranks, profile_steps=(2, 5), eval_interval=0)
     stopping.install()
