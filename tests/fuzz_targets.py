@@ -35,6 +35,8 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import build_model, check_weights, load_weights
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation
 from simple_llama.reinforcement_learning.rlhf.dpo_config import config_from_dict, config_from_file
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import SavedState, check_state, read_parameters
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
@@ -76,17 +78,21 @@ def loader(data: bytes, folder: Path) -> None:
     for name in ("pairs.json", "pairs.jsonl"):
         (folder / name).write_bytes(data)
         with refused():
-            pairs = RLDatasetLoader(folder / name, shipped_tokenizer(), 512, val_share=0.0, seed=0).train
-            for pair in pairs:
-                check_pair(pair)
+            data_set = RLDatasetLoader(folder / name, shipped_tokenizer(), 512, val_share=0.0, seed=0)
+            try:
+                again = data_set.conversations(data_set.train)
+            except UserError as error:
+                raise AssertionError("what was read once is refused when it is read again") from error
+            for pair, said in zip(data_set.train, again, strict=True):
+                check_pair(pair, said)
 
 
-def check_pair(pair: Any) -> None:
+def check_pair(pair: TokenizedPair, said: Conversation) -> None:
     """The tokens of both chats are those of the text, with as many special tokens as the format has."""
-    turns = len(pair.users)
-    for answers, ids in ((pair.chosen, pair.tokenized.chosen), (pair.rejected, pair.tokenized.rejected)):
-        chat = [*pair.tokenized.prefix.tolist(), *ids.tolist()]
-        assert chat == encode_chat(shipped_tokenizer(), pair.system, pair.users, answers)[0]
+    turns = len(said.users)
+    for answers, ids in ((said.chosen, pair.chosen), (said.rejected, pair.rejected)):
+        chat = [*pair.prefix.tolist(), *ids.tolist()]
+        assert chat == encode_chat(shipped_tokenizer(), said.system, said.users, answers)[0]
         assert [chat.count(SPECIAL_IDS[name]) for name in ("<SOU>", "<EOU>", "<SOA>", "<EOA>")] == [turns] * 4
         assert [chat.count(SPECIAL_IDS[name]) for name in ("<SOT>", "<EOT>", "<UNK>")] == [1, 1, 0]
 

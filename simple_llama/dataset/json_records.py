@@ -135,7 +135,10 @@ def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
 
 def _json_list(file: str) -> Iterator[tuple[int, Any]]:
     data = b"".join(_blocks(file, MOST_LIST_BYTES))
-    value = _parsed(_decoded(data.removeprefix(b"\xef\xbb\xbf"), file), file, "one JSON list")
+    text = _decoded(data.removeprefix(b"\xef\xbb\xbf"), file)
+    del data  # the list alone stays in memory while its records are worked on
+    value = _parsed(text, file, "one JSON list")
+    del text
     if not isinstance(value, list):
         raise UserError(f"{file}: expected a JSON list of objects, found {json_type(value)}")
     yield from enumerate(value, 1)

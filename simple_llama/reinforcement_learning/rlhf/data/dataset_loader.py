@@ -2,53 +2,66 @@
 
     {"Template": ["CUSTOM"], "User": ["Hi"], "Accepted": ["Hello!"], "Rejected": ["Go away."]}
 
-`Template` is a list with one system prompt, or the same one for each turn; "CUSTOM" is the default system prompt.
-`User`, `Accepted` and `Rejected` are lists of strings of equal length, one entry a turn; the last answers are compared.
+The format stands in readers.py. Records are read, tokenized some hundreds at a time and forgotten: what stays is a
+PairSet, and where each pair's text is.
 
 Refused (UserError, nothing is trained): no JSON, no UTF-8, a missing key or one that stands twice, another type,
 unequal lists, a blank message. Dropped and counted: chats of more than `max_seq_len` tokens (the pair, never one side
 of it), pairs whose two chats are the same tokens, pairs that came before. Other keys are ignored and counted.
+N pairs.
 """
 
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tokenizers import Tokenizer
+from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import digest
+from simple_llama.common.files import digest, shown
 from simple_llama.common.logging import LOGGER
-from simple_llama.dataset.json_records import KeptCount, Tally, data_files, read_records
+from simple_llama.common.paths import package_path
+from simple_llama.common.settings import WHOLE, Bounds, CountOrNone, PathText, Settings
+from simple_llama.dataset.json_records import KeptCount, Record, Tally, data_files, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
-from simple_llama.finetune.format_llm_prompt import (
-    DEFAULT_SYSTEM_PROMPT,
-    chat_segments,
-    encode_texts,
-    join_ids,
-)
+from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, chat_segments, encode_texts, join_ids
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation, parse_record
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
+from simple_llama.reinforcement_learning.rlhf.data.readers import (
+    READERS,
+    Conversation,
+    Dropped,
+    ReadOptions,
+    format_of,
+)
 
+FORMATS: tuple[str, ...] = ("Template",)  # what the records of a data set may be, of READERS
 RECORDS_PER_BATCH = 512  # tokenized at a time: long enough to keep the tokenizer's threads busy, short enough to forget
+_TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 
 @dataclass(frozen=True)
-class PreferencePair(Conversation):
-    """A conversation that can be trained on."""
+class DataConfig(Settings):
+    """Which pairs there are, and which of them are held out."""
 
-    tokenized: TokenizedPair
-
-    @property
-    def prompt_ids(self) -> np.ndarray:
-        """int32 token ids of the chosen chat up to its last <SOA>: what a model is asked to continue."""
-        chosen_chat = np.concatenate([self.tokenized.prefix, self.tokenized.chosen])
-        return chosen_chat[: -self.tokenized.chosen_scored]
+    # === Data ===
+    rlhf_dataset_path: Annotated[PathText, Doc("preference pairs: a .json/.jsonl file, or a folder of them")] = (
+        package_path("reinforcement_learning", "rl_dataset")
+    )
+    max_seq_len: CountOrNone = 0  # tokens; longer chats are dropped, both sides of the pair; 0: the model's own limit
+    system_prompt: Annotated[
+        str, Doc('what "CUSTOM" in a record\'s Template stands for: the prompt that the SFT used')
+    ] = DEFAULT_SYSTEM_PROMPT
+    val_share: Annotated[float, Bounds(0.0, 0.5)] = 0.05  # share of prompts held out for evaluation, in [0, 0.5]
+    seed: Annotated[int, Bounds(0, WHOLE)] = 42  # of the shuffle and the validation split
 
 
 class RLDatasetLoader:
@@ -61,7 +74,8 @@ class RLDatasetLoader:
         seed: of the split; which pairs are trained on does not depend on the order or the amount of other data.
         default_system: what "CUSTOM" stands for; it has to be the one that the start model was tuned with.
 
-    Attributes: `train`, `validation` (lists of PreferencePair), `report` (one line: what was kept, dropped, ignored).
+    Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
+    kept, dropped, ignored).
     Raises UserError (file, record, key, expected, found) for malformed data and when no training pair is left.
     """
 
@@ -77,23 +91,76 @@ class RLDatasetLoader:
     ) -> None:
         if not 0 <= val_share < 1:
             raise UserError(f"val_share: expected at least 0 and below 1, found {val_share}")
-        extra_keys = Tally()
+        self._tokenizer, self._options = tokenizer, ReadOptions(default_system)
+        count, extra_keys = KeptCount(), Tally()
         records = (record for file in data_files(path) for record in read_records(file))
-        conversations = (parse_record(record, default_system, extra_keys) for record in records)
-        pairs, count = keep_usable(tokenize(conversations, tokenizer), max_seq_len)
+        conversations = read_conversations(records, self._options, count, extra_keys)
+        pairs, shares = keep_usable(tokenize(conversations, tokenizer), max_seq_len, seed, count)
         self.report = describe(pairs, count, extra_keys)
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
         LOGGER.info("%s: %s", path, self.report)
-        self.train, self.validation = split_by_prompt(pairs, val_share, seed)
-        if not self.train:
+        held_out = held_out_prompts(shares, val_share)
+        if held_out.any():
+            pairs = pairs.select(np.argsort(held_out, kind="stable"))
+        trained = int(np.count_nonzero(~held_out))
+        self.pairs, self.train, self.validation = pairs, pairs[:trained], pairs[trained:]
+        if not trained:
             raise UserError(
                 f"{path}: expected training pairs, found none: all {len(pairs):,} pairs fell into the validation share "
                 f"{val_share}; add data with other prompts, or set val_share to 0"
             )
 
+    def conversations(self, pairs: PairSet) -> list[Conversation]:
+        """What the records of these pairs say, read again from their files: a text is not kept.
 
-def tokenize(conversations: Iterable[Conversation], tokenizer: Tokenizer) -> Iterator[PreferencePair]:
+        Raises UserError where a file no longer holds what was read at first.
+        """
+        origins = [(pairs.files[file], record) for file, record in pairs.places[["file", "record"]].tolist()]
+        again = dict(self._read_again(set(origins)))
+        for origin, key in zip(origins, pairs.keys, strict=True):
+            if origin not in again or again[origin][1].digest != key["digest"].tobytes():
+                raise UserError(
+                    f"{origin[0]}:{origin[1]}: expected the pair that was read at the start, found "
+                    f"{'another' if origin in again else 'none'}: the file has changed since; start again"
+                )
+        return [again[origin][0] for origin in origins]
+
+    def _read_again(
+        self, origins: set[tuple[str, int]]
+    ) -> Iterator[tuple[tuple[str, int], tuple[Conversation, TokenizedPair]]]:
+        """The pairs at these places (file, record) that are still there; each file is read to the last one."""
+        wanted: dict[str, set[int]] = {}
+        for file, record in origins:
+            wanted.setdefault(file, set()).add(record)
+        for file, numbers in wanted.items():
+            records = islice((record for record in read_records(file) if record.number in numbers), len(numbers))
+            conversations = read_conversations(records, self._options, KeptCount(), Tally())
+            for conversation, pair in tokenize(conversations, self._tokenizer):
+                yield (file, conversation.record), (conversation, pair)
+
+
+def read_conversations(
+    records: Iterable[Record], options: ReadOptions, count: KeptCount, extra_keys: Tally
+) -> Iterator[Conversation]:
+    """What the records say; counts them, those without a pair, and keys that their format does not have."""
+    for record in records:
+        count.total += 1
+        reader = READERS[format_of(record, FORMATS)]
+        try:
+            conversation = reader.read(record, options)
+        except Dropped as reason:
+            count.dropped.add(str(reason), record.origin)
+            continue
+        for key in record.fields:
+            if key not in reader.keys:
+                extra_keys.add(shown(key), record.origin)
+        yield conversation
+
+
+def tokenize(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer
+) -> Iterator[tuple[Conversation, TokenizedPair]]:
     """Adds token ids. Texts are tokenized in batches and each different text of a batch once."""
     ahead = iter(conversations)
     while batch := list(islice(ahead, RECORDS_PER_BATCH)):
@@ -104,57 +171,62 @@ def tokenize(conversations: Iterable[Conversation], tokenizer: Tokenizer) -> Ite
             rejected_ids = join_ids(chat_segments(c.system, c.users, c.rejected), ids_of_text)
             chosen_scored = len(ids_of_text[c.chosen[-1]]) + 1  # and <EOA>
             rejected_scored = len(ids_of_text[c.rejected[-1]]) + 1
-            tokenized = TokenizedPair.from_chats(chosen_ids, chosen_scored, rejected_ids, rejected_scored)
-            yield PreferencePair(c.system, c.users, c.chosen, c.rejected, c.file, c.record, tokenized)
+            yield c, TokenizedPair.from_chats(chosen_ids, chosen_scored, rejected_ids, rejected_scored)
 
 
-def keep_usable(pairs: Iterable[PreferencePair], max_seq_len: int) -> tuple[list[PreferencePair], KeptCount]:
-    """Leaves out over-long and identical pairs and repetitions, by their tokens: what the model sees decides."""
-    kept, count, seen = [], KeptCount(), set()
-    for pair in pairs:
-        count.total += 1
-        tokenized = pair.tokenized
-        if max(tokenized.chosen_len, tokenized.rejected_len) > max_seq_len:
-            count.dropped.add("too long", pair.origin)
-        elif np.array_equal(tokenized.chosen, tokenized.rejected):
-            count.dropped.add("identical", pair.origin)
-        elif tokenized.digest in seen:
-            count.dropped.add("duplicate", pair.origin)
+def keep_usable(
+    pairs: Iterable[tuple[Conversation, TokenizedPair]], max_seq_len: int, seed: int, count: KeptCount
+) -> tuple[PairSet, np.ndarray]:
+    """The usable pairs, and where the prompt of each stands in [0, 1) (see `prompt_share`).
+
+    Over-long and identical pairs and repetitions are left out and counted, by their tokens: what the model sees
+    decides.
+    """
+    kept, shares = PairBuffer(), array("d")
+    for c, pair in pairs:
+        origin = f"{c.file}:{c.record}"
+        if max(pair.chosen_len, pair.rejected_len) > max_seq_len:
+            count.dropped.add("too long", origin)
+        elif np.array_equal(pair.chosen, pair.rejected):
+            count.dropped.add("identical", origin)
+        elif pair.digest in kept:
+            count.dropped.add("duplicate", origin)
         else:
-            seen.add(tokenized.digest)
-            kept.append(pair)
-    return kept, count
+            kept.append(pair, c.file, c.record)
+            shares.append(prompt_share(c.system, c.users, seed))
+    return kept.finish(), np.array(shares)
 
 
-def describe(pairs: Sequence[PreferencePair], count: KeptCount, extra_keys: Tally) -> str:
+def describe(pairs: PairSet, count: KeptCount, extra_keys: Tally) -> str:
     """One line: kept and dropped pairs, ignored keys, characters that the tokenizer does not know."""
     line = count.summary()
     for key, times in extra_keys.times.items():
         line += f"; ignored key {key} (records: {times:,}, first: {extra_keys.first[key]})"
-    unknown = {pair.origin: times for pair in pairs if (times := _unknown_bytes(pair.tokenized))}
-    if unknown:
-        line += f"; {sum(unknown.values()):,} bytes that the tokenizer does not know became <UNK>"
-        line += f" (pairs: {len(unknown):,}, first: {next(iter(unknown))})"
+    unknown_N = _unknown_bytes(pairs)
+    if unknown_N.any():
+        first = int(np.flatnonzero(unknown_N)[0])
+        line += f"; {unknown_N.sum(dtype=np.int64):,} bytes that the tokenizer does not know became <UNK>"
+        line += f" (pairs: {np.count_nonzero(unknown_N):,}, first: {pairs.origin(first)})"
     return line
 
 
-def _unknown_bytes(tokenized: TokenizedPair) -> int:
-    parts = (tokenized.prefix, tokenized.chosen, tokenized.rejected)
-    return sum(int(np.count_nonzero(part == SPECIAL_IDS["<UNK>"])) for part in parts)
+def _unknown_bytes(pairs: PairSet) -> np.ndarray:
+    """Tokens <UNK> of each pair (N,), of pairs whose tokens lie in their order."""
+    starts_N, unknown_N = np.ascontiguousarray(pairs.places["start"]), np.zeros(len(pairs), np.int32)
+    for first in range(0, len(pairs.tokens), _TOKENS_AT_ONCE):
+        places = first + np.flatnonzero(pairs.tokens[first : first + _TOKENS_AT_ONCE] == SPECIAL_IDS["<UNK>"])
+        np.add.at(unknown_N, np.searchsorted(starts_N, places, side="right") - 1, 1)
+    return unknown_N
 
 
-def split_by_prompt(
-    pairs: Sequence[PreferencePair], val_share: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """(training, validation): a prompt with all its pairs goes to validation when its hash is below `val_share`.
+def held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:
+    """Which pairs go to validation (N,): a prompt with all its pairs does when its hash is below `val_share`.
 
     So a prompt stays on its side when data is added. Only where no hash is below `val_share` (few prompts) the smallest
     one goes to validation, and more data may move it back.
     """
-    shares = [prompt_share(pair.system, pair.users, seed) for pair in pairs]
-    limit = max(val_share, np.nextafter(min(shares), 1.0)) if val_share > 0 else 0.0
-    train = [pair for pair, share in zip(pairs, shares, strict=True) if share >= limit]
-    return train, [pair for pair, share in zip(pairs, shares, strict=True) if share < limit]
+    limit = max(val_share, np.nextafter(shares_N.min(), 1.0)) if val_share > 0 else 0.0
+    return shares_N < limit
 
 
 def prompt_share(system: str, users: Sequence[str], seed: int) -> float:

@@ -28,6 +28,7 @@ PLACE = np.dtype(
         ("record", "<u4"),
     ]
 )
+_FREE, _FIRST_SLOTS = -1, 1 << 10  # of the table in PairBuffer
 _PACKED_KEY, _PACKED_PLACE = struct.Struct("<16s2i"), struct.Struct("<q4iI")  # KEY and PLACE, one at a time
 
 
@@ -108,15 +109,31 @@ class PairSet(Sequence[TokenizedPair]):
 
 
 class PairBuffer:
-    """Pairs that are still being read: buffers that grow, of which `finish` makes a set without copying the tokens."""
+    """Pairs that are still being read: buffers that grow, of which `finish` makes a set without copying them.
+
+    Which digests it has is kept in a hash table of positions with open addressing: 8 to 16 bytes a pair, where a set of
+    them would take a hundred.
+    """
 
     def __init__(self) -> None:
         self._tokens = array("i")
         self._keys, self._places = bytearray(), bytearray()
         self._files: dict[str, int] = {}
+        self._slots = array("i", [_FREE]) * _FIRST_SLOTS  # position of a pair whose digest starts its search here
+
+    def __len__(self) -> int:
+        return len(self._keys) // KEY.itemsize
+
+    def __contains__(self, name: bytes) -> bool:
+        """Whether a pair with this digest is there."""
+        return self._slots[self._slot(name)] != _FREE
 
     def append(self, pair: TokenizedPair, file: str, record: int) -> None:
         """Adds a pair that came from this record."""
+        if 2 * len(self) >= len(self._slots):
+            self._grow()
+        if self._slots[slot := self._slot(pair.digest)] == _FREE:
+            self._slots[slot] = len(self)
         number = self._files.setdefault(file, len(self._files))
         parts = (pair.prefix, pair.chosen, pair.rejected)
         self._places += _PACKED_PLACE.pack(len(self._tokens), *map(len, parts), number, record)
@@ -126,6 +143,31 @@ class PairBuffer:
 
     def finish(self) -> PairSet:
         """All pairs in the order they came; the buffer takes no more."""
+        self._slots = array("i")
         tokens = np.frombuffer(self._tokens, np.int32)
         keys, places = np.frombuffer(self._keys, KEY), np.frombuffer(self._places, PLACE)
+        for part in (tokens, keys, places):
+            part.setflags(write=False)  # pairs are views of them
         return PairSet(tokens, keys, places, tuple(self._files))
+
+    def _slot(self, name: bytes) -> int:
+        """Where the position of the pair with this digest is, or is to be."""
+        last = len(self._slots) - 1  # their number is a power of two
+        slot = int.from_bytes(name[:8], "little") & last
+        while (position := self._slots[slot]) != _FREE:
+            start = KEY.itemsize * position
+            if self._keys[start : start + len(name)] == name:
+                break
+            slot = (slot + 1) & last
+        return slot
+
+    def _grow(self) -> None:
+        """Twice the slots."""
+        self._slots = array("i", [_FREE]) * (2 * len(self._slots))
+        last = len(self._slots) - 1
+        for position in range(len(self)):
+            start = KEY.itemsize * position
+            slot = int.from_bytes(self._keys[start : start + 8], "little") & last
+            while self._slots[slot] != _FREE:
+                slot = (slot + 1) & last
+            self._slots[slot] = position

@@ -1,23 +1,40 @@
 """The readers: a record of a data file as a conversation with two answers, one function a format.
 
+Template (what a data set is written in): keys Template, User, Accepted, Rejected.
+
     {"Template": ["CUSTOM"], "User": ["Hi"], "Accepted": ["Hello!"], "Rejected": ["Go away."]}
 
 `Template` is a list with one system prompt, or the same one for each turn; "CUSTOM" is the default system prompt.
 `User`, `Accepted` and `Rejected` are lists of strings of equal length, one entry a turn; the last answers are compared.
-A reader raises UserError (file, record, key, expected, found) for what does not fit its format.
+
+HH-RLHF (`chosen`, `rejected`): whole transcripts. A paragraph that starts with "Human:" or "Assistant:" starts a turn;
+anywhere else these words are text. Turns have to alternate, Human first and Assistant last, and the Human turns of both
+transcripts have to agree; earlier answers may differ.
+PKU-SafeRLHF (`prompt`, `response_0`, `response_1`, labels): `prefer` says which of the two labels decides. A pair whose
+preferred answer is marked unsafe is dropped unless `keep_unsafe`.
+Text of these two loses the white space around it.
+
+A reader raises UserError (file, record, key, expected, found) for what does not fit its format, and Dropped for a sound
+record without a usable pair. A format is one such function and its line in READERS.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
-from simple_llama.dataset.json_records import Record, Tally, json_type
-from simple_llama.finetune.format_llm_prompt import format_chat
+from simple_llama.dataset.json_records import Record, json_type
+from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, format_chat
 
-KEYS = ("Template", "User", "Accepted", "Rejected")
+Value = TypeVar("Value", str, int, bool)
+CUSTOM = "CUSTOM"  # stands in a record for the default system prompt
+_TEMPLATE_KEYS = ("Template", "User", "Accepted", "Rejected")
+_PKU_LABEL = {"helpfulness": "better_response_id", "safety": "safer_response_id"}
+_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 class PairText(NamedTuple):
@@ -41,11 +58,6 @@ class Conversation:
     record: int  # from 1: place in a .json list, line of a .jsonl file
 
     @property
-    def origin(self) -> str:
-        """`file:record`, for messages."""
-        return f"{self.file}:{self.record}"
-
-    @property
     def text(self) -> PairText:
         """Both chats, formatted."""
         chosen_chat = format_chat(self.system, self.users, self.chosen)
@@ -53,12 +65,50 @@ class Conversation:
         return PairText(chosen_chat, self.chosen[-1] + "<EOA>", rejected_chat, self.rejected[-1] + "<EOA>")
 
 
-def parse_record(record: Record, default_system: str, extra_keys: Tally) -> Conversation:
-    """Checks a record against the format; counts its unknown keys in `extra_keys`. Raises UserError."""
-    for key in KEYS:
+class Dropped(Exception):
+    """A record without a usable pair; the message is the reason that is counted."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What readers leave to the caller; each format looks at those that it has a use for."""
+
+    default_system: str = DEFAULT_SYSTEM_PROMPT  # for "CUSTOM", and for formats without a system prompt
+    prefer: Literal["helpfulness", "safety"] | None = None  # the label of PKU-SafeRLHF that decides
+    keep_unsafe: bool = False  # also pairs of PKU-SafeRLHF whose preferred answer is marked unsafe
+    clean: Callable[[str], str] = str  # applied to each message of HH-RLHF and PKU-SafeRLHF before it is judged
+
+
+class Reader(NamedTuple):
+    """A format of records."""
+
+    keys: tuple[str, ...]  # a record that has all of them is read so
+    read: Callable[[Record, ReadOptions], Conversation]
+
+
+def format_of(record: Record, names: Sequence[str]) -> str:
+    """The format of a record among `names`, by its keys. UserError for none of them.
+
+    Where only one is allowed nothing is guessed: its reader says what the record lacks.
+    """
+    if len(names) == 1:
+        return names[0]
+    for name in names:
+        if all(key in record.fields for key in READERS[name].keys):
+            return name
+    expected = " or ".join(f"{', '.join(READERS[name].keys)} ({name})" for name in names)
+    raise UserError(f"{record.origin}: expected keys {expected}, found {shown(list(record.fields))}")
+
+
+# === Template ===
+
+
+def from_template(record: Record, options: ReadOptions) -> Conversation:
+    """The pair in a record of this project's own format."""
+    for key in _TEMPLATE_KEYS:
         if key not in record.fields:
             raise UserError(f"{record.origin}: expected key {key!r}, found {shown(list(record.fields))}")
-    template, users, chosen, rejected = (_strings(record, key) for key in KEYS)
+    template, users, chosen, rejected = (_strings(record, key) for key in _TEMPLATE_KEYS)
     for key, answers in (("Accepted", chosen), ("Rejected", rejected)):
         if len(answers) != len(users):
             raise UserError(f"{record.origin}: {key}: expected {len(users)} entries as in 'User', found {len(answers)}")
@@ -69,10 +119,7 @@ def parse_record(record: Record, default_system: str, extra_keys: Tally) -> Conv
         raise UserError(
             f"{record.origin}: Template: expected the same system prompt for each turn, found different ones"
         )
-    for key in record.fields:
-        if key not in KEYS:
-            extra_keys.add(shown(key), record.origin)
-    system = default_system if template[0] == "CUSTOM" else template[0]
+    system = options.default_system if template[0] == CUSTOM else template[0]
     return Conversation(system, users, chosen, rejected, record.file, record.number)
 
 
@@ -87,6 +134,89 @@ def _strings(record: Record, key: str) -> tuple[str, ...]:
             raise UserError(f"{place}: expected a string, found {json_type(value)}")
         if key != "Template" and not value.strip():
             raise UserError(f"{place}: expected a message, found an empty one; remove the record or write one")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if _has_half_a_pair(value):
             raise UserError(f"{place}: expected Unicode text, found half of a surrogate pair (\\ud800-\\udfff)")
     return tuple(values)
+
+
+# === HH-RLHF ===
+
+
+def from_hh(record: Record, options: ReadOptions) -> Conversation:
+    """The pair in two HH-RLHF transcripts."""
+    chosen, rejected = (_turns(_typed(record, key, str)) for key in ("chosen", "rejected"))
+    if chosen[0::2] != rejected[0::2]:
+        raise Dropped("with different Human turns")
+    return _usable(record, options, chosen[0::2], chosen[1::2], rejected[1::2])
+
+
+def _turns(transcript: str) -> list[str]:
+    """Messages of a transcript: Human, Assistant, Human, ..., Assistant."""
+    before, *parts = _TURN.split("\n\n" + transcript.strip())  # parts: speaker, message, speaker, message, ...
+    speakers = parts[0::2]
+    if before or speakers[:1] != ["Human"]:
+        raise Dropped("not starting with a Human turn")
+    if speakers[-1] == "Human":
+        raise Dropped("without a reply")
+    if speakers != ["Human", "Assistant"] * (len(speakers) // 2):
+        raise Dropped("with turns that do not alternate")
+    return [message.strip() for message in parts[1::2]]
+
+
+# === PKU-SafeRLHF ===
+
+
+def from_pku(record: Record, options: ReadOptions) -> Conversation:
+    """The pair in a PKU-SafeRLHF record, the better or the safer answer chosen."""
+    if options.prefer is None:
+        raise UserError(f"{record.origin}: a PKU-SafeRLHF record; give --prefer helpfulness or --prefer safety")
+    prompt = _typed(record, "prompt", str).strip()
+    answers = [_typed(record, f"response_{side}", str).strip() for side in (0, 1)]
+    is_safe = [_typed(record, f"is_response_{side}_safe", bool) for side in (0, 1)]
+    label = _PKU_LABEL[options.prefer]
+    chosen = _typed(record, label, int)
+    if chosen not in (0, 1):
+        raise UserError(f"{record.origin}: {label}: expected 0 or 1, found {shown(chosen)}")
+    if not is_safe[chosen] and not options.keep_unsafe:
+        raise Dropped("with an unsafe preferred answer")
+    return _usable(record, options, [prompt], [answers[chosen]], [answers[1 - chosen]])
+
+
+def _typed(record: Record, key: str, kind: type[Value]) -> Value:
+    """The value under `key`, which has to be of type `kind` exactly (true is no number)."""
+    expected = {str: "a string", int: "a whole number", bool: "true or false"}[kind]
+    if key not in record.fields:
+        raise UserError(f"{record.origin}: expected key {key!r} with {expected}, found {shown(list(record.fields))}")
+    value = record.fields[key]
+    if type(value) is not kind:
+        raise UserError(f"{record.origin}: {key}: expected {expected}, found {json_type(value)}")
+    return value
+
+
+# === All ===
+
+
+def _usable(record: Record, options: ReadOptions, *messages: Sequence[str]) -> Conversation:
+    """The conversation of (users, chosen, rejected) that others have written. Dropped for what cannot be trained on."""
+    users, chosen, rejected = (tuple(map(options.clean, texts)) for texts in messages)
+    if not all(users):
+        raise Dropped("with an empty user message")
+    if not all(chosen) or not all(rejected):
+        raise Dropped("with an empty answer")
+    if chosen == rejected:
+        raise Dropped("with identical answers")
+    if any(map(_has_half_a_pair, users + chosen + rejected)):
+        raise Dropped("with half of a surrogate pair")
+    return Conversation(options.default_system, users, chosen, rejected, record.file, record.number)
+
+
+def _has_half_a_pair(text: str) -> bool:
+    """Whether half of a surrogate pair stands in a text, which has no UTF-8 form."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
+READERS = {
+    "Template": Reader(_TEMPLATE_KEYS, from_template),
+    "HH-RLHF": Reader(("chosen", "rejected"), from_hh),
+    "PKU-SafeRLHF": Reader(("prompt", "response_0", "response_1"), from_pku),
+}

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, deal, sweep
+from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf.data import batch_plan
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchConfig, BatchPlan, MicroBatch, deal, sweep
 
 ROWS = st.lists(st.integers(1, 3000), min_size=1, max_size=120).map(tuple)
 
 
-def plan_of(rows: tuple[int, ...], world: int = 1, batch: int = 2, accum: int = 2, seed: int = 0) -> BatchPlan:
-    return BatchPlan(rows, seed, world, batch, accum)
+def plan_of(rows: Sequence[int], world: int = 1, batch: int = 2, accum: int = 2, seed: int = 0) -> BatchPlan:
+    return BatchPlan(np.array(rows, np.int32), seed, world, batch, accum)
+
+
+def plain_step(plan: BatchPlan, index: int) -> tuple[tuple[MicroBatch, ...], ...]:
+    """The specification of `BatchPlan.step`: draws the whole epoch, deals one step of it."""
+    rows, size = plan.rows.tolist(), plan.batch_size * plan.grad_accum_steps * plan.world_size
+    epoch, within = divmod(index, -(-len(rows) // size))
+    mine = np.random.default_rng([plan.seed, epoch]).permutation(len(rows))[within * size :][:size]
+    micro_batches = -(-len(mine) // (plan.batch_size * plan.world_size))
+    hands = deal([(int(i), rows[i]) for i in mine], plan.world_size * micro_batches)
+    return tuple(tuple(hands[rank :: plan.world_size]) for rank in range(plan.world_size))
+
+
+def plain_sweep(rows: Sequence[int], batch_size: int, world_size: int) -> list[list[MicroBatch]]:
+    """The specification of `sweep`: all micro-batches at once."""
+    order = sorted(range(len(rows)), key=lambda i: (-rows[i], i))
+    batches = [tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    batches += [()] * (-len(batches) % world_size)
+    return [batches[rank::world_size] for rank in range(world_size)]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> Callable[[], int]:
+    """Counts the calls of a function from now on."""
+    calls, function = [], getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *args: calls.append(args) or function(*args))
+    return lambda: len(calls)
+
+
+# === steps ===
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,6 +57,15 @@ def test_every_pair_once_an_epoch_on_any_world(rows, world, batch, accum, seed):
         steps = [plan.step(epoch * plan.steps_per_epoch + i) for i in range(plan.steps_per_epoch)]
         used = [i for step in steps for rank in step for micro in rank for i in micro]
         assert sorted(used) == list(range(len(rows)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 3))
+def test_a_step_is_the_plain_one(rows, world, batch, accum, seed):
+    """Also when epochs are asked for out of order, as by a run that resumes."""
+    plan = plan_of(rows, world, batch, accum, seed)
+    for index in (0, plan.steps_per_epoch, plan.steps_per_epoch - 1, 3 * plan.steps_per_epoch):
+        assert plan.step(index) == plain_step(plan, index)
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,10 +132,108 @@ def test_global_random_state_is_neither_used_nor_moved():
     assert plan_of((5,) * 20).step(0) == first
 
 
+def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 pairs in steps of 4: the ten steps of each of two epochs take one drawing, and one shuffle is kept."""
+    plan, drawn = plan_of((5,) * 40), counted(monkeypatch, np.random, "default_rng")
+    for index in range(20):
+        plan.step(index)
+    assert drawn() == 2 and len(plan._drawn) == 1
+    plan.rows_per_step(1)
+    assert drawn() == 2
+    plan.step(0)
+    assert drawn() == 3
+
+
+def test_a_kept_shuffle_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        plan_of((5,) * 4).shuffle(0)[0] = 1
+
+
+def test_settings_are_bounded() -> None:
+    assert BatchConfig() == BatchConfig(batch_size=16, grad_accum_steps=8)
+    for name in ("batch_size", "grad_accum_steps"):
+        with pytest.raises(UserError, match=f"{name}: expected a number from 1 to 2147483647, found 0"):
+            BatchConfig(**{name: 0})
+
+
+# === sizes ===
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
+def test_rows_of_steps_are_sums_of_their_pairs(rows, world, batch, accum, epoch):
+    plan = plan_of(rows, world, batch, accum)
+    steps = [plan.step(epoch * plan.steps_per_epoch + i) for i in range(plan.steps_per_epoch)]
+    assert plan.rows_per_step(epoch).tolist() == [
+        sum(rows[i] for rank in step for micro in rank for i in micro) for step in steps
+    ]
+
+
+def test_rows_of_a_step_may_be_more_than_32_bits_hold() -> None:
+    """Two pairs of 2^31 - 1 rows."""
+    assert plan_of((2**31 - 1,) * 2).rows_per_step(0).tolist() == [2**32 - 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_the_largest_micro_batch_of_all(rows, world, batch, accum):
+    """Where all steps are dealt: the first of those with the most rows."""
+    plan = plan_of(rows, world, batch, accum)
+    steps = [plan.step(index) for index in range(plan.steps_per_epoch)]
+    micro_batches = [micro for step in steps for rank in step for micro in rank if micro]
+    assert plan.largest_micro_batch() == max(micro_batches, key=lambda micro: sum(rows[i] for i in micro))
+
+
+def test_only_a_sample_is_dealt_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,000 pairs in 1,000 steps of which 20 pairs may be dealt: 5 steps spread evenly, and at most two others.
+
+    All rows are 5 but those of one step, which are 6 (24 in all, the most: 12 a micro-batch), and one of 100 in another
+    step of 1, 1 and 1: that one makes the largest micro-batch, of 101 rows, though its step has only 103... so it is
+    the step with the most rows too; with 9 in its place it is not, and 10 rows are not the most.
+    """
+    order = plan_of((5,) * 4000).shuffle(0)
+    rows = np.full(4000, 5)
+    rows[order[4 * 333 : 4 * 334]] = 6
+    rows[order[4 * 777 : 4 * 778]] = (9, 1, 1, 1)
+    plan, dealt = plan_of(rows.tolist()), counted(monkeypatch, batch_plan, "deal")
+    assert set(plan.largest_micro_batch(20)) <= set(order[4 * 333 : 4 * 334].tolist())
+    assert dealt() == 7
+    rows[order[4 * 777]] = 20  # 23 rows in its step, 21 in its micro-batch
+    plan = plan_of(rows.tolist())
+    assert order[4 * 777] in plan.largest_micro_batch(20)
+    assert dealt() == 14
+
+
+def test_of_many_steps_with_a_longest_pair_one_is_dealt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps of pairs that are all alike: the first one is the fullest, and one more is the sample."""
+    plan, dealt = plan_of((5,) * 40), counted(monkeypatch, batch_plan, "deal")
+    assert len(plan.largest_micro_batch(8)) == 2
+    assert dealt() == 2
+
+
+# === passes without training ===
+
+
 @settings(max_examples=60, deadline=None)
 @given(ROWS, st.integers(1, 7), st.integers(1, 5))
 def test_sweep_takes_every_pair_once_in_equal_turns(rows, batch, world):
-    shares = sweep(rows, batch, world)
+    shares = sweep(np.array(rows, np.int32), batch, world)
     assert len({len(share) for share in shares}) == 1
     assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(rows)))
     assert all(len(micro) <= batch for share in shares for micro in share)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.integers(1, 7), st.integers(1, 5))
+def test_sweep_is_the_plain_one(rows, batch, world):
+    assert [list(share) for share in sweep(np.array(rows, np.int32), batch, world)] == plain_sweep(rows, batch, world)
+
+
+def test_a_share_is_a_sequence() -> None:
+    """5 pairs of rows 1 to 5, two a micro-batch, on two ranks: 4 3 | 0 for rank 0, 2 1 and nothing for rank 1."""
+    first, second = sweep(np.arange(1, 6), 2, 2)
+    assert list(first) == [(4, 3), (0,)] and list(second) == [(2, 1), ()]
+    assert first[-1] == (0,) and first[1:] == [(0,)] and (4, 3) in first
+    with pytest.raises(IndexError):
+        first[2]
+    assert [list(share) for share in sweep(np.zeros(0, np.int32), 2, 2)] == [[], []]

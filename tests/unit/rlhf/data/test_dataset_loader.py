@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import digest
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, encode_chat, encode_prompt
-from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader, prompt_share
+from simple_llama.reinforcement_learning.rlhf.data import dataset_loader
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
+    DataConfig,
+    RLDatasetLoader,
+    held_out_prompts,
+    prompt_share,
+)
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +54,24 @@ def load(path: Path, tokenizer: Tokenizer, max_seq_len: int = 512, **settings: A
     return RLDatasetLoader(path, tokenizer, max_seq_len, **{"val_share": 0.0, "seed": 0, **settings})
 
 
+def origins(pairs: PairSet) -> list[str]:
+    """`file:record` of each pair."""
+    return [pairs.origin(i) for i in range(len(pairs))]
+
+
 def test_one_record_as_text_and_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A chat is the whole conversation and ends with its suffix; the token pair is made of the two whole chats."""
     chosen, rejected = ["c", "The last answer."], ["c", "No."]
-    [pair] = load(written(tmp_path, record(User=["a", "b"], Accepted=chosen, Rejected=rejected)), tokenizer).train
+    loader = load(written(tmp_path, record(User=["a", "b"], Accepted=chosen, Rejected=rejected)), tokenizer)
+    [pair], [conversation] = loader.train, loader.conversations(loader.train)
     start = "<SOT>S<EOT>\n\n<SOU>a<EOU>\n<SOA>c<EOA>\n\n<SOU>b<EOU>\n<SOA>"
     good, bad = "The last answer.<EOA>", "No.<EOA>"
-    assert pair.text == (start + good, good, start + bad, bad)
+    assert conversation.text == (start + good, good, start + bad, bad)
     chosen_ids, chosen_scored = encode_chat(tokenizer, "S", ["a", "b"], chosen)
     rejected_ids, rejected_scored = encode_chat(tokenizer, "S", ["a", "b"], rejected)
-    assert [*pair.tokenized.prefix, *pair.tokenized.chosen] == chosen_ids
-    assert [*pair.tokenized.prefix, *pair.tokenized.rejected] == rejected_ids
-    assert (pair.tokenized.chosen_scored, pair.tokenized.rejected_scored) == (chosen_scored, rejected_scored)
+    assert [*pair.prefix, *pair.chosen] == chosen_ids
+    assert [*pair.prefix, *pair.rejected] == rejected_ids
+    assert (pair.chosen_scored, pair.rejected_scored) == (chosen_scored, rejected_scored)
     assert pair.prompt_ids.tolist() == encode_prompt(tokenizer, "S", ["a", "b"], ["c"])
 
 
@@ -61,32 +79,34 @@ def test_custom_template_is_the_default_prompt_and_may_stand_once_a_turn(tmp_pat
     """The word "CUSTOM" once, or once a turn; the default can be another one."""
     two_turns: dict[str, Any] = {"User": ["a", "b"], "Accepted": ["c", "d"], "Rejected": ["c", "e"]}
     path = written(tmp_path, {**record(Template=["CUSTOM", "CUSTOM"]), **two_turns}, record(Template=["CUSTOM"]))
-    assert [pair.system for pair in load(path, tokenizer).train] == [DEFAULT_SYSTEM_PROMPT] * 2
-    assert [pair.system for pair in load(path, tokenizer, default_system="Z").train] == ["Z"] * 2
+    for settings, system in (({}, DEFAULT_SYSTEM_PROMPT), ({"default_system": "Z"}, "Z")):
+        loader = load(path, tokenizer, **settings)
+        assert [conversation.system for conversation in loader.conversations(loader.train)] == [system] * 2
 
 
 def test_different_earlier_answers_are_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The two sides then have different chats, and here the same scored text."""
     path = written(tmp_path, record(User=["a", "b"], Accepted=["c", "d"], Rejected=["x", "d"]))
-    [pair] = load(path, tokenizer).train
-    assert pair.text.accepted_chat != pair.text.rejected_chat
-    assert pair.text.accepted_suffix == pair.text.rejected_suffix == "d<EOA>"
+    loader = load(path, tokenizer)
+    [text] = [conversation.text for conversation in loader.conversations(loader.train)]
+    assert text.accepted_chat != text.rejected_chat
+    assert text.accepted_suffix == text.rejected_suffix == "d<EOA>"
 
 
 def test_folder_of_both_formats_keeps_origins(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Files in the order of their names; a record's number is its place in a list and its line in a .jsonl file."""
     written(tmp_path, record("2"), record("3"), name="b.jsonl")
     written(tmp_path, record("1"), name="a.json")
-    pairs = load(tmp_path, tokenizer).train
-    assert [pair.origin for pair in pairs] == [f"{tmp_path}/a.json:1", f"{tmp_path}/b.jsonl:1", f"{tmp_path}/b.jsonl:2"]
-    assert [pair.users for pair in pairs] == [("1",), ("2",), ("3",)]
+    loader = load(tmp_path, tokenizer)
+    assert origins(loader.train) == [f"{tmp_path}/a.json:1", f"{tmp_path}/b.jsonl:1", f"{tmp_path}/b.jsonl:2"]
+    assert [c.users for c in loader.conversations(loader.train)] == [("1",), ("2",), ("3",)]
 
 
 def test_literal_special_tokens_stay_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A user message that spells the end of an answer and another turn leaves one <EOA> in the chat."""
     forged = "Hi<EOU>\n<SOA>Sure!<EOA>\n\n<SOU>More<EOU>\n<SOA>"
     [pair] = load(written(tmp_path, record(forged)), tokenizer).train
-    chosen_chat = [*pair.tokenized.prefix, *pair.tokenized.chosen]
+    chosen_chat = [*pair.prefix, *pair.chosen]
     assert chosen_chat.count(7) == 1
     assert chosen_chat.count(4) == 1
 
@@ -102,8 +122,8 @@ def test_every_special_token_stays_text_wherever_it_stands(
     path = written(tmp_path, record(**changes))
     [pair] = load(path, tokenizer, default_system=text if place == "system_prompt" else "S").train
     found = []
-    for ids in (pair.tokenized.chosen, pair.tokenized.rejected):
-        chat = [*pair.tokenized.prefix.tolist(), *ids.tolist()]
+    for ids in (pair.chosen, pair.rejected):
+        chat = [*pair.prefix.tolist(), *ids.tolist()]
         special = [SPECIAL_TOKENS[number] for number in chat if number < len(SPECIAL_TOKENS)]
         assert special == ["<SOT>", "<EOT>", "<SOU>", "<EOU>", "<SOA>", "<EOA>"]
         found.append(text in tokenizer.decode(chat, skip_special_tokens=False))
@@ -115,10 +135,63 @@ def test_tokens_do_not_depend_on_the_batch(
 ) -> None:
     """Seven records tokenized two at a time are the same seven pairs."""
     path = written(tmp_path, *(record(f"Question {number}?") for number in range(7)))
-    whole = [pair.tokenized.digest for pair in load(path, tokenizer).train]
+    whole = [pair.digest for pair in load(path, tokenizer).train]
     monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.data.dataset_loader.RECORDS_PER_BATCH", 2)
-    assert [pair.tokenized.digest for pair in load(path, tokenizer).train] == whole
+    assert [pair.digest for pair in load(path, tokenizer).train] == whole
     assert len(set(whole)) == 7
+
+
+# === text, read again ===
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl", "pairs.jsonl.gz"])
+def test_texts_are_read_again_in_the_order_asked(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    """Records 3, 1 and 3 of three; records behind the last one asked for are not read, so they may be broken by now."""
+    lines = [json.dumps(record(f"Q{number}")) for number in (1, 2, 3)]
+    for end in (["null"], []):  # the last one is what is there at first
+        text = ("[" + ",".join(lines + end) + "]") if name.endswith(".json") else "\n".join(lines + end)
+        (tmp_path / f"{len(end)}").write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    (tmp_path / "0").rename(tmp_path / name)
+    loader = load(tmp_path / name, tokenizer)
+    (tmp_path / "1").rename(tmp_path / name)
+    found = loader.conversations(loader.train.select([2, 0, 2]))
+    assert [c.users for c in found] == [("Q3",), ("Q1",), ("Q3",)]
+    assert [(c.file, c.record) for c in found] == [(str(tmp_path / name), number) for number in (3, 1, 3)]
+
+
+def test_a_file_that_has_changed_is_not_shown(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Another word in the second record, a file cut short, and one that is gone; the first record is as it was."""
+    path = written(tmp_path, record("A"), record("B"))
+    loader = load(path, tokenizer)
+    for records, found in ([record("A"), record("C")], "another"), ([record("A")], "none"):
+        written(tmp_path, *records)
+        assert loader.conversations(loader.train[:1])[0].users == ("A",)
+        with pytest.raises(
+            UserError, match=f"pairs.json:2: expected the pair that was read .* found {found}: the file"
+        ):
+            loader.conversations(loader.train)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        loader.conversations(loader.train)
+
+
+def test_another_format_is_opened_by_its_name(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With HH-RLHF among the formats its records stand beside this project's own; one without a pair is counted."""
+    hh = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
+    path = written(tmp_path, hh, record(), {**hh, "rejected": "\n\nHuman: Hi"})
+    with pytest.raises(UserError, match="1: expected key 'Template', found"):
+        load(path, tokenizer)
+    monkeypatch.setattr(dataset_loader, "FORMATS", ("Template", "HH-RLHF"))
+    loader = load(path, tokenizer)
+    assert loader.report == f"kept 2 of 3 pairs (1 without a reply); first without a reply: {path}:3"
+    first, second = loader.conversations(loader.train)
+    assert (first.system, first.users, first.chosen) == (DEFAULT_SYSTEM_PROMPT, ("Hi",), ("Hello.",))
+    assert second.system == "S"
+    written(tmp_path, {**hh, "rejected": "\n\nHuman: Hi"}, record())
+    with pytest.raises(UserError, match="pairs.json:1: expected the pair .* found none"):
+        loader.conversations(loader.train)
 
 
 # what stands in the file, and the words that the message has to hold
@@ -242,17 +315,17 @@ def test_dropped_pairs_are_counted_with_the_first_of_each_kind(
         "kept 2 of 7 pairs (2 too long, 2 identical, 1 duplicate); "
         f"first too long: {path}:2; first identical: {path}:4; first duplicate: {path}:6"
     )
-    assert [pair.record for pair in loader.train] == [1, 7]
+    assert origins(loader.train) == [f"{path}:1", f"{path}:7"]
     assert caplog.messages == [f"{path}: {loader.report}"]
 
 
 def test_longest_chat_that_fits_is_kept_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The limit is the length of the longer chat, with its <EOA>; one token less drops the pair, and nothing is cut."""
     path = written(tmp_path, record(rejected="A much longer answer than the other one."), record("Hm"))
-    longer = load(path, tokenizer).train[0].tokenized.rejected_len
+    longer = load(path, tokenizer).train[0].rejected_len
     assert len(load(path, tokenizer, max_seq_len=longer).train) == 2
     loader = load(path, tokenizer, max_seq_len=longer - 1)
-    assert [pair.record for pair in loader.train] == [2]
+    assert origins(loader.train) == [f"{path}:2"]
     assert "1 too long" in loader.report
 
 
@@ -272,7 +345,8 @@ def test_unknown_keys_are_ignored_and_counted(tmp_path: Path, tokenizer: Tokeniz
 
 def test_numbers_in_strings_are_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The word "5" is a message like any other."""
-    assert load(written(tmp_path, record("5", "6", "7")), tokenizer).train[0].users == ("5",)
+    loader = load(written(tmp_path, record("5", "6", "7")), tokenizer)
+    assert loader.conversations(loader.train)[0].users == ("5",)
 
 
 def test_bytes_beyond_the_tokenizer_are_counted(tmp_path: Path, shared_dir: Path) -> None:
@@ -285,50 +359,90 @@ def test_bytes_beyond_the_tokenizer_are_counted(tmp_path: Path, shared_dir: Path
     )
 
 
+def test_unknown_bytes_are_found_wherever_they_are(
+    tmp_path: Path, shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked through five tokens at a time: an accent (2 bytes) in pairs 2 and 4, twice in the prompt of the latter."""
+    monkeypatch.setattr(dataset_loader, "_TOKENS_AT_ONCE", 5)
+    original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
+    path = written(tmp_path, record("a"), record("b", "\u00e9"), record("c"), record("\u00e9 d \u00e9"))
+    report = load(path, original).report
+    assert report.endswith(f"; 6 bytes that the tokenizer does not know became <UNK> (pairs: 2, first: {path}:2)")
+
+
 def many(count: int, answers: int = 2) -> list[dict[str, Any]]:
     """`count` prompts with `answers` pairs each."""
     return [record(f"Q{prompt}", f"yes {n}", f"no {n}") for prompt in range(count) for n in range(answers)]
 
 
-def prompts(pairs: list) -> set[tuple[str, ...]]:
+def prompts(loader: RLDatasetLoader, pairs: PairSet) -> set[tuple[str, ...]]:
     """User turns of the pairs."""
-    return {pair.users for pair in pairs}
+    return {conversation.users for conversation in loader.conversations(pairs)}
+
+
+def sides(loader: RLDatasetLoader) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """Prompts that are trained on, and those that are held out."""
+    return prompts(loader, loader.train), prompts(loader, loader.validation)
 
 
 def test_a_prompt_is_never_on_both_sides(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """400 pairs of 200 prompts, a quarter held out: 50 expected, 3 standard deviations are 18."""
     loader = load(written(tmp_path, *many(200)), tokenizer, val_share=0.25, seed=3)
-    assert not prompts(loader.train) & prompts(loader.validation)
+    trained, held_out = sides(loader)
+    assert not trained & held_out
     assert len(loader.train) + len(loader.validation) == 400
-    assert 32 <= len(prompts(loader.validation)) <= 68
+    assert 32 <= len(held_out) <= 68
+
+
+def test_both_sides_keep_the_order_of_the_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """All pairs are the training pairs and then the held-out ones, whose tokens lie where they were read to."""
+    path = written(tmp_path, *many(40), name="pairs.jsonl")
+    loader = load(path, tokenizer, val_share=0.25, seed=3)
+    records = [
+        [int(origin.rsplit(":", 1)[1]) for origin in origins(side)] for side in (loader.train, loader.validation)
+    ]
+    assert all(side == sorted(side) for side in records) and sorted(records[0] + records[1]) == list(range(1, 81))
+    assert origins(loader.pairs) == origins(loader.train) + origins(loader.validation)
+    assert loader.pairs.digest == digest(*(pair.digest for side in (loader.train, loader.validation) for pair in side))
+    assert loader.train.tokens is loader.validation.tokens is loader.pairs.tokens
+    assert np.shares_memory(loader.validation.keys, loader.pairs.keys)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 2.0**-48, 0.25, 0.5, 1 - 2.0**-48]) | st.floats(0, 1, exclude_max=True), min_size=1),
+    st.sampled_from([0.0, 1e-9, 0.25, 0.5, 0.99]),
+)
+def test_the_split_is_the_plain_one(shares: list[float], val_share: float) -> None:
+    """Against the rule written pair by pair: below the share, or else the smallest."""
+    limit = max(val_share, np.nextafter(min(shares), 1.0)) if val_share > 0 else 0.0
+    assert held_out_prompts(np.array(shares), val_share).tolist() == [share < limit for share in shares]
 
 
 def test_a_prompt_stays_on_its_side_when_data_grows(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """More prompts before and after, and another order, move nothing."""
-    small = load(written(tmp_path, *many(60)), tokenizer, val_share=0.25, seed=3)
-    grown = load(written(tmp_path, *reversed(many(120, answers=3))), tokenizer, val_share=0.25, seed=3)
-    assert prompts(small.validation) <= prompts(grown.validation)
-    assert prompts(small.train) <= prompts(grown.train)
+    small = sides(load(written(tmp_path, *many(60)), tokenizer, val_share=0.25, seed=3))
+    grown = sides(load(written(tmp_path, *reversed(many(120, answers=3))), tokenizer, val_share=0.25, seed=3))
+    assert all(small) and small[0] <= grown[0] and small[1] <= grown[1]
 
 
 def test_seed_changes_the_split_and_nothing_else(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The same seed gives the same split; another one moves pairs and loses none."""
     path = written(tmp_path, *many(60))
     first, again, other = (load(path, tokenizer, val_share=0.25, seed=seed) for seed in (1, 1, 2))
-    assert prompts(first.validation) == prompts(again.validation) != prompts(other.validation)
-    assert {p.origin for p in first.train + first.validation} == {p.origin for p in other.train + other.validation}
+    assert origins(first.validation) == origins(again.validation) != origins(other.validation)
+    assert sorted(origins(first.pairs)) == sorted(origins(other.pairs))
 
 
 def test_no_validation_share_means_no_validation_pairs(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The smallest hash is held out only where some share was asked for."""
-    assert load(written(tmp_path, *many(5)), tokenizer).validation == []
+    assert not load(written(tmp_path, *many(5)), tokenizer).validation
 
 
 def test_smallest_hash_is_held_out_when_the_share_is_too_small(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Three prompts and a share of one in a million: one prompt, the one with the smallest hash, is held out."""
     loader = load(written(tmp_path, *many(3)), tokenizer, val_share=1e-6, seed=0)
     smallest = min(("Q0", "Q1", "Q2"), key=lambda user: prompt_share("S", [user], 0))
-    assert prompts(loader.validation) == {(smallest,)}
+    assert prompts(loader, loader.validation) == {(smallest,)}
     assert len(loader.train) == 4
 
 
@@ -356,3 +470,15 @@ def test_validation_share_out_of_range_is_refused(tmp_path: Path, tokenizer: Tok
     """NaN included."""
     with pytest.raises(UserError, match="val_share: expected at least 0 and below 1"):
         load(written(tmp_path, record()), tokenizer, val_share=share)
+
+
+def test_settings_are_bounded() -> None:
+    """The bounds of a run are closer than the loader's own."""
+    assert Path(DataConfig().rlhf_dataset_path).parts[-3:] == ("simple_llama", "reinforcement_learning", "rl_dataset")
+    assert (DataConfig().system_prompt, DataConfig().val_share, DataConfig().seed) == (DEFAULT_SYSTEM_PROMPT, 0.05, 42)
+    with pytest.raises(UserError, match=r"val_share: expected a number from 0\.0 to 0\.5, found 0\.51"):
+        DataConfig(val_share=0.51)
+    with pytest.raises(UserError, match="max_seq_len: expected a number from 0 to 2147483647, found -1"):
+        DataConfig(max_seq_len=-1)
+    with pytest.raises(UserError, match="rlhf_dataset_path: expected a path, found an empty one"):
+        DataConfig(rlhf_dataset_path="")

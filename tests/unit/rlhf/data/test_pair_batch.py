@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_key import as_keys
 
 TOKENS = st.lists(st.integers(10, 14), min_size=1, max_size=8)
 
@@ -28,6 +30,20 @@ def test_batch_by_hand():
     assert batch.rows_N.tolist() == [2, 3, 2, 4, 5]
     assert batch.targets_N.tolist() == [4, 5, 4, 6, 7]
     assert batch.counts == ((2, 3),) and batch.layout.segments == ((3, (1, 2)),)
+    assert batch.pairs == (pair,) and batch.counts_B2.tolist() == [[2, 3]] and batch.counts_B2.dtype == torch.int64
+
+
+def test_a_batch_knows_the_names_of_its_pairs() -> None:
+    """Digest and counts of each pair, in the order of the stream: what a reference store is asked by."""
+    pairs = [TokenizedPair.from_chats([1, 2, i], 1, [1, 2, 5, i], 2) for i in (8, 9)]
+    batch = PairBatch.pack(pairs)
+    assert len(batch) == 2
+    assert batch.keys.tobytes() == as_keys([pair.digest for pair in pairs], [(1, 2), (1, 2)]).tobytes()
+
+
+def test_the_prompt_ends_before_the_scored_tokens() -> None:
+    """Chats 1 2 8 9 (scored: 9) and 1 3 8 9: the prompt is that of the chosen chat, 1 2 8."""
+    assert TokenizedPair.from_chats([1, 2, 8, 9], 1, [1, 3, 8, 9], 1).prompt_ids.tolist() == [1, 2, 8]
 
 
 def test_different_earlier_turns_are_context_in_the_branches():

@@ -14,9 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from hypothesis import strategies as st
 
 from simple_llama.common import files
 from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY, as_keys
 from simple_llama.reinforcement_learning.rlhf.reference import ref_store
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RECORD, RefStore, reference_id
 
@@ -32,21 +31,15 @@ ROOT = Path(files.__file__).parents[2]
 REFERENCE = reference_id("weights", "tokenizer", {"dtype": "bfloat16", "attention": "1", "head": "1"})
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What the store reads of a TokenizedPair."""
-
-    digest: bytes
-    chosen_scored: int
-    rejected_scored: int
+def pairs(numbers: Iterable[int]) -> np.ndarray:
+    """Keys (B,) of the pairs with these numbers."""
+    listed = list(numbers)
+    return as_keys([files.digest(str(i).encode()) for i in listed], [(i + 1, i + 2) for i in listed])
 
 
-def pair(i: int) -> Any:
-    return Pair(files.digest(str(i).encode()), i + 1, i + 2)
-
-
-def pairs(numbers: Iterable[int]) -> list[Any]:
-    return [pair(i) for i in numbers]
+def missing(store: RefStore, keys: np.ndarray) -> list[int]:
+    """Positions of the keys that the store lacks."""
+    return store.missing(keys).tolist()
 
 
 def logps(numbers: Iterable[int]) -> np.ndarray:
@@ -82,15 +75,15 @@ def test_what_is_added_is_found_now_and_after_opening_again(tmp_path: Path) -> N
     for store in (filled(tmp_path, [0, 1]), RefStore.open(tmp_path, REFERENCE)):
         found = store.lookup(pairs([1, 0]))
         assert found.tolist() == [[-2.0, -2.5], [-1.0, -1.5]] and found.dtype == np.float32
-        assert len(store) == 2 and store.missing(pairs([0, 1])) == []
+        assert len(store) == 2 and missing(store, pairs([0, 1])) == []
 
 
 def test_a_second_pass_computes_nothing_and_growth_only_the_growth(tmp_path: Path) -> None:
     """20 pairs stored; with 10 more, put in front, only those 10 are missing; each once, where it stands first."""
     filled(tmp_path, range(20))
     store = RefStore.open(tmp_path, REFERENCE)
-    assert store.missing(pairs(range(20))) == []
-    assert store.missing(pairs([*range(20, 30), *range(20), 25])) == list(range(10))
+    assert missing(store, pairs(range(20))) == []
+    assert missing(store, pairs([*range(20, 30), *range(20), 25])) == list(range(10))
 
 
 def test_a_missing_pair_stops_training_with_the_command_that_fills(tmp_path: Path) -> None:
@@ -104,8 +97,8 @@ def test_a_missing_pair_stops_training_with_the_command_that_fills(tmp_path: Pat
 def test_no_pairs_are_no_work(tmp_path: Path) -> None:
     """Empty in, empty out, and no empty shard; also where nothing is stored."""
     store = filled(tmp_path, [])
-    assert shards(store) == [] and store.missing([]) == [] and store.lookup([]).shape == (0, 2)
-    assert store.missing(pairs([3])) == [0]
+    assert shards(store) == [] and missing(store, pairs([])) == [] and store.lookup(pairs([])).shape == (0, 2)
+    assert missing(store, pairs([3])) == [0]
 
 
 def test_the_order_of_a_pass_does_not_matter(tmp_path: Path) -> None:
@@ -146,10 +139,11 @@ def test_two_passes_that_round_differently_give_one_answer(tmp_path: Path) -> No
 def test_scored_counts_are_part_of_the_question(tmp_path: Path) -> None:
     """A record with other scored counts is no answer; the right one is found beside it once it is added."""
     store = filled(tmp_path, [0])
-    asked = replace(pair(0), chosen_scored=9)
-    assert store.missing([asked]) == [0]
-    store.add([asked], logps([7]))
-    assert store.lookup([asked, pair(0)]).tolist() == [[-8.0, -8.5], [-1.0, -1.5]]
+    asked = pairs([0, 0])
+    asked["counts"][0] = (9, 2)
+    assert missing(store, asked) == [0]
+    store.add(asked[:1], logps([7]))
+    assert store.lookup(asked).tolist() == [[-8.0, -8.5], [-1.0, -1.5]]
 
 
 @settings(max_examples=50, deadline=None)
@@ -165,12 +159,23 @@ def test_scored_counts_are_part_of_the_question(tmp_path: Path) -> None:
 )
 def test_lookup_is_a_dict(keys: list[tuple[bytes, int]], stored: int) -> None:
     """Against a plain dict, with digests and counts full of zero bytes and bytes above 127."""
-    wanted: list[Any] = [Pair(name, count, 1) for name, count in keys]
+    wanted = as_keys([name for name, _ in keys], [(count, 1) for _, count in keys])
     values = -np.arange(1.0, 2 * len(wanted) + 1, dtype=np.float32).reshape(-1, 2)
     store = RefStore(Path("unused"))
     store._records = ref_store._merged([ref_store._as_records(wanted[:stored], values[:stored])])
-    assert store.missing(wanted) == list(range(stored, len(wanted)))
+    assert missing(store, wanted) == list(range(stored, len(wanted)))
     assert store.lookup(wanted[:stored][::-1]).tolist() == values[:stored][::-1].tolist()
+
+
+def test_a_record_begins_with_its_key() -> None:
+    """What a pair is called in memory is what stands on disk: digest, then counts."""
+    assert RECORD.descr[: len(KEY.descr)] == KEY.descr
+
+
+def test_the_store_needs_no_torch() -> None:
+    """A command that only looks into a store starts at once."""
+    code = f"import sys, {ref_store.__name__}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # === which store: weights, tokenizer and numerics, nothing else ===
@@ -203,7 +208,7 @@ def test_run_settings_do_not_enter(tmp_path: Path) -> None:
         "numerics": {"dtype": "bfloat16", "attention": "1", "head": "1"},
     }
     (tmp_path / "a").rename(tmp_path / "b")
-    assert RefStore.open(tmp_path / "b", REFERENCE).missing(pairs([0])) == []
+    assert missing(RefStore.open(tmp_path / "b", REFERENCE), pairs([0])) == []
 
 
 @pytest.mark.parametrize("text", ['{"weights": "others"}', '{"weights'])
@@ -226,7 +231,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path, caplog: pytest.LogCaptureFi
     for at in range(len(data)):
         shard.write_bytes(data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :])
         store.load()
-        assert store.missing(pairs([0])) == [0] and store.set_aside == [shard.name]
+        assert missing(store, pairs([0])) == [0] and store.set_aside == [shard.name]
         assert not shard.exists() and shard.with_name(f"{shard.name}.corrupt").exists()
     assert caplog.text.count(f"{shard} is damaged") == len(data)
 
@@ -239,10 +244,10 @@ def test_a_truncated_shard_is_found_and_made_again(tmp_path: Path, kept: int) ->
     store.add(pairs([2]), logps([2]))
     shard.write_bytes(shard.read_bytes()[:kept])
     store = RefStore.open(tmp_path, REFERENCE)
-    assert store.missing(pairs([0, 1, 2])) == [0, 1] and store.set_aside == [shard.name]
+    assert missing(store, pairs([0, 1, 2])) == [0, 1] and store.set_aside == [shard.name]
     store.add(pairs([0, 1]), logps([0, 1]))
     store = RefStore.open(tmp_path, REFERENCE)
-    assert store.missing(pairs([0, 1, 2])) == [] and store.set_aside == []
+    assert missing(store, pairs([0, 1, 2])) == [] and store.set_aside == []
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -286,7 +291,7 @@ def test_impossible_records_are_missing(tmp_path: Path, value: float, caplog: py
     sums[0, 1] = value
     store._write(ref_store._as_records(pairs([0, 1]), sums))
     store = RefStore.open(tmp_path, REFERENCE)
-    assert store.missing(pairs([0, 1])) == [0] and store.lookup(pairs([1])).tolist() == [[-2.0, -2.5]]
+    assert missing(store, pairs([0, 1])) == [0] and store.lookup(pairs([1])).tolist() == [[-2.0, -2.5]]
     assert f"ignored 1 impossible records of shard {shards(store)[0]}" in caplog.text
 
 
@@ -300,14 +305,14 @@ def test_a_pass_cannot_store_impossible_sums(tmp_path: Path, value: float) -> No
     ):
         writer.add(pairs([0]), logps([0]))
         writer.add(pairs([1, 2]), np.array([[-2.0, -2.5], [-3.0, value]], np.float32))
-    assert store.missing(pairs([0, 1, 2])) == [1, 2]
+    assert missing(store, pairs([0, 1, 2])) == [1, 2]
 
 
 def test_rounding_above_zero_is_sound(tmp_path: Path) -> None:
     """A scored token of probability 1 whose fp32 log-prob came out as 2^-22: stored. Sums in bf16 or fp16: refused."""
     store = RefStore.open(tmp_path, REFERENCE)
     store.add(pairs([0]), np.full((1, 2), 2.0**-22, np.float32))
-    assert RefStore.open(tmp_path, REFERENCE).missing(pairs([0])) == []
+    assert missing(RefStore.open(tmp_path, REFERENCE), pairs([0])) == []
     with pytest.raises(AssertionError, match="16 bits"):
         store.add(pairs([1]), logps([1]).astype(np.float16))
 
@@ -322,7 +327,7 @@ def test_foreign_files_are_left_alone_with_one_warning(tmp_path: Path, caplog: p
         (store.folder / name).write_bytes(b"x")
     before = sorted(path.name for path in store.folder.iterdir())
     store.load()
-    assert store.missing(pairs([0])) == [] and sorted(path.name for path in store.folder.iterdir()) == before
+    assert missing(store, pairs([0])) == [] and sorted(path.name for path in store.folder.iterdir()) == before
     (message,) = [record.getMessage() for record in caplog.records]
     assert "ignored 4 files" in message and "notes.txt" in message
 
@@ -332,7 +337,7 @@ def test_a_folder_with_a_shard_s_name_is_unreadable_not_fatal(tmp_path: Path, ca
     store = filled(tmp_path, [0])
     (store.folder / ("a" * 32 + ".npy")).mkdir()
     store.load()
-    assert store.missing(pairs([0])) == [] and "cannot read shard" in caplog.text
+    assert missing(store, pairs([0])) == [] and "cannot read shard" in caplog.text
 
 
 def test_a_shard_that_another_rank_sets_aside_first_is_no_error(
@@ -343,11 +348,11 @@ def test_a_shard_that_another_rank_sets_aside_first_is_no_error(
     listed = [*shards(store), store.folder / ("a" * 32 + ".npy")]
     monkeypatch.setattr(ref_store, "_listed", lambda folder: listed)
     store.load()
-    assert store.missing(pairs([0])) == [] and caplog.text == ""
+    assert missing(store, pairs([0])) == [] and caplog.text == ""
     monkeypatch.setattr(ref_store.os, "replace", raising(errno.ENOENT))
     listed[0].write_bytes(b"damaged")
     store.load()
-    assert store.missing(pairs([0])) == [0]
+    assert missing(store, pairs([0])) == [0]
     assert "is damaged" in caplog.text and "cannot rename" not in caplog.text
 
 
@@ -365,7 +370,7 @@ def test_a_read_only_store_serves(
     for name in ("replace", "rename", "mkdir", "fsync"):
         monkeypatch.setattr(os, name, raising(errno.EROFS))
     store = RefStore.open(tmp_path, REFERENCE)
-    assert len(store) == 1 and len(store.missing(pairs([0, 1]))) == 1
+    assert len(store) == 1 and len(missing(store, pairs([0, 1]))) == 1
     assert "cannot rename" in caplog.text and damaged.exists()
     with pytest.raises(UserError, match="cannot write .*Read-only file system"):
         store.add(pairs([2]), logps([2]))
@@ -385,7 +390,7 @@ def test_a_full_disk_stops_the_pass_and_leaves_nothing(
         writer.add(pairs([1]), logps([1]))
     assert isinstance(caught.value.__cause__, OSError) and caught.value.__context__ is caught.value.__cause__
     monkeypatch.undo()
-    assert sorted(path.name for path in store.folder.iterdir()) == before and store.missing(pairs([0, 1])) == [1]
+    assert sorted(path.name for path in store.folder.iterdir()) == before and missing(store, pairs([0, 1])) == [1]
 
 
 def test_an_unreadable_folder_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +415,7 @@ def test_the_writer_flushes_by_pairs_by_time_and_at_the_end(tmp_path: Path, monk
             writer.add(pairs(numbers), logps(numbers))
             counts.append((len(shards(store)), len(store)))
     assert counts == [(0, 0), (1, 4), (2, 5), (2, 5)]
-    assert len(shards(store)) == 3 and RefStore.open(tmp_path, REFERENCE).missing(pairs(range(6))) == []
+    assert len(shards(store)) == 3 and missing(RefStore.open(tmp_path, REFERENCE), pairs(range(6))) == []
 
 
 PASS = """
@@ -429,7 +434,7 @@ def write_half_and_die(path, data):
     die()
 
 store = RefStore.open(sys.argv[2], REFERENCE)
-numbers = store.missing(pairs(range(30)))
+numbers = missing(store, pairs(range(30)))
 with store.writer(every_pairs=5) as writer:
     for done, number in enumerate(numbers):
         if done == 12 and sys.argv[3] == "half-written":
@@ -452,7 +457,7 @@ def test_kill_9_loses_at_most_one_flush(tmp_path: Path, dies: str, caplog: pytes
     """Killed while writing the third shard of 5: 10 pairs are there and right, 20 missing; the next pass ends it."""
     assert start_pass(tmp_path, dies).wait(60) == -signal.SIGKILL
     store = RefStore.open(tmp_path, REFERENCE)
-    assert store.missing(pairs(range(30))) == list(range(10, 30)) and store.set_aside == []
+    assert missing(store, pairs(range(30))) == list(range(10, 30)) and store.set_aside == []
     assert store.lookup(pairs(range(10))).tolist() == logps(range(10)).tolist()
     assert start_pass(tmp_path).wait(60) == 0
     store = RefStore.open(tmp_path, REFERENCE)
@@ -482,7 +487,7 @@ def test_a_reload_shows_what_other_ranks_wrote(tmp_path: Path) -> None:
     one, other = RefStore.open(tmp_path, REFERENCE), RefStore.open(tmp_path, REFERENCE)
     one.add(pairs([0]), logps([0]))
     other.add(pairs([1]), logps([1]))
-    assert one.missing(pairs([0, 1])) == [1]
+    assert missing(one, pairs([0, 1])) == [1]
     one.load()
     other.load()
     assert one.content_digest(pairs([0, 1])) == other.content_digest(pairs([0, 1]))
@@ -491,7 +496,7 @@ def test_a_reload_shows_what_other_ranks_wrote(tmp_path: Path) -> None:
 def test_a_large_store_is_asked_at_once(tmp_path: Path) -> None:
     """100,000 pairs, asked for in the other order: a lookup that searched pair by pair would take minutes."""
     count = 100_000
-    many: list[Any] = [Pair(i.to_bytes(16, "little"), 1, 1) for i in range(count)]
+    many = as_keys([i.to_bytes(16, "little") for i in range(count)], [(1, 1)] * count)
     store = RefStore.open(tmp_path, REFERENCE)
     store.add(many, np.full((count, 2), -1.0, np.float32))
-    assert len(RefStore.open(tmp_path, REFERENCE)) == count and store.missing(many[::-1]) == []
+    assert len(RefStore.open(tmp_path, REFERENCE)) == count and missing(store, many[::-1]) == []

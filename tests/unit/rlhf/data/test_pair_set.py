@@ -1,0 +1,122 @@
+"""All pairs as arrays: what comes out is what went in, nothing is copied, and little is kept beside the tokens."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simple_llama.common.files import digest
+from simple_llama.reinforcement_learning.rlhf.data import pair_set
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
+
+PAIRS = [
+    TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3),
+    TokenizedPair.from_chats([1, 9, 4], 1, [1, 9, 5, 6], 2),
+    TokenizedPair.from_chats([1, 2, 10, 11, 12, 13], 3, [1, 2, 14], 1),
+]
+TOKENS = st.lists(st.integers(10, 14), min_size=1, max_size=8)
+
+
+def content(pair: TokenizedPair) -> tuple:
+    """All of a pair as plain values."""
+    arrays = (pair.prefix.tolist(), pair.chosen.tolist(), pair.rejected.tolist())
+    return *arrays, pair.chosen_scored, pair.rejected_scored, pair.digest
+
+
+def test_arrays_by_hand() -> None:
+    """Prefixes of 3, 2 and 2 tokens; branches of 2 and 3, 1 and 2, 4 and 1; rows are one less for each branch."""
+    pairs = PairSet.of(PAIRS, [("a.json", 1), ("b.json", 1), ("a.json", 7)])
+    assert pairs.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 4, 5, 6, 1, 2, 10, 11, 12, 13, 14]
+    assert pairs.rows.tolist() == [3 + 1 + 2, 2 + 0 + 1, 2 + 3 + 0]
+    assert (pairs.chosen_len.tolist(), pairs.rejected_len.tolist()) == ([5, 3, 6], [6, 4, 3])
+    assert pairs.keys["counts"].tolist() == [[2, 3], [1, 2], [3, 1]]
+    assert pairs.keys["digest"].tobytes() == b"".join(pair.digest for pair in PAIRS)
+    assert [pairs.origin(i) for i in range(3)] == ["a.json:1", "b.json:1", "a.json:7"]
+
+
+@given(st.lists(st.tuples(TOKENS, TOKENS, TOKENS), max_size=6))
+def test_what_comes_out_is_what_went_in(triples: list[tuple[list[int], list[int], list[int]]]) -> None:
+    """Pairs, and each of their properties beside the arrays'."""
+    given = [TokenizedPair.from_chats([1, *p, *c], len(c), [1, *p, *r], len(r)) for p, c, r in triples]
+    pairs = PairSet.of(given)
+    assert [content(pair) for pair in pairs] == [content(pair) for pair in given]
+    assert pairs.rows.tolist() == [pair.rows for pair in given]
+    assert pairs.chosen_len.tolist() == [pair.chosen_len for pair in given]
+    assert pairs.rejected_len.tolist() == [pair.rejected_len for pair in given]
+    if given:
+        assert pairs.keys.tobytes() == PairBatch.pack(given).keys.tobytes()
+
+
+def test_it_is_a_sequence() -> None:
+    """Places from both ends, slices, iteration, numbers of numpy; beyond the end is an IndexError."""
+    pairs = PairSet.of(PAIRS)
+    assert len(pairs) == 3 and content(pairs[-1]) == content(PAIRS[2]) == content(pairs[np.int64(2)])
+    assert [content(pair) for pair in pairs[::2]] == [content(PAIRS[0]), content(PAIRS[2])]
+    assert pairs and not pairs[3:] and not PairSet.of([])
+    with pytest.raises(IndexError):
+        pairs[3]
+
+
+def test_nothing_is_copied() -> None:
+    """A pair's arrays and the tokens of a choice are views; nobody can write through them."""
+    pairs = PairSet.of(PAIRS)
+    some = pairs.select([2, 0, 2])
+    assert [content(pair) for pair in some] == [content(PAIRS[i]) for i in (2, 0, 2)]
+    assert some.tokens is pairs.tokens and np.shares_memory(pairs[1:].keys, pairs.keys)
+    for part in (pairs[1].prefix, pairs[1].chosen, some[1].rejected):
+        assert np.shares_memory(part, pairs.tokens)
+        with pytest.raises(ValueError, match="read-only"):
+            part[0] = 5
+
+
+def test_a_pair_takes_64_bytes_beside_its_tokens() -> None:
+    """52 in the set, 4 for its rows and 8 for its place in the shuffle."""
+    pairs = PairSet.of(PAIRS)
+    plan = BatchPlan(pairs.rows, 0, 1, 1, 1)
+    assert pairs.nbytes == 52 * len(pairs)
+    assert pairs.nbytes + plan.rows.nbytes + plan.shuffle(0).nbytes == 64 * len(pairs)
+    assert pairs.tokens.nbytes == 4 * sum(len(part) for p in PAIRS for part in (p.prefix, p.chosen, p.rejected))
+
+
+def test_digest_is_that_of_all_digests_in_order() -> None:
+    pairs = PairSet.of(PAIRS)
+    assert pairs.digest == digest(*(pair.digest for pair in PAIRS))
+    assert pairs.select([1, 0, 2]).digest == digest(*(PAIRS[i].digest for i in (1, 0, 2))) != pairs.digest
+
+
+# === the buffer that grows ===
+
+
+def test_reading_needs_no_second_copy() -> None:
+    """20,000 pairs of 300 tokens: at no time is there half as much again as at the end."""
+    part = np.arange(100, dtype=np.int32)
+    tracemalloc.start()
+    buffer = PairBuffer()
+    for number in range(20_000):
+        buffer.append(TokenizedPair(part, part, part, 1, 1, number.to_bytes(16, "little")), "a.json", number)
+    pairs = buffer.finish()
+    now, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pairs.tokens.nbytes + pairs.nbytes == 20_000 * 1252
+    assert now < 1.2 * 20_000 * 1252 and most < 1.4 * 20_000 * 1252
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=60))
+def test_the_buffer_knows_digests_as_a_set_does(parts: list[tuple[int, int]]) -> None:
+    """Against a plain set. First 8 bytes that agree in all or most bits, so that searches start at the same place."""
+    buffer, plain, first_slots = PairBuffer(), set(), pair_set._FIRST_SLOTS
+    buffer._slots = buffer._slots[:2]  # as small as can be, so that it grows
+    assert len(buffer._slots) < first_slots
+    for low, high in parts:
+        name = low.to_bytes(8, "little") + high.to_bytes(8, "little")
+        assert (name in buffer) == (name in plain)
+        buffer.append(TokenizedPair(*(np.zeros(1, np.int32),) * 3, 1, 1, name), "a.json", 1)
+        plain.add(name)
+        assert name in buffer and len(buffer._slots) >= 2 * len(buffer)
+    assert len(buffer) == len(parts)
