@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest, read_json
 from simple_llama.common.paths import root_path
+from simple_llama.common.settings import settings_from_dict
 from simple_llama.dataset.json_records import data_files, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_IDS, load_tokenizer, token_count, tokenizer_digest
 from simple_llama.dataset.train_bpe import tokenizer_json, train_bpe
@@ -37,8 +38,8 @@ from simple_llama.pretraining.weights import build_model, check_weights, load_we
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation
-from simple_llama.reinforcement_learning.rlhf.dpo_config import config_from_dict, config_from_file
-from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import SavedState, check_state, read_parameters
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import SavedState, StateFacts, _check_state, _read_parameters
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RECORD, RefStore, reference_id
 
@@ -128,8 +129,8 @@ def settings(data: bytes, folder: Path) -> None:
     path = folder / "config.json"
     path.write_bytes(data)
     with refused():
-        config = config_from_file(str(path))
-        assert config_from_dict(json.loads(json.dumps(asdict(config))), "again") == config
+        config = settings_from_dict(DPOConfig, read_json(path), str(path))
+        assert settings_from_dict(DPOConfig, json.loads(json.dumps(asdict(config))), "again") == config
 
 
 def deepspeed(data: bytes, folder: Path) -> None:
@@ -137,7 +138,7 @@ def deepspeed(data: bytes, folder: Path) -> None:
     path = folder / "ds.json"
     path.write_bytes(data)
     with refused():
-        found = full_ds_config(config_from_dict({"deepspeed_config": str(path)}, "ours"), world_size=2)
+        found = full_ds_config(DPOConfig(deepspeed_config=str(path)), world_size=2)
         assert found["zero_optimization"]["stage"] in (2, 3) and read_json(path).items() <= found.items()
 
 
@@ -161,10 +162,11 @@ def state_tensors(data: bytes, folder: Path) -> None:
 
 def check(state: Path) -> None:
     """A state has a problem that can be shown, or tensors that can be loaded."""
-    problem, facts = check_state(state)
-    assert bool(problem) != bool(facts)
+    problem, found = _check_state(state)
+    assert bool(problem) != bool(found)
     if not problem:
-        for _, tensors in read_parameters(SavedState(state, facts)):
+        saved = SavedState(state, StateFacts.from_json(found), found["files"], found["optimizer_steps"])
+        for _, tensors in _read_parameters(saved):
             assert len({tensor.shape for tensor in tensors.values()}) == 1
             assert all(tensor.isfinite().all() for tensor in tensors.values())
 

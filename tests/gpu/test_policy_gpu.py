@@ -16,7 +16,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.run.metrics import SUMMED, MetricSums, pair_statistics
+from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,20 +78,19 @@ def test_a_micro_batch_makes_no_host_sync() -> None:
     """From the packed batch to the sums of the metrics; the allocators and kernels are warm."""
     device = torch.device("cuda")
     policy = DPOPolicy(_model().to(device, torch.bfloat16), LOSS)
-    pairs, sums, ref = _pairs(6), MetricSums(device), torch.zeros(6, 2)
+    pairs, sums, ref = _pairs(6), MetricSums(device, work=lambda batch: 1.0), torch.zeros(6, 2)
 
     def micro_batch() -> None:
         batch = PairBatch.pack(pairs).to(device)
         ref_B2 = ref.pin_memory().to(device, non_blocking=True)
         out = policy(batch, ref_B2)
         out.loss.backward()
-        rewards_B2 = LOSS.rewards(out.logps_B2, ref_B2)
-        sums.add(pair_statistics(out.losses_B, out.logps_B2, rewards_B2), len(batch.tokens_T), 1.0)
+        sums.add(out, batch)
 
     micro_batch()
     with no_host_waits():
         micro_batch()
-    assert sums.sums[SUMMED.index("pairs")] == 12
+    assert sums.means()["pairs"] == 12
 
 
 def test_compiled_layers() -> None:

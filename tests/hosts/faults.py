@@ -176,7 +176,7 @@ def inject(rig: Rig, job: TinyJob, fault: str, supervised: bool = True, **settin
 def newest_whole_state(job: TinyJob, name: str) -> int:
     """Step of the state from which a run would resume."""
     with contextlib.suppress(UserError):
-        return int(newest_state(job.folder / "checkpoints" / name).facts["step"])
+        return int(newest_state(job.folder / "checkpoints" / name).facts.step)
     return 0
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fuzz_targets import REFERENCE, SHARD, TARGETS, seeds, shipped_tokenizer
 from simple_llama.common.files import digest
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
-from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import check_state
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import _check_state
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ def test_a_sound_state_shard_and_data_set_are_read(tmp_path: Path) -> None:
     state.mkdir()
     (state / SHARD).write_bytes(seeds("state_tensors")[0])
     (state / "state.json").write_bytes(seeds("state_facts")[0])
-    assert check_state(state)[0] == ""
+    assert _check_state(state)[0] == ""
     cache = RefStore.open(tmp_path, REFERENCE)
     (cache.folder / f"{digest(seeds('store')[0]).hex()}.npy").write_bytes(seeds("store")[0])
     assert len(RefStore.open(tmp_path, REFERENCE)) == 2
