@@ -39,7 +39,12 @@ from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatas
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import SavedState, StateFacts, _check_state, _read_parameters
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
+    SavedState,
+    StateFacts,
+    _check_state,
+    _read_parameters,
+)
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RECORD, RefStore, reference_id
 
