@@ -41,7 +41,7 @@ def set_up_log(path: str | os.PathLike[str] | None, ranks: Ranks) -> None:
     Raises:
         UserError: the log file cannot be opened.
     """
-    close_log()
+    _close_log()
     console = _ConsoleHandler()
     LOGGER.addHandler(console)
     if not ranks.is_main:
@@ -54,7 +54,7 @@ def set_up_log(path: str | os.PathLike[str] | None, ranks: Ranks) -> None:
         LOGGER.addHandler(_file_handler(Path(path)))
 
 
-def close_log() -> None:
+def _close_log() -> None:
     """Bring the program's logger back to how import left it, and close the log file."""
     LOGGER.setLevel(logging.NOTSET)
     for handler in list(LOGGER.handlers):

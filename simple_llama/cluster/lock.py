@@ -3,7 +3,8 @@
     <folder>/lock      JSON: who holds it (host, pid, ...) and a random token; touched every few seconds by its holder
 
 A holder in reach (same host, boot and PID namespace) is asked of the kernel; so a killed run's lock is free at once.
-Any other one is watched: a live holder's file changes within SILENCE_S. Clocks of different hosts are never compared.
+Any other one is watched: a live holder's file changes within _SILENCE_S. Clocks of different hosts are never compared.
+Beside that watch nothing here waits, but for the disk: a run that hangs with it is the watchdog's to end.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 
 NAME = "lock"
-REFRESH_S = 5.0  # between touches by the holder
-SILENCE_S = 30.0  # without a touch, watched on the taker's clock, after which a holder out of reach counts as dead
-LOOKS = 60  # of the taker during SILENCE_S
+_REFRESH_S = 5.0  # between touches by the holder
+_SILENCE_S = 30.0  # without a touch, watched on the taker's clock, after which a holder out of reach counts as dead
+_LOOKS = 60  # of the taker during _SILENCE_S
+_TURNS = 100  # in which the lock may change hands before the taker gives up
+_MOST = 1 << 16  # bytes of a lock file; ours has a few hundred
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # file systems without links
 
 
 @dataclass(frozen=True)
-class Holder:
+class _Holder:
     """Who wrote a lock file. An empty `boot`, `namespace` or `started` is one that its system does not tell."""
 
     host: str
@@ -51,7 +54,7 @@ class Holder:
 
     def is_in_reach(self) -> bool:
         """Whether this process can ask the kernel about that pid."""
-        here = this_process()
+        here = _this_process()
         same = (self.host, self.boot, self.namespace) == (here.host, here.boot, here.namespace)
         return same and self.boot != ""  # the host's name alone may be another machine's too
 
@@ -62,7 +65,7 @@ class _Seen:
 
     text: bytes
     touched_ns: int
-    holder: Holder | None
+    holder: _Holder | None
 
     def __str__(self) -> str:
         return str(self.holder or "an unknown run (the lock file is damaged)")
@@ -83,13 +86,15 @@ class FolderLock:
         """Locks `folder`, made if it is not there. A dead run's lock is taken over with a warning that names the run.
 
         Raises:
-            UserError: a live run holds the lock (at once, or after up to SILENCE_S for one on another host), or the
+            UserError: a live run holds the lock (at once, or after up to _SILENCE_S for one on another host), or the
                 disk does not let it be written.
         """
-        path, me = folder / NAME, this_process()
+        path, me = folder / NAME, _this_process()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            while (file := _create(path, me)) is None:
+            for _ in range(_TURNS):
+                if (file := _create(path, me)) is not None:
+                    return cls(path, me.token, file)
                 seen = _look(path)
                 if seen is not None and _is_dead(path, seen) and _remove(path, seen.text):
                     LOGGER.warning("%s was locked by %s, which is dead: taken over", folder, seen)
@@ -97,7 +102,7 @@ class FolderLock:
             raise UserError(
                 f"cannot write {path}: {error.strerror or error}; free space or choose another place"
             ) from error
-        return cls(path, me.token, file)
+        raise UserError(f"{folder} is locked by one run after the other; wait, or choose another place (run_name)")
 
     def check(self) -> None:
         """Raises UserError when the lock is no longer ours: another run took it for dead while we were suspended."""
@@ -109,7 +114,7 @@ class FolderLock:
             now = "its lock file was removed" if seen is None else f"it belongs to {seen}"
             raise UserError(
                 f"{self.path.parent} is no longer locked by this run, which was suspended or cut off from the disk for "
-                f"more than {SILENCE_S:g} s: {now}; this run stops so as not to write beside another one"
+                f"more than {_SILENCE_S:g} s: {now}; this run stops so as not to write beside another one"
             )
 
     def release(self) -> None:
@@ -128,7 +133,7 @@ class FolderLock:
         return seen.holder is not None and seen.holder.token == self._token
 
 
-def this_process() -> Holder:
+def _this_process() -> _Holder:
     """This process as a holder, with a fresh token."""
     try:
         boot, namespace = boot_id(), os.readlink("/proc/self/ns/pid")
@@ -136,7 +141,7 @@ def this_process() -> Holder:
         boot, namespace = "", ""
     _, started = _process(os.getpid())
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return Holder(socket.gethostname(), os.getpid(), boot, namespace, started, secrets.token_hex(16), since)
+    return _Holder(socket.gethostname(), os.getpid(), boot, namespace, started, secrets.token_hex(16), since)
 
 
 def _is_dead(path: Path, seen: _Seen) -> bool:
@@ -150,7 +155,7 @@ def _is_dead(path: Path, seen: _Seen) -> bool:
     return _is_silent(path, seen)
 
 
-def _runs(holder: Holder) -> bool | None:
+def _runs(holder: _Holder) -> bool | None:
     """Whether a process in reach still runs; None where the system does not tell."""
     try:
         os.kill(holder.pid, 0)
@@ -171,13 +176,13 @@ def _process(pid: int) -> tuple[str, str]:
 
 
 def _is_silent(path: Path, seen: _Seen) -> bool:
-    """Watches a holder out of reach for up to SILENCE_S; False: the file has changed hands. UserError when it lives.
+    """Watches a holder out of reach for up to _SILENCE_S; False: the file has changed hands. UserError when it lives.
 
     Only time in which we looked counts as silence: where this process or the disk hung, the holder may have hung too.
     """
-    LOGGER.warning("%s is locked by %s: watching for up to %g s whether it lives", path.parent, seen, SILENCE_S)
-    pause, silent = SILENCE_S / LOOKS, 0.0
-    while silent < SILENCE_S:
+    LOGGER.warning("%s is locked by %s: watching for up to %g s whether it lives", path.parent, seen, _SILENCE_S)
+    pause, silent = _SILENCE_S / _LOOKS, 0.0
+    while silent < _SILENCE_S:
         before = time.monotonic()
         time.sleep(pause)
         now = _look(path)
@@ -203,14 +208,14 @@ def _look(path: Path) -> _Seen | None:
     except FileNotFoundError:
         return None
     with open(descriptor, "rb") as file:
-        text = file.read()
+        text = file.read(_MOST)
         return _Seen(text, os.fstat(descriptor).st_mtime_ns, _parse(text))
 
 
-def _parse(text: bytes) -> Holder | None:
+def _parse(text: bytes) -> _Holder | None:
     """Who wrote a lock file, None where its text is none of ours."""
     try:
-        holder = Holder(**json.loads(text))
+        holder = _Holder(**json.loads(text))
     except (ValueError, TypeError, RecursionError):  # no JSON, no object, other keys
         return None
     texts = (holder.host, holder.boot, holder.namespace, holder.started, holder.token, holder.since)
@@ -218,7 +223,7 @@ def _parse(text: bytes) -> Holder | None:
     return holder if sound else None
 
 
-def _create(path: Path, me: Holder) -> BinaryIO | None:
+def _create(path: Path, me: _Holder) -> BinaryIO | None:
     """Makes the lock file, whole and exclusively; gives it open, or None where there is one already."""
     temp = path.with_name(f".{path.name}.{me.token}.tmp")
     file = open(temp, "xb")  # noqa: SIM115 (open as long as the lock is held)
@@ -277,7 +282,7 @@ def _remove(path: Path, text: bytes) -> bool:
             pass  # a disk without such locks
         aside = path.with_name(f".{path.name}.{secrets.token_hex(16)}.tmp")
         try:
-            if file.read() != text or not os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            if file.read(_MOST) != text or not os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 return False
             os.rename(path, aside)
         except FileNotFoundError:
@@ -292,6 +297,6 @@ def _remove(path: Path, text: bytes) -> bool:
 def _keep_touching(file: BinaryIO, ended: threading.Event) -> None:
     """Touches the lock file until `ended`. Through the open file: that of a run that took over is not ours to touch."""
     with file:
-        while not ended.wait(REFRESH_S):
+        while not ended.wait(_REFRESH_S):
             with contextlib.suppress(OSError):  # a disk that is away may come back
                 os.utime(file.fileno())

@@ -18,8 +18,8 @@ from simple_llama.cluster.distributed import Ranks, gather_objects
 from simple_llama.cluster.processes import stat_fields
 
 STOPPED = 75  # exit status EX_TEMPFAIL of sysexits.h: try again; here with --resume
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-ORPHAN_S = 10.0  # that a launcher is gone before the rank stops: a launcher that ends first sends SIGTERM
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_ORPHAN_S = 10.0  # that a launcher is gone before the rank stops: a launcher that ends first sends SIGTERM
 
 # A launcher's mark in the environment of the ranks that it starts. DeepSpeed's own parent matters too: on one host the
 # `deepspeed` command, on several the remote shell.
@@ -50,8 +50,8 @@ def install(world_size: int = 1) -> None:
     """
     _State.reason, _State.pending, _State.orphan_since = "", None, 0.0
     _State.waits, _State.interrupts = world_size > 1, 0
-    _State.ancestors = ancestors(max((n for mark, n in _LAUNCHER_MARKS.items() if mark in os.environ), default=0))
-    for number in SIGNALS:
+    _State.ancestors = _ancestors(max((n for mark, n in _LAUNCHER_MARKS.items() if mark in os.environ), default=0))
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             _State.before.setdefault(number, signal.signal(number, _on_signal))
 
@@ -104,7 +104,10 @@ def agree(ranks: Ranks, at_once: bool = False) -> None:
 
 
 def _read_agreement(ranks: Ranks) -> None:
-    """Raises Stopped with the reasons of all ranks, if one was asked to stop when the agreement began."""
+    """Raises Stopped with the reasons of all ranks, if one was asked to stop when the agreement began.
+
+    A rank that never agrees is the watchdog's to find.
+    """
     if _State.pending is None:
         return
     (asked, work), _State.pending = _State.pending, None
@@ -120,14 +123,14 @@ def has_launcher() -> bool:
 
 
 def lost_launcher(now: float) -> str:
-    """What of the launcher is gone for ORPHAN_S seconds: a process that started this one, or the reader of its output.
+    """What of the launcher is gone for _ORPHAN_S seconds: a process that started this one, or the reader of its output.
 
     `now` is time.monotonic(). Empty while all is there, and without a launcher.
     """
     if not _State.ancestors:
         return ""
     found = ""
-    if ancestors(len(_State.ancestors)) != _State.ancestors:
+    if _ancestors(len(_State.ancestors)) != _State.ancestors:
         found = "loss of the launcher process"
     elif _nobody_reads():
         found = "loss of the launcher's connection"
@@ -135,12 +138,12 @@ def lost_launcher(now: float) -> str:
         _State.orphan_since = 0.0
     elif not _State.orphan_since:
         _State.orphan_since = now
-    elif now - _State.orphan_since >= ORPHAN_S:
+    elif now - _State.orphan_since >= _ORPHAN_S:
         return found
     return ""
 
 
-def ancestors(depth: int) -> tuple[int, ...]:
+def _ancestors(depth: int) -> tuple[int, ...]:
     """Process ids of the parent, its parent and so on; fewer where the system does not tell."""
     found = [os.getppid()][:depth]
     while 0 < len(found) < depth and (fields := stat_fields(found[-1])):

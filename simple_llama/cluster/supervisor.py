@@ -31,8 +31,8 @@ from simple_llama.cluster.processes import stat_fields
 from simple_llama.common.errors import UserError
 
 FINISHED = "job finished on all ranks"  # the last line of a job that is done
-KEEPALIVE = "-o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"  # ssh notices a dead link in 15 s
-UNFINISHED = 1  # exit status where the launcher's own would be 0
+_KEEPALIVE = "-o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"  # ssh notices a dead link in 15 s
+_UNFINISHED = 1  # exit status where the launcher's own would be 0
 
 _POLL_S = 0.2
 _KILL_S = 20.0  # from SIGTERM to SIGKILL of a launcher: it asks all hosts to end their processes
@@ -59,9 +59,9 @@ def supervise(command: Sequence[str], grace_s: float = 15.0) -> int:
     if not command or shutil.which(command[0]) is None:
         raise UserError(f"expected a launcher's command, like deepspeed ..., found {' '.join(command) or 'nothing'}")
     hosts: list[str] = []
-    if Path(command[0]).name == "deepspeed" and option(command, "--launcher") in ("", "pdsh"):
-        hosts = read_hostfile(option(command, "--hostfile", "-H"))
-        check_environment_files(os.environ)
+    if Path(command[0]).name == "deepspeed" and _option(command, "--launcher") in ("", "pdsh"):
+        hosts = _read_hostfile(_option(command, "--hostfile", "-H"))
+        _check_environment_files(os.environ)
     launch = _Launch(command, hosts)
     launch.wait(grace_s)
     launch.clean_up()
@@ -83,7 +83,7 @@ class _Launch:
         _prctl(_SET_CHILD_SUBREAPER, 1)  # what a killed launcher leaves becomes our child, and is ended
         self.process = subprocess.Popen(
             command,
-            env=environment_with_keepalive(os.environ),
+            env=_environment_with_keepalive(os.environ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C comes to this process alone
@@ -99,10 +99,10 @@ class _Launch:
         now = time.monotonic()
         if not self.stop_at:
             self.stop_at = now
-            say(f"{signal.Signals(number).name}: asking all ranks to save and stop")
+            _say(f"{signal.Signals(number).name}: asking all ranks to save and stop")
         elif now - self.stop_at > _AGAIN_S and not self.hurry:
             self.hurry = True
-            say(f"{signal.Signals(number).name} again: ending the launcher")
+            _say(f"{signal.Signals(number).name} again: ending the launcher")
 
     def pass_on(self, source: IO[bytes], sink: IO[bytes]) -> None:
         """Copies the launcher's output, and notes what it says of the job's end."""
@@ -117,7 +117,11 @@ class _Launch:
                 sink.flush()
 
     def wait(self, grace_s: float) -> None:
-        """Until the launcher has ended, by itself or by us."""
+        """Until the launcher has ended, by itself or by us.
+
+        That is as long as the job takes: a job that hangs is ended by its ranks' watchdogs, and a host's failure, or
+        a second signal, by us.
+        """
         asked = False
         while self.process.poll() is None:
             if self.stop_at and not asked:
@@ -125,9 +129,11 @@ class _Launch:
                 self.signal_ranks("TERM")
             if self.hurry:
                 self.terminate()
-            elif self.failed_host and time.monotonic() - self.failed_at > grace_s:
-                say(f"host {self.failed_host} has failed, others have not ended within {grace_s:g} s: ending all")
+                return
+            if self.failed_host and time.monotonic() - self.failed_at > grace_s:
+                _say(f"host {self.failed_host} has failed, others have not ended within {grace_s:g} s: ending all")
                 self.terminate()
+                return
             time.sleep(_POLL_S)
 
     def terminate(self) -> None:
@@ -138,7 +144,8 @@ class _Launch:
             self.process.wait(_KILL_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_UNKILLABLE_S)
 
     def signal_ranks(self, name: str) -> None:
         """Sends SIGTERM or SIGCONT to the ranks: by pdsh where there are several hosts, else to those on this one."""
@@ -146,10 +153,10 @@ class _Launch:
             script = next((word for word in self.command[1:] if word.endswith(".py")), "")
             pattern = f" [-]u {re.escape(script)}"  # `python -u SCRIPT`; the bracket keeps the remote shell out of it
             remote = f"pkill -{name} -u $(id -u) -f '{pattern}'"
-            environment = {**environment_with_keepalive(os.environ), "PDSH_RCMD_TYPE": "ssh"}
+            environment = {**_environment_with_keepalive(os.environ), "PDSH_RCMD_TYPE": "ssh"}
             subprocess.Popen(["pdsh", "-w", ",".join(self.hosts), remote], env=environment, start_new_session=True)
             return
-        ranks = [pid for pid in descendants(os.getpid()) if is_rank(pid)]
+        ranks = [pid for pid in _descendants(os.getpid()) if _is_rank(pid)]
         for pid in ranks or [self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.Signals[f"SIG{name}"])
@@ -158,7 +165,7 @@ class _Launch:
         """Ends what the launcher left on this host, gently first: ranks may be saving."""
         began = time.monotonic()
         told: set[int] = set()
-        while left := descendants(os.getpid()):
+        while left := _descendants(os.getpid()):
             late_s = time.monotonic() - began - (_HURRY_S if self.hurry else _CLEAN_UP_S)
             if late_s > _UNKILLABLE_S:
                 self.left = left
@@ -168,7 +175,7 @@ class _Launch:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL if late_s > 0 else signal.SIGTERM)
             if not told:
-                say(f"ending {len(left)} processes that the launcher left")
+                _say(f"ending {len(left)} processes that the launcher left")
             told.update(left)
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
@@ -182,24 +189,26 @@ class _Launch:
 
         Never 0 for a job that has not finished.
         """
-        status = self.process.returncode
+        status = self.process.poll()
+        if status is None:  # it cannot be ended: one of `left`
+            status = _UNFINISHED
         if status < 0:
-            say(f"the launcher was ended by {signal.Signals(-status).name}")
+            _say(f"the launcher was ended by {signal.Signals(-status).name}")
             status = 128 - status
         if self.failed_status and not self.hurry:
             status = self.failed_status  # the launcher's own is the largest of all hosts', or 1 when it was ended
         if not status and not self.finished:
-            say("the launcher ended with status 0, but the job did not say that it finished: taken for a failure")
-            status = UNFINISHED
+            _say("the launcher ended with status 0, but the job did not say that it finished: taken for a failure")
+            status = _UNFINISHED
         if self.left:
-            say(f"cannot end processes {', '.join(map(str, self.left))}: see what they wait for")
-            status = status or UNFINISHED
+            _say(f"cannot end processes {', '.join(map(str, self.left))}: see what they wait for")
+            status = status or _UNFINISHED
         if self.failed_host and not self.stop_at:
-            say(f"host {self.failed_host} failed first, with status {self.failed_status}; see its lines above")
+            _say(f"host {self.failed_host} failed first, with status {self.failed_status}; see its lines above")
         return status
 
 
-def option(command: Sequence[str], *names: str) -> str:
+def _option(command: Sequence[str], *names: str) -> str:
     """The value of a launcher's option, as `--name VALUE` or `--name=VALUE`, before the script; empty without one."""
     words = iter(command[1:])
     for word in words:
@@ -211,7 +220,7 @@ def option(command: Sequence[str], *names: str) -> str:
     return ""
 
 
-def read_hostfile(path: str) -> list[str]:
+def _read_hostfile(path: str) -> list[str]:
     """Host names of a DeepSpeed hostfile; none for an empty path.
 
     Raises UserError where DeepSpeed's launcher would end with a traceback, start nothing, or read half a line.
@@ -241,7 +250,7 @@ def read_hostfile(path: str) -> list[str]:
     return hosts
 
 
-def check_environment_files(environment: Mapping[str, str]) -> None:
+def _check_environment_files(environment: Mapping[str, str]) -> None:
     """UserError for a `.deepspeed_env` that DeepSpeed's launcher cannot read: it wants NAME=value lines alone."""
     name = environment.get("DS_ENV_FILE", ".deepspeed_env")
     for folder in (os.path.expanduser("~"), "."):
@@ -257,15 +266,15 @@ def check_environment_files(environment: Mapping[str, str]) -> None:
                     )
 
 
-def environment_with_keepalive(environment: Mapping[str, str]) -> dict[str, str]:
+def _environment_with_keepalive(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment, with options for pdsh's ssh that end a connection over a dead link."""
     options = environment.get("PDSH_SSH_ARGS_APPEND", "")
     if "ServerAlive" not in options:
-        options = f"{options} {KEEPALIVE}".strip()
+        options = f"{options} {_KEEPALIVE}".strip()
     return {**environment, "PDSH_SSH_ARGS_APPEND": options}
 
 
-def descendants(root: int) -> list[int]:
+def _descendants(root: int) -> list[int]:
     """Process ids of all that `root` started and that runs still, zombies left out; empty without /proc."""
     children: dict[int, list[int]] = {}
     for pid, parent in _processes():
@@ -277,7 +286,7 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def is_rank(pid: int) -> bool:
+def _is_rank(pid: int) -> bool:
     """Whether a launcher started this process as a rank: LOCAL_RANK is set in it, and not in its parent."""
     return _has_local_rank(pid) and not any(_has_local_rank(parent) for child, parent in _processes() if child == pid)
 
@@ -310,7 +319,7 @@ def _die_with_parent() -> None:
     _prctl(_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def say(message: str) -> None:
+def _say(message: str) -> None:
     """A line of the supervisor's own, on stderr."""
     with contextlib.suppress(OSError):
         print(f"supervise: {message}", file=sys.stderr, flush=True)

@@ -144,7 +144,7 @@ def test_a_rank_that_never_comes_ends_the_start(job: TinyJob) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_and_stops_both(job: TinyJob, number: signal.Signals) -> None:
     """Status 75 on both. Resumed, the run ends with the weights and the curve of one that was never stopped, bit for
-    bit; so the steps between two checkpoints are not lost."""
+    bit on any CPU: the same ranks have the same threads. So the steps between two checkpoints are not lost."""
     pair = Pair(job, epochs=8)
     pair.wait_for_step(5)
     pair.ranks[1].send_signal(number)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simple_llama.cluster.console import close_log, progress, set_up_log
+from simple_llama.cluster.console import _close_log, progress, set_up_log
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
@@ -26,7 +26,7 @@ def ranks(rank: int) -> Ranks:
 def _closed() -> Iterator[None]:
     """Leave the program's logger as it was."""
     yield
-    close_log()
+    _close_log()
 
 
 class Terminal(io.StringIO):
@@ -68,7 +68,7 @@ def test_setting_up_twice_does_not_double_lines(tmp_path: Path, capsys: pytest.C
 
 def test_import_adds_no_handlers() -> None:
     """Importing does nothing; closing brings that state back."""
-    close_log()
+    _close_log()
     assert LOGGER.handlers == [] and LOGGER.level == logging.NOTSET and LOGGER is logging.getLogger("simple_llama")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from simple_llama.cluster import lock
-from simple_llama.cluster.lock import FolderLock, Holder
+from simple_llama.cluster.lock import FolderLock, _Holder
 from simple_llama.common.errors import UserError
 
 ROOT = Path(lock.__file__).parents[2]
@@ -81,12 +81,12 @@ def workers(tmp_path: Path) -> Iterator[list[Worker]]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A holder out of reach counts as dead after 0.3 s, not 30."""
-    monkeypatch.setattr(lock, "SILENCE_S", 0.3)
+    monkeypatch.setattr(lock, "_SILENCE_S", 0.3)
 
 
-def write_lock(folder: Path, **changes: object) -> Holder:
+def write_lock(folder: Path, **changes: object) -> _Holder:
     """A lock of this process, but for `changes`."""
-    holder = dataclasses.replace(lock.this_process(), **changes)  # type: ignore[arg-type]
+    holder = dataclasses.replace(lock._this_process(), **changes)  # type: ignore[arg-type]
     (folder / "lock").write_text(json.dumps(dataclasses.asdict(holder)))
     return holder
 
@@ -197,7 +197,7 @@ def test_a_live_holder_out_of_reach_is_refused(tmp_path: Path, changes: dict[str
     finally:
         ended.set()
         thread.join()
-    assert time.monotonic() - started < lock.SILENCE_S / 2  # 30 s would be silence; the first touch decides
+    assert time.monotonic() - started < lock._SILENCE_S / 2  # 30 s would be silence; the first touch decides
 
 
 @pytest.mark.parametrize("changes", OUT_OF_REACH)
@@ -255,7 +255,7 @@ def test_a_lock_that_goes_while_it_is_watched(tmp_path: Path) -> None:
 
 def test_time_in_which_nobody_looked_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk hangs for 0.5 s, longer than a silence of 0.3 s; the live holder's touch shows a little later."""
-    monkeypatch.setattr(lock, "SILENCE_S", 0.3)
+    monkeypatch.setattr(lock, "_SILENCE_S", 0.3)
     write_lock(tmp_path, host="elsewhere")
     look, looks = lock._look, [0]
 
@@ -273,8 +273,8 @@ def test_time_in_which_nobody_looked_is_no_silence(tmp_path: Path, monkeypatch: 
 
 
 def test_the_holder_touches_its_own_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its file's time changes every REFRESH_S; that of a run which took over does not."""
-    monkeypatch.setattr(lock, "REFRESH_S", 0.02)
+    """Its file's time changes every _REFRESH_S; that of a run which took over does not."""
+    monkeypatch.setattr(lock, "_REFRESH_S", 0.02)
     held = FolderLock.take(tmp_path)
     path = tmp_path / "lock"
     os.utime(path, (1, 1))
@@ -359,3 +359,12 @@ def test_a_link_in_place_of_the_lock_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="cannot write"):
         FolderLock.take(tmp_path)
+
+
+def test_a_lock_that_changes_hands_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time somebody else was faster, and gone at the next look: given up after 100 turns."""
+    turns = []
+    monkeypatch.setattr(lock, "_create", lambda path, me: turns.append(path))
+    with pytest.raises(UserError, match="locked by one run after the other"):
+        FolderLock.take(tmp_path)
+    assert len(turns) == 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -185,3 +186,15 @@ def test_an_error_in_one_line() -> None:
     """Of an error for people only the text is told to the other ranks; of any other also its type."""
     assert distributed._one_line(UserError("no file\nmore")) == "no file"
     assert distributed._one_line(RuntimeError()) == "RuntimeError: "
+
+
+def test_leaving_waits_for_what_is_said_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log's disk hangs for a minute: the process ends after _FLUSH_S all the same, here 0.1 s, with its status."""
+    left: list[int] = []
+    hang = threading.Event()
+    monkeypatch.setattr(distributed, "_FLUSH_S", 0.1)
+    monkeypatch.setattr(distributed.logging, "shutdown", lambda: hang.wait(60))
+    monkeypatch.setattr(os, "_exit", left.append)
+    distributed.leave(75)
+    hang.set()
+    assert left == [75]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from simple_llama.cluster import supervisor
-from simple_llama.cluster.supervisor import FINISHED, check_environment_files, environment_with_keepalive, option
+from simple_llama.cluster.supervisor import FINISHED, _check_environment_files, _environment_with_keepalive, _option
 from simple_llama.common.errors import UserError
 from tiny_job import ROOT
 
@@ -106,6 +107,40 @@ def test_a_launcher_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: 
     assert done.returncode == 1 and b"ended by SIGKILL" in done.stderr
 
 
+class Unkillable:
+    """A launcher that waits for a dead disk: no signal ends it."""
+
+    pid = 2**22 + 1  # above every real one
+    stdout = stderr = io.BytesIO()
+
+    def poll(self) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+    def wait(self, timeout_s: float) -> None:
+        raise subprocess.TimeoutExpired("launcher", timeout_s)
+
+
+def test_a_launcher_that_cannot_be_ended_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A host has failed, the launcher stays: it is named, and the status is that of the host; without one, 1."""
+    for name in ("_KILL_S", "_CLEAN_UP_S", "_UNKILLABLE_S"):
+        monkeypatch.setattr(supervisor, name, 0.1)
+    monkeypatch.setattr(supervisor, "_descendants", lambda root: [Unkillable.pid])
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(supervisor, "_prctl", lambda what, value: None)
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: Unkillable())
+    launch = supervisor._Launch(["launcher"], [])
+    launch.failed_host, launch.failed_status = "host-b", 3
+    launch.wait(grace_s=0)
+    launch.clean_up()
+    assert launch.left == [Unkillable.pid] and launch.status() == 3
+    launch.failed_host, launch.failed_status = "", 0
+    assert launch.status() == 1
+    assert f"cannot end processes {Unkillable.pid}" in capsys.readouterr().err
+
+
 def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path) -> None:
     """The launcher is killed; its child in a session of its own would run on for a minute."""
     note = tmp_path / "pid"
@@ -196,7 +231,7 @@ def test_a_bad_hostfile_is_refused(tmp_path: Path, case: str) -> None:
     elif content is not None:
         path.write_text(content)
     with pytest.raises(UserError) as refused:
-        supervisor.read_hostfile(str(path))
+        supervisor._read_hostfile(str(path))
     assert str(path) in str(refused.value) and words in str(refused.value)
 
 
@@ -215,8 +250,8 @@ def test_a_bad_hostfile_ends_with_one_message(tmp_path: Path) -> None:
 
 def test_a_good_hostfile_is_read() -> None:
     """The project's own, and one with comments."""
-    assert supervisor.read_hostfile(str(ROOT / "hostfile")) == ["localhost"]
-    assert supervisor.read_hostfile("") == []
+    assert supervisor._read_hostfile(str(ROOT / "hostfile")) == ["localhost"]
+    assert supervisor._read_hostfile("") == []
 
 
 @pytest.mark.parametrize(
@@ -232,7 +267,7 @@ def test_a_good_hostfile_is_read() -> None:
 )
 def test_options_of_the_launcher_stand_before_the_script(command: list[str], value: str) -> None:
     """What stands behind the script is the script's."""
-    assert option(command, "--hostfile", "-H") == value
+    assert _option(command, "--hostfile", "-H") == value
 
 
 @pytest.mark.parametrize("line", ["", "# a comment", "PATH", "1A=b", "A B=c", " A=b"])
@@ -242,10 +277,10 @@ def test_a_line_that_deepspeed_env_cannot_have(tmp_path: Path, line: str, monkey
     path = tmp_path / "variables"
     path.write_text(f"PATH=/bin:$PATH\n{line}\nA=\n")
     with pytest.raises(UserError, match="variables:2: expected NAME=value"):
-        check_environment_files({"DS_ENV_FILE": str(path)})
+        _check_environment_files({"DS_ENV_FILE": str(path)})
     path.write_text("PATH=/bin:$PATH\nA=\n")
-    check_environment_files({"DS_ENV_FILE": str(path)})
-    check_environment_files({"DS_ENV_FILE": "none"})
+    _check_environment_files({"DS_ENV_FILE": str(path)})
+    _check_environment_files({"DS_ENV_FILE": "none"})
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:
@@ -258,11 +293,11 @@ def test_a_missing_program_is_named(tmp_path: Path) -> None:
 
 def test_ssh_gets_a_keepalive_unless_it_has_one() -> None:
     """The user's own options stay."""
-    assert environment_with_keepalive({"A": "b"}) == {"A": "b", "PDSH_SSH_ARGS_APPEND": supervisor.KEEPALIVE}
+    assert _environment_with_keepalive({"A": "b"}) == {"A": "b", "PDSH_SSH_ARGS_APPEND": supervisor._KEEPALIVE}
     own = {"PDSH_SSH_ARGS_APPEND": "-p 2222"}
-    assert environment_with_keepalive(own)["PDSH_SSH_ARGS_APPEND"] == f"-p 2222 {supervisor.KEEPALIVE}"
+    assert _environment_with_keepalive(own)["PDSH_SSH_ARGS_APPEND"] == f"-p 2222 {supervisor._KEEPALIVE}"
     own = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=60"}
-    assert environment_with_keepalive(own) == own
+    assert _environment_with_keepalive(own) == own
 
 
 def test_descendants_are_found_below_below(tmp_path: Path) -> None:
@@ -270,10 +305,10 @@ def test_descendants_are_found_below_below(tmp_path: Path) -> None:
     process = subprocess.Popen(["sh", "-c", f"sh -c 'echo $$ >{tmp_path}/pid; sleep 60; :' ; :"])
     try:
         below = int(wait_for(tmp_path / "pid"))
-        found = supervisor.descendants(os.getpid())
+        found = supervisor._descendants(os.getpid())
         assert process.pid in found and below in found and os.getpid() not in found and os.getppid() not in found
     finally:
-        for pid in supervisor.descendants(process.pid):
+        for pid in supervisor._descendants(process.pid):
             os.kill(pid, signal.SIGKILL)
         process.kill()
         process.wait()

@@ -33,7 +33,7 @@ from bad_inputs import (
     parameters,
     states,
 )
-from simple_llama.cluster.console import close_log
+from simple_llama.cluster.console import _close_log
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.settings import settings_from_dict
@@ -91,7 +91,7 @@ def run(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
         return Ended(stop.value.code, out, err)
 
     yield run
-    close_log()
+    _close_log()
 
 
 @contextmanager
