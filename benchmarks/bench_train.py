@@ -232,8 +232,8 @@ def step_flops(trainer: Trainer, pack: str, steps: Sequence[list[TokenizedPair]]
     """FLOPs of each round's step when its batches are packed so: visible keys, and the head's scored rows only."""
     return [
         sum(
-            useful_flops(trainer.size, trainer.model.architecture, PACKS[pack](chosen), backward=True)
-            for chosen in micro_batches(step, count)
+            useful_flops(trainer.size, trainer.model.architecture, PACKS[pack](part), backward=True)
+            for part in micro_batches(step, count)
         )
         for step in steps
     ]

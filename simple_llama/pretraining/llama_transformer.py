@@ -33,9 +33,9 @@ class DecoderBlock(nn.Module):
         self.norm1 = RMSNorm(architecture.width, architecture.eps)
         self.norm2 = RMSNorm(architecture.width, architecture.eps)
 
-    def forward(self, x_TD: torch.Tensor, by: Rotation, attend: Attend) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, by: Rotation, mix: Attend) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
-        h_TD = x_TD + self.attention(self.norm1(x_TD), by, attend)
+        h_TD = x_TD + self.attention(self.norm1(x_TD), by, mix)
         return h_TD + self.ffwd(self.norm2(h_TD))
 
 

@@ -63,7 +63,7 @@ class Inputs:
     architecture: Architecture  # its shape
     dtype: torch.dtype  # of the computing weights
     max_seq_len: int
-    reference: dict  # what names the reference: weights, tokenizer, numerics
+    reference_id: dict  # what names the reference: weights, tokenizer, numerics
     compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
 
     def build_model(self, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
@@ -89,7 +89,7 @@ def load_inputs(config: InputsConfig, ranks: Ranks) -> Inputs:
     require_same("package versions", versions(), ranks)
     require_same("settings", asdict(config), ranks)
     require_same("data set (digest)", inputs.data_digest, ranks)
-    require_same("reference model (digests)", inputs.reference, ranks)
+    require_same("reference model (digests)", inputs.reference_id, ranks)
     return inputs
 
 
@@ -128,8 +128,8 @@ def read_inputs(config: InputsConfig) -> Inputs:
         **{name: str(value) for name, value in identity_fields(start.config).items()},  # theta, eps, heads: not weights
         **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
-    reference = reference_id(weights_digest(start.state_dict), tokenizer_digest(config.tokenize_path), numerics)
-    return Inputs(tokenizer, data, start.path, architecture, dtype, max_seq_len, reference, config.compile)
+    identity = reference_id(weights_digest(start.state_dict), tokenizer_digest(config.tokenize_path), numerics)
+    return Inputs(tokenizer, data, start.path, architecture, dtype, max_seq_len, identity, config.compile)
 
 
 def check_compiler(config: InputsConfig) -> None:

@@ -30,7 +30,7 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     """
     stopping.begin()
     pairs = inputs.data.pairs
-    store = open_store(config.ref_cache_dir, inputs.reference, ranks)
+    store = open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     missing = broadcast_object(
         store.missing(pairs.keys), ranks
     )  # one rank's word, or two ranks could share out differently

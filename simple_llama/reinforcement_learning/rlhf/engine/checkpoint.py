@@ -94,7 +94,7 @@ def writing_state(
     try:
         with fail_together(ranks):
             if ranks.is_main:
-                _sweep_temps(folder)
+                _delete_temps(folder)
                 if not again:
                     _make_folder(temp)
         weights, digests = _master_weights(engine, ranks) if again else _write_shards(temp, engine, ranks)
@@ -157,7 +157,7 @@ def _prune(folder: Path, newest: str, keep: int) -> None:
             shutil.rmtree(state, ignore_errors=True)
 
 
-def _sweep_temps(folder: Path) -> None:
+def _delete_temps(folder: Path) -> None:
     """Deletes what killed saves left half-written. The folder is locked, so nobody is writing it any more."""
     for pattern in (".dpo_*.tmp", ".latest.*.tmp", "state/.step_*.tmp"):
         for temp in folder.glob(pattern):

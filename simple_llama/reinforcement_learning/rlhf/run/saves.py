@@ -73,7 +73,7 @@ def course_of(settings: dict[str, Any], pairs_per_step: int, inputs: Inputs) -> 
         **{name: settings[name] for name in _SAME_ON_RESUME},
         "pairs_per_step": pairs_per_step,
         "data": inputs.data_digest,
-        "reference": inputs.reference,
+        "reference": inputs.reference_id,
     }
 
 
@@ -117,7 +117,7 @@ class Saves:
             "epochs": epochs,
             "loss": at.last_loss,
             "dpo_config": self.settings,
-            "reference": self.inputs.reference,
+            "reference": self.inputs.reference_id,
             "environment": environment(),
         }
         self._write(at, path, metadata)

@@ -262,7 +262,7 @@ def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ra
         frozen = inputs.build_model(ranks.device).requires_grad_(False)
         compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)
         return ref_source.from_model(frozen), "online"
-    store = ref_source.open_store(config.ref_cache_dir, inputs.reference, ranks)
+    store = ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     with fail_together(ranks):
         content = store.content_digest(inputs.data.pairs.keys)  # raises where pairs are missing
     return ref_source.from_store(store), content
