@@ -46,8 +46,8 @@ demo: $(INSTALLED) ## the whole main job on shipped data, on two CPU cores: abou
 	$(BIN)/python benchmarks/demo.py
 
 test: $(TESTED) ## the tests that need neither a GPU nor root: about six minutes on two cores
-	@echo "Running the tests: about six minutes on two cores. 'make test PYTEST=tests/unit' takes the quick ones alone."
-	$(BIN)/python -m pytest $(PYTEST)
+	@echo "Running the tests: about six minutes on two cores. 'make test TESTS=tests/unit' runs the short ones."
+	$(BIN)/python -m pytest $(TESTS)
 
 test-gpu: $(TESTED) ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
