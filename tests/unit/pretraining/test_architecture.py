@@ -205,6 +205,24 @@ def test_forward_and_generation_are_the_twins(name: str):
         assert torch.allclose(model.decode(IDS[start:end], cache).double(), expected[end - 1], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("switch", "latent", "projections"),
+    [
+        ("qkv_bias", None, {"attention.qkv_linear"}),
+        ("out_bias", None, {"attention.out"}),
+        ("ffwd_bias", None, {"ffwd.w1", "ffwd.w2", "ffwd.w3"}),
+        ("qkv_bias", Latent(0, 8, 4), {"attention.wq", "attention.wkv_a", "attention.wkv_b"}),
+        ("qkv_bias", Latent(5, 8, 4), {f"attention.{name}" for name in ("wq_a", "wq_b", "wkv_a", "wkv_b")}),
+        ("out_bias", Latent(0, 8, 4), {"attention.wo"}),
+    ],
+)
+def test_each_switch_gives_its_own_biases(switch: str, latent: Latent | None, projections: set[str]):
+    """The twin adds whatever biases it finds; these are to be there, and no others."""
+    names = LLaMaTransformer(replace(BASE, latent=latent, **{switch: True})).state_dict()
+    found = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
+    assert found == {f"decoder_blocks.{layer}.{name}" for layer in range(2) for name in projections}
+
+
 def test_grouped_is_multi_head_with_repeated_keys():
     """Two key heads, each copied for its two queries: the same logits; a key's gradient is the sum of its copies'."""
     grouped, whole = _model(GROUPED), _model(BASE)

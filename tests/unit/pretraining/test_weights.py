@@ -203,6 +203,14 @@ def test_build_model_refuses_weights_that_are_not_finite(state_dict: dict[str, t
         build_model(_loaded(state_dict), torch.bfloat16, "cpu")
 
 
+def test_architecture_of_a_file(state_dict: dict[str, torch.Tensor]):
+    """The vocabulary is counted in the embeddings; the dropout of the file's own training is not a run's."""
+    loaded = LoadedModel(state_dict, replace(CONFIG, dropout=0.3), {}, Path("some.pth"))
+    assert loaded.architecture == Architecture.of(CONFIG, 10)
+    assert loaded.config.dropout == 0.3
+    assert build_model(loaded, torch.float32, "cpu", dropout=0.2).architecture.dropout == 0.2
+
+
 def test_build_model_checks_the_config(state_dict: dict[str, torch.Tensor]):
     """A config that no model can have is reported with the file's name."""
     config = TrainingConfig.__new__(TrainingConfig)
