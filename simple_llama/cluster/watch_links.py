@@ -5,8 +5,8 @@ hosts, as far as rank 0's own host has such an address. It has none where MASTER
 declared ports alone; then it listens on the one from which it would answer that rank, and where the system does not
 tell that either, on all, with a warning.
 
-Who connects must say a secret, which rank 0 gives out by a collective, then its rank and host: all at once, while rank
-0 listens, so that a stranger who says nothing keeps nobody waiting. Every wait ends at the caller's timeout.
+Who connects must say a secret, which rank 0 gave out by a collective, then its rank and host. Rank 0 hears all callers
+at once, so that a stranger who says nothing keeps nobody waiting. Every wait ends at the caller's timeout.
 """
 
 from __future__ import annotations
