@@ -22,8 +22,8 @@ SHOW = """
 import json
 from simple_llama.common.paths import is_checkout
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.run.run_folder import git_revision
-print(json.dumps({**vars(DPOConfig()), "checkout": is_checkout(), "revision": git_revision()}))
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
+print(json.dumps({**vars(DPOConfig()), "checkout": is_checkout(), "revision": environment()["git"]}))
 """
 
 
