@@ -201,7 +201,23 @@ def make_trainer(
         def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    args = trl.DPOConfig(
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(TOKENIZER), pad_token="<PAD>")
+    tokenizer.eos_token = "<EOA>"
+    trainer = PreparedDPOTrainer(
+        model=hf_model(start, SETTINGS[settings.numerics].weights).to(device),
+        args=dpo_arguments(settings, device, folder),
+        train_dataset=as_dataset(pairs, ref_logps_B2),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def dpo_arguments(settings: TrlSettings, device: torch.device, folder: str) -> Any:
+    """TRL's own settings for `make_trainer`."""
+    import trl  # pyright: ignore[reportMissingImports]
+
+    return trl.DPOConfig(
         output_dir=folder,
         beta=settings.beta,
         learning_rate=settings.rate,
@@ -231,16 +247,6 @@ def make_trainer(
         eval_strategy="no",
         disable_tqdm=True,
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(TOKENIZER), pad_token="<PAD>")
-    tokenizer.eos_token = "<EOA>"
-    trainer = PreparedDPOTrainer(
-        model=hf_model(start, SETTINGS[settings.numerics].weights).to(device),
-        args=args,
-        train_dataset=as_dataset(pairs, ref_logps_B2),
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def hf_model(start: LoadedModel, dtype: torch.dtype) -> Any:
