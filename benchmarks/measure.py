@@ -48,8 +48,8 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def peak_extra_bytes(way: Way, device: torch.device) -> int:
     """Most bytes of tensors that exist at once during a call, beyond those before it: workspace and results.
 
-    CUDA: of the caching allocator. CPU: of torch's allocator, as its profiler records each allocation; scratch memory
-    that a GEMM library takes for itself is not in it.
+    CUDA: of the caching allocator. CPU: of torch's allocator, as its profiler records each allocation; of the scratch
+    memory of GEMMs that has what oneDNN asks torch for, but not what a library takes for itself.
     """
     gc.collect()
     if device.type == "cuda":
