@@ -58,7 +58,8 @@ class RefStore:
         self.folder = folder
         self._reference = reference
         self.set_aside: list[str] = []  # shards that the last `load` found damaged
-        self._records = np.empty(0, RECORD)  # sorted by bytes, one per key
+        self._sorted = np.empty(0, RECORD)  # by bytes, one per key
+        self._added: list[np.ndarray] = []  # since it was sorted
 
     @classmethod
     def open(cls, cache_dir: str | os.PathLike[str], reference: dict, make: bool = True) -> RefStore:
@@ -94,6 +95,13 @@ class RefStore:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def _records(self) -> np.ndarray:
+        """All records, sorted by bytes, one per key. A pass adds thousands of shards before anyone asks."""
+        if self._added:
+            self._sorted, self._added = _merged([self._sorted, *self._added]), []
+        return self._sorted
+
     def load(self) -> None:
         """Read the folder anew, also what other ranks and runs have written.
 
@@ -117,7 +125,7 @@ class RefStore:
                 foreign.append(path.name)
         if foreign:
             logger.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
-        self._records = _merged(parts)
+        self._sorted, self._added = _merged(parts), []
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Positions of the keys (B,) without a record, in order; of equal keys only the first."""
@@ -132,7 +140,9 @@ class RefStore:
 
     def content_digest(self, keys: np.ndarray) -> str:
         """Hex digest of the records of `keys`, whatever their order: equal on two ranks that see the same numbers."""
-        return digest(self._records[np.unique(self._rows(keys))].tobytes()).hex()
+        asked = np.zeros(len(self._records), bool)
+        asked[self._rows(keys)] = True
+        return digest(self._records[asked].tobytes()).hex()
 
     def add(self, keys: np.ndarray, logps_B2: np.ndarray) -> None:
         """Write the fp32 log-prob sums of pairs with these keys (B,) as one shard, whole or not at all.
@@ -169,7 +179,7 @@ class RefStore:
         np.save(data, records, allow_pickle=False)
         self._describe()
         atomic_write(self.folder / f"{digest(data.getbuffer()).hex()}.npy", data.getvalue())
-        self._records = _merged([self._records, records])
+        self._added.append(records)
 
     def _rows(self, keys: np.ndarray) -> np.ndarray:
         """Row of each key in the records (B,). UserError when one is missing."""
@@ -185,8 +195,10 @@ class RefStore:
     def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows where the records of the keys must be, and whether they are there; (B,) each."""
         wanted = _as_records(keys, np.zeros((len(keys), 2), np.float32)).view(_AS_BYTES)
-        table = self._records.view(_AS_BYTES)
-        rows = np.searchsorted(table, wanted)  # log-probs of zero bytes come before all others of that key
+        table, rows = self._records.view(_AS_BYTES), np.empty(len(keys), np.int64)
+        # In about the table's order: ten million searches all over the memory would take three times as long.
+        order = np.argsort(wanted.view(">u8")[:: RECORD.itemsize // 8].astype(np.uint64))
+        rows[order] = np.searchsorted(table, wanted[order])  # zero log-probs come before all others of that key
         found = rows < len(table)
         found[found] = table[rows[found]].astype(_AS_KEY) == wanted[found].astype(_AS_KEY)
         return rows, found

@@ -162,7 +162,7 @@ def test_lookup_is_a_dict(keys: list[tuple[bytes, int]], stored: int) -> None:
     wanted = as_keys([name for name, _ in keys], [(count, 1) for _, count in keys])
     values = -np.arange(1.0, 2 * len(wanted) + 1, dtype=np.float32).reshape(-1, 2)
     store = RefStore(Path("unused"))
-    store._records = ref_store._merged([ref_store._as_records(wanted[:stored], values[:stored])])
+    store._sorted = ref_store._merged([ref_store._as_records(wanted[:stored], values[:stored])])
     assert missing(store, wanted) == list(range(stored, len(wanted)))
     assert store.lookup(wanted[:stored][::-1]).tolist() == values[:stored][::-1].tolist()
 
