@@ -129,6 +129,7 @@ def test_ranks_come_in_any_order(server: socket.socket, callers: contextlib.Exit
         b"hello\n",
         b"[" * 60000 + b"\n",
         b'wrong secret[1, "host-x"]\n',
+        b'shut sesame[1, "host-x"]\n',  # as long as the right one
         SECRET.encode() + b"\n",
         SECRET.encode() + b"[" * 900 + b"\n",
         SECRET.encode() + b"\xff\xfe[]\n",
@@ -232,6 +233,20 @@ def test_strangers_that_go_on_talking_do_not_prolong_the_wait(
         thread.join()
 
 
+def test_a_caller_that_hangs_up_is_forgotten(
+    server: socket.socket, callers: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its closed connection would be ready at every look, thousands of times in the 0.3 s that are waited here."""
+    call(server, callers, b"half a greet").close()
+    looks, greetings = [], watch_links._Strangers.greetings
+    monkeypatch.setattr(
+        watch_links._Strangers, "greetings", lambda self, left_s: looks.append(1) or greetings(self, left_s)
+    )
+    with pytest.raises(UserError, match="1 of 1 ranks did not connect"):
+        _accept([server], SECRET, 1, 0.3)
+    assert len(looks) < 10
+
+
 def test_of_too_many_strangers_the_oldest_go(
     server: socket.socket, callers: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,15 +335,17 @@ def test_what_is_no_line_is_left_out(pair: tuple[Link, socket.socket], said: byt
     assert link.receive() == (True, [{"a": 1}])
 
 
-def test_a_peer_that_talks_without_end_holds_nobody_up(pair: tuple[Link, socket.socket]) -> None:
-    """Of 8 MiB without a line's end at most 1 MiB and a piece are read at a time, and at most 64 KiB are kept."""
-    link, far = pair
-    thread = threading.Thread(target=lambda: far.sendall(b"9" * (8 << 20)))
-    thread.start()
-    reads = 0
-    while thread.is_alive() or link.receive()[0]:
-        link.receive()
-        reads += 1
-        assert len(link.unread) <= 1 << 16
-    assert reads >= 4
-    thread.join()
+def test_a_peer_that_talks_without_end_holds_nobody_up() -> None:
+    """Each read gives 64 KiB, and there is always more: 16 reads, 1 MiB, are enough for one look. What is no line by
+    then is let go."""
+    reads = []
+
+    class Endless(socket.socket):
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            reads.append(size)
+            assert len(reads) <= 16
+            return b"9" * size
+
+    with Endless() as endless:
+        link = Link(1, "host-b", endless)
+        assert link.receive() == (True, []) and len(reads) == 16 and link.unread == b""
