@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+import rank_server
+from rank_server import ForkedRank, RankServer
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.dataset.train_bpe import tokenizer_json, train_bpe
@@ -53,6 +56,9 @@ MLA: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
 }
+
+RankProcess = subprocess.Popen[str] | ForkedRank
+_ENVIRONMENT = dict(os.environ)  # before any test changes it
 
 
 @dataclass(frozen=True)
@@ -131,22 +137,41 @@ def free_port() -> int:
 
 
 def start_rank(
-    script: str, settings: dict[str, object], rank: int = 0, world: int = 1, port: int = 0, flags: tuple[str, ...] = ()
-) -> subprocess.Popen[str]:
-    """Starts one rank of a script from the project's root, as a launcher would."""
+    script: str,
+    settings: dict[str, object],
+    rank: int = 0,
+    world: int = 1,
+    port: int = 0,
+    flags: tuple[str, ...] = (),
+    afresh: bool = False,
+) -> RankProcess:
+    """Starts one rank of a script from the project's root, as a launcher would.
+
+    Forked by tests/rank_server.py where that can be, which saves its imports; `afresh`: always by Python itself.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     if world > 1:
         environment |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         environment |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    arguments = [*(f"--{name}={value}" for name, value in settings.items()), *flags]
+    if not afresh and settings["device"] == "cpu" and rank_server.possible():
+        server = _server(rank % 2)
+        if server.can_start(environment):
+            return server.start(script, arguments, environment)
     return subprocess.Popen(
-        [sys.executable, script, *arguments, *flags],
+        [sys.executable, script, *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@functools.cache
+def _server(which: int) -> RankServer:
+    """One for even ranks, one for odd ones: their hash seeds differ, as those of two processes do."""
+    return RankServer(_ENVIRONMENT)
 
 
 def run_ranks(script: str, settings: dict[str, object], world: int, port: int = 0, flags: tuple[str, ...] = ()) -> str:
