@@ -79,8 +79,9 @@ def test_custom_template_is_the_default_prompt_and_may_stand_once_a_turn(tmp_pat
     """The word "CUSTOM" once, or once a turn; the default can be another one."""
     two_turns: dict[str, Any] = {"User": ["a", "b"], "Accepted": ["c", "d"], "Rejected": ["c", "e"]}
     path = written(tmp_path, {**record(Template=["CUSTOM", "CUSTOM"]), **two_turns}, record(Template=["CUSTOM"]))
-    for settings, system in (({}, DEFAULT_SYSTEM_PROMPT), ({"default_system": "Z"}, "Z")):
-        loader = load(path, tokenizer, **settings)
+    for given_system, system in (({}, DEFAULT_SYSTEM_PROMPT), ({"default_system": "Z"}, "Z")):
+        options: dict[str, Any] = given_system
+        loader = load(path, tokenizer, **options)
         assert [conversation.system for conversation in loader.conversations(loader.train)] == [system] * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def test_what_comes_out_is_what_went_in(triples: list[tuple[list[int], list[int]
 def test_it_is_a_sequence() -> None:
     """Places from both ends, slices, iteration, numbers of numpy; beyond the end is an IndexError."""
     pairs = PairSet.of(PAIRS)
-    assert len(pairs) == 3 and content(pairs[-1]) == content(PAIRS[2]) == content(pairs[np.int64(2)])
+    last: Any = np.int64(2)
+    assert len(pairs) == 3 and content(pairs[-1]) == content(PAIRS[2]) == content(pairs[last])
     assert [content(pair) for pair in pairs[::2]] == [content(PAIRS[0]), content(PAIRS[2])]
     assert pairs and not pairs[3:] and not PairSet.of([])
     with pytest.raises(IndexError):
@@ -116,7 +118,8 @@ def test_the_buffer_knows_digests_as_a_set_does(parts: list[tuple[int, int]]) ->
     for low, high in parts:
         name = low.to_bytes(8, "little") + high.to_bytes(8, "little")
         assert (name in buffer) == (name in plain)
-        buffer.append(TokenizedPair(*(np.zeros(1, np.int32),) * 3, 1, 1, name), "a.json", 1)
+        token = np.zeros(1, np.int32)
+        buffer.append(TokenizedPair(token, token, token, 1, 1, name), "a.json", 1)
         plain.add(name)
         assert name in buffer and len(buffer._slots) >= 2 * len(buffer)
     assert len(buffer) == len(parts)
