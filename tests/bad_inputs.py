@@ -406,7 +406,7 @@ SETTINGS = [
     Case("beta 1e400", settings('{"beta": 1e400}'), ("beta: expected a finite number above 0, found inf",)),
     Case("beta 10**400", settings({"beta": 10**400}), ("beta: expected a number that a float can hold",)),
     Case("beta 10**5000", settings('{"beta": ' + "9" * 5000 + "}"), ("settings.json", "not JSON that can be read")),
-    Case("a rate of Infinity", settings('{"max_lr": Infinity}'), ("max_lr: expected a number from 0.0 to 1.0",)),
+    Case("a rate of Infinity", settings('{"max_lr": Infinity}'), ("max_lr", "above 0.0 and at most 1.0")),
     Case(
         "a negative interval", settings({"eval_interval": -1}), ("eval_interval: expected a number from 0", "found -1")
     ),

@@ -51,8 +51,8 @@ def slow_pass() -> None:
     """The reference pass takes 0.3 s longer for each micro-batch."""
     add = ShardWriter.add
 
-    def slowly(self: ShardWriter, pairs: Any, logps_B2: Any) -> None:
-        add(self, pairs, logps_B2)
+    def slowly(self: ShardWriter, keys: Any, logps_B2: Any) -> None:
+        add(self, keys, logps_B2)
         time.sleep(0.3)
 
     ShardWriter.add = slowly

@@ -91,6 +91,9 @@ class ForkedRank:
         assert answer, "the rank server has ended"
         [self.pid] = _PID.unpack(answer)
 
+    def __del__(self) -> None:
+        self.stdout.close()  # a rank that was killed is not always heard to the end
+
     def poll(self) -> int | None:
         """The exit status; None while it runs."""
         return self._status(0.0)
@@ -167,7 +170,7 @@ def _serve(control: socket.socket) -> Any:
     ranks: dict[int, tuple[int, int]] = {}  # by descriptor of the process: its id, where to report
     while True:
         for ready in select.select([control, *ranks], [], [])[0]:
-            if ready is not control:
+            if not isinstance(ready, socket.socket):
                 pid, report = ranks.pop(ready)
                 os.write(report, _STATUS.pack(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
                 os.close(report)

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,7 +29,7 @@ from safetensors.torch import load_file
 from crash_at import PLACES
 from simple_llama.pretraining.weights import load_weights
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
-from tiny_job import ROOT, free_port, make_job, start_rank
+from tiny_job import ROOT, RankProcess, free_port, make_job, start_rank
 
 PRECOMPUTE, TRAIN, CRASH = "launch/precompute_ref.py", "launch/train_dpo.py", "tests/crash_at.py"
 RUN = "tiny"
@@ -245,7 +244,7 @@ class Soak:
 class Rank:
     """A started process whose output is read all the time, so that it never waits for us."""
 
-    def __init__(self, process: subprocess.Popen[str]):
+    def __init__(self, process: RankProcess):
         self.process, self.output = process, ""
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()

@@ -149,7 +149,9 @@ def start_rank(
 
     Forked by tests/rank_server.py where that can be, which saves its imports; `afresh`: always by Python itself.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    # torch's compiler leaves an address of this process's memory in the environment
+    left_out = ("RANK", "WORLD_SIZE", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
     if world > 1:
         environment |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         environment |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -40,8 +40,10 @@ class Bounds(NamedTuple):
     def __str__(self) -> str:
         if self.high == math.inf and self.above and self.below:
             return f"a finite number above {self.low:g}"
-        low = f"above {self.low}" if self.above else f"from {self.low}"
-        return f"a number {low} {'to below' if self.below else 'to'} {self.high}"
+        if not (self.above or self.below):
+            return f"a number from {self.low} to {self.high}"
+        low, high = "above" if self.above else "of at least", "below" if self.below else "at most"
+        return f"a number {low} {self.low} and {high} {self.high}"
 
 
 class FilePath:

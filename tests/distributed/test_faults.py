@@ -21,7 +21,7 @@ import torch
 
 from simple_llama.cluster.stopping import STOPPED
 from simple_llama.cluster.watchdog import LOST
-from tiny_job import TinyJob, free_port, make_job, run_ranks, start_rank
+from tiny_job import RankProcess, TinyJob, free_port, make_job, run_ranks, start_rank
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 PRECOMPUTE, TRAIN, FAULTY = "launch/precompute_ref.py", "launch/train_dpo.py", "tests/faulty_rank.py"
@@ -31,7 +31,7 @@ ENDS_S = 60.0  # what users are promised, for the settings as they are shipped
 class Pair:
     """Two ranks of a training run that is long enough to be hit in the middle."""
 
-    started: ClassVar[list[subprocess.Popen[str]]] = []  # of one test, so that none outlives it
+    started: ClassVar[list[RankProcess]] = []  # of one test, so that none outlives it
 
     def __init__(self, job: TinyJob, *flags: str, fault: str = "", **settings: object):
         """`fault` is one of tests/faulty_rank.py, for rank 1."""
@@ -64,7 +64,7 @@ class Pair:
             rank.kill()
         self.outputs = [rank.communicate()[0] for rank in self.ranks]
         assert not left or not timeout_s, f"ranks {left} did not end:\n" + "\n".join(self.outputs)
-        return [rank.returncode for rank in self.ranks]
+        return [rank.wait() for rank in self.ranks]
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -44,8 +44,8 @@ class BakeryConfig(ShopConfig, OvenConfig):
     ("bounds", "inside", "outside", "words"),
     [
         (Bounds(0, 2), [0, 1.5, 2], [-1e-9, 2.1, math.nan], "a number from 0 to 2"),
-        (Bounds(0, 2, above=True), [1e-9, 2], [0, 2.1, math.nan], "a number above 0 to 2"),
-        (Bounds(0, 0.5, below=True), [0, 0.49995], [0.5, math.nan], "a number from 0 to below 0.5"),
+        (Bounds(0, 2, above=True), [1e-9, 2], [0, 2.1, math.nan], "a number above 0 and at most 2"),
+        (Bounds(0, 0.5, below=True), [0, 0.49995], [0.5, math.nan], "a number of at least 0 and below 0.5"),
         (Bounds(0, math.inf, True, True), [1e-300, 1e300], [0, math.inf, math.nan], "a finite number above 0"),
     ],
 )
@@ -57,9 +57,9 @@ def test_bounds(bounds: Bounds, inside: list[float], outside: list[float], words
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heat": 0.0}, "heat: expected a number above 0 to 300, found 0.0"),
+        ({"heat": 0.0}, "heat: expected a number above 0 and at most 300, found 0.0"),
         ({"trays": 0}, "trays: expected a number from 1 to 2147483647, found 0"),
-        ({"share": 0.5}, "share: expected a number from 0 to below 0.5, found 0.5"),
+        ({"share": 0.5}, "share: expected a number of at least 0 and below 0.5, found 0.5"),
         ({"folder": ""}, "folder: expected a path, found an empty one"),
         ({"folder": "a\0b"}, "folder: expected Unicode text without NUL"),
         ({"trays": 3, "heat": 250.0}, "trays: expected at most 2 above 200 degrees"),
