@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest, read_json
 from simple_llama.common.paths import root_path
-from simple_llama.common.settings import settings_from_dict
+from simple_llama.common.settings import _settings_from_dict
 from simple_llama.dataset.json_records import data_files, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_IDS, load_tokenizer, token_count, tokenizer_digest
 from simple_llama.dataset.train_bpe import tokenizer_json, train_bpe
@@ -46,7 +46,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     _read_parameters,
 )
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
-from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RECORD, RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import _RECORD, RefStore, reference_id
 
 Target = Callable[[bytes, Path], None]
 SHARD = "rank_00000.safetensors"
@@ -134,8 +134,8 @@ def settings(data: bytes, folder: Path) -> None:
     path = folder / "config.json"
     path.write_bytes(data)
     with refused():
-        config = settings_from_dict(DPOConfig, read_json(path), str(path))
-        assert settings_from_dict(DPOConfig, json.loads(json.dumps(asdict(config))), "again") == config
+        config = _settings_from_dict(DPOConfig, read_json(path), str(path))
+        assert _settings_from_dict(DPOConfig, json.loads(json.dumps(asdict(config))), "again") == config
 
 
 def deepspeed(data: bytes, folder: Path) -> None:
@@ -263,7 +263,7 @@ def sound_facts(tensors: bytes) -> bytes:
 
 def sound_shard() -> bytes:
     """A shard of the reference store with two records."""
-    found = np.zeros(2, RECORD)
+    found = np.zeros(2, _RECORD)
     found["counts"], found["logps"], found["digest"] = 3, -1.5, [digest(b"a"), digest(b"b")]
     data = io.BytesIO()
     np.save(data, found, allow_pickle=False)

@@ -18,14 +18,14 @@ from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.step import accumulate, portions
-from simple_llama.reinforcement_learning.rlhf.run.training_run import build_policy, open_reference
+from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy, open_reference
 
 
 def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:
     """The flat gradient of step 1 that the ranks hold in parts, fp32 (collective)."""
     inputs = load_inputs(config, ranks)
     pairs = inputs.data.train
-    policy = build_policy(config, inputs, PreferenceLoss.of(config), ranks.device)
+    policy = _build_policy(config, inputs, PreferenceLoss.of(config), ranks.device)
     engine = Engine(policy, load_weights(inputs.start_path).state_dict, config, ranks)
     plan = BatchPlan(pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps)
     ref_logps, _ = open_reference(config, inputs, ranks)

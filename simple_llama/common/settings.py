@@ -59,7 +59,7 @@ class Settings:
     """Base of every owner's settings: values are checked once, whichever way they came."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        _check_values(self)
         for owner in reversed(type(self).__mro__):
             if "check_rules" in vars(owner):
                 vars(owner)["check_rules"](self)
@@ -71,21 +71,21 @@ class Settings:
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 
-def check_values(settings: Settings) -> None:
+def _check_values(settings: Settings) -> None:
     """Raises UserError for the first value that its field's annotation does not allow, text first."""
     hints = get_type_hints(type(settings), include_extras=True)
-    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in declared(type(settings))}
+    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in _declared(type(settings))}
     for name, extras in marks.items():
         value = getattr(settings, name)
         if isinstance(value, str):
-            check_text(name, value, is_path=any(isinstance(extra, FilePath) for extra in extras))
+            _check_text(name, value, is_path=any(isinstance(extra, FilePath) for extra in extras))
     for name, extras in marks.items():
         for bounds in (extra for extra in extras if isinstance(extra, Bounds)):
             if not bounds.hold(getattr(settings, name)):
                 raise UserError(f"{name}: expected {bounds}, found {shown(getattr(settings, name))}")
 
 
-def check_text(name: str, text: str, is_path: bool) -> None:
+def _check_text(name: str, text: str, is_path: bool) -> None:
     """Raises UserError for text that no file can be named by, or that no file can hold."""
     if not text and is_path:
         raise UserError(f"{name}: expected a path, found an empty one")
@@ -93,7 +93,7 @@ def check_text(name: str, text: str, is_path: bool) -> None:
         raise UserError(f"{name}: expected Unicode text without NUL, found {shown(text)}")
 
 
-def declared(kind: type) -> list[Any]:
+def _declared(kind: type) -> list[Any]:
     """The fields of a settings class, in order."""
     return list(fields(kind))
 
@@ -105,15 +105,15 @@ def parse_settings(kind: type[SomeSettings], argv: Sequence[str] | None, descrip
     Raises UserError for a bad value; ends the process with status 2 (tyro's way) for an unknown flag.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    files, args = take_option(args, "--config")
-    _, args = take_option(args, "--local_rank")
+    files, args = _take_option(args, "--config")
+    _, args = _take_option(args, "--local_rank")
     if len(files) > 1:
         raise UserError(f"--config: expected one file, found {len(files)}")
-    base = settings_from_dict(kind, read_json(files[0]), files[0]) if files else kind()
+    base = _settings_from_dict(kind, read_json(files[0]), files[0]) if files else kind()
     return tyro.cli(kind, args=args, default=base, description=description)
 
 
-def take_option(args: list[str], name: str) -> tuple[list[str], list[str]]:
+def _take_option(args: list[str], name: str) -> tuple[list[str], list[str]]:
     """Splits `name VALUE`, `name=VALUE` (also with hyphens) out of `args`: (the values, all other arguments)."""
     values, rest, waiting = [], [], iter(args)
     for arg in waiting:
@@ -130,14 +130,14 @@ def take_option(args: list[str], name: str) -> tuple[list[str], list[str]]:
     return values, rest
 
 
-def settings_from_dict(kind: type[SomeSettings], found: Any, source: str) -> SomeSettings:
+def _settings_from_dict(kind: type[SomeSettings], found: Any, source: str) -> SomeSettings:
     """Builds settings from a JSON value; `source` names it in errors.
 
     An unknown key, or a value of another type, is a UserError.
     """
     if not isinstance(found, dict):
         raise UserError(f"{source}: expected a JSON object of settings, found {type(found).__name__}")
-    known, hints = {field.name: field for field in declared(kind)}, get_type_hints(kind)
+    known, hints = {field.name: field for field in _declared(kind)}, get_type_hints(kind)
     settings: dict[str, Any] = {}
     for name, value in found.items():
         if name not in known:

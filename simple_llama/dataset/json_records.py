@@ -15,9 +15,9 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import open_file, shown
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-MOST_LIST_BYTES = 2 << 30  # of a .json file, which stands in memory whole; a .jsonl file may have any size
-MOST_LINE_BYTES = 64 << 20  # of a line of a .jsonl file: hundreds of times the longest chat a model can read
-MOST_EXPANSION = 100  # bytes of text from a byte of a .gz file; text becomes 3 to 10 times smaller
+_MOST_LIST_BYTES = 2 << 30  # of a .json file, which stands in memory whole; a .jsonl file may have any size
+_MOST_LINE_BYTES = 64 << 20  # of a line of a .jsonl file: hundreds of times the longest chat a model can read
+_MOST_EXPANSION = 100  # bytes of text from a byte of a .gz file; text becomes 3 to 10 times smaller
 _BLOCK_BYTES = 1 << 20  # unpacked at a time
 _FREE_BYTES = 4 << 20  # unpacked before the expansion is looked at: small files may be all repetitions
 
@@ -36,7 +36,7 @@ class Record:
         return f"{self.file}:{self.number}"
 
 
-class RepeatedKey(dict):
+class _RepeatedKey(dict):
     """An object in which a key stands twice; JSON does not say which value counts, so the record is refused."""
 
     key: str
@@ -110,7 +110,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     for number, value in values:
         if not isinstance(value, dict):
             raise UserError(f"{file}:{number}: expected a JSON object, found {json_type(value)}")
-        if isinstance(value, RepeatedKey):
+        if isinstance(value, _RepeatedKey):
             raise UserError(f"{file}:{number}: key {shown(value.key)} stands twice; keep one of them")
         yield Record(file, number, value)
 
@@ -134,7 +134,7 @@ def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
 
 
 def _json_list(file: str) -> Iterator[tuple[int, Any]]:
-    data = b"".join(_blocks(file, MOST_LIST_BYTES))
+    data = b"".join(_blocks(file, _MOST_LIST_BYTES))
     text = _decoded(data.removeprefix(b"\xef\xbb\xbf"), file)
     del data  # the list alone stays in memory while its records are worked on
     value = _parsed(text, file, "one JSON list")
@@ -151,9 +151,9 @@ def _lines(file: str) -> Iterator[bytes]:
         *whole, rest = (rest + block).split(b"\n")
         yield from whole
         number += len(whole)
-        if len(rest) > MOST_LINE_BYTES:
+        if len(rest) > _MOST_LINE_BYTES:
             raise UserError(
-                f"{file}:{number}: expected a line of at most {MOST_LINE_BYTES:,} bytes, found a longer one"
+                f"{file}:{number}: expected a line of at most {_MOST_LINE_BYTES:,} bytes, found a longer one"
             )
     yield rest
 
@@ -176,9 +176,9 @@ def _blocks(file: str, most: float = float("inf")) -> Iterator[bytes]:
             with gzip.GzipFile(fileobj=packed) as stream:
                 while block := stream.read(_BLOCK_BYTES):
                     length += len(block)
-                    if length > _FREE_BYTES and length > MOST_EXPANSION * packed.tell():
+                    if length > _FREE_BYTES and length > _MOST_EXPANSION * packed.tell():
                         raise UserError(
-                            f"{file}: expected text that unpacks to at most {MOST_EXPANSION} times its size, found "
+                            f"{file}: expected text that unpacks to at most {_MOST_EXPANSION} times its size, found "
                             "more; if it is meant to, give the unpacked file"
                         )
                     if length > most:
@@ -212,6 +212,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
-    repeated, met = RepeatedKey(fields), set()
+    repeated, met = _RepeatedKey(fields), set()
     repeated.key = next(name for name, _ in pairs if name in met or met.add(name))
     return repeated

@@ -14,7 +14,7 @@ from simple_llama.common.files import digest, read_bytes
 # fmt: off
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>")
 # fmt: on
-MOST_BYTES = 256 << 20  # of a tokenizer's file; vocabularies of a quarter million tokens take 20 MB
+_MOST_BYTES = 256 << 20  # of a tokenizer's file; vocabularies of a quarter million tokens take 20 MB
 SPECIAL_IDS = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
 
 
@@ -26,14 +26,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises UserError when the file is no tokenizer or its special tokens are not the ids 0-9.
     """
     try:
-        tokenizer = Tokenizer.from_str(read_bytes(path, MOST_BYTES).decode("utf-8"))
+        tokenizer = Tokenizer.from_str(read_bytes(path, _MOST_BYTES).decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: expected a tokenizer JSON file, found {error.strerror}") from None
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for whatever it cannot read
         raise UserError(f"{path}: expected a tokenizer JSON file, found: {str(error)[:200]}") from None
     if not isinstance(tokenizer.model, models.BPE):
         raise UserError(f"{path}: expected a byte-level BPE tokenizer, found {type(tokenizer.model).__name__}")
-    check_special_tokens(tokenizer, path)
+    _check_special_tokens(tokenizer, path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.model.dropout = None
@@ -48,7 +48,7 @@ def token_count(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
-def check_special_tokens(tokenizer: Tokenizer, path: str | Path) -> None:
+def _check_special_tokens(tokenizer: Tokenizer, path: str | Path) -> None:
     """Raises UserError unless the ten special tokens have the ids 0-9 and are marked as special."""
     added = tokenizer.get_added_tokens_decoder()
     for token, number in SPECIAL_IDS.items():

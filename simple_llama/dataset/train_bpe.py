@@ -26,7 +26,7 @@ from simple_llama.common.files import atomic_write
 from simple_llama.dataset.json_records import SUFFIXES, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_TOKENS
 
-NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     return (json.dumps(saved, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def input_texts(path: str) -> Iterator[str]:
+def _input_texts(path: str) -> Iterator[str]:
     """All strings of a JSON data file ("CUSTOM" stands for no text), or a text file as a whole."""
     if path.endswith(SUFFIXES):
         for record in read_records(path):
-            yield from (text for text in strings_in(record.fields) if text != "CUSTOM")
+            yield from (text for text in _strings_in(record.fields) if text != "CUSTOM")
         return
     try:
         yield Path(path).read_text(encoding="utf-8")
@@ -83,27 +83,27 @@ def input_texts(path: str) -> Iterator[str]:
         raise UserError(f"{path}: expected a UTF-8 text file, found: {error}") from None
 
 
-def strings_in(value: Any) -> Iterator[str]:
+def _strings_in(value: Any) -> Iterator[str]:
     """Every string in a parsed JSON value, in order; keys are not text."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from strings_in(item)
+            yield from _strings_in(item)
 
 
-def python_docs() -> Iterator[str]:
+def _python_docs() -> Iterator[str]:
     """The topics of Python's manual, then the docstrings of its standard library, in the order of the file names."""
     from pydoc_data.topics import topics  # half a megabyte of text, only read when it is asked for
 
     yield from (topics[name] for name in sorted(topics))
     library = Path(sysconfig.get_path("stdlib"))
     names = (path.relative_to(library) for path in library.rglob("*.py"))
-    for name in sorted(name.as_posix() for name in names if not NOT_DOCUMENTATION.intersection(name.parts)):
-        yield from docstrings((library / name).read_bytes())
+    for name in sorted(name.as_posix() for name in names if not _NOT_DOCUMENTATION.intersection(name.parts)):
+        yield from _docstrings((library / name).read_bytes())
 
 
-def docstrings(source: bytes) -> Iterator[str]:
+def _docstrings(source: bytes) -> Iterator[str]:
     """Docstrings of a module and all that it defines."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in the standard library are not ours to report
@@ -115,10 +115,10 @@ def docstrings(source: bytes) -> Iterator[str]:
                 yield text
 
 
-def write_tokenizer(config: BPEConfig) -> str:
+def _write_tokenizer(config: BPEConfig) -> str:
     """Trains on the inputs and writes `config.output`. Returns what was read and written, with digests of both."""
-    texts = [text for path in config.inputs for text in input_texts(path)]
-    texts += python_docs() if config.python_docs else []
+    texts = [text for path in config.inputs for text in _input_texts(path)]
+    texts += _python_docs() if config.python_docs else []
     if not texts:
         raise UserError("inputs: expected text to train on, found none; give files or --python-docs")
     data = tokenizer_json(train_bpe(texts, config.vocab_size, config.min_frequency))
@@ -133,7 +133,7 @@ def write_tokenizer(config: BPEConfig) -> str:
 def main() -> None:
     """Command line of the training."""
     try:
-        print(write_tokenizer(tyro.cli(BPEConfig, description=__doc__)))
+        print(_write_tokenizer(tyro.cli(BPEConfig, description=__doc__)))
     except UserError as error:
         sys.exit(f"error: {error}")
 

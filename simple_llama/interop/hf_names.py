@@ -61,7 +61,7 @@ def to_hf(state_dict: Tensors, architecture: Architecture, family: NameMap = LLA
         module, theirs = _named(name, family)
         parts = _split(tensor, architecture) if module == _QKV else [tensor]
         if module == _QKV or module in _QK_NORMS:
-            order_K = half_order(architecture.key_width)
+            order_K = _half_order(architecture.key_width)
             parts = [_reordered(part, order_K) for part in parts[:2]] + parts[2:]
         mapped |= {their: part.clone() for their, part in zip(theirs, parts, strict=True)}
     return mapped
@@ -77,7 +77,7 @@ def from_hf(tensors: Tensors, architecture: Architecture, family: NameMap = LLAM
         module, theirs = _named(name, family)
         parts = [tensors[their] for their in theirs]
         if module == _QKV or module in _QK_NORMS:
-            back_K = half_order(architecture.key_width).argsort()
+            back_K = _half_order(architecture.key_width).argsort()
             parts = [_reordered(part, back_K) for part in parts[:2]] + parts[2:]
         mapped[name] = _joined(parts, architecture) if module == _QKV else parts[0].clone()
     return mapped
@@ -107,7 +107,7 @@ def hf_config(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def half_order(width: int) -> torch.Tensor:
+def _half_order(width: int) -> torch.Tensor:
     """Our row for each of their rows of a head (K,): the first of all pairs, then the second of all pairs."""
     return torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-BF16_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+_BF16_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
 
 
 @functools.cache
@@ -47,13 +47,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s for MFU: a GPU's data sheet (dense bf16) where known, else the best of a few square GEMMs here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         words = re.split(r"[\s-]", torch.cuda.get_device_name(device))  # NVIDIA A100-SXM4-80GB
-        for key, peak in BF16_PEAK_FLOPS.items():
+        for key, peak in _BF16_PEAK_FLOPS.items():
             if key in words:
                 return peak
-    return measured_gemm_flops(device, dtype, size=1024 if device.type == "cpu" else 8192)
+    return _measured_gemm_flops(device, dtype, size=1024 if device.type == "cpu" else 8192)
 
 
-def measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int, tries: int = 5) -> float:
+def _measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int, tries: int = 5) -> float:
     """Best FLOP/s of `size`^3 GEMMs in `dtype`, or in fp32 where a CPU is faster in it than in bf16."""
     dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
     best = 0.0

@@ -22,7 +22,7 @@ from simple_llama.pretraining.layers import FeedForward, RMSNorm, TiedEmbedding
 from simple_llama.pretraining.rotary import Rotation, rotation
 
 
-class DecoderBlock(nn.Module):
+class _DecoderBlock(nn.Module):
     """Attention, then feed-forward, each behind a norm and added to its input."""
 
     def __init__(self, architecture: Architecture):
@@ -54,7 +54,7 @@ class LLaMaTransformer(nn.Module):
         self.activation_checkpointing = False
         self.compiled = False
         self.embeddings = (TiedEmbedding if architecture.tied_head else nn.Embedding)(vocab_size, width)
-        self.decoder_blocks = nn.ModuleList(DecoderBlock(architecture) for _ in range(layers))
+        self.decoder_blocks = nn.ModuleList(_DecoderBlock(architecture) for _ in range(layers))
         self.norm = RMSNorm(width, architecture.eps)
         self.final_linear = None if architecture.tied_head else Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.embeddings.weight, std=0.02)

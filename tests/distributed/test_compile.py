@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import check_compiler
 from tiny_job import make_job, run_ranks
 
@@ -39,6 +38,6 @@ def test_same_losses_without_recompiling(tmp_path: Path):
 def test_a_cpu_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch):
     """Before anything is computed, with what to do about it."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    check_compiler(DPOConfig(device="cpu"))
+    check_compiler(False, "cpu")
     with pytest.raises(UserError, match="compile: expected a C.. compiler, found no no-such-compiler"):
-        check_compiler(DPOConfig(device="cpu", compile=True))
+        check_compiler(True, "cpu")

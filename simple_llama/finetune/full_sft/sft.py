@@ -73,8 +73,8 @@ def finetune(
     for step in range(config.steps):
         chosen = order.choice(len(usable), size=min(config.batch_size, len(usable)), replace=False)
         for group in optimizer.param_groups:
-            group["lr"] = config.max_lr * rate(step, config.steps)
-        loss = answer_loss(model, [usable[i] for i in chosen], device)
+            group["lr"] = config.max_lr * _rate(step, config.steps)
+        loss = _answer_loss(model, [usable[i] for i in chosen], device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -88,7 +88,7 @@ def finetune(
     return float(torch.stack(losses[-max(config.steps // 10, 1) :]).mean())
 
 
-def rate(step: int, steps: int) -> float:
+def _rate(step: int, steps: int) -> float:
     """Share of the peak learning rate: linear warm-up over a tenth of the steps, then a cosine to 0.1."""
     warmup = max(steps // 10, 1)
     if step < warmup:
@@ -96,7 +96,9 @@ def rate(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))
 
 
-def answer_loss(model: LLaMaTransformer, chats: Sequence[tuple[np.ndarray, int]], device: torch.device) -> torch.Tensor:
+def _answer_loss(
+    model: LLaMaTransformer, chats: Sequence[tuple[np.ndarray, int]], device: torch.device
+) -> torch.Tensor:
     """Mean negative log-prob (nats) of the scored tokens, each chat's last `scored` ones, packed without padding."""
 
     def stack(parts: list[np.ndarray]) -> torch.Tensor:

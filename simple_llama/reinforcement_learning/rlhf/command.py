@@ -20,7 +20,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
-from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import check_folders
 
 BUG, MISTAKE, INTERRUPTED = 1, 2, 130  # exit status; with watchdog.LOST and stopping.STOPPED these are all
@@ -42,6 +42,7 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         watchdog.start(ranks, config)
         with fail_together(ranks):
             check_folders(config, config.ref_cache_dir)
+            check_compiler(config.compile, config.device)
         inputs = load_inputs(config, ranks)
         stopping.agree(ranks, at_once=True)
         if not config.dry_run:
@@ -54,7 +55,7 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         close_ranks()
         leave(0)
     except stopping.Stopped as stop:
-        say(f"stopped{where(ranks)}: {stop}; --resume goes on from what is saved")
+        _say(f"stopped{_where(ranks)}: {stop}; --resume goes on from what is saved")
         with contextlib.suppress(RuntimeError):  # a rank that was lost on the way here
             if ranks:
                 barrier(ranks)  # all stop together: one of them may still tidy up
@@ -64,11 +65,11 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         watchdog.fail(str(error))
         if config is not None and config.debug:
             raise
-        say(f"error{where(ranks)}: {error}")
+        _say(f"error{_where(ranks)}: {error}")
         leave(MISTAKE)
     except KeyboardInterrupt:
         watchdog.fail("interrupted")
-        say(f"interrupted{where(ranks)}")
+        _say(f"interrupted{_where(ranks)}")
         leave(INTERRUPTED)
     except Exception as error:
         watchdog.await_verdict()  # a peer that was killed looks like a bug in the collective that waits for it
@@ -81,12 +82,12 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         stopping.uninstall()
 
 
-def where(ranks: Ranks | None) -> str:
+def _where(ranks: Ranks | None) -> str:
     """Which of several ranks speaks."""
     return f" (rank {ranks.rank} on {socket.gethostname()})" if ranks and ranks.world_size > 1 else ""
 
 
-def say(message: str) -> None:
+def _say(message: str) -> None:
     """One message on stderr, if somebody still reads it."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)

@@ -85,7 +85,7 @@ def load_inputs(config: InputsConfig, ranks: Ranks) -> Inputs:
     Raises UserError with the file and what is wrong, or with the host and rank that differ from rank 0.
     """
     with fail_together(ranks):
-        inputs = read_inputs(config)
+        inputs = _read_inputs(config)
     require_same("package versions", versions(), ranks)
     require_same("settings", asdict(config), ranks)
     require_same("data set (digest)", inputs.data_digest, ranks)
@@ -93,9 +93,8 @@ def load_inputs(config: InputsConfig, ranks: Ranks) -> Inputs:
     return inputs
 
 
-def read_inputs(config: InputsConfig) -> Inputs:
+def _read_inputs(config: InputsConfig) -> Inputs:
     """The inputs as this rank sees them."""
-    check_compiler(config)
     dtype = model_dtype(read_ds_config(config))
     tokenizer = load_tokenizer(config.tokenize_path)
     start = load_weights(find_weights(config.model_path))
@@ -132,11 +131,11 @@ def read_inputs(config: InputsConfig) -> Inputs:
     return Inputs(tokenizer, data, start.path, architecture, dtype, max_seq_len, identity, config.compile)
 
 
-def check_compiler(config: InputsConfig) -> None:
+def check_compiler(compiled: bool, device: str) -> None:
     """Raises UserError where layers are to be compiled for a CPU and no C++ compiler is there ($CXX, or g++)."""
     compiler = os.environ.get("CXX", "g++")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if config.compile and on_cpu and not shutil.which(compiler):
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if compiled and on_cpu and not shutil.which(compiler):
         raise UserError(f"compile: expected a C++ compiler, found no {compiler}; install g++ or leave compile out")
 
 

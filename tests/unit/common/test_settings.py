@@ -10,7 +10,7 @@ import pytest
 from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.settings import Bounds, Count, PathText, Settings, parse_settings, settings_from_dict
+from simple_llama.common.settings import Bounds, Count, PathText, Settings, _settings_from_dict, parse_settings
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def test_each_owner_checks_its_own(changes: dict[str, object], message: str) -> 
 
 def test_json_and_flags() -> None:
     """A whole number becomes a float; an unknown key is named with the known ones; flags come with both spellings."""
-    assert settings_from_dict(BakeryConfig, {"heat": 200}, "f") == BakeryConfig(heat=200.0)
+    assert _settings_from_dict(BakeryConfig, {"heat": 200}, "f") == BakeryConfig(heat=200.0)
     with pytest.raises(UserError, match="f: unknown setting 'oven'; known are heat, trays, folder, share, open"):
-        settings_from_dict(BakeryConfig, {"oven": 1}, "f")
+        _settings_from_dict(BakeryConfig, {"oven": 1}, "f")
     assert parse_settings(BakeryConfig, ["--trays", "2", "--open", "--local_rank=1"], None).trays == 2
 
 

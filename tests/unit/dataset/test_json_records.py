@@ -120,8 +120,8 @@ def test_small_repetitive_files_and_long_lines_are_read(tmp_path: Path) -> None:
 
 def test_lists_and_lines_beyond_the_limits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits of 2 MiB here: the message says the limit, and for a line its number."""
-    monkeypatch.setattr(json_records, "MOST_LIST_BYTES", 2**21)
-    monkeypatch.setattr(json_records, "MOST_LINE_BYTES", 2**21)
+    monkeypatch.setattr(json_records, "_MOST_LIST_BYTES", 2**21)
+    monkeypatch.setattr(json_records, "_MOST_LINE_BYTES", 2**21)
     text = json.dumps([{"x": "y" * 2**21}]).encode()
     for name, data in (("a.json", text), ("a.json.gz", gzip.compress(text, 0))):
         with pytest.raises(UserError, match=f"{name}: expected a list of at most 2,097,152 bytes"):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.finetune.format_llm_prompt import encode_chat
-from simple_llama.finetune.full_sft.sft import Chat, SFTConfig, answer_loss, finetune, rate
+from simple_llama.finetune.full_sft.sft import Chat, SFTConfig, _answer_loss, _rate, finetune
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -61,7 +61,7 @@ def test_packed_loss_is_the_mean_over_the_scored_tokens(tokenizer: Tokenizer) ->
         sums.append(-sum(logps[place - 1, ids[place]].item() for place in places))
         counts.append(scored)
     expected = sum(sums) / sum(counts)
-    assert answer_loss(model, encoded(tokenizer), CPU).item() == pytest.approx(expected, abs=1e-5)
+    assert _answer_loss(model, encoded(tokenizer), CPU).item() == pytest.approx(expected, abs=1e-5)
     mean_of_means = sum(total / count for total, count in zip(sums, counts, strict=True)) / 3
     assert abs(mean_of_means - expected) > 0.01
 
@@ -70,7 +70,7 @@ def test_the_loss_of_an_even_model_is_ln_of_the_vocabulary(tokenizer: Tokenizer)
     """All logits 0: every token has probability 1 / 300."""
     model = LLaMaTransformer(Architecture.of(tiny_config(), tokenizer.get_vocab_size()))
     model.head_weight.data.zero_()
-    assert answer_loss(model, encoded(tokenizer), CPU).item() == pytest.approx(math.log(300), abs=1e-5)
+    assert _answer_loss(model, encoded(tokenizer), CPU).item() == pytest.approx(math.log(300), abs=1e-5)
 
 
 def test_ten_steps_lower_the_loss_and_the_saved_model_has_it(
@@ -85,13 +85,13 @@ def test_ten_steps_lower_the_loss_and_the_saved_model_has_it(
     assert "SFT: kept 3 of 4 chats (1 too long)" in caplog.text
     torch.manual_seed(3)
     untrained = LLaMaTransformer(Architecture.of(tiny_config(), 300))
-    first = answer_loss(untrained, encoded(tokenizer), CPU).item()
+    first = _answer_loss(untrained, encoded(tokenizer), CPU).item()
     assert first == pytest.approx(math.log(300), abs=0.1)
     assert last < first - 1.0
     loaded = load_weights(path)
     assert loaded.metadata == {"kind": "sft", "steps": 10} and loaded.config == tiny_config()
     model = build_model(loaded, torch.float32, CPU)
-    assert answer_loss(model, encoded(tokenizer), CPU).item() < last
+    assert _answer_loss(model, encoded(tokenizer), CPU).item() < last
 
 
 def test_the_same_seed_gives_the_same_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_the_same_seed_gives_the_same_model(tokenizer: Tokenizer, tmp_path: Path
 def test_learning_rate_by_hand() -> None:
     """100 steps, 10 of them warm-up: 1/10 first, 1 at the end of warm-up and at step 10, half of the cosine at step 55
     (0.55), near 0.1 at the end; a single step has the full rate."""
-    assert rate(0, 100) == 0.1 and rate(9, 100) == 1.0
-    assert rate(10, 100) == pytest.approx(1.0, abs=1e-12)
-    assert rate(55, 100) == pytest.approx(0.55, abs=1e-12)
-    assert rate(99, 100) == pytest.approx(0.1, abs=1e-3)
-    assert rate(0, 1) == 1.0
+    assert _rate(0, 100) == 0.1 and _rate(9, 100) == 1.0
+    assert _rate(10, 100) == pytest.approx(1.0, abs=1e-12)
+    assert _rate(55, 100) == pytest.approx(0.55, abs=1e-12)
+    assert _rate(99, 100) == pytest.approx(0.1, abs=1e-3)
+    assert _rate(0, 1) == 1.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.interop.hf_names import LLAMA, NameMap, from_hf, half_order, hf_config, to_hf
+from simple_llama.interop.hf_names import LLAMA, NameMap, _half_order, from_hf, hf_config, to_hf
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -87,7 +87,7 @@ def test_another_name_map_gives_other_names() -> None:
 
 def test_half_order_by_hand() -> None:
     """Pairs (0, 1), (2, 3), (4, 5): first members, then second ones."""
-    assert half_order(6).tolist() == [0, 2, 4, 1, 3, 5]
+    assert _half_order(6).tolist() == [0, 2, 4, 1, 3, 5]
 
 
 def rotate_half(x_THK: torch.Tensor, positions_T: torch.Tensor, theta: float) -> torch.Tensor:

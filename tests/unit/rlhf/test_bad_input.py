@@ -36,7 +36,7 @@ from bad_inputs import (
 from simple_llama.cluster.console import _close_log
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
-from simple_llama.common.settings import settings_from_dict
+from simple_llama.common.settings import _settings_from_dict
 from simple_llama.reinforcement_learning.rlhf import command
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import precompute_and_train, train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
@@ -121,7 +121,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, fresh: TinyJob, ranks: Ran
     """The tiny job with its store, and a finished run `tiny` with two states."""
     job = TinyJob(tmp_path_factory.mktemp("trained") / "job")
     shutil.copytree(fresh.folder, job.folder)
-    config = settings_from_dict(DPOConfig, job.settings, "the tiny job")
+    config = _settings_from_dict(DPOConfig, job.settings, "the tiny job")
     precompute_and_train(config, load_inputs(config, ranks), ranks)
     return job
 

@@ -11,7 +11,7 @@ import pytest
 from house import RLHF, modules, takers
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
-from simple_llama.common.settings import settings_from_dict
+from simple_llama.common.settings import _settings_from_dict
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from tiny_job import ROOT
 
@@ -106,7 +106,7 @@ def test_every_field_has_a_help_text(capsys):
 )
 def test_a_bad_setting_is_named_with_what_is_allowed(setting, words):
     with pytest.raises(UserError) as error:
-        settings_from_dict(DPOConfig, setting, "my.json")
+        _settings_from_dict(DPOConfig, setting, "my.json")
     for word in words:
         assert word in str(error.value)
 

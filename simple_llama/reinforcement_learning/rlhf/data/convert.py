@@ -58,7 +58,7 @@ class PrepareConfig:
 
 
 @dataclass
-class Conversion:
+class _Conversion:
     """What has been converted so far."""
 
     pairs: list[Conversation] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Conversion:
 
     def to_ascii(self, text: str) -> str:
         """A message in ASCII; characters without an ASCII form are counted and gone."""
-        form, removed = ascii_text(text)
+        form, removed = _ascii_text(text)
         self.removed_characters += removed
         return form.strip()
 
@@ -78,8 +78,8 @@ def prepare(config: PrepareConfig) -> str:
 
     Raises UserError for files of another kind, options without effect, and when no pair is left.
     """
-    check_settings(config)
-    done = convert_files(config)
+    _check_settings(config)
+    done = _convert_files(config)
     if "PKU-SafeRLHF" not in done.formats and (config.prefer or config.keep_unsafe):
         raise UserError("prefer and keep_unsafe: expected a PKU-SafeRLHF input, found none; leave the options out")
     report = done.count.summary()
@@ -89,11 +89,11 @@ def prepare(config: PrepareConfig) -> str:
         report += f"; stopped at the limit of {config.limit:,} pairs"
     if config.ascii_only:
         report += f"; removed {done.removed_characters:,} characters without an ASCII form"
-    atomic_write(config.output, serialized(done.pairs, as_list=config.output.endswith(".json")))
+    atomic_write(config.output, _serialized(done.pairs, as_list=config.output.endswith(".json")))
     return f"{config.output}: {report}"
 
 
-def check_settings(config: PrepareConfig) -> None:
+def _check_settings(config: PrepareConfig) -> None:
     """Raises UserError for settings that cannot work whatever the inputs hold."""
     if not config.inputs:
         raise UserError("inputs: expected at least one file, found none")
@@ -105,9 +105,9 @@ def check_settings(config: PrepareConfig) -> None:
         raise UserError(f"limit: expected a number of pairs, or 0 for all, found {config.limit}")
 
 
-def convert_files(config: PrepareConfig) -> Conversion:
+def _convert_files(config: PrepareConfig) -> _Conversion:
     """Reads the inputs up to the limit."""
-    done = Conversion()
+    done = _Conversion()
     options = ReadOptions(CUSTOM, config.prefer, config.keep_unsafe, done.to_ascii if config.ascii_only else str)
     for record in (record for name in config.inputs for record in read_records(name)):
         found = format_of(record, _FORMATS)
@@ -122,7 +122,7 @@ def convert_files(config: PrepareConfig) -> Conversion:
     return done
 
 
-def ascii_text(text: str) -> tuple[str, int]:
+def _ascii_text(text: str) -> tuple[str, int]:
     """`text` in ASCII, and how many characters had no ASCII form. Accents go: an e with an acute accent becomes e."""
     spelled, removed = [], 0
     for character in text if not text.isascii() else ():
@@ -133,7 +133,7 @@ def ascii_text(text: str) -> tuple[str, int]:
     return (text if text.isascii() else "".join(spelled)), removed
 
 
-def serialized(pairs: Sequence[Conversation], as_list: bool) -> bytes:
+def _serialized(pairs: Sequence[Conversation], as_list: bool) -> bytes:
     """The pairs in the format of RLDatasetLoader, as a JSON list or as one JSON object a line."""
     lines = [
         json.dumps(

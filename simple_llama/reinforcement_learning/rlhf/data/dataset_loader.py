@@ -44,7 +44,7 @@ from simple_llama.reinforcement_learning.rlhf.data.readers import (
 )
 
 FORMATS: tuple[str, ...] = ("Template",)  # what the records of a data set may be, of READERS
-RECORDS_PER_BATCH = 512  # tokenized at a time: long enough to keep the tokenizer's threads busy, short enough to forget
+_RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
 _TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 
@@ -94,13 +94,13 @@ class RLDatasetLoader:
         self._tokenizer, self._options = tokenizer, ReadOptions(default_system)
         count, extra_keys = KeptCount(), Tally()
         records = (record for file in data_files(path) for record in read_records(file))
-        conversations = read_conversations(records, self._options, count, extra_keys)
-        pairs, shares = keep_usable(tokenize(conversations, tokenizer), max_seq_len, seed, count)
-        self.report = describe(pairs, count, extra_keys)
+        conversations = _read_conversations(records, self._options, count, extra_keys)
+        pairs, shares = _keep_usable(_tokenize(conversations, tokenizer), max_seq_len, seed, count)
+        self.report = _describe(pairs, count, extra_keys)
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
         LOGGER.info("%s: %s", path, self.report)
-        held_out = held_out_prompts(shares, val_share)
+        held_out = _held_out_prompts(shares, val_share)
         if held_out.any():
             pairs = pairs.select(np.argsort(held_out, kind="stable"))
         trained = int(np.count_nonzero(~held_out))
@@ -135,12 +135,12 @@ class RLDatasetLoader:
             wanted.setdefault(file, set()).add(record)
         for file, numbers in wanted.items():
             records = islice((record for record in read_records(file) if record.number in numbers), len(numbers))
-            conversations = read_conversations(records, self._options, KeptCount(), Tally())
-            for conversation, pair in tokenize(conversations, self._tokenizer):
+            conversations = _read_conversations(records, self._options, KeptCount(), Tally())
+            for conversation, pair in _tokenize(conversations, self._tokenizer):
                 yield (file, conversation.record), (conversation, pair)
 
 
-def read_conversations(
+def _read_conversations(
     records: Iterable[Record], options: ReadOptions, count: KeptCount, extra_keys: Tally
 ) -> Iterator[Conversation]:
     """What the records say; counts them, those without a pair, and keys that their format does not have."""
@@ -158,12 +158,12 @@ def read_conversations(
         yield conversation
 
 
-def tokenize(
+def _tokenize(
     conversations: Iterable[Conversation], tokenizer: Tokenizer
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
     """Adds token ids. Texts are tokenized in batches and each different text of a batch once."""
     ahead = iter(conversations)
-    while batch := list(islice(ahead, RECORDS_PER_BATCH)):
+    while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
         texts = (text for c in batch for text in ("\n\n", "\n", c.system, *c.users, *c.chosen, *c.rejected))
         ids_of_text = encode_texts(tokenizer, texts)
         for c in batch:
@@ -174,7 +174,7 @@ def tokenize(
             yield c, TokenizedPair.from_chats(chosen_ids, chosen_scored, rejected_ids, rejected_scored)
 
 
-def keep_usable(
+def _keep_usable(
     pairs: Iterable[tuple[Conversation, TokenizedPair]], max_seq_len: int, seed: int, count: KeptCount
 ) -> tuple[PairSet, np.ndarray]:
     """The usable pairs, and where the prompt of each stands in [0, 1) (see `prompt_share`).
@@ -193,11 +193,11 @@ def keep_usable(
             count.dropped.add("duplicate", origin)
         else:
             kept.append(pair, c.file, c.record)
-            shares.append(prompt_share(c.system, c.users, seed))
+            shares.append(_prompt_share(c.system, c.users, seed))
     return kept.finish(), np.array(shares)
 
 
-def describe(pairs: PairSet, count: KeptCount, extra_keys: Tally) -> str:
+def _describe(pairs: PairSet, count: KeptCount, extra_keys: Tally) -> str:
     """One line: kept and dropped pairs, ignored keys, characters that the tokenizer does not know."""
     line = count.summary()
     for key, times in extra_keys.times.items():
@@ -219,7 +219,7 @@ def _unknown_bytes(pairs: PairSet) -> np.ndarray:
     return unknown_N
 
 
-def held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:
+def _held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:
     """Which pairs go to validation (N,): a prompt with all its pairs does when its hash is below `val_share`.
 
     So a prompt stays on its side when data is added. Only where no hash is below `val_share` (few prompts) the smallest
@@ -229,7 +229,7 @@ def held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:
     return shares_N < limit
 
 
-def prompt_share(system: str, users: Sequence[str], seed: int) -> float:
+def _prompt_share(system: str, users: Sequence[str], seed: int) -> float:
     """Where the prompt stands in [0, 1), from a hash of the seed, the system prompt and the user turns."""
     key = json.dumps([seed, system, list(users)]).encode()
     return int.from_bytes(digest(key, size=6), "big") / 2**48  # 48 bits are exact in a float

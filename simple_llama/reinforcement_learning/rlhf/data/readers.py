@@ -30,7 +30,7 @@ from simple_llama.common.files import shown
 from simple_llama.dataset.json_records import Record, json_type
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, format_chat
 
-Value = TypeVar("Value", str, int, bool)
+_Value = TypeVar("Value", str, int, bool)
 CUSTOM = "CUSTOM"  # stands in a record for the default system prompt
 _TEMPLATE_KEYS = ("Template", "User", "Accepted", "Rejected")
 _PKU_LABEL = {"helpfulness": "better_response_id", "safety": "safer_response_id"}
@@ -182,7 +182,7 @@ def from_pku(record: Record, options: ReadOptions) -> Conversation:
     return _usable(record, options, [prompt], [answers[chosen]], [answers[1 - chosen]])
 
 
-def _typed(record: Record, key: str, kind: type[Value]) -> Value:
+def _typed(record: Record, key: str, kind: type[_Value]) -> _Value:
     """The value under `key`, which has to be of type `kind` exactly (true is no number)."""
     expected = {str: "a string", int: "a whole number", bool: "true or false"}[kind]
     if key not in record.fields:

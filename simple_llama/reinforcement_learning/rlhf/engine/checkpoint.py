@@ -40,7 +40,7 @@ from simple_llama.common.files import (
 from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.engine.engine import MOMENTS, Engine
 
-FORMAT = 1  # of state.json; a reader refuses another one
+_FORMAT = 1  # of state.json; a reader refuses another one
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def writing_state(
                     described = final / "state.json"
                     atomic_write_json(described, {**read_json(described), **facts.to_json()})
                 else:
-                    atomic_write_json(temp / "state.json", {"format": FORMAT, **facts.to_json(), "files": digests})
+                    atomic_write_json(temp / "state.json", {"format": _FORMAT, **facts.to_json(), "files": digests})
                     publish_folder(temp, final)
                 atomic_write(folder / "latest", f"{final.name}\n".encode())
                 _prune(folder, final.name, keep)
@@ -211,8 +211,8 @@ def _check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
 
 def _facts_problem(candidate: Path, facts: Any) -> str:
     """What is wrong with the content of a state.json; "" when nothing is."""
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        return f"state.json: expected format {FORMAT}"
+    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+        return f"state.json: expected format {_FORMAT}"
     files, step, loss, weights = (facts.get(key) for key in ("files", "step", "loss", "weights"))
     if not isinstance(files, dict) or not files or step is None:
         return "state.json: expected a step and the digests of its files"

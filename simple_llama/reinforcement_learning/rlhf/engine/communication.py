@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 # Collectives of a deepspeed.comm backend: name of the first argument, and what of its bytes n ranks send each.
-SHARES: dict[str, tuple[str, Callable[[int], float]]] = {
+_SHARES: dict[str, tuple[str, Callable[[int], float]]] = {
     "all_reduce": ("tensor", lambda n: 2 * (n - 1) / n),
     "all_reduce_coalesced": ("tensors", lambda n: 2 * (n - 1) / n),
     "all_gather": ("tensor_list", lambda n: (n - 1) / n),
@@ -68,7 +68,7 @@ class CommunicationMeter:
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Counts what DeepSpeed communicates in the body, in which the backend's methods are shadowed on the object."""
-        ours = {name: self.counted(name, getattr(self.backend, name)) for name in SHARES}
+        ours = {name: self.counted(name, getattr(self.backend, name)) for name in _SHARES}
         vars(self.backend).update(ours)
         try:
             yield
@@ -79,16 +79,16 @@ class CommunicationMeter:
 
     def counted(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         """A collective of the backend that adds its bytes and time."""
-        first, share = SHARES[name]
+        first, share = _SHARES[name]
 
         def collective(*args: Any, **kwargs: Any) -> Any:
             # DeepSpeed gives groups by name, but for all_reduce's, which is the third argument
             group = kwargs["group"] if "group" in kwargs else args[2] if len(args) > 2 else None
             payload = args[0] if args else kwargs.get(first)
-            self.sent_bytes += share(self.backend.get_world_size(group)) * tensor_bytes(payload)
+            self.sent_bytes += share(self.backend.get_world_size(group)) * _tensor_bytes(payload)
             with self.timed():
                 work = method(*args, **kwargs)
-            return work if work is None else TimedWork(work, self)
+            return work if work is None else _TimedWork(work, self)
 
         return collective
 
@@ -107,7 +107,7 @@ class CommunicationMeter:
             self.seconds += time.perf_counter() - started
 
 
-class TimedWork:
+class _TimedWork:
     """A collective under way: the work handle of torch, whose `wait` is timed."""
 
     def __init__(self, work: Any, meter: CommunicationMeter):
@@ -121,8 +121,8 @@ class TimedWork:
         return getattr(self.work, name)
 
 
-def tensor_bytes(payload: Any) -> int:
+def _tensor_bytes(payload: Any) -> int:
     """Bytes of a tensor, or of all tensors of a list."""
     if isinstance(payload, torch.Tensor):
         return payload.numel() * payload.element_size()
-    return sum(tensor_bytes(part) for part in payload) if isinstance(payload, list | tuple) else 0
+    return sum(_tensor_bytes(part) for part in payload) if isinstance(payload, list | tuple) else 0

@@ -51,7 +51,7 @@ class EngineConfig(OptimizerConfig, BatchConfig, PolicyConfig):
             raise UserError("reduce_once: expected grad_accum_steps above 1, found 1, where it changes nothing")
 
 
-OURS = {
+_OURS = {
     "train_batch_size": "batch_size, grad_accum_steps and the number of ranks",
     "train_micro_batch_size_per_gpu": "batch_size",
     "gradient_accumulation_steps": "grad_accum_steps",
@@ -63,7 +63,7 @@ OURS = {
 }
 # fmt: off
 # All other names that DeepSpeed 0.19.8 knows; it ignores an unknown section without a word.
-KNOWN = (
+_KNOWN = (
     "amp", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "communication_data_type", "compile",
     "compression_training", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last",
     "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue", "elasticity", "expert_parallel",
@@ -74,9 +74,9 @@ KNOWN = (
     "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "weight_quantization",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )
-DTYPES = ("fp32", "fp16", "bf16")
+_DTYPES = ("fp32", "fp16", "bf16")
 # The ZeRO section, where DeepSpeed ends with a traceback for an unknown name and for another type.
-ZERO_SWITCHES = (
+_ZERO_SWITCHES = (
     "allgather_partitions", "contiguous_gradients", "elastic_checkpoint", "enable_sanity_checks",
     "ignore_unused_parameters", "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear",
     "overlap_comm", "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint", "reduce_scatter",
@@ -84,13 +84,13 @@ ZERO_SWITCHES = (
     "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 )
-ZERO_COUNTS = (
+_ZERO_COUNTS = (
     "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_model_persistence_threshold", "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
     "stage3_prefetch_bucket_size", "sub_group_size", "zero_hpz_partition_size",
 )
 # fmt: on
-ZERO_SECTIONS = ("leaf_module", "offload_optimizer", "offload_param", "zenflow")
+_ZERO_SECTIONS = ("leaf_module", "offload_optimizer", "offload_param", "zenflow")
 
 
 def read_ds_config(config: EngineConfig) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def read_ds_config(config: EngineConfig) -> dict[str, Any]:
     found = read_json(config.deepspeed_config)
     if not isinstance(found, dict):
         raise UserError(f"{config.deepspeed_config}: expected a JSON object, found {type(found).__name__}")
-    for key, name in OURS.items():
+    for key, name in _OURS.items():
         if key in found:
             raise UserError(
                 f"{config.deepspeed_config}: {key}: this number lives in DPOConfig ({name}); delete it from the JSON"
@@ -113,9 +113,9 @@ def read_ds_config(config: EngineConfig) -> dict[str, Any]:
     if "bfloat16" in found:
         raise UserError(f"{config.deepspeed_config}: bfloat16: expected this section under its other name, bf16")
     for key in ("fp16", "amp"):
-        if enabled(found, key):
+        if _enabled(found, key):
             raise UserError(f"{config.deepspeed_config}: {key}: expected bf16 or fp32 (no {key}), found it enabled")
-    if enabled(found, "bf16") and found.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+    if _enabled(found, "bf16") and found.get("data_types", {}).get("grad_accum_dtype") != "fp32":
         raise UserError(
             f'{config.deepspeed_config}: data_types.grad_accum_dtype: expected "fp32" with bf16 (a bf16 sum of '
             f"micro-batches loses small gradients), found {found.get('data_types', {}).get('grad_accum_dtype')!r}"
@@ -133,38 +133,38 @@ def read_ds_config(config: EngineConfig) -> dict[str, Any]:
             f"compile: expected ZeRO stage 2, found stage {stage} in {config.deepspeed_config}; in stage 3 hooks fetch "
             "each layer's weights, and a compiled layer does not wait for them"
         )
-    check_names(config.deepspeed_config, found)
-    check_zero(f"{config.deepspeed_config}: zero_optimization", found["zero_optimization"])
+    _check_names(config.deepspeed_config, found)
+    _check_zero(f"{config.deepspeed_config}: zero_optimization", found["zero_optimization"])
     return found
 
 
-def check_names(source: str, found: dict[str, Any]) -> None:
+def _check_names(source: str, found: dict[str, Any]) -> None:
     """Raises UserError for a name that DeepSpeed would ignore, and for a dtype that it does not know."""
     for key in found:
-        if key not in KNOWN:
+        if key not in _KNOWN:
             raise UserError(f"{source}: unknown key {shown(key)}; expected a section of DeepSpeed, such as bf16")
     dtypes = {"communication_data_type": found.get("communication_data_type")}
     dtypes["data_types.grad_accum_dtype"] = found.get("data_types", {}).get("grad_accum_dtype")
     for key, dtype in dtypes.items():
-        if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"{source}: {key}: expected one of {', '.join(DTYPES)}, found {shown(dtype)}")
+        if dtype is not None and dtype not in _DTYPES:
+            raise UserError(f"{source}: {key}: expected one of {', '.join(_DTYPES)}, found {shown(dtype)}")
 
 
-def check_zero(source: str, zero: dict[str, Any]) -> None:
+def _check_zero(source: str, zero: dict[str, Any]) -> None:
     """Raises UserError for a name or a type that DeepSpeed's ZeRO section does not have."""
     for key, value in zero.items():
-        if key in ZERO_SWITCHES and type(value) is not bool:
+        if key in _ZERO_SWITCHES and type(value) is not bool:
             raise UserError(f"{source}.{key}: expected true or false, found {shown(value)}")
         least = 1 if key == "reduce_bucket_size" else 0
-        if key in ZERO_COUNTS and not is_count(value, least):
+        if key in _ZERO_COUNTS and not _is_count(value, least):
             raise UserError(f"{source}.{key}: expected a whole number of at least {least}, found {shown(value)}")
-        if key in ZERO_SECTIONS and not isinstance(value, dict):
+        if key in _ZERO_SECTIONS and not isinstance(value, dict):
             raise UserError(f"{source}.{key}: expected a JSON object, found {shown(value)}")
-        if key not in (*ZERO_SWITCHES, *ZERO_COUNTS, *ZERO_SECTIONS, "stage"):
+        if key not in (*_ZERO_SWITCHES, *_ZERO_COUNTS, *_ZERO_SECTIONS, "stage"):
             raise UserError(f"{source}: unknown key {shown(key)}; ds_configs/README.md has those that matter here")
 
 
-def is_count(value: Any, least: int) -> bool:
+def _is_count(value: Any, least: int) -> bool:
     """Whether a value is a whole number from `least`, written with or without an exponent (5e8)."""
     return type(value) in (int, float) and least <= value < 2**63 and value == int(value)
 
@@ -199,7 +199,7 @@ def without_communication(ds_config: dict[str, Any], keep_buckets: bool) -> dict
 
 def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     """Dtype of the weights that compute: bfloat16 when the JSON enables bf16, else float32."""
-    return torch.bfloat16 if enabled(ds_config, "bf16") else torch.float32
+    return torch.bfloat16 if _enabled(ds_config, "bf16") else torch.float32
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -207,6 +207,6 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
-def enabled(ds_config: dict[str, Any], key: str) -> bool:
+def _enabled(ds_config: dict[str, Any], key: str) -> bool:
     """Whether a DeepSpeed section is there and on."""
     return bool(ds_config.get(key, {}).get("enabled", False))

@@ -40,7 +40,7 @@ class Engine:
         Args:
             start_weights: fp32 values of the model's parameters by name, as the checkpoint has them.
         """
-        deepspeed = import_deepspeed(ranks.device)
+        deepspeed = _import_deepspeed(ranks.device)
         self.utils = deepspeed.utils
         self.ds_config: dict[str, Any] = full_ds_config(config, ranks.world_size)
         if ranks.world_size == 1:  # reduce_once rounds its fp32 sums to bf16 where no dtype of communication is named
@@ -206,7 +206,7 @@ class Engine:
             zero._hp_optimizer_states_linked = True
 
 
-def import_deepspeed(device: torch.device) -> Any:
+def _import_deepspeed(device: torch.device) -> Any:
     """Imports deepspeed for this kind of device; late, since it looks for an accelerator and takes a second.
 
     It would otherwise choose a GPU by itself, also for a run that is told to use the CPU.

@@ -38,7 +38,7 @@ def log_ratios(scores: Scores) -> torch.Tensor:
     return scores.logps_B2 - scores.ref_B2
 
 
-def margin(scores: Scores) -> torch.Tensor:
+def _margin(scores: Scores) -> torch.Tensor:
     """d (B,), of sums over the scored tokens."""
     ratios_B2 = log_ratios(scores)
     return ratios_B2[:, 0] - ratios_B2[:, 1]
@@ -49,7 +49,7 @@ def sigmoid_loss(scores: Scores, *, beta: Beta, label_smoothing: LabelSmoothing 
 
     e = 0: DPO, Eq. 7, arXiv:2305.18290. e > 0: conservative DPO, Mitchell 2023, "A note on DPO with noisy preferences".
     """
-    d_B = margin(scores)
+    d_B = _margin(scores)
     if label_smoothing == 0:
         return -F.logsigmoid(beta * d_B)
     return -(1 - label_smoothing) * F.logsigmoid(beta * d_B) - label_smoothing * F.logsigmoid(-beta * d_B)
@@ -57,12 +57,12 @@ def sigmoid_loss(scores: Scores, *, beta: Beta, label_smoothing: LabelSmoothing 
 
 def hinge_loss(scores: Scores, *, beta: Beta) -> torch.Tensor:
     """max(0, 1 - beta d): SLiC's hinge on the log-ratio margin, arXiv:2305.10425 and arXiv:2309.06657."""
-    return F.relu(1 - beta * margin(scores))
+    return F.relu(1 - beta * _margin(scores))
 
 
 def ipo_loss(scores: Scores, *, beta: Beta) -> torch.Tensor:
     """(d - 1 / (2 beta))^2: Eq. 17, arXiv:2310.12036; its tau is beta. d is of sums, as printed, not token averages."""
-    return (margin(scores) - 1 / (2 * beta)) ** 2
+    return (_margin(scores) - 1 / (2 * beta)) ** 2
 
 
 def robust_loss(scores: Scores, *, beta: Beta, label_smoothing: LabelSmoothing = 0.0) -> torch.Tensor:
@@ -70,7 +70,7 @@ def robust_loss(scores: Scores, *, beta: Beta, label_smoothing: LabelSmoothing =
 
     Its mean over labels that are swapped with probability e is the loss of the true ones; it may be negative.
     """
-    d_B = margin(scores)
+    d_B = _margin(scores)
     right_B, swapped_B = F.logsigmoid(beta * d_B), F.logsigmoid(-beta * d_B)
     return (label_smoothing * swapped_B - (1 - label_smoothing) * right_B) / (1 - 2 * label_smoothing)
 

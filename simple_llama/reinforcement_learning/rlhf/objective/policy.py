@@ -73,7 +73,7 @@ class DPOPolicy(nn.Module):
         def losses(logps_b2: torch.Tensor, pairs: slice) -> torch.Tensor:
             return self.loss_fn(Scores(logps_b2, ref_logps_B2[pairs], batch.counts_B2[pairs]))
 
-        hidden_ND = scored_hidden(self.model, batch)
+        hidden_ND = _scored_hidden(self.model, batch)
         loss, losses_B, logps_B2 = logprob.pair_loss(
             hidden_ND, self.model.head_weight, batch.targets_N, batch.counts, losses
         )
@@ -82,7 +82,7 @@ class DPOPolicy(nn.Module):
         return PolicyOutput(loss, losses_B, logps_B2, rewards_B2)
 
 
-def scored_hidden(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
+def _scored_hidden(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
     """Hidden rows (N, D) after the last norm that predict the batch's scored tokens, pair after pair."""
     hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
     return hidden_TD.index_select(0, batch.rows_N)
@@ -92,7 +92,7 @@ def scored_hidden(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
 def pair_logps(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
     """Log-prob sums (B, 2) of the chosen and rejected answers, fp32, without gradient and without dropout."""
     with evaluating(model):
-        hidden_ND = scored_hidden(model, batch)
+        hidden_ND = _scored_hidden(model, batch)
         return logprob.pair_logps(hidden_ND, model.head_weight, batch.targets_N, batch.counts)
 
 

@@ -40,7 +40,7 @@ class LossConfig(Settings):
             if field.name not in ("loss_type", *own) and value != field.default:
                 raise UserError(
                     f"{field.name}: expected {field.default:g} with loss_type {self.loss_type!r}, which ignores it, "
-                    f"found {value}; use one of {', '.join(with_option(field.name))} or leave it out"
+                    f"found {value}; use one of {', '.join(_with_option(field.name))} or leave it out"
                 )
 
 
@@ -80,6 +80,6 @@ def options(loss: Loss) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
-def with_option(name: str) -> list[str]:
+def _with_option(name: str) -> list[str]:
     """The losses that have an option."""
     return [loss_type for loss_type, loss in LOSSES.items() if name in options(loss)]

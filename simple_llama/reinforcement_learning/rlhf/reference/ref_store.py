@@ -25,17 +25,17 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write, atomic_write_json, digest, open_file, read_json, shown
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
 
-FILL_COMMAND = "deepspeed launch/precompute_ref.py"
+_FILL_COMMAND = "deepspeed launch/precompute_ref.py"
 
 # Key first: sorted by their bytes, records lie in the order of their keys.
-RECORD = np.dtype([("digest", "V16"), ("counts", "<i4", (2,)), ("logps", "<f4", (2,))])
+_RECORD = np.dtype([("digest", "V16"), ("counts", "<i4", (2,)), ("logps", "<f4", (2,))])
 _AS_BYTES, _AS_KEY = "S32", "S24"  # a whole record, and its KEY, as one sortable value
 
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.npy")
 _MOST_SHARD_BYTES = 256 << 20  # six million records; a pass writes a few hundred into a shard
 _ROUNDING = 1e-5  # nats a scored token: a certain token's fp32 log-prob may come out just above 0
 
-logger = logging.getLogger("simple_llama")
+_logger = logging.getLogger("simple_llama")
 
 
 class _BadShardError(Exception):
@@ -58,7 +58,7 @@ class RefStore:
         self.folder = folder
         self._reference = reference
         self.set_aside: list[str] = []  # shards that the last `load` found damaged
-        self._sorted = np.empty(0, RECORD)  # by bytes, one per key
+        self._sorted = np.empty(0, _RECORD)  # by bytes, one per key
         self._added: list[np.ndarray] = []  # since it was sorted
 
     @classmethod
@@ -82,7 +82,7 @@ class RefStore:
         elif (found := read_json(described)) != reference:
             raise UserError(
                 f"{described} was changed: expected {reference}, found {shown(found)}; delete {store.folder}, then run "
-                f"{FILL_COMMAND}"
+                f"{_FILL_COMMAND}"
             )
         store.load()
         return store
@@ -109,7 +109,7 @@ class RefStore:
         records that no model can have given. Each is logged by name. Raises UserError when the folder cannot be read.
         """
         self.set_aside = []
-        parts, foreign = [np.empty(0, RECORD)], []
+        parts, foreign = [np.empty(0, _RECORD)], []
         for path in _listed(self.folder):
             if _SHARD_NAME.fullmatch(path.name):
                 try:
@@ -117,14 +117,14 @@ class RefStore:
                 except FileNotFoundError:
                     continue  # another rank has set it aside since the folder was listed
                 except OSError as error:
-                    logger.warning("cannot read shard %s: %s; its pairs count as missing", path, error.strerror)
+                    _logger.warning("cannot read shard %s: %s; its pairs count as missing", path, error.strerror)
                 except _BadShardError as reason:
                     self.set_aside.append(path.name)
                     _set_aside(path, str(reason))
             elif not _is_ours(path.name):
                 foreign.append(path.name)
         if foreign:
-            logger.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
+            _logger.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
         self._sorted, self._added = _merged(parts), []
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
@@ -188,7 +188,7 @@ class RefStore:
             missing, asked = (len(np.unique(_sortable(some))) for some in (keys[~found], keys))
             raise UserError(
                 f"{missing} of {asked} pairs have no reference log-probs in "
-                f"{self.folder}; run `{FILL_COMMAND}` with the same model, data and settings, then start again"
+                f"{self.folder}; run `{_FILL_COMMAND}` with the same model, data and settings, then start again"
             )
         return rows
 
@@ -197,7 +197,7 @@ class RefStore:
         wanted = _as_records(keys, np.zeros((len(keys), 2), np.float32)).view(_AS_BYTES)
         table, rows = self._records.view(_AS_BYTES), np.empty(len(keys), np.int64)
         # In about the table's order: ten million searches all over the memory would take three times as long.
-        order = np.argsort(wanted.view(">u8")[:: RECORD.itemsize // 8].astype(np.uint64))
+        order = np.argsort(wanted.view(">u8")[:: _RECORD.itemsize // 8].astype(np.uint64))
         rows[order] = np.searchsorted(table, wanted[order])  # zero log-probs come before all others of that key
         found = rows < len(table)
         found[found] = table[rows[found]].astype(_AS_KEY) == wanted[found].astype(_AS_KEY)
@@ -237,7 +237,7 @@ def _sortable(keys: np.ndarray) -> np.ndarray:
 def _as_records(keys: np.ndarray, logps_B2: np.ndarray) -> np.ndarray:
     """Records (B,) of pairs with these keys and log-prob sums."""
     assert keys.dtype == KEY and logps_B2.shape == (len(keys), 2)
-    records = np.empty(len(keys), RECORD)
+    records = np.empty(len(keys), _RECORD)
     for name in KEY.names or ():
         records[name] = keys[name]
     records["logps"] = logps_B2
@@ -299,20 +299,20 @@ def _read_shard(path: Path) -> np.ndarray:
         records = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy's reader raises half a dozen kinds
         raise _BadShardError(f"it holds no array ({error})") from error
-    if not isinstance(records, np.ndarray) or records.dtype != RECORD or records.ndim != 1:
+    if not isinstance(records, np.ndarray) or records.dtype != _RECORD or records.ndim != 1:
         raise _BadShardError("it holds no records")
     sound = _are_sound(records)
     if not sound.all():
-        logger.warning("ignored %d impossible records of shard %s; they count as missing", (~sound).sum(), path)
+        _logger.warning("ignored %d impossible records of shard %s; they count as missing", (~sound).sum(), path)
     return records[sound]
 
 
 def _set_aside(path: Path, reason: str) -> None:
     """Rename a damaged shard, so that it is kept for a look but never read again."""
-    logger.warning("shard %s is damaged (%s): set aside as *.corrupt, its pairs count as missing", path, reason)
+    _logger.warning("shard %s is damaged (%s): set aside as *.corrupt, its pairs count as missing", path, reason)
     try:
         os.replace(path, path.with_name(f"{path.name}.corrupt"))
     except FileNotFoundError:
         pass  # another rank was faster
     except OSError as error:  # a read-only store still serves what is sound
-        logger.warning("cannot rename %s: %s", path, error.strerror)
+        _logger.warning("cannot rename %s: %s", path, error.strerror)

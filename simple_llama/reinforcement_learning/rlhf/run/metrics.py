@@ -36,7 +36,7 @@ class MetricSums:
 
     def add(self, out: PolicyOutput, batch: PairBatch) -> None:
         """Adds what a forward pass gave for a batch, its packed tokens and its work."""
-        self.sums += pair_statistics(out)
+        self.sums += _pair_statistics(out)
         if self.work is not None:
             self.sums[-2] += len(batch.tokens_T)
             self.sums[-1] += self.work(batch)
@@ -52,7 +52,7 @@ class MetricSums:
         self.sums.zero_()
 
 
-def pair_statistics(out: PolicyOutput) -> torch.Tensor:
+def _pair_statistics(out: PolicyOutput) -> torch.Tensor:
     """Sums over the pairs of a batch, in the order of the metrics (fp64, on the device; tokens and FLOPs 0).
 
     A tie of the rewards counts one half in the accuracy: a policy that equals its reference scores 0.5.

@@ -52,7 +52,7 @@ def rewind(path: Path, step: int, evaluated: bool = True) -> None:
     atomic_write(path, "".join(kept).encode())
 
 
-def append_record(path: Path, record: dict[str, Any]) -> None:
+def _append_record(path: Path, record: dict[str, Any]) -> None:
     """Adds a line to a .jsonl file. UserError where the disk does not take it; `rewind` drops half a line."""
     with writes(path), path.open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -88,7 +88,7 @@ class RunWriter:
         """Writes one line of metrics.jsonl and one point of each curve at optimizer step `step`."""
         if not self.is_main:
             return
-        append_record(self.path, {"step": step, **values})
+        _append_record(self.path, {"step": step, **values})
         with writes(self.path.parent):
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
@@ -122,4 +122,4 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 def append_samples(folder: Path, step: int, prompts: list[str], answers: list[str]) -> None:
     """Adds a line to samples.jsonl."""
-    append_record(folder / "samples.jsonl", {"step": step, "prompts": prompts, "answers": answers})
+    _append_record(folder / "samples.jsonl", {"step": step, "prompts": prompts, "answers": answers})

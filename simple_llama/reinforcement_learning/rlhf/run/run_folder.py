@@ -102,7 +102,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
             watchdog.before_end(lock.release)
     try:
         with fail_together(ranks):
-            wait_for_lock(folder)
+            _wait_for_lock(folder)
         yield lock.check if lock else lambda: None
     finally:
         if lock:
@@ -112,7 +112,7 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
                     path.rmdir()
 
 
-def wait_for_lock(folder: Path) -> None:
+def _wait_for_lock(folder: Path) -> None:
     """Returns when this host sees the lock of rank 0; UserError when it does not: the disk is not shared."""
     for _ in range(_SEEN_TRIES):
         if (folder / LOCK_NAME).exists():
@@ -143,10 +143,10 @@ def write_records(folder: Path, settings: dict[str, Any], ds_config: dict[str, A
 
 def environment() -> dict[str, Any]:
     """Versions of what computes, and the project's git revision where there is one."""
-    return {"python": platform.python_version(), "machine": platform.platform(), **versions(), "git": git_revision()}
+    return {"python": platform.python_version(), "machine": platform.platform(), **versions(), "git": _git_revision()}
 
 
-def git_revision() -> str | None:
+def _git_revision() -> str | None:
     """`git describe` of the project's folder, with -dirty; None outside a checkout or without git."""
     if not is_checkout():
         return None

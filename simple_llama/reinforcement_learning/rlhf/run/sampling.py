@@ -21,7 +21,7 @@ from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConf
 from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, append_samples, read_samples
 
 
-def answers(
+def _answers(
     model: LLaMaTransformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
     """Decoded greedy answers to `prompts` (token ids that end with <SOA>), without dropout."""
@@ -37,7 +37,7 @@ def _watched(model: LLaMaTransformer, prompt_ids: Sequence[int], max_new_tokens:
         watchdog.beat("sample answers")
 
 
-def sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
+def _sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
     """The first `count` different prompts of `pairs` as token ids that end with <SOA>."""
     prompts: dict[tuple[int, ...], None] = {}
     for pair in pairs:
@@ -47,7 +47,7 @@ def sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]
     return [list(prompt) for prompt in prompts]
 
 
-def sample_page(prompt: str, before: str, after: str) -> str:
+def _sample_page(prompt: str, before: str, after: str) -> str:
     """Markdown of one prompt with both answers; the text is indented, so that TensorBoard shows it as it is."""
 
     def block(text: str) -> str:
@@ -64,7 +64,7 @@ class Samples:
     ):
         """Args: folder: the run's, with its samples.jsonl."""
         self.tokenizer, self.engine, self.ranks = inputs.tokenizer, engine, ranks
-        self.prompts = sample_prompts(inputs.data.validation, config.n_samples)
+        self.prompts = _sample_prompts(inputs.data.validation, config.n_samples)
         self.most_tokens = config.sample_tokens
         self.folder, self.writer = folder, writer
 
@@ -74,7 +74,7 @@ class Samples:
             return
         ranks, together = self.ranks, self.engine.partitioned
         share = slice(None) if together else slice(ranks.rank, None, ranks.world_size)
-        mine = answers(self.engine.model, self.tokenizer, self.prompts[share], self.most_tokens)
+        mine = _answers(self.engine.model, self.tokenizer, self.prompts[share], self.most_tokens)
         gathered = gather_objects(mine, ranks)
         if ranks.is_main:
             parts = 1 if together else len(gathered)
@@ -88,6 +88,6 @@ class Samples:
         start = dict(zip(first["prompts"], first["answers"], strict=True)) if first["step"] == 0 else {}
         for index, (prompt, after) in enumerate(zip(prompts, now, strict=True)):
             before = start.get(prompt, "(not recorded at step 0)")
-            self.writer.text(step, f"samples/prompt_{index}", sample_page(prompt, before, after))
+            self.writer.text(step, f"samples/prompt_{index}", _sample_page(prompt, before, after))
             LOGGER.info("sample %d, start model: %r", index, before)
             LOGGER.info("sample %d, step %d: %r", index, step, after)

@@ -90,7 +90,7 @@ class TrainingRun:
         if saved:
             checkpoint.check_same_run(saved, course, self.total_steps)
         self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
-        policy = build_policy(config, inputs, self.loss_fn, ranks.device)
+        policy = _build_policy(config, inputs, self.loss_fn, ranks.device)
         work = partial(useful_flops, model_size(policy.model), policy.model.architecture, backward=True)
         self.engine = Engine(policy, load_weights(inputs.start_path).state_dict, config, ranks)
         compile_now(policy.model, self.pairs[0], ranks.device, backward=True)
@@ -268,7 +268,7 @@ def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ra
     return ref_source.from_store(store), content
 
 
-def build_policy(config: PolicyConfig, inputs: Inputs, loss_fn: PreferenceLoss, device: torch.device) -> DPOPolicy:
+def _build_policy(config: PolicyConfig, inputs: Inputs, loss_fn: PreferenceLoss, device: torch.device) -> DPOPolicy:
     """The start model as a policy, with the weights that are to be trained marked."""
     model = inputs.build_model(device, dropout=config.dropout)
     model.activation_checkpointing = config.activation_checkpointing

@@ -23,8 +23,8 @@ from simple_llama.reinforcement_learning.rlhf.data import dataset_loader
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
     DataConfig,
     RLDatasetLoader,
-    held_out_prompts,
-    prompt_share,
+    _held_out_prompts,
+    _prompt_share,
 )
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 
@@ -137,7 +137,7 @@ def test_tokens_do_not_depend_on_the_batch(
     """Seven records tokenized two at a time are the same seven pairs."""
     path = written(tmp_path, *(record(f"Question {number}?") for number in range(7)))
     whole = [pair.digest for pair in load(path, tokenizer).train]
-    monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.data.dataset_loader.RECORDS_PER_BATCH", 2)
+    monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.data.dataset_loader._RECORDS_PER_BATCH", 2)
     assert [pair.digest for pair in load(path, tokenizer).train] == whole
     assert len(set(whole)) == 7
 
@@ -416,7 +416,7 @@ def test_both_sides_keep_the_order_of_the_data(tmp_path: Path, tokenizer: Tokeni
 def test_the_split_is_the_plain_one(shares: list[float], val_share: float) -> None:
     """Against the rule written pair by pair: below the share, or else the smallest."""
     limit = max(val_share, np.nextafter(min(shares), 1.0)) if val_share > 0 else 0.0
-    assert held_out_prompts(np.array(shares), val_share).tolist() == [share < limit for share in shares]
+    assert _held_out_prompts(np.array(shares), val_share).tolist() == [share < limit for share in shares]
 
 
 def test_a_prompt_stays_on_its_side_when_data_grows(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -442,7 +442,7 @@ def test_no_validation_share_means_no_validation_pairs(tmp_path: Path, tokenizer
 def test_smallest_hash_is_held_out_when_the_share_is_too_small(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Three prompts and a share of one in a million: one prompt, the one with the smallest hash, is held out."""
     loader = load(written(tmp_path, *many(3)), tokenizer, val_share=1e-6, seed=0)
-    smallest = min(("Q0", "Q1", "Q2"), key=lambda user: prompt_share("S", [user], 0))
+    smallest = min(("Q0", "Q1", "Q2"), key=lambda user: _prompt_share("S", [user], 0))
     assert prompts(loader, loader.validation) == {(smallest,)}
     assert len(loader.train) == 4
 
@@ -450,11 +450,11 @@ def test_smallest_hash_is_held_out_when_the_share_is_too_small(tmp_path: Path, t
 def test_prompt_hash_sees_seed_system_and_turns_apart() -> None:
     """["a b"], ["a", "b"], another system prompt and another seed: all are different."""
     shares = {
-        prompt_share("S", ["a b"], 0),
-        prompt_share("S", ["a", "b"], 0),
-        prompt_share("Sa", ["b"], 0),
-        prompt_share("T", ["a b"], 0),
-        prompt_share("S", ["a b"], 1),
+        _prompt_share("S", ["a b"], 0),
+        _prompt_share("S", ["a", "b"], 0),
+        _prompt_share("Sa", ["b"], 0),
+        _prompt_share("T", ["a b"], 0),
+        _prompt_share("S", ["a b"], 1),
     }
     assert len(shares) == 5
     assert all(0 <= share < 1 for share in shares)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simple_llama.reinforcement_learning.rlhf.engine import communication
-from simple_llama.reinforcement_learning.rlhf.engine.communication import SHARES, CommunicationMeter
+from simple_llama.reinforcement_learning.rlhf.engine.communication import _SHARES, CommunicationMeter
 
 CPU = torch.device("cpu")
 WORK_S = 0.02
@@ -30,7 +30,7 @@ class Backend:
     """Four ranks (two in group "pair") that send nothing; a collective takes a while, or gives a handle."""
 
     def __init__(self) -> None:
-        for name in SHARES:
+        for name in _SHARES:
             setattr(type(self), name, Backend.collective)
 
     def collective(self, *_args: Any, async_op: bool = False, **_kwargs: Any) -> Work | None:

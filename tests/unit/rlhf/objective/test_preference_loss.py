@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.objective import losses, preference_loss
-from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES, Loss, Scores, margin
+from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES, Loss, Scores, _margin
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss, options
 
 ZEROS_12 = torch.zeros(1, 2)
@@ -219,7 +219,7 @@ def test_a_new_loss_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) ->
     """A squared margin put into the table: chosen by its name, with its own first value, and without smoothing."""
 
     def squared_loss(scores: Scores, *, beta: losses.Beta) -> torch.Tensor:
-        return (1 - beta * margin(scores)) ** 2
+        return (1 - beta * _margin(scores)) ** 2
 
     squared: Any = "squared"
     monkeypatch.setitem(preference_loss.LOSSES, squared, Loss(squared_loss, ("logps_B2", "ref_B2")))

@@ -25,7 +25,7 @@ from simple_llama.common import files
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY, as_keys
 from simple_llama.reinforcement_learning.rlhf.reference import ref_store
-from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RECORD, RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import _RECORD, RefStore, reference_id
 
 ROOT = Path(files.__file__).parents[2]
 REFERENCE = reference_id("weights", "tokenizer", {"dtype": "bfloat16", "attention": "1", "head": "1"})
@@ -169,7 +169,7 @@ def test_lookup_is_a_dict(keys: list[tuple[bytes, int]], stored: int) -> None:
 
 def test_a_record_begins_with_its_key() -> None:
     """What a pair is called in memory is what stands on disk: digest, then counts."""
-    assert RECORD.descr[: len(KEY.descr)] == KEY.descr
+    assert _RECORD.descr[: len(KEY.descr)] == KEY.descr
 
 
 def test_the_store_needs_no_torch() -> None:
@@ -271,7 +271,7 @@ def test_any_bytes_under_a_right_name_are_no_error(tmp_path: Path, data: st.Data
         path.unlink()
 
 
-@pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 2), RECORD), np.array([{}], dtype=object)])
+@pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 2), _RECORD), np.array([{}], dtype=object)])
 def test_an_array_of_something_else_is_set_aside(tmp_path: Path, array: np.ndarray) -> None:
     """Right name, wrong dtype; wrong shape; a pickle, which is not executed."""
     store = RefStore.open(tmp_path, REFERENCE)

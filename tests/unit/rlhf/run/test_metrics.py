@@ -7,7 +7,7 @@ import torch
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
-from simple_llama.reinforcement_learning.rlhf.run.metrics import _SUMMED, MetricSums, pair_statistics
+from simple_llama.reinforcement_learning.rlhf.run.metrics import _SUMMED, MetricSums, _pair_statistics
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def three_pairs() -> PolicyOutput:
 
 def statistics(out: PolicyOutput) -> dict[str, float]:
     """The sums of a forward pass by name."""
-    return dict(zip(_SUMMED, pair_statistics(out).tolist(), strict=True))
+    return dict(zip(_SUMMED, _pair_statistics(out).tolist(), strict=True))
 
 
 def test_statistics_of_three_pairs_by_hand() -> None:
@@ -57,7 +57,7 @@ def test_a_policy_that_equals_its_reference_scores_one_half() -> None:
 def test_sums_are_fp64() -> None:
     """-2^24 - 1 is exact in fp64; in fp32 the sum would stay at -2^24."""
     out = output([0.0] * 2, [[-(2.0**24), 0.0], [-1.0, 0.0]], [[0.0, 0.0]] * 2)
-    assert pair_statistics(out).dtype == torch.float64
+    assert _pair_statistics(out).dtype == torch.float64
     assert statistics(out)["logps/chosen"] == -(2.0**24) - 1
 
 

@@ -15,12 +15,12 @@ import pytest
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
-from simple_llama.common.settings import settings_from_dict
+from simple_llama.common.settings import _settings_from_dict
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.run import run_folder
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
+    _git_revision,
     environment,
-    git_revision,
     name_run,
     write_records,
 )
@@ -91,7 +91,7 @@ def test_records_hold_what_repeats_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "r"
     write_records(folder, asdict(config), {"zero_optimization": {"stage": 2}})
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "ds_config.json", "environment.json"]
-    assert settings_from_dict(DPOConfig, read_json(folder / "config.json"), "config.json") == config
+    assert _settings_from_dict(DPOConfig, read_json(folder / "config.json"), "config.json") == config
     assert json.loads((folder / "ds_config.json").read_text()) == {"zero_optimization": {"stage": 2}}
     assert json.loads((folder / "environment.json").read_text()) == environment()
 
@@ -128,17 +128,17 @@ def test_no_environment_variable_is_written(tmp_path: Path, monkeypatch: pytest.
 
 def test_git_revision_of_this_project_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A revision is one word; outside a checkout, and without git, there is none."""
-    revision = git_revision()
+    revision = _git_revision()
     assert revision is None or re.fullmatch(r"[\w.-]+", revision)
     with monkeypatch.context() as installed:
         installed.setattr(run_folder, "is_checkout", lambda: False)  # the working folder may be any other checkout
-        assert git_revision() is None
+        assert _git_revision() is None
     monkeypatch.setattr(run_folder, "root_path", lambda: str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_revision() is None
+    assert _git_revision() is None
 
     def no_git(*args: object, **kwargs: object) -> None:
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", no_git)
-    assert git_revision() is None
+    assert _git_revision() is None

@@ -11,7 +11,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.run.sampling import answers, sample_page, sample_prompts
+from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, _sample_page, _sample_prompts
 from tiny_job import TINY, make_job
 
 PROMPT = [8, 21, 22, 6]
@@ -42,7 +42,7 @@ def test_answers_are_decoded_up_to_end_of_answer(tokenizer: Tokenizer) -> None:
     """A model whose every next token is " a": two tokens of text; whose every next token is <EOA>: no text."""
     [letter] = tokenizer.encode(" a", add_special_tokens=False).ids
     for token, expected in ((letter, "a a"), (7, "")):
-        assert answers(one_token_model(token), tokenizer, [PROMPT, [6]], 2) == [expected, expected]
+        assert _answers(one_token_model(token), tokenizer, [PROMPT, [6]], 2) == [expected, expected]
 
 
 def test_dropout_is_off_and_the_training_flag_is_kept(tokenizer: Tokenizer) -> None:
@@ -51,7 +51,7 @@ def test_dropout_is_off_and_the_training_flag_is_kept(tokenizer: Tokenizer) -> N
     model = one_token_model(letter, dropout=0.9).train()
     dropped = []
     model.decoder_blocks[0].register_forward_hook(lambda module, _, __: dropped.append(module.training))
-    assert answers(model, tokenizer, [PROMPT], 3) == ["a a a"]
+    assert _answers(model, tokenizer, [PROMPT], 3) == ["a a a"]
     assert model.training and dropped == [False] * 3
 
 
@@ -60,7 +60,7 @@ def test_each_token_is_a_sign_of_life(tokenizer: Tokenizer, monkeypatch: pytest.
     beats = []
     monkeypatch.setattr("simple_llama.cluster.watchdog.beat", beats.append)
     [letter] = tokenizer.encode(" a", add_special_tokens=False).ids
-    answers(one_token_model(letter), tokenizer, [PROMPT, [6]], 3)
+    _answers(one_token_model(letter), tokenizer, [PROMPT, [6]], 3)
     assert beats == ["sample answers"] * 8
 
 
@@ -76,19 +76,19 @@ def test_prompts_are_different_and_end_with_start_of_answer() -> None:
     """Prompts a, a, b, a, c: the first two different ones are a and b; there are only three in all."""
     a, b, c = [8, 20, 6], [8, 21, 22, 6], [9, 6]
     pairs = [pair_of(prompt, answer) for prompt, answer in ((a, 50), (a, 51), (b, 50), (a, 52), (c, 50))]
-    assert sample_prompts(pairs, 2) == [a, b]
-    assert sample_prompts(pairs, 9) == [a, b, c]
-    assert sample_prompts(pairs, 0) == [] and sample_prompts([], 3) == []
+    assert _sample_prompts(pairs, 2) == [a, b]
+    assert _sample_prompts(pairs, 9) == [a, b, c]
+    assert _sample_prompts(pairs, 0) == [] and _sample_prompts([], 3) == []
 
 
 def test_the_prompt_is_the_chosen_chats() -> None:
     """Where the chats differ before their last answers, the chosen one is asked about: all but its scored tokens."""
     pair = TokenizedPair.from_chats([8, 20, 30, 6, 40, 41, 7], 3, [8, 20, 31, 6, 42, 7], 2)
-    assert sample_prompts([pair], 1) == [[8, 20, 30, 6]]
+    assert _sample_prompts([pair], 1) == [[8, 20, 30, 6]]
 
 
 def test_page_indents_every_line() -> None:
     """Markdown shows indented text as it is; an empty answer is an empty indented line."""
-    assert sample_page("# a\n\nb", "", "c") == (
+    assert _sample_page("# a\n\nb", "", "c") == (
         "**prompt**\n\n    # a\n    \n    b\n\n**start model**\n\n    \n\n**policy**\n\n    c\n"
     )
