@@ -30,7 +30,7 @@ from simple_llama.common.files import shown
 from simple_llama.dataset.json_records import Record, json_type
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, format_chat
 
-_Value = TypeVar("Value", str, int, bool)
+_Value = TypeVar("_Value", str, int, bool)
 CUSTOM = "CUSTOM"  # stands in a record for the default system prompt
 _TEMPLATE_KEYS = ("Template", "User", "Accepted", "Rejected")
 _PKU_LABEL = {"helpfulness": "better_response_id", "safety": "safer_response_id"}
