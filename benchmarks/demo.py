@@ -30,7 +30,9 @@ START = FOLDER / "start.pth"
 MADE_FROM = (  # files that decide what the start model is
     DATA / "curated_safety.json",
     ROOT / "simple_llama" / "dataset" / "bpe_8k.json",
+    ROOT / "simple_llama" / "finetune" / "format_llm_prompt.py",
     ROOT / "simple_llama" / "finetune" / "full_sft" / "sft.py",
+    *sorted((ROOT / "simple_llama" / "pretraining").glob("*.py")),
     ROOT / "benchmarks" / "start_model.py",
 )
 SPLIT = {"val_share": 0.2, "seed": 42}  # 0.2 of the prompts: enough held-out pairs to read an accuracy from

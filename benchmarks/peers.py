@@ -28,7 +28,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPa
 
 ATTENTIONS = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa",)}  # that are tried; eager's scores of long chats fill a GPU
 NEVER = 10**9
-# by which accelerate would join a process group; common/distributed.py sets LOCAL_RANK also for a single process
+# by which accelerate would join a process group; cluster/distributed.py sets LOCAL_RANK also for a single process
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -147,8 +147,9 @@ class _Doors:
             )
         found = [address for address in way.named if self._open(address)]
         towards = _source_to(way.own) if way.own and not found else ""
-        if towards and self._open(towards):
-            found = [towards]
+        if towards and self._open(towards):  # by its own address first, then by the name, which may be translated
+            port = self._port(towards)
+            return [(towards, port), *((address, port) for address in way.named)]
         if found:
             return [(address, self._port(address)) for address in found]
         LOGGER.warning(

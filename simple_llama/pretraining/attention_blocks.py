@@ -1,6 +1,6 @@
 """The two attention layers: multi-head, and multi-head latent as in DeepSeek-V2 (arXiv:2405.04434), both with LoRA.
 
-Each makes queries, keys and values of packed rows and leaves the rest to `attend`, so that one layer serves packed
+Each makes queries, keys and values of packed rows and leaves the rest to `mix`, so that one layer serves packed
 pairs, plain sequences and generation with a cache.
 
 Shapes: T packed rows, D width, H query heads, G key heads, K query/key width of a head, V value width of a head, A the
@@ -47,7 +47,7 @@ class MHSelfAttention(nn.Module):
         )
         _add_lora(self, architecture, queries=self.heads * key, keys=self.key_heads * key)
 
-    def forward(self, x_TD: torch.Tensor, by: Rotation, attend: Attend) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, by: Rotation, mix: Attend) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
         rows = x_TD.shape[0]
         q, k_TGK, v_TGV = self.qkv_linear(x_TD).view(rows, self.key_heads, -1).split(self.parts, dim=-1)
@@ -55,7 +55,7 @@ class MHSelfAttention(nn.Module):
         q_THK = rotate(self.q_norm(_plus_lora(self, "q", q_THK, x_TD)), by)
         k_TGK = rotate(self.k_norm(_plus_lora(self, "k", k_TGK, x_TD)), by)
         v_TGV = _plus_lora(self, "v", v_TGV, x_TD)
-        y_TA = attend(q_THK, k_TGK, v_TGV, scale=self.scale).reshape(rows, -1)
+        y_TA = mix(q_THK, k_TGK, v_TGV, scale=self.scale).reshape(rows, -1)
         return self.dropout(_plus_lora(self, "o", self.out(y_TA), y_TA))
 
 
@@ -83,7 +83,7 @@ class MLA(nn.Module):
         self.dropout = nn.Dropout(architecture.dropout)
         _add_lora(self, architecture, queries=heads * self.plain, keys=heads * self.plain)
 
-    def forward(self, x_TD: torch.Tensor, by: Rotation, attend: Attend) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, by: Rotation, mix: Attend) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
         rows, heads = x_TD.shape[0], self.heads
         q_TQ = self.wq_b(self.q_norm(self.wq_a(x_TD))) if self.compress_q else self.wq(x_TD)
@@ -99,7 +99,7 @@ class MLA(nn.Module):
         q_THK = torch.cat((q_plain, rotate(q_rope, by)), dim=-1)
         k_THK = torch.cat((k_plain, k_rope), dim=-1)
 
-        y_TA = attend(q_THK, k_THK, v_THV, scale=self.scale).reshape(rows, -1)
+        y_TA = mix(q_THK, k_THK, v_THV, scale=self.scale).reshape(rows, -1)
         return self.dropout(_plus_lora(self, "o", self.wo(y_TA), y_TA))
 
 

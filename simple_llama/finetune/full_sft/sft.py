@@ -71,10 +71,10 @@ def finetune(
     order = np.random.default_rng(config.seed)
     losses, started = [], time.perf_counter()
     for step in range(config.steps):
-        chosen = order.choice(len(usable), size=min(config.batch_size, len(usable)), replace=False)
+        drawn = order.choice(len(usable), size=min(config.batch_size, len(usable)), replace=False)
         for group in optimizer.param_groups:
             group["lr"] = config.max_lr * _rate(step, config.steps)
-        loss = _answer_loss(model, [usable[i] for i in chosen], device)
+        loss = _answer_loss(model, [usable[i] for i in drawn], device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -88,10 +88,12 @@ def test_a_name_with_a_foreign_address_too() -> None:
 
 
 def test_a_service_has_the_address_of_none() -> None:
-    """MASTER_ADDR is a service of Kubernetes: rank 0 listens where it would answer that rank from, not on all."""
+    """MASTER_ADDR is a service of Kubernetes: rank 0 listens where it would answer that rank from, not on all. That
+    address is tried first, then the service's own, which may be translated to it."""
     with _Doors(2) as doors:
         route = doors.route(1, _Way((ELSEWHERE,), "127.0.0.1"))
-        assert [address for address, _ in route] == ["127.0.0.1"] and list(doors.servers) == ["127.0.0.1"]
+        assert [address for address, _ in route] == ["127.0.0.1", ELSEWHERE]
+        assert list(doors.servers) == ["127.0.0.1"] and len({port for _, port in route}) == 1
 
 
 def test_without_any_address_all_are_open_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

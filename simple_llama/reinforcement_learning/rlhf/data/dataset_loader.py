@@ -48,6 +48,9 @@ _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's 
 _TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 
+_HELD_OUT = Bounds(0.0, 0.5)
+
+
 @dataclass(frozen=True)
 class DataConfig(Settings):
     """Which pairs there are, and which of them are held out."""
@@ -60,7 +63,7 @@ class DataConfig(Settings):
     system_prompt: Annotated[
         str, Doc('what "CUSTOM" in a record\'s Template stands for: the prompt that the SFT used')
     ] = DEFAULT_SYSTEM_PROMPT
-    val_share: Annotated[float, Bounds(0.0, 0.5)] = 0.05  # share of prompts held out for evaluation, in [0, 0.5]
+    val_share: Annotated[float, _HELD_OUT] = 0.05  # share of prompts held out for evaluation, in [0, 0.5]
     seed: Annotated[int, Bounds(0, WHOLE)] = 42  # of the shuffle and the validation split
 
 
@@ -70,7 +73,7 @@ class RLDatasetLoader:
     Args:
         path: a .json or .jsonl file (plain or .gz), or a folder of them, read in the order of their names.
         max_seq_len: tokens; a pair is dropped when one of its chats is longer.
-        val_share: share of the prompts (not of the pairs) held out, in [0, 1).
+        val_share: share of the prompts (not of the pairs) held out, in [0, 0.5].
         seed: of the split; which pairs are trained on does not depend on the order or the amount of other data.
         default_system: what "CUSTOM" stands for; it has to be the one that the start model was tuned with.
 
@@ -89,8 +92,8 @@ class RLDatasetLoader:
         seed: int,
         default_system: str = DEFAULT_SYSTEM_PROMPT,
     ) -> None:
-        if not 0 <= val_share < 1:
-            raise UserError(f"val_share: expected at least 0 and below 1, found {val_share}")
+        if not _HELD_OUT.hold(val_share):
+            raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._tokenizer, self._options = tokenizer, ReadOptions(default_system)
         count, extra_keys = KeptCount(), Tally()
         records = (record for file in data_files(path) for record in read_records(file))
@@ -177,7 +180,7 @@ def _tokenize(
 def _keep_usable(
     pairs: Iterable[tuple[Conversation, TokenizedPair]], max_seq_len: int, seed: int, count: KeptCount
 ) -> tuple[PairSet, np.ndarray]:
-    """The usable pairs, and where the prompt of each stands in [0, 1) (see `prompt_share`).
+    """The usable pairs, and where the prompt of each stands in [0, 1) (see `_prompt_share`).
 
     Over-long and identical pairs and repetitions are left out and counted, by their tokens: what the model sees
     decides.

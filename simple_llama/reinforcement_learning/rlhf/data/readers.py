@@ -15,7 +15,8 @@ preferred answer is marked unsafe is dropped unless `keep_unsafe`.
 Text of these two loses the white space around it.
 
 A reader raises UserError (file, record, key, expected, found) for what does not fit its format, and Dropped for a sound
-record without a usable pair. A format is one such function and its line in READERS.
+record without a usable pair. A format is one such function and its line in READERS;
+`dataset_loader.FORMATS` and convert.py name those that they take.
 """
 
 from __future__ import annotations

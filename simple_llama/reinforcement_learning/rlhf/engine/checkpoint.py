@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -271,12 +271,19 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         raise UserError(f"{path}: expected a safetensors file, found: {error}") from error
 
 
-def check_same_run(saved: SavedState, course: dict[str, Any], total_steps: int) -> None:
-    """Refuses to resume where the order of the data or the reference would differ from the saved run's."""
+def check_same_run(
+    saved: SavedState, course: dict[str, Any], total_steps: int, later: Mapping[str, Any] | None = None
+) -> None:
+    """Refuses to resume where the order of the data, the loss or the reference would differ from the saved run's.
+
+    Args:
+        later: what a state that lacks a key means by that, for settings that came after it was written.
+    """
+    before = {**(later or {}), **saved.facts.course}
     for key, value in course.items():
-        if saved.facts.course.get(key) != value:
+        if before.get(key) != value:
             raise UserError(
-                f"{saved.folder}: cannot resume: {key} was {brief(saved.facts.course.get(key), 1000)}, is now "
+                f"{saved.folder}: cannot resume: {key} was {brief(before.get(key), 1000)}, is now "
                 f"{brief(value, 1000)}; resume with the settings, data and model of the run, or start another run_name"
             )
     if saved.facts.step > total_steps:

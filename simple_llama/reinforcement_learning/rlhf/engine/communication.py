@@ -7,7 +7,7 @@ Bytes are those a rank sends by a ring of n ranks, the least that moves the data
     reduce, broadcast (mean over the ranks)            S (n - 1) / n
 
 So one rank alone sends 0, though DeepSpeed calls its collectives there too. Headers are not counted, nor are our own
-collectives in common/distributed.py: a few numbers a micro-batch, and a few hundred bytes when metrics are written.
+collectives in cluster/distributed.py: a few numbers a micro-batch, and a few hundred bytes when metrics are written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The only importer of deepspeed: wraps the policy with ZeRO, steps it, and reads or sets its full fp32 state."""
+"""The only importer of deepspeed: wraps the policy with ZeRO, steps it, and reads or sets its full fp32 state.
+
+Shapes: B pairs of a micro-batch.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     d = (log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected))
 
-A loss takes `Scores` and its own options as keywords, and gives a loss a pair. To add one: write the function, and name
-it in `LOSSES` with the fields of `Scores` that it reads. Shapes: B pairs; column 0 is chosen, column 1 rejected.
+A loss takes `Scores` and its own options as keywords, and gives each pair's loss from the scores of that pair alone:
+the head asks it for a few pairs at a time. To add one: write the function, and name it in `LOSSES` with the fields of
+`Scores` that it reads. Shapes: B pairs; column 0 is chosen, column 1 rejected.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A model and a PairBatch make log-probs or a loss. The one forward of the reference pass, training and evaluation."""
+"""A model and a PairBatch make log-probs or a loss. The one forward of the reference pass, training and evaluation.
+
+Shapes: B pairs (b of a chunk of the head), T packed rows, N scored tokens, D width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,14 @@ class PolicyConfig(Settings):
     ] = False
 
 
-GIVEN = ("logps_B2", "ref_B2", "counts_B2")  # fields of Scores that a training forward fills in
+GIVEN = ("logps_B2", "ref_B2", "counts_B2")  # fields of Scores that `scores_of` fills in
+
+
+def scores_of(
+    logps_B2: torch.Tensor, ref_logps_B2: torch.Tensor, batch: PairBatch, pairs: slice = slice(None)
+) -> Scores:
+    """What a loss reads of some pairs of a batch, in training and evaluation alike; `logps_B2` is of these pairs."""
+    return Scores(logps_B2, ref_logps_B2[pairs], batch.counts_B2[pairs])
 
 
 class PolicyOutput(NamedTuple):
@@ -70,15 +80,15 @@ class DPOPolicy(nn.Module):
             ref_logps_B2: fp32 log-prob sums of the frozen reference, (chosen, rejected).
         """
 
-        def losses(logps_b2: torch.Tensor, pairs: slice) -> torch.Tensor:
-            return self.loss_fn(Scores(logps_b2, ref_logps_B2[pairs], batch.counts_B2[pairs]))
+        def loss_of(logps_b2: torch.Tensor, pairs: slice) -> torch.Tensor:
+            return self.loss_fn(scores_of(logps_b2, ref_logps_B2, batch, pairs))
 
         hidden_ND = _scored_hidden(self.model, batch)
         loss, losses_B, logps_B2 = logprob.pair_loss(
-            hidden_ND, self.model.head_weight, batch.targets_N, batch.counts, losses
+            hidden_ND, self.model.head_weight, batch.targets_N, batch.counts, loss_of
         )
         with torch.no_grad():
-            rewards_B2 = self.loss_fn.rewards(Scores(logps_B2, ref_logps_B2))
+            rewards_B2 = self.loss_fn.rewards(scores_of(logps_B2, ref_logps_B2, batch))
         return PolicyOutput(loss, losses_B, logps_B2, rewards_B2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -68,12 +69,18 @@ class PreferenceLoss(LossConfig):
             if name not in given:
                 raise UserError(f"loss_type {self.loss_type!r} reads {name}, which this run does not give")
 
-    def at_start(self) -> float:
-        """The loss of any pair while the policy is the reference (margin 0): what the first step must show."""
+    def at_start(self) -> float | None:
+        """The loss of any pair while the policy is the reference (margin 0): what the first step must show.
+
+        None for a loss that does not read the reference, whose first value depends on the pair.
+        """
+        if "ref_B2" not in LOSSES[self.loss_type].reads:
+            return None
         equal_12 = torch.full((1, 2), -1.0, dtype=torch.float64)
         return self(Scores(equal_12, equal_12, torch.ones(1, 2, dtype=torch.int64))).item()
 
 
+@functools.cache
 def options(loss: Loss) -> tuple[str, ...]:
     """Names of a loss's own options: its keyword-only parameters."""
     parameters = inspect.signature(loss.function).parameters.values()

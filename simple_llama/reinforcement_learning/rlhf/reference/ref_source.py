@@ -1,6 +1,6 @@
 """Where the reference's log-probs come from: the store on disk, or the frozen model in memory (the simple baseline).
 
-Both are a function `logps(batch)`; another source (adapters switched off, say) is one more.
+Both are a function `logps(batch)`; another source (adapters switched off, say) is one more. B pairs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import time
@@ -23,6 +22,7 @@ import numpy as np
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write, atomic_write_json, digest, open_file, read_json, shown
+from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
 
 _FILL_COMMAND = "deepspeed launch/precompute_ref.py"
@@ -34,8 +34,6 @@ _AS_BYTES, _AS_KEY = "S32", "S24"  # a whole record, and its KEY, as one sortabl
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.npy")
 _MOST_SHARD_BYTES = 256 << 20  # six million records; a pass writes a few hundred into a shard
 _ROUNDING = 1e-5  # nats a scored token: a certain token's fp32 log-prob may come out just above 0
-
-_logger = logging.getLogger("simple_llama")
 
 
 class _BadShardError(Exception):
@@ -117,14 +115,14 @@ class RefStore:
                 except FileNotFoundError:
                     continue  # another rank has set it aside since the folder was listed
                 except OSError as error:
-                    _logger.warning("cannot read shard %s: %s; its pairs count as missing", path, error.strerror)
+                    LOGGER.warning("cannot read shard %s: %s; its pairs count as missing", path, error.strerror)
                 except _BadShardError as reason:
                     self.set_aside.append(path.name)
                     _set_aside(path, str(reason))
             elif not _is_ours(path.name):
                 foreign.append(path.name)
         if foreign:
-            _logger.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
+            LOGGER.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
         self._sorted, self._added = _merged(parts), []
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
@@ -303,16 +301,16 @@ def _read_shard(path: Path) -> np.ndarray:
         raise _BadShardError("it holds no records")
     sound = _are_sound(records)
     if not sound.all():
-        _logger.warning("ignored %d impossible records of shard %s; they count as missing", (~sound).sum(), path)
+        LOGGER.warning("ignored %d impossible records of shard %s; they count as missing", (~sound).sum(), path)
     return records[sound]
 
 
 def _set_aside(path: Path, reason: str) -> None:
     """Rename a damaged shard, so that it is kept for a look but never read again."""
-    _logger.warning("shard %s is damaged (%s): set aside as *.corrupt, its pairs count as missing", path, reason)
+    LOGGER.warning("shard %s is damaged (%s): set aside as *.corrupt, its pairs count as missing", path, reason)
     try:
         os.replace(path, path.with_name(f"{path.name}.corrupt"))
     except FileNotFoundError:
         pass  # another rank was faster
     except OSError as error:  # a read-only store still serves what is sound
-        _logger.warning("cannot rename %s: %s", path, error.strerror)
+        LOGGER.warning("cannot rename %s: %s", path, error.strerror)

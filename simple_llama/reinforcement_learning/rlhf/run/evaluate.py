@@ -1,4 +1,7 @@
-"""Evaluation: loss, accuracy and margin on the held-out pairs, every pair once, shared out over the ranks."""
+"""Evaluation: loss, accuracy and margin on the held-out pairs, every pair once, shared out over the ranks.
+
+Shapes: B pairs of a micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from typing_extensions import Doc
 from simple_llama.common.settings import Bounds, CountOrNone, Settings
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import MicroBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.objective.losses import Scores
-from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
+from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput, scores_of
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
@@ -54,7 +56,7 @@ def evaluate(
         # an empty one still makes its forward call, for nothing
         batch = PairBatch.pack([pairs[i] for i in micro_batch or (0,)]).to(device)
         logps_B2 = logps(batch)
-        scores = Scores(logps_B2, ref_logps(batch), batch.counts_B2)
+        scores = scores_of(logps_B2, ref_logps(batch), batch)
         if not micro_batch:
             continue
         losses_B = loss_fn(scores)

@@ -1,6 +1,7 @@
 """The numbers of a run: collected on the device, and reduced over all ranks once an interval.
 
 Names are the field's: loss, rewards/*, logps/*, grad_norm, learning_rate, epoch, perf/*; the same under eval_.
+Shapes: B pairs of a micro-batch.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class MetricSums:
         """Adds what a forward pass gave for a batch, its packed tokens and its work."""
         self.sums += _pair_statistics(out)
         if self.work is not None:
-            self.sums[-2] += len(batch.tokens_T)
-            self.sums[-1] += self.work(batch)
+            self.sums[_SUMMED.index("tokens")] += len(batch.tokens_T)
+            self.sums[_SUMMED.index("useful_flops")] += self.work(batch)
 
     def means(self) -> dict[str, float]:
         """Means over all pairs of all ranks (collective), and the TOTALS."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
 )
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 
 # Settings that a resumed run must share with the saved one: they decide the data order, the loss or the update.
@@ -32,9 +33,7 @@ from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 _SAME_ON_RESUME = (
     "seed",
     "epochs",
-    "loss_type",
-    "beta",
-    "label_smoothing",
+    *(field.name for field in fields(LossConfig)),
     "warmup_iterations",
     "max_lr",
     "min_lr",

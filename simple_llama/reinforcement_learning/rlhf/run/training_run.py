@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -88,7 +88,8 @@ class TrainingRun:
             saved = checkpoint.newest_state(ckpt_folder) if config.resume else None
         require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files} if saved else None, ranks)
         if saved:
-            checkpoint.check_same_run(saved, course, self.total_steps)
+            defaults = {field.name: field.default for field in fields(LossConfig)}
+            checkpoint.check_same_run(saved, course, self.total_steps, later=defaults)
         self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
         policy = _build_policy(config, inputs, self.loss_fn, ranks.device)
         work = partial(useful_flops, model_size(policy.model), policy.model.architecture, backward=True)
@@ -144,8 +145,8 @@ class TrainingRun:
         worst = ref_source.audit(self.engine.logps, self.ref_logps, self.pairs, dtype, device)
         LOGGER.info("step-0 audit: policy and reference differ by at most %.2g nats a token", worst)
         self.evaluate(0)
-        if self.held_out:
-            expected = self.loss_fn.at_start()
+        expected = self.loss_fn.at_start()
+        if self.held_out and expected is not None:
             LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
             if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[dtype] * max(expected, 1.0):
                 raise UserError(
@@ -168,6 +169,7 @@ class TrainingRun:
             torch.manual_seed(self.config.seed + 1_000_003 * index + self.ranks.rank)
         parts = portions(self.plan.step(index), self.ranks.rank, self.pairs)
         yield from self.stoppable(parts, f"step {index + 1}")
+        watchdog.started()
 
     def stoppable(self, items: Iterable[Item], place: str) -> Iterator[Item]:
         """Micro-batches, of which each rank has as many (collective); between two of them the run may stop."""
@@ -201,7 +203,6 @@ class TrainingRun:
         """Notes that `step` steps are done."""
         self.interval.count(grad_norm)
         self.at.done, self.at.unfinished = step, True
-        watchdog.started()
         watchdog.beat(f"after step {step}")
 
     def ends_epoch(self, step: int) -> bool:
@@ -241,12 +242,17 @@ class TrainingRun:
     def save(self) -> None:
         """A checkpoint of where the run stands (collective)."""
         self.saves.save(self.at, self.at.done / self.plan.steps_per_epoch)
-        self.writer.flush()
+        self.flush()
 
     def save_stopped(self) -> None:
         """Saves the last whole step of a run that is to stop (collective)."""
         self.saves.save_stopped(self.at)
-        self.writer.flush()
+        self.flush()
+
+    def flush(self) -> None:
+        """Brings the curves to disk."""
+        with watchdog.patience("writing the curves"):
+            self.writer.flush()
 
     def finish(self) -> None:
         """Leaves the mark of success in the run's folder (collective)."""

@@ -469,12 +469,12 @@ def test_everything_held_out_is_refused(tmp_path: Path, tokenizer: Tokenizer) ->
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_validation_share_out_of_range_is_refused(tmp_path: Path, tokenizer: Tokenizer, share: float) -> None:
     """NaN included."""
-    with pytest.raises(UserError, match="val_share: expected at least 0 and below 1"):
+    with pytest.raises(UserError, match=r"val_share: expected a number from 0\.0 to 0\.5"):
         load(written(tmp_path, record()), tokenizer, val_share=share)
 
 
 def test_settings_are_bounded() -> None:
-    """The bounds of a run are closer than the loader's own."""
+    """Of single values, at once."""
     assert Path(DataConfig().rlhf_dataset_path).parts[-3:] == ("simple_llama", "reinforcement_learning", "rl_dataset")
     assert (DataConfig().system_prompt, DataConfig().val_share, DataConfig().seed) == (DEFAULT_SYSTEM_PROMPT, 0.05, 42)
     with pytest.raises(UserError, match=r"val_share: expected a number from 0\.0 to 0\.5, found 0\.51"):

@@ -347,6 +347,9 @@ def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
     assert 'reference was {"weights": "ab"}, is now {"weights": "cd"};' in str(error.value)
     with pytest.raises(UserError, match="seed was null, is now 1;"):
         check_same_run(saved, {"seed": 1}, 3)
+    check_same_run(saved, {"tau": 0.1}, 3, later={"tau": 0.1})  # a setting that came after the state was written
+    with pytest.raises(UserError, match="tau was 0.1, is now 0.2;"):
+        check_same_run(saved, {"tau": 0.2}, 3, later={"tau": 0.1})
     with pytest.raises(UserError, match="it is of step 3, but the run has 2 steps"):
         check_same_run(saved, {}, 2)
 

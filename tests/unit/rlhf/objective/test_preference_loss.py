@@ -215,6 +215,17 @@ def test_what_a_loss_reads_is_what_it_says(loss_type: Any) -> None:
         loss.require(reads[:-1])
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_each_pair_has_its_own_loss(loss_type: Any) -> None:
+    """The head asks for a few pairs at a time: a part of a batch, and another order, give the same losses."""
+    logps, ref = -30 * torch.rand(2, 5, 2, dtype=torch.float64)
+    counts = torch.randint(1, 9, (5, 2))
+    loss = PreferenceLoss(loss_type)
+    whole = loss(Scores(logps, ref, counts))
+    assert torch.equal(loss(Scores(logps[1:3], ref[1:3], counts[1:3])), whole[1:3])
+    assert torch.equal(loss(Scores(logps.flip(0), ref.flip(0), counts.flip(0))), whole.flip(0))
+
+
 def test_a_new_loss_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """A squared margin put into the table: chosen by its name, with its own first value, and without smoothing."""
 
@@ -225,5 +236,7 @@ def test_a_new_loss_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(preference_loss.LOSSES, squared, Loss(squared_loss, ("logps_B2", "ref_B2")))
     loss = PreferenceLoss(squared, 0.5)
     assert loss.at_start() == 1.0 and loss(scores(pairs((4, 0)), pairs((0, 0)))).item() == 1.0  # (1 - 0.5 * 4)^2
+    monkeypatch.setitem(preference_loss.LOSSES, squared, Loss(squared_loss, ("logps_B2",)))
+    assert loss.at_start() is None  # of a loss without a reference nothing can be said beforehand
     with pytest.raises(UserError, match="label_smoothing: expected 0 with loss_type 'squared'"):
         PreferenceLoss(squared, 0.5, 0.1)
