@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_path, open_file, shown
 from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.archives import read_archive
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.pickles import OtherTensor
 
 _EXPECTED = "expected a SimpleLLaMA checkpoint: a torch.save file with `model_state_dict` and `config`"
 _ORIGIN = (
@@ -73,21 +75,22 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     return max(files, key=lambda file: (files[file].st_mtime_ns, file.name))
 
 
-def load_weights(path: str | os.PathLike[str]) -> LoadedModel:
+def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = None) -> LoadedModel:
     """Reads a weights file. It can run no code: only tensors, plain values and TrainingConfig are unpickled.
 
-    Raises UserError naming the file for anything that is no such checkpoint.
+    Args:
+        file: `path` opened before; it stays open.
+
+    Raises UserError naming the file for anything that is no such checkpoint, before much memory is taken.
     """
     path = Path(path)
     try:
-        zipped = _is_sound_zip(path)
-        with torch.serialization.safe_globals([TrainingConfig]):
-            # mapped: the ranks of a machine share one copy in the page cache
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with nullcontext(file) if file else open_file(path) as opened:
+            found = read_archive(opened)
     except Exception as error:  # damaged files fail in many ways, all with the same answer
-        reason = str(error).strip().split("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load the file all the same
-            reason = "it is damaged, or holds more than tensors, plain values and TrainingConfig"
+        reason = "it is damaged, or holds more than tensors, plain values and TrainingConfig"
+        if isinstance(error, UserError | OSError):
+            reason = str(error)
         raise UserError(
             f"{path}: {_EXPECTED}, found one that cannot be read ({type(error).__name__}: {reason})"
         ) from error
@@ -159,25 +162,6 @@ def _vocab_size(state_dict: Mapping[str, torch.Tensor]) -> int:
     return 0 if embeddings is None or embeddings.dim() != 2 else embeddings.shape[0]
 
 
-def _is_sound_zip(path: Path) -> bool:
-    """Whether a file is in torch's zip format, False for its older one.
-
-    Raises UserError or OSError for what is no file, and for a zip that would not be read as what it says, or that would
-    expand: torch's own are not compressed, and no two entries share their bytes.
-    """
-    with open_file(path) as file:
-        if not zipfile.is_zipfile(file):
-            return False
-        size = file.seek(0, os.SEEK_END)
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise UserError("its entries are compressed")
-    if sum(entry.file_size for entry in entries) > size:
-        raise UserError(f"its entries claim more than the file's {size:,} bytes")
-    return True
-
-
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the CPU, copied if it is a view: torch.save would write the whole buffer behind a view."""
     tensor = tensor.detach().cpu()
@@ -190,6 +174,8 @@ def _plain_state_dict(state_dict: Any, path: str | os.PathLike[str]) -> dict[str
         raise UserError(f"{path}: {_EXPECTED}, found a model_state_dict of {type(state_dict).__name__}")
     plain: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
+        if isinstance(tensor, OtherTensor):
+            raise UserError(f"{path}: {_EXPECTED}, found {shown(name)} in it that is no dense tensor")
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise UserError(f"{path}: {_EXPECTED}, found {shown(name)} in it that is no tensor of real numbers")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
