@@ -27,10 +27,11 @@ INTRODUCTION = """\
 
 Made by `make docs` from the classes that declare them; do not edit by hand.
 
-Defaults < `--config FILE.json` < flags. In JSON a setting has the name below; as a flag it is `--name VALUE`, a switch
-`--name` or `--no-name`. An unknown key, a value out of bounds and an option that would have no effect are errors. The
-DeepSpeed JSON ([ds_configs](../ds_configs/README.md)) carries no batch size, learning rate or clip: a number that
-stands in both places is an error. Relative paths start at the working folder.
+Defaults < with `--resume` the run's own `config.json` < `--config FILE.json` < flags. In JSON a setting has the name
+below; as a flag it is `--name VALUE`, a switch `--name` or `--no-name`. An unknown key, a value out of bounds and an
+option that would have no effect are errors. The DeepSpeed JSON ([ds_configs](../ds_configs/README.md)) carries no
+batch size, learning rate or clip: a number that stands in both places is an error. Relative paths start at the working
+folder.
 """
 LOSSES_INTRODUCTION = """\
 ## Losses

@@ -398,7 +398,7 @@ SETTINGS = [
     Case("settings of 1 TiB", sparse("", "s.json", 1024 * GIB), ("s.json", "expected at most")),
     Case("two settings files", flags("--config=a", "--config=b"), ("--config: expected one file, found 2",)),
     Case("no settings file", flags("--config"), ("--config: expected a value behind it",)),
-    Case("an unknown setting", settings({"betta": 1}), ("unknown setting 'betta'; known are model_path",)),
+    Case("an unknown setting", settings({"betta": 1}), ("unknown setting 'betta', did you mean 'beta'?",)),
     Case("an unknown setting of a million letters", settings({"x" * 1_000_000: 1}), ("unknown setting 'xxx",)),
     Case("beta 0", settings({"beta": 0}), ("beta: expected a finite number above 0, found 0.0",)),
     Case("beta -0.0", settings({"beta": -0.0}), ("beta: expected a finite number above 0, found -0.0",)),

@@ -10,10 +10,12 @@ owners; a function takes the smallest class that has what it reads.
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -22,6 +24,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import brief, read_json, shown
 
 WHOLE = 2**31 - 1  # the largest whole number of a setting
+_MOST_UNKNOWN = 5  # unknown settings of a file that are named
 
 
 class Bounds(NamedTuple):
@@ -71,16 +74,21 @@ class Settings:
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 
+def _is_path(hint: Any) -> bool:
+    """Whether a field with this annotation names a file or folder."""
+    return any(isinstance(extra, FilePath) for extra in getattr(hint, "__metadata__", ()))
+
+
 def _check_values(settings: Settings) -> None:
     """Raises UserError for the first value that its field's annotation does not allow, text first."""
     hints = get_type_hints(type(settings), include_extras=True)
-    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in _declared(type(settings))}
-    for name, extras in marks.items():
+    names = [field.name for field in _declared(type(settings))]
+    for name in names:
         value = getattr(settings, name)
         if isinstance(value, str):
-            _check_text(name, value, is_path=any(isinstance(extra, FilePath) for extra in extras))
-    for name, extras in marks.items():
-        for bounds in (extra for extra in extras if isinstance(extra, Bounds)):
+            _check_text(name, value, _is_path(hints[name]))
+    for name in names:
+        for bounds in (extra for extra in getattr(hints[name], "__metadata__", ()) if isinstance(extra, Bounds)):
             if not bounds.hold(getattr(settings, name)):
                 raise UserError(f"{name}: expected {bounds}, found {shown(getattr(settings, name))}")
 
@@ -98,19 +106,64 @@ def _declared(kind: type) -> list[Any]:
     return list(fields(kind))
 
 
-def parse_settings(kind: type[SomeSettings], argv: Sequence[str] | None, description: str | None) -> SomeSettings:
-    """Settings from a command line (default: this process's): defaults < `--config FILE.json` < flags.
+def with_absolute_paths(settings: Settings) -> dict[str, Any]:
+    """Settings by name, with paths that mean the same in every working folder."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    values = {field.name: getattr(settings, field.name) for field in _declared(type(settings))}
+    return {name: str(Path(value).absolute()) if _is_path(hints[name]) else value for name, value in values.items()}
+
+
+def known_settings(kind: type[Settings], found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(what of `found` are settings of `kind`, the names of the rest)."""
+    names = {field.name for field in _declared(kind)}
+    return {name: value for name, value in found.items() if name in names}, [
+        name for name in found if name not in names
+    ]
+
+
+def peek_settings(kind: type[SomeSettings], argv: Sequence[str] | None) -> SomeSettings:
+    """What a command line and its `--config` say of the few settings of `kind`; all others are not looked at."""
+    args, found, source = _split(argv)
+    if {"-h", "--help"} & {*args}:
+        return kind()
+    base = _settings_from_dict(kind, known_settings(kind, found)[0], source)
+    return tyro.cli(kind, args=args, default=base, return_unknown_args=True)[0]
+
+
+def parse_settings(
+    kind: type[SomeSettings],
+    argv: Sequence[str] | None,
+    description: str | None,
+    base: Mapping[str, Any] | None = None,
+    base_source: str = "",
+) -> SomeSettings:
+    """Settings from a command line (default: this process's): defaults < `base` < `--config FILE.json` < flags.
 
     `--local_rank=N`, which DeepSpeed's launcher appends, is left out: ranks come from the environment.
     Raises UserError for a bad value; ends the process with status 2 (tyro's way) for an unknown flag.
+
+    Args:
+        base: settings of a file that was found otherwise; `base_source` names it in errors.
     """
+    args, found, source = _split(argv)
+    below = _typed_settings(kind, base or {}, base_source)
+    default = kind(**{**below, **_typed_settings(kind, found, source)})
+    return tyro.cli(kind, args=args, default=default, description=description)
+
+
+def _split(argv: Sequence[str] | None) -> tuple[list[str], Any, str]:
+    """(flags, what the file of `--config` holds, its name) of a command line; ({}, "") where there is no file."""
     args = list(sys.argv[1:] if argv is None else argv)
     files, args = _take_option(args, "--config")
     _, args = _take_option(args, "--local_rank")
     if len(files) > 1:
         raise UserError(f"--config: expected one file, found {len(files)}")
-    base = _settings_from_dict(kind, read_json(files[0]), files[0]) if files else kind()
-    return tyro.cli(kind, args=args, default=base, description=description)
+    if not files:
+        return args, {}, ""
+    found = read_json(files[0])
+    if not isinstance(found, dict):
+        raise UserError(f"{files[0]}: expected a JSON object of settings, found {type(found).__name__}")
+    return args, found, files[0]
 
 
 def _take_option(args: list[str], name: str) -> tuple[list[str], list[str]]:
@@ -135,15 +188,35 @@ def _settings_from_dict(kind: type[SomeSettings], found: Any, source: str) -> So
 
     An unknown key, or a value of another type, is a UserError.
     """
-    if not isinstance(found, dict):
+    return kind(**_typed_settings(kind, found, source))
+
+
+def _typed_settings(kind: type[Settings], found: Any, source: str) -> dict[str, Any]:
+    """Settings in a JSON value, by name, each of its field's type; `source` names it in errors.
+
+    Names that are no settings, or a value of another type, are a UserError.
+    """
+    if not isinstance(found, Mapping):
         raise UserError(f"{source}: expected a JSON object of settings, found {type(found).__name__}")
+    settings, unknown = known_settings(kind, found)
     known, hints = {field.name: field for field in _declared(kind)}, get_type_hints(kind)
-    settings: dict[str, Any] = {}
-    for name, value in found.items():
-        if name not in known:
-            raise UserError(f"{source}: unknown setting {shown(name)}; known are {', '.join(known)}")
-        settings[name] = _typed(f"{source}: {name}", value, known[name].default, get_args(hints[name]))
-    return kind(**settings)
+    if unknown:
+        raise UserError(f"{source}: {_unknown(unknown, list(known))}")
+    return {
+        name: _typed(f"{source}: {name}", value, known[name].default, get_args(hints[name]))
+        for name, value in settings.items()
+    }
+
+
+def _unknown(names: Sequence[str], known: Sequence[str]) -> str:
+    """Names that are no settings, each with the setting that it may have been meant to be."""
+    words = []
+    for name in names[:_MOST_UNKNOWN]:
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+        words.append(f"unknown setting {shown(name)}" + (f", did you mean {near[0]!r}?" if near else ""))
+    if len(names) > _MOST_UNKNOWN:
+        words.append(f"and {len(names) - _MOST_UNKNOWN} more")
+    return "; ".join(words) + "; --help lists all settings"
 
 
 def _typed(place: str, value: Any, default: Any, choices: tuple[Any, ...]) -> Any:

@@ -18,7 +18,7 @@ from simple_llama.reinforcement_learning.rlhf.command import run_command
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
-from simple_llama.reinforcement_learning.rlhf.run.run_folder import locked, name_run
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import name_run, own_folders
 from simple_llama.reinforcement_learning.rlhf.run.step import optimizer_step
 from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun, due
 
@@ -31,7 +31,7 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
     """
     stopping.begin()
     name = name_run(config, ranks)
-    with locked(Path(config.ckpt_dir) / name, ranks) as check_lock:
+    with own_folders(config, name, ranks) as check_lock:
         with watchdog.patience("setting up the run"):
             run = TrainingRun(config, inputs, ranks, name, check_lock)
         try:

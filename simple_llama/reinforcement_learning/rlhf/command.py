@@ -21,7 +21,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
-from simple_llama.reinforcement_learning.rlhf.run.run_folder import check_folders
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import check_folders, say_settings
 
 BUG, MISTAKE, INTERRUPTED = 1, 2, 130  # exit status; with watchdog.LOST and stopping.STOPPED these are all
 
@@ -41,6 +41,8 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         set_up_log(None, ranks)
         watchdog.start(ranks, config)
         with fail_together(ranks):
+            if config.resume:
+                say_settings(config)
             check_folders(config, config.ref_cache_dir)
             check_compiler(config.compile, config.device)
         inputs = load_inputs(config, ranks)

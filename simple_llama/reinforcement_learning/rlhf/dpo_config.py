@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simple_llama.cluster.watchdog import WatchConfig
-from simple_llama.common.settings import parse_settings
+from simple_llama.common.settings import parse_settings, peek_settings
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import FolderConfig, settings_to_resume
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
 
 @dataclass(frozen=True)
 class DPOConfig(WatchConfig, RunConfig):
-    """Settings of a DPO run: defaults < --config FILE.json < flags. Batch sizes, rates and clip live only here.
+    """Settings of a DPO run: defaults < with --resume the run's own < --config FILE.json < flags.
 
     Each stands with its owner, with its bounds: data/dataset_loader.py has DataConfig, objective/preference_loss.py has
     LossConfig, and so on; docs/settings.md lists them all. A function takes its owner's class, not this one.
@@ -26,5 +27,7 @@ class DPOConfig(WatchConfig, RunConfig):
 
 
 def parse_config(argv: Sequence[str] | None = None, description: str | None = None) -> DPOConfig:
-    """Settings from a command line (default: this process's); see `parse_settings`."""
-    return parse_settings(DPOConfig, argv, description)
+    """Settings from a command line (default: this process's); see `parse_settings`. A run to resume gives its own."""
+    folders = peek_settings(FolderConfig, argv)
+    own, source = settings_to_resume(folders, DPOConfig) if folders.resume else ({}, "")
+    return parse_settings(DPOConfig, argv, description, own, source)

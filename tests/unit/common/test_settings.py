@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.settings import Bounds, Count, PathText, Settings, _settings_from_dict, parse_settings
+from simple_llama.common.settings import (
+    Bounds,
+    Count,
+    PathText,
+    Settings,
+    _settings_from_dict,
+    parse_settings,
+    peek_settings,
+    with_absolute_paths,
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,55 @@ def test_each_owner_checks_its_own(changes: dict[str, object], message: str) -> 
 
 
 def test_json_and_flags() -> None:
-    """A whole number becomes a float; an unknown key is named with the known ones; flags come with both spellings."""
+    """A whole number becomes a float; flags come with both spellings."""
     assert _settings_from_dict(BakeryConfig, {"heat": 200}, "f") == BakeryConfig(heat=200.0)
-    with pytest.raises(UserError, match="f: unknown setting 'oven'; known are heat, trays, folder, share, open"):
-        _settings_from_dict(BakeryConfig, {"oven": 1}, "f")
     assert parse_settings(BakeryConfig, ["--trays", "2", "--open", "--local_rank=1"], None).trays == 2
+
+
+def test_unknown_settings_of_a_file_are_named_with_what_may_have_been_meant() -> None:
+    """All of them, a spelling that is near with its setting, up to five; not the list of all settings."""
+    found = {"tray": 1, "Folder": "x", "beta": 1, "trays": 2}
+    with pytest.raises(UserError) as error:
+        _settings_from_dict(BakeryConfig, found, "f")
+    assert str(error.value) == (
+        "f: unknown setting 'tray', did you mean 'trays'?; unknown setting 'Folder', did you mean 'folder'?; "
+        "unknown setting 'beta'; --help lists all settings"
+    )
+    with pytest.raises(UserError, match="'x4'; and 3 more; --help"):
+        _settings_from_dict(BakeryConfig, {f"x{n}": 0 for n in range(8)}, "f")
+
+
+def test_a_base_lies_below_the_file_and_the_flags(tmp_path: Path) -> None:
+    """Each layer changes one setting of the one below; what is wrong in the base is named with its source."""
+    path = tmp_path / "f.json"
+    path.write_text('{"trays": 2, "share": 0.2}')
+    base = {"heat": 100, "trays": 1, "folder": "mine"}
+    found = parse_settings(BakeryConfig, ["--config", str(path), "--share=0.3"], None, base, "base")
+    assert found == BakeryConfig(heat=100.0, trays=2, folder="mine", share=0.3)
+    with pytest.raises(UserError, match="base: heat: expected float"):
+        parse_settings(BakeryConfig, [], None, {"heat": "hot"}, "base")
+
+
+def test_a_peek_looks_at_its_own_settings_only(tmp_path: Path) -> None:
+    """From the file and from flags of either spelling, whatever else is there; nothing of a call for help."""
+    path = tmp_path / "f.json"
+    path.write_text('{"folder": "mine", "heat": -1, "nonsense": 0}')
+    args = ["--config", str(path), "--no-such", "x", "--heat=-5", "--share", "0.2", "--open"]
+    assert peek_settings(ShopConfig, args) == ShopConfig(folder="mine", share=0.2)
+    assert peek_settings(ShopConfig, ["--help", "--share=0.2"]) == ShopConfig()
+
+
+def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fields that are paths, as seen from the working folder."""
+    monkeypatch.chdir(tmp_path)
+    assert with_absolute_paths(BakeryConfig()) == {
+        "heat": 180.0,
+        "trays": 1,
+        "folder": str(tmp_path / "shop"),
+        "share": 0.1,
+        "open": False,
+    }
+    assert with_absolute_paths(BakeryConfig(folder="/a/b"))["folder"] == "/a/b"
 
 
 def test_help_is_the_comment_or_the_doc(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import fields
 
 import pytest
@@ -42,6 +43,24 @@ def test_defaults_then_file_then_flags(tmp_path):
     config = parse_config(["--config", str(path), "--epochs", "5", "--local_rank=3", "--resume"])
     assert (config.beta, config.epochs, config.max_lr, config.batch_size) == (0.1, 5, 1.0, 16)
     assert config.resume and isinstance(config.max_lr, float)
+
+
+def test_a_run_to_resume_gives_its_settings(tmp_path):
+    """Its config.json < file < flags; the newest run of the checkpoint folder, or the one that is named."""
+    for seconds, (name, beta) in enumerate({"a": 0.25, "b": 0.125}.items()):
+        run = tmp_path / "ckpt" / name
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps({"beta": beta, "epochs": 7, "max_lr": 1e-3, "resume": False}))
+        (run / "latest").write_text("step_00000001\n")
+        os.utime(run / "latest", (seconds, seconds))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"epochs": 2, "min_lr": 1e-4, "resume": True}))
+    folder = f"--ckpt_dir={tmp_path / 'ckpt'}"
+    found = parse_config(["--config", str(path), folder, "--batch_size=3"])
+    assert (found.run_name, found.beta, found.epochs, found.batch_size, found.min_lr) == ("b", 0.125, 2, 3, 1e-4)
+    found = parse_config([folder, "--resume", "--run-name", "a", "--epochs=9", "--min_lr=1e-4"])
+    assert (found.run_name, found.beta, found.epochs, found.max_lr, found.resume) == ("a", 0.25, 9, 1e-3, True)
+    assert parse_config([folder, "--run_name=a", "--no-resume"]).beta == 0.5
 
 
 def test_profile_steps_in_a_file_and_as_flags(tmp_path, capsys):
@@ -95,7 +114,7 @@ def test_every_field_has_a_help_text(capsys):
         ({"profile_steps": [1, True]}, ["profile_steps", "a list of 2 whole numbers"]),
         ({"profile_steps": [1, 2.0]}, ["profile_steps", "a list of 2 whole numbers"]),
         ({"profile_steps": 3}, ["profile_steps", "a list of 2 whole numbers, found 3"]),
-        ({"betta": 0.1}, ["unknown setting 'betta'", "beta"]),
+        ({"betta": 0.1}, ["unknown setting 'betta', did you mean 'beta'?"]),
         ({"batch_size": "16"}, ["batch_size", "expected int"]),
         ({"batch_size": True}, ["batch_size", "expected int", "true"]),
         ({"resume": 1}, ["resume", "expected bool"]),

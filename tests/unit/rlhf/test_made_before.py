@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.settings import with_absolute_paths
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.weights import load_weights
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
@@ -92,12 +93,17 @@ def test_store_is_found_and_its_numbers_are_those_of_today(folder: Path, ranks: 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_run_is_taken_up_and_ends_as_it_did_then(folder: Path, ranks: Ranks, name: str) -> None:
-    """Resumed at step 2 of 6: the lines up to there stay, and what follows is what the code of then made of it, in the
-    curve, in the samples' prompts and in the weights."""
+    """Resumed at step 2 of 6 by its name: the lines up to there stay, and what follows is what the code of then made of
+    it, in the curve, in the samples' prompts and in the weights. Its settings stand beside its checkpoints from now on,
+    and mean the same in every working folder."""
     flags, near = RUNS[name]
     ended = folder / "ended" / name
-    config = parse_config(["--config", f"runs/{name}/config.json", *flags, "--resume"])
+    places = ("--ckpt_dir=checkpoints", "--log_dir=runs")
+    config = parse_config(["--resume", f"--run_name={name}", *places, *flags])
     path = train(config, load_inputs(config, ranks), ranks)
+    again = asdict(parse_config(["--resume", f"--run_name={name}", places[0]]))
+    absolute = {key: value for key, value in with_absolute_paths(config).items() if key != "ckpt_dir"}
+    assert again == {**absolute, "ckpt_dir": "checkpoints"}
     now, then = records(folder / "runs" / name / "metrics.jsonl"), records(ended / "metrics.jsonl")
     assert [list(line) for line in now] == [list(line) for line in then]
     kept = len(records(GOLDEN / "runs" / name / "metrics.jsonl"))

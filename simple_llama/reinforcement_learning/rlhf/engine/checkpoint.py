@@ -41,6 +41,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.engine.engine import MOMENTS, Engine
 
 _FORMAT = 1  # of state.json; a reader refuses another one
+_MOST_SHOWN = 1000  # characters of a value that differs, in a message; fewer where several do
 
 
 @dataclass(frozen=True)
@@ -280,12 +281,14 @@ def check_same_run(
         later: what a state that lacks a key means by that, for settings that came after it was written.
     """
     before = {**(later or {}), **saved.facts.course}
-    for key, value in course.items():
-        if before.get(key) != value:
-            raise UserError(
-                f"{saved.folder}: cannot resume: {key} was {brief(before.get(key), 1000)}, is now "
-                f"{brief(value, 1000)}; resume with the settings, data and model of the run, or start another run_name"
-            )
+    differing = [key for key, value in course.items() if before.get(key) != value]
+    if differing:
+        most = _MOST_SHOWN // len(differing)
+        changes = (f"{key} was {brief(before.get(key), most)}, is now {brief(course[key], most)}" for key in differing)
+        raise UserError(
+            f"{saved.folder}: cannot resume: {'; '.join(changes)}; resume with the settings, data and model of the "
+            "run, or start another run_name"
+        )
     if saved.facts.step > total_steps:
         raise UserError(
             f"{saved.folder}: cannot resume: it is of step {saved.facts.step}, but the run has {total_steps} steps"

@@ -1,12 +1,15 @@
-"""The run directory: what is needed to read a run and to repeat it.
+"""The run directory: what is needed to read a run, to repeat it and to go on with it; and whose it is.
 
-<log_dir>/<run>/  config.json  ds_config.json  environment.json  metrics.jsonl  samples.jsonl  train.log
-                  events.out.tfevents.*  finished.json (at the end)
+<log_dir>/<run>/   config.json  ds_config.json  environment.json  metrics.jsonl  samples.jsonl  train.log
+                   events.out.tfevents.*  finished.json (at the end)  lock (while a run writes here)
+<ckpt_dir>/<run>/  config.json, the same: all hosts see it, and `--resume` begins with it  lock
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import platform
 import subprocess
 import time
@@ -22,14 +25,18 @@ from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_toget
 from simple_llama.cluster.lock import NAME as LOCK_NAME
 from simple_llama.cluster.lock import FolderLock
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write_json, shown
+from simple_llama.common.files import atomic_write_json, read_json, shown
+from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import is_checkout, root_path
-from simple_llama.common.settings import PathText, Settings
+from simple_llama.common.settings import PathText, Settings, known_settings
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import has_checkpoints, newest_run
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
 
 _SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all
 _LONGEST_NAME = 200  # bytes; a file system takes 255, and temp names are longer than the name
+_SETTINGS = "config.json"
+_ONCE = {"resume", "dry_run", "debug"}  # settings of one start, which a later one does not take over
+_PLACE = ("run_name", "log_dir", "ckpt_dir")  # settings that follow the folders when these move
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class FolderConfig(Settings):
     ckpt_dir: Annotated[PathText, Doc("checkpoints go to <ckpt_dir>/<run_name>")] = root_path(
         "simple_llama", "reinforcement_learning", "rlhf", "rlhf_checkpoints"
     )
-    resume: bool = False  # continue the run `run_name` (or the newest) from its last state
+    resume: bool = False  # continue the run `run_name` (or the newest) from its last state, with its own settings
 
     def check_rules(self) -> None:
         """UserError for a run's name that is no plain name of a folder."""
@@ -78,38 +85,113 @@ def name_run(config: FolderConfig, ranks: Ranks) -> str:
         if ranks.is_main:
             newest = newest_run(Path(config.ckpt_dir)) if config.resume and not config.run_name else ""
             name = config.run_name or newest or time.strftime("%Y%m%d-%H%M%S")
-            folder = Path(config.ckpt_dir) / name
-            if not config.resume and has_checkpoints(folder):
-                raise UserError(
-                    f"{folder}: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
-                )
+            _check_new(config, name)
     return broadcast_object(name, ranks)
 
 
-@contextlib.contextmanager
-def locked(folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
-    """Keeps other runs out of a checkpoint folder while the body runs (collective). Gives a check for rank 0, which
-    raises UserError where another run took the folder over meanwhile.
+def folders_of(config: FolderConfig, name: str) -> tuple[Path, Path]:
+    """(checkpoint folder, log folder) of a run."""
+    return Path(config.ckpt_dir) / name, Path(config.log_dir) / name
 
-    Raises UserError when another run writes there, or when a rank does not see the folder of rank 0.
+
+@contextlib.contextmanager
+def own_folders(config: FolderConfig, name: str, ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of all folders that a run writes while the body runs (collective). Gives a check for rank 0,
+    which raises UserError where another run took one over meanwhile.
+
+    Raises UserError when another run writes there or has written there, or when a rank does not see the checkpoint
+    folder of rank 0. Not locked: the reference store, which is made for many writers.
     """
-    lock: FolderLock | None = None
-    made: list[Path] = []
-    with fail_together(ranks):
-        if ranks.is_main:
-            made = [path for path in (folder, folder.parent) if not path.exists()]  # none stays behind empty
-            lock = FolderLock.take(folder)
-            watchdog.before_end(lock.release)
-    try:
+    ckpt_folder, log_folder = folders_of(config, name)
+    distinct = {os.path.realpath(folder): folder for folder in (ckpt_folder, log_folder)}.values()
+    with contextlib.ExitStack() as held:
+        locks: list[FolderLock] = []
         with fail_together(ranks):
-            _wait_for_lock(folder)
-        yield lock.check if lock else lambda: None
+            if ranks.is_main:
+                locks = [held.enter_context(_locked(folder)) for folder in distinct]
+                _check_new(config, name)
+                _check_owner(ckpt_folder, log_folder, config.resume)
+        with fail_together(ranks):
+            _wait_for_lock(ckpt_folder)
+
+        def check() -> None:
+            for lock in locks:
+                lock.check()
+
+        yield check
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[FolderLock]:
+    """Locks a folder while the body runs; folders that were made for it do not stay behind empty."""
+    made = [path for path in (folder, folder.parent) if not path.exists()]
+    lock = FolderLock.take(folder)
+    watchdog.before_end(lock.release)
+    try:
+        yield lock
     finally:
-        if lock:
-            lock.release()
-            for path in made:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+        lock.release()
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _check_new(config: FolderConfig, name: str) -> None:
+    """UserError where a run that is not to go on would write beside the checkpoints of an earlier one."""
+    folder = Path(config.ckpt_dir) / name
+    if not config.resume and has_checkpoints(folder):
+        raise UserError(
+            f"{folder}: a run of this name has checkpoints; pass --resume to continue it, or another --run_name"
+        )
+
+
+def _check_owner(ckpt_folder: Path, log_folder: Path, resume: bool) -> None:
+    """UserError where the log folder holds another run's records, which this one would drop or mix with its own.
+
+    Its config.json says whose they are: the run's with those checkpoints. A run that was killed before its first
+    checkpoint may so start again. Where both folders were moved, or copied, the copies of config.json are the same.
+    """
+    found = _settings_in(log_folder)
+    if found is None:
+        if not resume and any((log_folder / name).exists() for name in ("metrics.jsonl", "samples.jsonl")):
+            raise UserError(
+                f"{log_folder}: expected no records, or a {_SETTINGS} that says whose they are, found records without "
+                "it; move them away, or choose another --log_dir or --run_name"
+            )
+        return
+    owner = _folder_in(found, "ckpt_dir")
+    if _same(owner, ckpt_folder):
+        return
+    moved = not _same(_folder_in(found, "log_dir"), log_folder)
+    copy = _settings_in(ckpt_folder)
+    same = copy == found and (moved or not has_checkpoints(owner))
+    earlier = copy is None and resume and moved  # checkpoints of a version that made no copy
+    if not (same or earlier):
+        raise UserError(
+            f"{log_folder}: holds the records of the run whose checkpoints are in {owner}, not in {ckpt_folder}; "
+            "choose another --log_dir or --run_name, move the records away, or give the --ckpt_dir of that run"
+        )
+
+
+def _settings_in(folder: Path) -> dict[str, Any] | None:
+    """The settings that a run left in a folder; None where there are none that can be read."""
+    with contextlib.suppress(UserError):
+        found = read_json(folder / _SETTINGS)
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _folder_in(settings: dict[str, Any], name: str) -> Path:
+    """The folder of the run that these settings name; a relative path counts from here."""
+    return Path(str(settings.get(name, ""))) / str(settings.get("run_name", ""))
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same place."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other)
+    except ValueError:  # NUL in a path of a damaged file
+        return False
 
 
 def _wait_for_lock(folder: Path) -> None:
@@ -123,6 +205,67 @@ def _wait_for_lock(folder: Path) -> None:
     )
 
 
+def settings_to_resume(config: FolderConfig, kind: type[Settings]) -> tuple[dict[str, Any], str]:
+    """Settings that the run to resume was started with, the base of a command's, and the file that has them.
+
+    Of the checkpoint folder, which all hosts share; earlier versions kept them in the log folder alone. Without any
+    only the run's name and "", and nothing where there is no run. What is no setting of `kind` any more is left out,
+    as `say_settings` says.
+    """
+    try:
+        name = config.run_name or newest_run(Path(config.ckpt_dir))
+    except UserError:  # `name_run` says so, where a run is to go on
+        return {}, ""
+    found, path = _kept_settings(folders_of(config, name))
+    own = {key: value for key, value in known_settings(kind, found)[0].items() if key not in _ONCE}
+    if path is None:
+        return {"run_name": name}, ""
+    own |= {"run_name": name, "ckpt_dir": config.ckpt_dir}
+    if path.parent == Path(config.log_dir) / name:
+        own["log_dir"] = config.log_dir
+    return own, str(path)
+
+
+def say_settings(config: FolderConfig) -> None:
+    """Where the settings of a resumed run come from."""
+    if not config.run_name:
+        LOGGER.warning("%s: there is no run to resume", config.ckpt_dir)
+        return
+    folders = folders_of(config, config.run_name)
+    found, path = _kept_settings(folders)
+    if path is not None:
+        LOGGER.info("settings are those of %s; --config and flags go before them", path)
+        if unknown := known_settings(type(config), found)[1]:
+            LOGGER.warning("%s: unknown settings of another version have no effect: %s", path, shown(unknown))
+    elif has_checkpoints(folders[0]):
+        LOGGER.warning(
+            "no %s in %s or in %s: settings that are not on the command line are the defaults, not the run's",
+            _SETTINGS,
+            *folders,
+        )
+
+
+def _kept_settings(folders: tuple[Path, ...]) -> tuple[dict[str, Any], Path | None]:
+    """Settings in the first of the folders that has them, and their file; ({}, None) where none has.
+
+    UserError where all that are there are damaged.
+    """
+    problem = ""
+    for path in (folder / _SETTINGS for folder in folders):
+        if not os.path.lexists(path):
+            continue
+        try:
+            found = read_json(path)
+            if isinstance(found, dict):
+                return found, path
+            problem = problem or f"{path}: expected a JSON object of settings, found {type(found).__name__}"
+        except UserError as error:
+            problem = problem or str(error)
+    if problem:
+        raise UserError(f"{problem}; it has the settings to resume with: mend it, or remove it and give them as flags")
+    return {}, None
+
+
 def mark_finished(folder: Path, step: int, weights: Path) -> None:
     """Writes finished.json: the whole run is done. A launcher's exit status 0 alone does not say so."""
     atomic_write_json(folder / "finished.json", {"step": step, "weights": str(weights)})
@@ -130,15 +273,36 @@ def mark_finished(folder: Path, step: int, weights: Path) -> None:
 
 def unmark_finished(folder: Path) -> None:
     """Takes finished.json away, at the start of a run that goes on."""
-    (folder / "finished.json").unlink(missing_ok=True)
+    path = folder / "finished.json"
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove {path}: {error.strerror or error}; choose another log_dir") from error
 
 
 def write_records(folder: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> None:
     """Writes config.json, ds_config.json and environment.json (versions and git revision, no variables)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(folder / "config.json", settings)
+    atomic_write_json(folder / _SETTINGS, settings)
     atomic_write_json(folder / "ds_config.json", ds_config)
     atomic_write_json(folder / "environment.json", environment())
+
+
+def first_settings(config: FolderConfig, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What stays in config.json when a run goes on: the settings of its first start, but for where its folders are.
+
+    Args:
+        settings: today's, for checkpoints of an earlier version, which have no copy of the first ones.
+    """
+    first = _settings_in(folders_of(config, name)[0])
+    return settings if first is None else {**first, **{key: settings[key] for key in _PLACE}}
+
+
+def keep_settings(config: FolderConfig, name: str, settings: dict[str, Any]) -> None:
+    """Brings config.json in both folders of a run to these settings."""
+    settings = json.loads(json.dumps(settings))  # as they will be read
+    for folder in reversed(folders_of(config, name)):  # records say whose they are before they are looked for
+        if _settings_in(folder) != settings:
+            atomic_write_json(folder / _SETTINGS, settings)
 
 
 def environment() -> dict[str, Any]:

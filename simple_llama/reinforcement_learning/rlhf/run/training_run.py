@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from simple_llama.cluster.console import progress, set_up_log
 from simple_llama.cluster.distributed import Ranks, fail_together, gather_objects, require_same
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
+from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
 from simple_llama.pretraining.llama_transformer import compiled_graphs
 from simple_llama.pretraining.weights import load_weights
@@ -37,6 +37,9 @@ from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig
 from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, log_line, rewind
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
     FolderConfig,
+    first_settings,
+    folders_of,
+    keep_settings,
     mark_finished,
     unmark_finished,
     write_records,
@@ -82,7 +85,7 @@ class TrainingRun:
         self.ref_logps, content = open_reference(config, inputs, ranks)
         require_same("reference store (digest)", content, ranks)
 
-        log_folder, ckpt_folder = Path(config.log_dir) / name, Path(config.ckpt_dir) / name
+        ckpt_folder, log_folder = folders_of(config, name)
         course = course_of(asdict(config), self.plan.pairs_per_step, inputs)
         with fail_together(ranks):
             saved = checkpoint.newest_state(ckpt_folder) if config.resume else None
@@ -116,10 +119,14 @@ class TrainingRun:
         done = saved.facts.step if saved else -1
         evaluated = not (saved and saved.facts.unfinished)
         with fail_together(self.ranks):
-            if self.ranks.is_main and not saved:
-                resolved = replace(self.config, run_name=name, max_seq_len=self.inputs.max_seq_len)
-                write_records(self.log_folder, asdict(resolved), self.engine.ds_config)
             if self.ranks.is_main:
+                found = {"max_seq_len": self.inputs.max_seq_len, "model_path": str(self.inputs.start_path)}
+                settings = with_absolute_paths(replace(self.config, run_name=name, **found))
+                if saved:
+                    settings = first_settings(self.config, name, settings)
+                if not (saved and (self.log_folder / "environment.json").exists()):
+                    write_records(self.log_folder, settings, self.engine.ds_config)
+                keep_settings(self.config, name, settings)
                 unmark_finished(self.log_folder)
                 rewind(self.log_folder / "samples.jsonl", done, evaluated)
             set_up_log(self.log_folder / "train.log", self.ranks)

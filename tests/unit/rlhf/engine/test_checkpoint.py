@@ -347,6 +347,10 @@ def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
     assert 'reference was {"weights": "ab"}, is now {"weights": "cd"};' in str(error.value)
     with pytest.raises(UserError, match="seed was null, is now 1;"):
         check_same_run(saved, {"seed": 1}, 3)
+    with pytest.raises(UserError) as error:
+        check_same_run(saved, {"beta": 0.1, "reference": {"weights": "x" * 5000}, "seed": 1}, 3)
+    assert "beta was 0.5, is now 0.1; reference was {" in str(error.value) and "; seed was null" in str(error.value)
+    assert len(str(error.value)) < 1500  # all that differ at once, in a message that can be read
     check_same_run(saved, {"tau": 0.1}, 3, later={"tau": 0.1})  # a setting that came after the state was written
     with pytest.raises(UserError, match="tau was 0.1, is now 0.2;"):
         check_same_run(saved, {"tau": 0.2}, 3, later={"tau": 0.1})
