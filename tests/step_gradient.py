@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from simple_llama.cluster.distributed import Ranks, close_ranks, gather_objects, init_ranks, leave
-from simple_llama.pretraining.weights import load_weights
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
@@ -25,8 +24,9 @@ def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:
     """The flat gradient of step 1 that the ranks hold in parts, fp32 (collective)."""
     inputs = load_inputs(config, ranks)
     pairs = inputs.data.train
-    policy = _build_policy(config, inputs, PreferenceLoss.of(config), ranks.device)
-    engine = Engine(policy, load_weights(inputs.start_path).state_dict, config, ranks)
+    with inputs.start.reading() as start:
+        policy = _build_policy(config, inputs, start, PreferenceLoss.of(config), ranks.device)
+        engine = Engine(policy, start.state_dict, config, ranks)
     plan = BatchPlan(pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps)
     ref_logps, _ = open_reference(config, inputs, ranks)
     accumulate(engine, portions(plan.step(0), ranks.rank, pairs), ref_logps, MetricSums(ranks.device), ranks.device)

@@ -25,17 +25,23 @@ _COUNT = struct.Struct("<q")  # elements of a storage in that format
 _ALIGNED = 16  # bytes of the largest number
 
 
-def read_archive(file: BufferedReader) -> Any:
+def read_archive(file: BufferedReader, mapped: bool = True) -> Any:
     """The object in a file of torch.save; its tensors are mapped: the ranks of a machine share one copy in the page
-    cache, and the file may be closed or lose its name.
+    cache, and the file may be closed or lose its name. Not `mapped`, they are read: a file that somebody cuts then
+    cannot end the process (SIGBUS).
 
     Can run no code, and allocates little before a file is refused (`pickles`). Raises UserError for a file that holds
     what no checkpoint needs, any other error for one that is damaged.
     """
-    if not os.fstat(file.fileno()).st_size:
+    size = os.fstat(file.fileno()).st_size
+    if not size:
         raise UserError("it is empty")
-    # a private copy: nothing writes to it, but torch warns of memory that cannot be written
-    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if mapped:  # a private copy: nothing writes to it, but torch warns of memory that cannot be written
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    else:
+        data = mmap.mmap(-1, size)
+        file.seek(0)
+        file.readinto(data)
     return _Zip(file, data).read() if data[: len(_ZIP)] == _ZIP else _read_old(data)
 
 

@@ -75,18 +75,19 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     return max(files, key=lambda file: (files[file].st_mtime_ns, file.name))
 
 
-def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = None) -> LoadedModel:
+def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = None, mapped: bool = True) -> LoadedModel:
     """Reads a weights file. It can run no code: only tensors, plain values and TrainingConfig are unpickled.
 
     Args:
         file: `path` opened before; it stays open.
+        mapped: leaves the tensors on disk until they are used.
 
     Raises UserError naming the file for anything that is no such checkpoint, before much memory is taken.
     """
     path = Path(path)
     try:
         with nullcontext(file) if file else open_file(path) as opened:
-            found = read_archive(opened)
+            found = read_archive(opened, mapped)
     except Exception as error:  # damaged files fail in many ways, all with the same answer
         reason = "it is damaged, or holds more than tensors, plain values and TrainingConfig"
         if isinstance(error, UserError | OSError):

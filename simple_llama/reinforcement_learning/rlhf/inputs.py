@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -23,13 +22,8 @@ from simple_llama.ops.logprob import HEAD_VERSION
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import identity_fields
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import (
-    build_model,
-    check_weights,
-    find_weights,
-    load_weights,
-    weights_digest,
-)
+from simple_llama.pretraining.start_file import StartFile
+from simple_llama.pretraining.weights import LoadedModel, build_model, check_weights, find_weights
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import reference_id
@@ -59,19 +53,28 @@ class Inputs:
 
     tokenizer: Tokenizer
     data: RLDatasetLoader
-    start_path: Path  # the SFT model: start of the policy, and the reference
-    architecture: Architecture  # its shape
+    start: StartFile  # the SFT model: start of the policy, and the reference
     dtype: torch.dtype  # of the computing weights
     max_seq_len: int
     reference_id: dict  # what names the reference: weights, tokenizer, numerics
     compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
 
-    def build_model(self, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
-        """The start model in the computing dtype, read from disk again: its fp32 copy does not stay in memory."""
-        model = build_model(load_weights(self.start_path), self.dtype, device, dropout=dropout)
+    def build_model(self, start: LoadedModel, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
+        """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory."""
+        model = build_model(start, self.dtype, device, dropout=dropout)
         if self.compiled:
             model.compile_layers()
         return model
+
+    def build_reference(self, device: torch.device | str) -> LLaMaTransformer:
+        """The reference model. Raises UserError where it was not made of what `reference_id` names."""
+        with self.start.reading() as start:
+            return self.build_model(start, device)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shape."""
+        return self.start.architecture
 
     @property
     def data_digest(self) -> str:
@@ -97,8 +100,8 @@ def _read_inputs(config: InputsConfig) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     tokenizer = load_tokenizer(config.tokenize_path)
-    start = load_weights(find_weights(config.model_path))
-    check_weights(start, dtype)
+    start = StartFile(find_weights(config.model_path))
+    check_weights(start.load(), dtype)
     architecture = start.architecture
     if token_count(tokenizer) > architecture.vocab_size:
         raise UserError(
@@ -127,8 +130,8 @@ def _read_inputs(config: InputsConfig) -> Inputs:
         **{name: str(value) for name, value in identity_fields(start.config).items()},  # theta, eps, heads: not weights
         **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
-    identity = reference_id(weights_digest(start.state_dict), tokenizer_digest(config.tokenize_path), numerics)
-    return Inputs(tokenizer, data, start.path, architecture, dtype, max_seq_len, identity, config.compile)
+    identity = reference_id(start.digest, tokenizer_digest(config.tokenize_path), numerics)
+    return Inputs(tokenizer, data, start, dtype, max_seq_len, identity, config.compile)
 
 
 def check_compiler(compiled: bool, device: str) -> None:

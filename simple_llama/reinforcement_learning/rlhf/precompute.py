@@ -38,7 +38,7 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     if not len(missing):
         return 0
     with watchdog.patience("loading the reference model"):
-        model = inputs.build_model(ranks.device)
+        model = inputs.build_reference(ranks.device)
         compile_now(model, pairs[0], ranks.device, backward=False)
     started = time.perf_counter()
     todo = pairs.select(missing)

@@ -15,7 +15,7 @@ from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Count, CountOrNone, Settings
-from simple_llama.pretraining.weights import load_weights, save_weights
+from simple_llama.pretraining.weights import save_weights
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
@@ -141,9 +141,8 @@ class Saves:
             if self.ranks.is_main:
                 self.check_lock()
                 if path:
-                    start = load_weights(self.inputs.start_path)  # what is not trained keeps its fp32 values
-                    state_dict = {name: weights.get(name, tensor) for name, tensor in start.state_dict.items()}
-                    save_weights(path, state_dict, start.config, metadata)
+                    start = self.inputs.start  # what is not trained keeps its fp32 values
+                    save_weights(path, start.merged(weights), start.config, metadata)
         self.newest_step = at.done
 
     def last_good(self) -> str:

@@ -21,7 +21,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
 from simple_llama.pretraining.llama_transformer import compiled_graphs
-from simple_llama.pretraining.weights import load_weights
+from simple_llama.pretraining.weights import LoadedModel
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
@@ -94,9 +94,10 @@ class TrainingRun:
             defaults = {field.name: field.default for field in fields(LossConfig)}
             checkpoint.check_same_run(saved, course, self.total_steps, later=defaults)
         self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
-        policy = _build_policy(config, inputs, self.loss_fn, ranks.device)
-        work = partial(useful_flops, model_size(policy.model), policy.model.architecture, backward=True)
-        self.engine = Engine(policy, load_weights(inputs.start_path).state_dict, config, ranks)
+        with inputs.start.reading() as start:
+            policy = _build_policy(config, inputs, start, self.loss_fn, ranks.device)
+            work = partial(useful_flops, model_size(policy.model), policy.model.architecture, backward=True)
+            self.engine = Engine(policy, start.state_dict, config, ranks)
         compile_now(policy.model, self.pairs[0], ranks.device, backward=True)
         if config.compile:
             LOGGER.info("compiled the decoder layers: %d graphs", compiled_graphs())
@@ -272,7 +273,7 @@ class TrainingRun:
 def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks) -> tuple[ref_source.Logps, str]:
     """Where reference log-probs come from, and a digest of what will be looked up (collective)."""
     if config.reference == "online":
-        frozen = inputs.build_model(ranks.device).requires_grad_(False)
+        frozen = inputs.build_reference(ranks.device).requires_grad_(False)
         compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)
         return ref_source.from_model(frozen), "online"
     store = ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)
@@ -281,14 +282,16 @@ def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ra
     return ref_source.from_store(store), content
 
 
-def _build_policy(config: PolicyConfig, inputs: Inputs, loss_fn: PreferenceLoss, device: torch.device) -> DPOPolicy:
+def _build_policy(
+    config: PolicyConfig, inputs: Inputs, start: LoadedModel, loss_fn: PreferenceLoss, device: torch.device
+) -> DPOPolicy:
     """The start model as a policy, with the weights that are to be trained marked."""
-    model = inputs.build_model(device, dropout=config.dropout)
+    model = inputs.build_model(start, device, dropout=config.dropout)
     model.activation_checkpointing = config.activation_checkpointing
     if config.trainable == "lora":
         names = [name for name, _ in model.named_parameters() if "_lora_layer." in name]
         if not names:
-            raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {inputs.start_path}")
+            raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {start.path}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
     return DPOPolicy(model, loss_fn)
