@@ -121,7 +121,7 @@ class TrainingRun:
         evaluated = not (saved and saved.facts.unfinished)
         with fail_together(self.ranks):
             if self.ranks.is_main:
-                found = {"max_seq_len": self.inputs.max_seq_len, "model_path": str(self.inputs.start_path)}
+                found = {"max_seq_len": self.inputs.max_seq_len, "model_path": str(self.inputs.start.path)}
                 settings = with_absolute_paths(replace(self.config, run_name=name, **found))
                 if saved:
                     settings = first_settings(self.config, name, settings)
