@@ -120,6 +120,8 @@ def _read_old(data: mmap.mmap) -> Any:
             raise UserError("it does not begin as torch.save's files do")
     at = ends[-1]
     for key in found[-1]:
+        if key in storages:
+            raise UserError("it holds a storage twice")
         [count] = _COUNT.unpack_from(data, at)
         start, size = at + _COUNT.size, count * sizes[key]
         if not 0 <= size <= len(data) - start:
