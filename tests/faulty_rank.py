@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import ShardWriter
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     """Takes the two options off the command line, patches, and runs the script."""
     options = dict(arg[2:].split("=", 1) for arg in sys.argv if arg.startswith(("--fault=", "--script=")))
     sys.argv = [options["script"], *(arg for arg in sys.argv[1:] if not arg.startswith(("--fault=", "--script=")))]
-    {"hang": hang_in_step_3, "bug": raise_in_step_3, "slow": slow_pass}[options["fault"]]()
+    {"hang": hang_in_step_3, "bug": raise_in_step_3, "slow": slow_pass, "unaudited": no_audit}[options["fault"]]()
     runpy.run_path(options["script"], run_name="__main__")
 
 
@@ -56,6 +57,11 @@ def slow_pass() -> None:
         time.sleep(0.3)
 
     ShardWriter.add = slowly
+
+
+def no_audit() -> None:
+    """The pairs that the audit draws happen to be right."""
+    Auditor.audit = lambda *args, **kwargs: None
 
 
 if __name__ == "__main__":

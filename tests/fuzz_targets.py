@@ -47,7 +47,8 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     _read_parameters,
 )
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
-from simple_llama.reinforcement_learning.rlhf.reference.ref_store import _RECORD, RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.reference.shards import RECORD
 
 Target = Callable[[bytes, Path], None]
 SHARD = "rank_00000.safetensors"
@@ -181,6 +182,7 @@ def store(data: bytes, folder: Path) -> None:
     """A shard with the right name, a file of any name and a reference.json: refused, set aside, or sound numbers."""
     cache = RefStore.open(folder, REFERENCE)
     (cache.folder / f"{digest(data).hex()}.npy").write_bytes(data)
+    (cache.folder / f"shard-{digest(cache.folder.name.encode(), data).hex()}.npy").write_bytes(data)
     name = data[:20].hex()
     (cache.folder / f"{name}.npy").write_bytes(data)
     cache = RefStore.open(folder, REFERENCE)
@@ -264,7 +266,7 @@ def sound_facts(tensors: bytes) -> bytes:
 
 def sound_shard() -> bytes:
     """A shard of the reference store with two records."""
-    found = np.zeros(2, _RECORD)
+    found = np.zeros(2, RECORD)
     found["counts"], found["logps"], found["digest"] = 3, -1.5, [digest(b"a"), digest(b"b")]
     data = io.BytesIO()
     np.save(data, found, allow_pickle=False)

@@ -28,7 +28,7 @@ def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:
         policy = _build_policy(config, inputs, start, PreferenceLoss.of(config), ranks.device)
         engine = Engine(policy, start.state_dict, config, ranks)
     plan = BatchPlan(pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps)
-    ref_logps, _ = open_reference(config, inputs, ranks)
+    ref_logps = open_reference(config, inputs, ranks).logps
     accumulate(engine, portions(plan.step(0), ranks.rank, pairs), ref_logps, MetricSums(ranks.device), ranks.device)
     zero = engine.optimizer
     if zero.cpu_offload:

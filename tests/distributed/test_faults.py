@@ -16,11 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from simple_llama.cluster.stopping import STOPPED
 from simple_llama.cluster.watchdog import LOST
+from simple_llama.dataset.tokenizer import load_tokenizer
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from tiny_job import RankProcess, TinyJob, free_port, make_job, run_ranks, start_rank
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -187,6 +193,36 @@ def test_a_bug_on_one_rank_is_told_to_the_other(job: TinyJob) -> None:
     assert "Traceback" in pair.outputs[1] and "a bug in step 3" in pair.outputs[1]
     assert "rank 1 on host" in pair.outputs[0] and "failed: RuntimeError: a bug in step 3" in pair.outputs[0]
     assert "Traceback" not in pair.outputs[0]
+
+
+def test_one_wrong_value_on_one_rank_ends_both_before_the_weights_change(job: TinyJob) -> None:
+    """A pair of rank 1's second micro-batch of step 1 has a stored sum that is 0.01 nats off, and the audit happens to
+    pass over it: both ranks name it in the first step, and nothing is saved."""
+    config = DPOConfig(**{**job.settings, "grad_accum_steps": 2})
+    loader = RLDatasetLoader(
+        config.rlhf_dataset_path,
+        load_tokenizer(config.tokenize_path),
+        512,
+        val_share=config.val_share,
+        seed=config.seed,
+    )
+    bad = BatchPlan(loader.train.rows, config.seed, 2, 2, 2).step(0)[1][1][0]
+    (folder,) = (job.folder / "ref_cache").iterdir()
+    store = RefStore(folder)
+    store.load()
+    sums, keys = store.lookup(loader.pairs.keys), loader.pairs.keys
+    sums[keys == loader.train.keys[bad], 0] -= np.float32(0.01)
+    for path in folder.glob("*.npy"):
+        path.unlink()
+    RefStore(folder).add(keys, sums)
+    settings, port = {**job.settings, "grad_accum_steps": 2, "run_name": "new"}, free_port()
+    flags = ("--fault=unaudited", f"--script={TRAIN}")
+    Pair.started += (ranks := [start_rank(FAULTY, settings, rank, 2, port, flags) for rank in range(2)])
+    outputs = [rank.communicate(timeout=ENDS_S)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    for output in outputs:
+        assert "step 1: 1 pairs" in output and loader.train.origin(bad) in output and "Traceback" not in output
+    assert not (job.folder / "checkpoints" / "new" / "latest").exists()
 
 
 def test_a_second_run_of_the_name_is_refused(job: TinyJob) -> None:

@@ -56,7 +56,8 @@ def run_steps(run: TrainingRun) -> None:
         run.profile.begin(step)
         with run.naming_pairs(index):
             parts, sums = run.portions(index), run.interval.sums
-            norm = optimizer_step(run.engine, parts, run.ref_logps, rate, sums, run.ranks.device)
+            first = run.first_step(index)
+            norm = optimizer_step(run.engine, parts, run.reference.logps, rate, sums, run.ranks.device, first)
         run.made(step, norm)
         with run.interval.off_the_clock():
             run.profile.end(step)

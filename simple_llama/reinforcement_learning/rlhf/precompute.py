@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
+from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
 
 
@@ -35,11 +37,18 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
         store.missing(pairs.keys), ranks
     )  # one rank's word, or two ranks could share out differently
     LOGGER.info("reference store %s: %d of %d pairs are there", store.folder, len(pairs) - len(missing), len(pairs))
-    if not len(missing):
+    auditor = Auditor(pairs, Bound(inputs.dtype, ranks.device.type), config.batch_size, config.seed, ranks)
+    unbound = auditor.finds_unbound(store)
+    if not len(missing) and not unbound:
+        auditor.bind(store)
         return 0
     with watchdog.patience("loading the reference model"):
         model = inputs.build_reference(ranks.device)
         compile_now(model, pairs[0], ranks.device, backward=False)
+    if unbound:
+        auditor.take_over(store, partial(pair_logps, model))
+    if not len(missing):
+        return 0
     started = time.perf_counter()
     todo = pairs.select(missing)
     mine = sweep(todo.rows, config.batch_size, ranks.world_size)[ranks.rank]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_not_a_number_stops_before_the_weights_change(job, ranks):
     run.engine.model.norm.weight.data[0] = math.nan
     message = r"step 4: the loss of 8 pairs is not finite: .*pairs\.jsonl:\d+.* no chec"
     with pytest.raises(NotFinite, match=message), run.naming_pairs(3):
-        optimizer_step(run.engine, run.portions(3), run.ref_logps, 1e-3, run.interval.sums, ranks.device)
+        optimizer_step(run.engine, run.portions(3), run.reference.logps, 1e-3, run.interval.sums, ranks.device)
     assert not list((job.folder / "checkpoints").glob("tiny/*"))
 
 
@@ -189,9 +190,9 @@ def test_audit_stops_a_store_of_another_model(job, ranks):
     inputs = load_inputs(config, ranks)
     precompute(config, inputs, ranks)
     run = TrainingRun(config, inputs, ranks, "stopped", lambda: None)
-    honest = run.ref_logps
-    run.ref_logps = lambda batch: honest(batch) - 0.1
-    with pytest.raises(UserError, match="step-0 audit"):
+    honest = run.reference.logps
+    run.reference = replace(run.reference, logps=lambda batch: honest(batch) - 0.1)
+    with pytest.raises(UserError, match=r"step-0 audit: 24 of 24 pairs drawn .*pairs\.jsonl:\d+ \(chosen -"):
         run.check_start()
 
 

@@ -53,18 +53,22 @@ class StateFacts:
     loss: float | None  # the last held-out loss, or the last interval's where nothing is held out
     unfinished: bool  # whether an evaluation or a save is still due after `step`
     course: dict[str, Any]  # what a resumed run must share: settings, pairs a step, digests of data and reference
+    reference_values: dict[str, Any] | None = None  # see `KeptValues`; none of an online reference and in older states
 
     def to_json(self) -> dict[str, Any]:
         """The entries of state.json, all on one level."""
         own = {"step": self.step, "optimizer_steps": self.step, "weights": self.weights, "loss": self.loss}
-        return {**own, "unfinished": self.unfinished, **self.course}
+        values = {"reference_values": self.reference_values} if self.reference_values else {}
+        return {**own, "unfinished": self.unfinished, **values, **self.course}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> StateFacts:
         """From a checked state.json; what is not ours by name belongs to the course. Older ones lack `unfinished`."""
         own = {"format", "files", "step", "optimizer_steps", "weights", "loss", "unfinished"}
+        own.add("reference_values")
         course = {key: value for key, value in found.items() if key not in own}
-        return cls(found["step"], found["weights"], found["loss"], bool(found.get("unfinished", False)), course)
+        unfinished, values = bool(found.get("unfinished", False)), found.get("reference_values")
+        return cls(found["step"], found["weights"], found["loss"], unfinished, course, values)
 
 
 class SavedState(NamedTuple):

@@ -1,43 +1,47 @@
 """The reference model's log-probs on disk, keyed by content, so that no run computes them twice or trusts wrong ones.
 
     <cache_dir>/<digest of the reference>/reference.json      what was digested: weights, tokenizer, numerics
-                                          <digest of its bytes>.npy   a shard: records of some pairs, written whole
+                                          shard-<digest>.npy  records of some pairs, written whole (see `shards`)
 
 A record is found by what was computed: the digest of a pair's tokens and scored spans, and its scored counts. Row
-numbers, paths, seeds, ranks and settings of the run do not enter. B pairs, 2 sides (chosen, rejected).
+numbers, paths, seeds, ranks and settings of the run do not enter. A shard is bound to the reference by its name; one
+that was written before names did that serves where no bound one has the record, until it is bound. B pairs, 2 sides
+(chosen, rejected).
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write, atomic_write_json, digest, open_file, read_json, shown
+from simple_llama.common.files import atomic_write, atomic_write_json, digest, read_json, shown
 from simple_llama.common.logging import LOGGER
-from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
+from simple_llama.reinforcement_learning.rlhf.reference.shards import (
+    RECORD,
+    BadShardError,
+    checked_records,
+    is_ours,
+    is_shard,
+    is_unbound,
+    merged,
+    read_shard,
+    rows_of,
+    set_aside,
+    sortable,
+    to_shard,
+    without,
+)
 
 _FILL_COMMAND = "deepspeed launch/precompute_ref.py"
-
-# Key first: sorted by their bytes, records lie in the order of their keys.
-_RECORD = np.dtype([("digest", "V16"), ("counts", "<i4", (2,)), ("logps", "<f4", (2,))])
-_AS_BYTES, _AS_KEY = "S32", "S24"  # a whole record, and its KEY, as one sortable value
-
-_SHARD_NAME = re.compile(r"[0-9a-f]{32}\.npy")
-_MOST_SHARD_BYTES = 256 << 20  # six million records; a pass writes a few hundred into a shard
-_ROUNDING = 1e-5  # nats a scored token: a certain token's fp32 log-prob may come out just above 0
-
-
-class _BadShardError(Exception):
-    """A file with a shard's name that is none; the message says why."""
+_BIND_AT_ONCE = 1 << 20  # records of a shard that is made of unbound ones: 32 MiB
+_MOST_LISTINGS = 5  # of a folder in which shards come and go
 
 
 def reference_id(weights_digest: str, tokenizer_digest: str, numerics: dict[str, str]) -> dict:
@@ -56,8 +60,10 @@ class RefStore:
         self.folder = folder
         self._reference = reference
         self.set_aside: list[str] = []  # shards that the last `load` found damaged
-        self._sorted = np.empty(0, _RECORD)  # by bytes, one per key
-        self._added: list[np.ndarray] = []  # since it was sorted
+        self.has_unbound = False  # whether it found shards that their names bind to no reference
+        self._bound = self._unbound = np.empty(0, RECORD)  # each sorted by bytes, one per key, and none in both
+        self._added: list[np.ndarray] = []  # bound ones since these were sorted
+        self._table: np.ndarray | None = None  # of both
 
     @classmethod
     def open(cls, cache_dir: str | os.PathLike[str], reference: dict, make: bool = True) -> RefStore:
@@ -96,40 +102,67 @@ class RefStore:
     @property
     def _records(self) -> np.ndarray:
         """All records, sorted by bytes, one per key. A pass adds thousands of shards before anyone asks."""
+        self._take_in()
+        if self._table is None:
+            self._table = merged([self._bound, self._unbound]) if len(self._unbound) else self._bound
+        return self._table
+
+    def _take_in(self) -> None:
+        """Sorts what was added; it is bound, and stands above what is not."""
         if self._added:
-            self._sorted, self._added = _merged([self._sorted, *self._added]), []
-        return self._sorted
+            self._bound, self._added = merged([self._bound, *self._added]), []
+            self._unbound, self._table = without(self._unbound, self._bound), None
 
     def load(self) -> None:
         """Read the folder anew, also what other ranks and runs have written.
 
-        A shard whose bytes do not match its name is renamed to *.corrupt and its pairs count as missing; so do
-        records that no model can have given. Each is logged by name. Raises UserError when the folder cannot be read.
+        A shard whose bytes do not match its name, or that is of another reference, is renamed to *.corrupt and its
+        pairs count as missing; so do records that no model can have given. Each is logged by name. Raises UserError
+        when the folder cannot be read.
         """
         self.set_aside = []
-        parts, foreign = [np.empty(0, _RECORD)], []
-        for path in _listed(self.folder):
-            if _SHARD_NAME.fullmatch(path.name):
+        bound, unbound = [np.empty(0, RECORD)], [np.empty(0, RECORD)]
+        for name, records in self._shards().items():
+            (unbound if is_unbound(name) else bound).append(records)
+        self.has_unbound = len(unbound) > 1
+        self._bound, self._added, self._table = merged(bound), [], None
+        self._unbound = without(merged(unbound), self._bound)
+
+    def _shards(self) -> dict[str, np.ndarray]:
+        """The records of each sound shard by its name.
+
+        Where one goes while this reads, another run may have bound its records: then what came meanwhile is read too.
+        """
+        found: dict[str, np.ndarray] = {}
+        paths, bad = [], set[str]()
+        for _ in range(_MOST_LISTINGS):
+            paths, gone = _listed(self.folder), False
+            for path in paths:
+                if path.name in found or path.name in bad or not is_shard(path.name):
+                    continue
                 try:
-                    parts.append(_read_shard(path))
+                    found[path.name] = read_shard(path, self.reference_digest)
                 except FileNotFoundError:
-                    continue  # another rank has set it aside since the folder was listed
+                    gone = True
                 except OSError as error:
+                    bad.add(path.name)
                     LOGGER.warning("cannot read shard %s: %s; its pairs count as missing", path, error.strerror)
-                except _BadShardError as reason:
+                except BadShardError as reason:
+                    bad.add(path.name)
                     self.set_aside.append(path.name)
-                    _set_aside(path, str(reason))
-            elif not _is_ours(path.name):
-                foreign.append(path.name)
+                    set_aside(path, str(reason))
+            if not gone:
+                break
+        foreign = [path.name for path in paths if not is_shard(path.name) and not is_ours(path.name)]
         if foreign:
             LOGGER.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
-        self._sorted, self._added = _merged(parts), []
+        return found
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Positions of the keys (B,) without a record, in order; of equal keys only the first."""
-        _, found = self._find(keys)
+        _, found = rows_of(keys, self._records)
         absent = np.flatnonzero(~found)
-        _, first = np.unique(_sortable(keys[absent]), return_index=True)
+        _, first = np.unique(sortable(keys[absent]), return_index=True)
         return absent[np.sort(first)]
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
@@ -148,7 +181,41 @@ class RefStore:
         Raises:
             UserError: a sum is not finite or above zero, or the shard cannot be written (full disk, read-only folder).
         """
-        self._write(_checked_records(keys, logps_B2))
+        self._write(checked_records(keys, logps_B2))
+
+    def unbound(self, keys: np.ndarray) -> np.ndarray:
+        """Positions of the keys (B,) whose records stand in unbound shards alone: they may be of any reference."""
+        self._take_in()
+        if not len(self._unbound):
+            return np.empty(0, np.int64)
+        return np.flatnonzero(rows_of(keys, self._unbound)[1])
+
+    def bind(self, keys: np.ndarray) -> int:
+        """Writes the unbound records of these keys (B,), which somebody has looked at, as bound shards; gives how many.
+
+        Their values stay as they are. Unbound shards go last, and only those of which every record is bound now: the
+        others serve whoever asks for the rest. Killed anywhere, or done by two at once, it can be done again. UserError
+        when the store cannot be written.
+        """
+        self._take_in()
+        rows, found = rows_of(keys, self._unbound)
+        records = self._unbound[np.unique(rows[found])]
+        for start in range(0, len(records), _BIND_AT_ONCE):
+            self._write(records[start : start + _BIND_AT_ONCE])
+        self._drop_unbound()
+        return len(records)
+
+    def _drop_unbound(self) -> None:
+        """Deletes the unbound shards that hold nothing which no bound one has."""
+        self._take_in()
+        for path in _listed(self.folder):
+            if not is_unbound(path.name):
+                continue
+            try:
+                if not len(without(read_shard(path, self.reference_digest), self._bound)):
+                    path.unlink(missing_ok=True)
+            except (OSError, BadShardError) as error:
+                LOGGER.warning("unbound shard %s stays: %s", path, error)
 
     @contextlib.contextmanager
     def writer(self, every_pairs: int = 512, every_s: float = 60.0) -> Iterator[ShardWriter]:
@@ -172,34 +239,22 @@ class RefStore:
         """One shard on disk, and its records in memory."""
         if not len(records):
             return
-        records = _merged([records])  # in order, so that the same content gets the same name
-        data = io.BytesIO()
-        np.save(data, records, allow_pickle=False)
+        records = merged([records])
+        name, data = to_shard(records, self.reference_digest)
         self._describe()
-        atomic_write(self.folder / f"{digest(data.getbuffer()).hex()}.npy", data.getvalue())
+        atomic_write(self.folder / name, data)
         self._added.append(records)
 
     def _rows(self, keys: np.ndarray) -> np.ndarray:
         """Row of each key in the records (B,). UserError when one is missing."""
-        rows, found = self._find(keys)
+        rows, found = rows_of(keys, self._records)
         if not found.all():
-            missing, asked = (len(np.unique(_sortable(some))) for some in (keys[~found], keys))
+            missing, asked = (len(np.unique(sortable(some))) for some in (keys[~found], keys))
             raise UserError(
                 f"{missing} of {asked} pairs have no reference log-probs in "
                 f"{self.folder}; run `{_FILL_COMMAND}` with the same model, data and settings, then start again"
             )
         return rows
-
-    def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows where the records of the keys must be, and whether they are there; (B,) each."""
-        wanted = _as_records(keys, np.zeros((len(keys), 2), np.float32)).view(_AS_BYTES)
-        table, rows = self._records.view(_AS_BYTES), np.empty(len(keys), np.int64)
-        # In about the table's order: ten million searches all over the memory would take three times as long.
-        order = np.argsort(wanted.view(">u8")[:: _RECORD.itemsize // 8].astype(np.uint64))
-        rows[order] = np.searchsorted(table, wanted[order])  # zero log-probs come before all others of that key
-        found = rows < len(table)
-        found[found] = table[rows[found]].astype(_AS_KEY) == wanted[found].astype(_AS_KEY)
-        return rows, found
 
 
 class ShardWriter:
@@ -214,7 +269,7 @@ class ShardWriter:
 
     def add(self, keys: np.ndarray, logps_B2: np.ndarray) -> None:
         """As `RefStore.add`, but on disk only after the next flush."""
-        self._parts.append(_checked_records(keys, logps_B2))
+        self._parts.append(checked_records(keys, logps_B2))
         waited = time.monotonic() - self._flushed_at
         if sum(map(len, self._parts)) >= self._every_pairs or waited >= self._every_s:
             self.flush()
@@ -227,90 +282,9 @@ class ShardWriter:
             self._store._write(np.concatenate(parts))
 
 
-def _sortable(keys: np.ndarray) -> np.ndarray:
-    """Keys (B,) as values that numpy can sort."""
-    return np.ascontiguousarray(keys, KEY).view(_AS_KEY)
-
-
-def _as_records(keys: np.ndarray, logps_B2: np.ndarray) -> np.ndarray:
-    """Records (B,) of pairs with these keys and log-prob sums."""
-    assert keys.dtype == KEY and logps_B2.shape == (len(keys), 2)
-    records = np.empty(len(keys), _RECORD)
-    for name in KEY.names or ():
-        records[name] = keys[name]
-    records["logps"] = logps_B2
-    return records
-
-
-def _checked_records(keys: np.ndarray, logps_B2: np.ndarray) -> np.ndarray:
-    """Records of freshly computed sums. UserError when they cannot be log-probs, which a retry would not mend."""
-    assert logps_B2.dtype == np.float32, "sums in 16 bits are off by whole nats"
-    records = _as_records(keys, logps_B2)
-    bad = np.flatnonzero(~_are_sound(records))
-    if len(bad):
-        chosen, rejected = logps_B2[bad[0]]
-        raise UserError(
-            f"the reference model gave {len(bad)} of {len(keys)} pairs log-probs that are not finite numbers up to 0 "
-            f"(the first: chosen {chosen}, rejected {rejected}); check the checkpoint and its dtype. None was stored"
-        )
-    return records
-
-
-def _are_sound(records: np.ndarray) -> np.ndarray:
-    """Whether each record can come from a model (B,): scored tokens on both sides, finite sums not above zero."""
-    counts_B2, logps_B2 = records["counts"], records["logps"]
-    sound_B2 = (counts_B2 > 0) & np.isfinite(logps_B2) & (logps_B2 <= _ROUNDING * counts_B2)
-    return sound_B2[:, 0] & sound_B2[:, 1]
-
-
-def _merged(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """All records sorted by bytes, one per key: the first. So all ranks agree where two passes rounded differently."""
-    records = np.concatenate(parts)
-    records = records[np.argsort(records.view(_AS_BYTES), kind="stable")]  # stable: fast on runs already sorted
-    keys = records.view(_AS_BYTES).astype(_AS_KEY)
-    return records[np.append(np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1])]
-
-
 def _listed(folder: Path) -> list[Path]:
     """What lies in the folder, by name. UserError when it cannot be read."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot read the reference store {folder}: {error.strerror or error}") from error
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a file that is no shard belongs in a store: temp files of running or killed passes, shards set aside."""
-    temp = name.startswith(".") and name.endswith(".tmp")
-    return temp or name == "reference.json" or name.endswith(".npy.corrupt")
-
-
-def _read_shard(path: Path) -> np.ndarray:
-    """The sound records of a shard whose bytes match its name. _BadShardError when they do not, OSError as usual."""
-    with open_file(path) as file:
-        data = file.read(_MOST_SHARD_BYTES + 1)
-    if len(data) > _MOST_SHARD_BYTES:
-        raise _BadShardError(f"it is larger than {_MOST_SHARD_BYTES:,} bytes")
-    if digest(data).hex() != path.stem:
-        raise _BadShardError("its bytes do not match its name")
-    try:
-        records = np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # numpy's reader raises half a dozen kinds
-        raise _BadShardError(f"it holds no array ({error})") from error
-    if not isinstance(records, np.ndarray) or records.dtype != _RECORD or records.ndim != 1:
-        raise _BadShardError("it holds no records")
-    sound = _are_sound(records)
-    if not sound.all():
-        LOGGER.warning("ignored %d impossible records of shard %s; they count as missing", (~sound).sum(), path)
-    return records[sound]
-
-
-def _set_aside(path: Path, reason: str) -> None:
-    """Rename a damaged shard, so that it is kept for a look but never read again."""
-    LOGGER.warning("shard %s is damaged (%s): set aside as *.corrupt, its pairs count as missing", path, reason)
-    try:
-        os.replace(path, path.with_name(f"{path.name}.corrupt"))
-    except FileNotFoundError:
-        pass  # another rank was faster
-    except OSError as error:  # a read-only store still serves what is sound
-        LOGGER.warning("cannot rename %s: %s", path, error.strerror)

@@ -85,6 +85,7 @@ class Saves:
         engine: Engine,
         inputs: Inputs,
         course: dict[str, Any],
+        reference_values: dict[str, Any] | None,
         settings: dict[str, Any],
         keep_states: int,
         check_lock: Callable[[], object],
@@ -92,11 +93,13 @@ class Saves:
     ):
         """Args:
         course: see `course_of`.
+        reference_values: what each state keeps of them; see `KeptValues`.
         settings: all of the run, for the metadata of each `.pth`.
         check_lock: raises where another run has taken over the folder.
         """
         self.folder, self.engine, self.inputs, self.ranks = folder, engine, inputs, ranks
         self.course, self.settings, self.keep_states, self.check_lock = course, settings, keep_states, check_lock
+        self.reference_values = reference_values
         self.newest_step = -1  # of the newest state on disk that this run saved or loaded
         self.newest_path = folder  # of an exported .pth, once there is one
 
@@ -132,7 +135,7 @@ class Saves:
     def _write(self, at: Position, path: Path | None, metadata: dict[str, Any]) -> None:
         """Saves the state after `at.done` steps (collective), with its `.pth` where it has a path."""
         loss = None if math.isnan(at.last_loss) else at.last_loss
-        facts = StateFacts(at.done, path.name if path else "", loss, at.unfinished, self.course)
+        facts = StateFacts(at.done, path.name if path else "", loss, at.unfinished, self.course, self.reference_values)
         again = self.newest_step == at.done
         with (
             watchdog.patience(f"saving step {at.done}"),

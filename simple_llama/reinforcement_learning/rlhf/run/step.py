@@ -18,6 +18,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import Step
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
+from simple_llama.reinforcement_learning.rlhf.reference.audit import FirstStep
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 
@@ -71,14 +72,18 @@ def optimizer_step(
     rate: float,
     sums: MetricSums,
     device: torch.device,
+    first: FirstStep | None = None,
 ) -> float:
     """A whole step at learning rate `rate` (collective); gives the gradient's norm before the clip.
 
-    Raises NotFinite on all ranks: for a loss before the weights change, for a gradient after.
+    Raises NotFinite on all ranks: for a loss before the weights change, for a gradient after. Where it is the run's
+    first one, as `first` says, UserError for pairs whose margin is not 0, before the weights change.
     """
-    losses = accumulate(learner, parts, ref_logps, sums, device)
+    losses = accumulate(learner, parts, ref_logps, sums, device, first)
     if not _all_finite(losses, device):
         raise NotFinite("the loss is not finite", losses)
+    if first:
+        first.judge()
     norm = learner.step(rate)
     if not (math.isfinite(norm) and norm >= 0):
         raise NotFinite(f"the gradient norm is {norm}")
@@ -86,15 +91,23 @@ def optimizer_step(
 
 
 def accumulate(
-    learner: Learner, parts: Iterable[Portion], ref_logps: Logps, sums: MetricSums, device: torch.device
+    learner: Learner,
+    parts: Iterable[Portion],
+    ref_logps: Logps,
+    sums: MetricSums,
+    device: torch.device,
+    first: FirstStep | None = None,
 ) -> list[torch.Tensor]:
     """Forward and backward of this rank's micro-batches; gives the losses (B,) of those that count."""
     losses = []
     for on_host, weight, last in parts:
         batch = on_host.to(device)
-        out = learner.backward(batch, ref_logps(batch), weight, last)
+        ref_B2 = ref_logps(batch)
+        out = learner.backward(batch, ref_B2, weight, last)
         if weight:
             sums.add(out, batch)
+            if first:
+                first.see(batch, out.logps_B2, ref_B2)
             losses.append(out.losses_B)
     return losses
 

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from simple_llama.ops.machine import peak_flops
 from simple_llama.pretraining.llama_transformer import compiled_graphs
 from simple_llama.pretraining.weights import LoadedModel
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
@@ -30,6 +31,8 @@ from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, 
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyConfig, compile_now
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
+from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, FirstStep, require_kept
+from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig, evaluate
 from simple_llama.reinforcement_learning.rlhf.run.interval import Interval, IntervalConfig
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
@@ -82,8 +85,9 @@ class TrainingRun:
         )
         self.total_steps = self.plan.steps_per_epoch * config.epochs
         self.loss_fn = PreferenceLoss.of(config)
-        self.ref_logps, content = open_reference(config, inputs, ranks)
-        require_same("reference store (digest)", content, ranks)
+        self.reference = open_reference(config, inputs, ranks)
+        require_same("reference store (digest)", self.reference.content, ranks)
+        self.bound = Bound(inputs.dtype, ranks.device.type)
 
         ckpt_folder, log_folder = folders_of(config, name)
         course = course_of(asdict(config), self.plan.pairs_per_step, inputs)
@@ -93,6 +97,7 @@ class TrainingRun:
         if saved:
             defaults = {field.name: field.default for field in fields(LossConfig)}
             checkpoint.check_same_run(saved, course, self.total_steps, later=defaults)
+        values = reference_values(self.reference, inputs.data.pairs, self.bound, saved)
         self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
         with inputs.start.reading() as start:
             policy = _build_policy(config, inputs, start, self.loss_fn, ranks.device)
@@ -110,7 +115,7 @@ class TrainingRun:
         self.interval = Interval(MetricSums(ranks.device, work), self.engine.communication, peak, ranks)
         self.samples = Samples(inputs, self.engine, config, ranks, log_folder, self.writer)
         keep = config.keep_states
-        self.saves = Saves(ckpt_folder, self.engine, inputs, course, asdict(config), keep, check_lock, ranks)
+        self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, asdict(config), keep, check_lock, ranks)
         self.at = self.saves.resume(saved) if saved else Position()
 
     # === Start ===
@@ -149,14 +154,18 @@ class TrainingRun:
 
     def check_start(self) -> None:
         """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known."""
-        dtype, device = self.inputs.dtype, self.ranks.device
-        worst = ref_source.audit(self.engine.logps, self.ref_logps, self.pairs, dtype, device)
-        LOGGER.info("step-0 audit: policy and reference differ by at most %.2g nats a token", worst)
+        config, reference = self.config, self.reference
+        auditor = Auditor(self.inputs.data.pairs, self.bound, config.batch_size, config.seed, self.ranks)
+        if reference.store and auditor.finds_unbound(reference.store):
+            auditor.take_over(reference.store, self.engine.logps)
+        elif reference.store:
+            auditor.bind(reference.store)
+        auditor.audit(self.engine.logps, reference.logps, "step-0 audit")
         self.evaluate(0)
         expected = self.loss_fn.at_start()
         if self.held_out and expected is not None:
             LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
-            if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[dtype] * max(expected, 1.0):
+            if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[self.inputs.dtype] * max(expected, 1.0):
                 raise UserError(
                     f"step 0: the held-out loss is {self.at.last_loss:.6f}, expected {expected:.6f} while the policy "
                     "is the reference; the store does not belong to this model or machine: delete its folder under "
@@ -178,6 +187,13 @@ class TrainingRun:
         parts = portions(self.plan.step(index), self.ranks.rank, self.pairs)
         yield from self.stoppable(parts, f"step {index + 1}")
         watchdog.started()
+
+    def first_step(self, index: int) -> FirstStep | None:
+        """What step `index` (from 0) is compared with, where its policy must be the reference: none but the first."""
+        if index > 0 or self.config.dropout > 0:
+            return None
+        mine = [micro_batch for micro_batch in self.plan.step(index)[self.ranks.rank] if micro_batch]
+        return FirstStep(self.pairs, mine, self.bound, self.ranks)
 
     def stoppable(self, items: Iterable[Item], place: str) -> Iterator[Item]:
         """Micro-batches, of which each rank has as many (collective); between two of them the run may stop."""
@@ -241,7 +257,8 @@ class TrainingRun:
             mine = sweep(self.held_out.rows, self.config.batch_size, ranks.world_size)[ranks.rank]
             parts = self.stoppable(mine, f"evaluation at step {step}")
             shown = progress(parts, total=len(mine), desc="evaluate", ranks=ranks)
-            values = evaluate(self.engine.logps, self.loss_fn, self.ref_logps, self.held_out, shown, ranks.device)
+            ref_logps = self.reference.logps
+            values = evaluate(self.engine.logps, self.loss_fn, ref_logps, self.held_out, shown, ranks.device)
             self.at.last_loss = values["eval_loss"]
             self.writer.scalars(step, values)
             log_line(f"evaluation at step {step}", values, "eval_")
@@ -270,16 +287,36 @@ class TrainingRun:
         LOGGER.info("finished: %s", self.saves.newest_path)
 
 
-def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks) -> tuple[ref_source.Logps, str]:
-    """Where reference log-probs come from, and a digest of what will be looked up (collective)."""
+def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks) -> ref_source.Reference:
+    """Where reference log-probs come from (collective)."""
     if config.reference == "online":
         frozen = inputs.build_reference(ranks.device).requires_grad_(False)
         compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)
-        return ref_source.from_model(frozen), "online"
+        return ref_source.Reference(ref_source.from_model(frozen), "online")
     store = ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     with fail_together(ranks):
         content = store.content_digest(inputs.data.pairs.keys)  # raises where pairs are missing
-    return ref_source.from_store(store), content
+    return ref_source.Reference(ref_source.from_store(store), content, store)
+
+
+def reference_values(
+    reference: ref_source.Reference, pairs: PairSet, bound: Bound, saved: checkpoint.SavedState | None
+) -> dict[str, Any] | None:
+    """What the run's states keep of the reference's values: those that the run began with, and a digest of today's.
+
+    UserError where the saved run was trained with others.
+    """
+    store, kept = reference.store, saved.facts.reference_values if saved else None
+    if not store:
+        return kept
+    values = KeptValues.of(store, pairs.keys, reference.content)
+    if saved and not kept:
+        LOGGER.info("%s keeps no values of the reference: none are compared", saved.folder)
+    elif saved:
+        before = KeptValues.from_json(kept, str(saved.folder / "state.json"))
+        require_kept(before, store, reference.content, bound, str(saved.folder))
+        values = replace(values, records=before.records)
+    return values.to_json()
 
 
 def _build_policy(

@@ -25,7 +25,8 @@ from simple_llama.common import files
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY, as_keys
 from simple_llama.reinforcement_learning.rlhf.reference import ref_store
-from simple_llama.reinforcement_learning.rlhf.reference.ref_store import _RECORD, RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.reference.shards import RECORD, are_sound, as_records, merged
 
 ROOT = Path(files.__file__).parents[2]
 REFERENCE = reference_id("weights", "tokenizer", {"dtype": "bfloat16", "attention": "1", "head": "1"})
@@ -56,6 +57,32 @@ def filled(cache_dir: Path, numbers: Iterable[int]) -> RefStore:
 
 def shards(store: RefStore) -> list[Path]:
     return sorted(store.folder.glob("*.npy"))
+
+
+def bytes_of(array: np.ndarray) -> bytes:
+    """An array as the content of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def bound_name(store: RefStore, data: bytes) -> str:
+    """What a shard of these bytes is called: shard-<blake2b of the folder's name, then the bytes>.npy."""
+    return f"shard-{hashlib.blake2b(store.folder.name.encode() + data, digest_size=16).hexdigest()}.npy"
+
+
+def unbound_name(data: bytes) -> str:
+    """What it was called before names told of the reference."""
+    return f"{hashlib.blake2b(data, digest_size=16).hexdigest()}.npy"
+
+
+def place_unbound(store: RefStore, numbers: Iterable[int], shift: float = 0.0) -> Path:
+    """A shard of these pairs as an earlier version wrote it, sums changed by `shift`."""
+    listed = list(numbers)
+    data = bytes_of(merged([as_records(pairs(listed), logps(listed) + np.float32(shift))]))
+    path = store.folder / unbound_name(data)
+    path.write_bytes(data)
+    return path
 
 
 def raising(code: int) -> Callable[..., None]:
@@ -162,14 +189,14 @@ def test_lookup_is_a_dict(keys: list[tuple[bytes, int]], stored: int) -> None:
     wanted = as_keys([name for name, _ in keys], [(count, 1) for _, count in keys])
     values = -np.arange(1.0, 2 * len(wanted) + 1, dtype=np.float32).reshape(-1, 2)
     store = RefStore(Path("unused"))
-    store._sorted = ref_store._merged([ref_store._as_records(wanted[:stored], values[:stored])])
+    store._bound = merged([as_records(wanted[:stored], values[:stored])])
     assert missing(store, wanted) == list(range(stored, len(wanted)))
     assert store.lookup(wanted[:stored][::-1]).tolist() == values[:stored][::-1].tolist()
 
 
 def test_a_record_begins_with_its_key() -> None:
     """What a pair is called in memory is what stands on disk: digest, then counts."""
-    assert _RECORD.descr[: len(KEY.descr)] == KEY.descr
+    assert RECORD.descr[: len(KEY.descr)] == KEY.descr
 
 
 def test_the_store_needs_no_torch() -> None:
@@ -253,49 +280,58 @@ def test_a_truncated_shard_is_found_and_made_again(tmp_path: Path, kept: int) ->
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_bytes_under_a_right_name_are_no_error(tmp_path: Path, data: st.DataObject) -> None:
-    """A shard cut, changed and given the digest of its new bytes as name: it is set aside, or its records are sound."""
+    """A shard cut, changed and given the digest of its new bytes as name, of either form: it is set aside, or its
+    records are sound; or a change of its header makes it one of another kind, which is left alone."""
     store = RefStore.open(tmp_path, REFERENCE)
-    buffer = io.BytesIO()
-    np.save(buffer, ref_store._as_records(pairs([0, 1]), logps([0, 1])))
-    content = bytearray(buffer.getvalue())
+    content = bytearray(bytes_of(as_records(pairs([0, 1]), logps([0, 1]))))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))
         content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
-    content = content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
-    shard = store.folder / f"{files.digest(content).hex()}.npy"
+    content = bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    shard = store.folder / (unbound_name(content) if data.draw(st.booleans()) else bound_name(store, content))
     shard.write_bytes(content)
     store.load()
     assert (store.set_aside == [shard.name]) != shard.exists()
-    assert ref_store._are_sound(store._records).all() and len(store) <= 2
+    assert are_sound(store._records).all() and len(store) <= 2
     for path in store.folder.glob("*.npy*"):
         path.unlink()
 
 
-@pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 2), _RECORD), np.array([{}], dtype=object)])
-def test_an_array_of_something_else_is_set_aside(tmp_path: Path, array: np.ndarray) -> None:
+@pytest.mark.parametrize("named", ["bound", "unbound"])
+@pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 2), RECORD), np.array([{}], dtype=object)])
+def test_an_array_of_something_else_is_set_aside(tmp_path: Path, array: np.ndarray, named: str) -> None:
     """Right name, wrong dtype; wrong shape; a pickle, which is not executed."""
     store = RefStore.open(tmp_path, REFERENCE)
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    shard = store.folder / f"{hashlib.blake2b(buffer.getvalue(), digest_size=16).hexdigest()}.npy"
-    shard.write_bytes(buffer.getvalue())
+    data = bytes_of(array)
+    shard = store.folder / (bound_name(store, data) if named == "bound" else unbound_name(data))
+    shard.write_bytes(data)
     store.load()
     assert store.set_aside == [shard.name] and len(store) == 0
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.5])
+def test_a_kind_of_record_that_comes_later_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Entries of answers, say, beside records of pairs: today's reader neither sets them aside nor reads them."""
+    store = filled(tmp_path, [0])
+    data = bytes_of(np.zeros(3, [("answer", "V16"), ("count", "<i4"), ("logp", "<f4")]))
+    (store.folder / bound_name(store, data)).write_bytes(data)
+    before = shards(store)
+    store.load()
+    assert store.set_aside == [] and shards(store) == before and len(store) == 1 and caplog.text == ""
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.5, -1e30, -40_001.0])
 def test_impossible_records_are_missing(tmp_path: Path, value: float, caplog: pytest.LogCaptureFixture) -> None:
     """A shard with a right name in which pair 0 has a sum that no model gives: pair 0 is missing, pair 1 is there."""
     store = RefStore.open(tmp_path, REFERENCE)
     sums = logps([0, 1])
     sums[0, 1] = value
-    store._write(ref_store._as_records(pairs([0, 1]), sums))
+    store._write(as_records(pairs([0, 1]), sums))
     store = RefStore.open(tmp_path, REFERENCE)
     assert missing(store, pairs([0, 1])) == [0] and store.lookup(pairs([1])).tolist() == [[-2.0, -2.5]]
     assert f"ignored 1 impossible records of shard {shards(store)[0]}" in caplog.text
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf, 0.5])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 0.5, -80_001.0])
 def test_a_pass_cannot_store_impossible_sums(tmp_path: Path, value: float) -> None:
     """A diverged reference stops the pass (it would compute the same for ever); what came before is kept."""
     store = RefStore.open(tmp_path, REFERENCE)
@@ -306,6 +342,13 @@ def test_a_pass_cannot_store_impossible_sums(tmp_path: Path, value: float) -> No
         writer.add(pairs([0]), logps([0]))
         writer.add(pairs([1, 2]), np.array([[-2.0, -2.5], [-3.0, value]], np.float32))
     assert missing(store, pairs([0, 1, 2])) == [1, 2]
+
+
+def test_the_lowest_sums_are_sound(tmp_path: Path) -> None:
+    """2e4 nats a token: pair 0 has 1 and 2 scored tokens."""
+    store = RefStore.open(tmp_path, REFERENCE)
+    store.add(pairs([0]), np.array([[-2e4, -4e4]], np.float32))
+    assert missing(RefStore.open(tmp_path, REFERENCE), pairs([0])) == []
 
 
 def test_rounding_above_zero_is_sound(tmp_path: Path) -> None:
@@ -349,7 +392,7 @@ def test_a_shard_that_another_rank_sets_aside_first_is_no_error(
     monkeypatch.setattr(ref_store, "_listed", lambda folder: listed)
     store.load()
     assert missing(store, pairs([0])) == [] and caplog.text == ""
-    monkeypatch.setattr(ref_store.os, "replace", raising(errno.ENOENT))
+    monkeypatch.setattr(os, "replace", raising(errno.ENOENT))
     listed[0].write_bytes(b"damaged")
     store.load()
     assert missing(store, pairs([0])) == [0]
@@ -399,6 +442,125 @@ def test_an_unreadable_folder_is_a_user_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Path, "iterdir", raising(errno.EACCES))
     with pytest.raises(UserError, match="cannot read the reference store .*Permission denied"):
         store.load()
+
+
+# === shards that no name binds to the reference ===
+
+OTHER = reference_id("other weights", "tokenizer", REFERENCE["numerics"])
+
+
+def test_a_shard_of_another_reference_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Copied as it is, its name does not fit here. Under the name that its bytes had before names told of the
+    reference it is read, but stands below what is bound, and counts as unbound."""
+    store, other = filled(tmp_path, [0]), RefStore.open(tmp_path, OTHER)
+    other.add(pairs([0, 1]), logps([7, 8]))
+    (shard,) = shards(other)
+    copy = store.folder / shard.name
+    copy.write_bytes(shard.read_bytes())
+    store.load()
+    assert store.set_aside == [shard.name] and not copy.exists() and missing(store, pairs([0, 1])) == [1]
+    assert "or it is of another reference" in caplog.text
+    (store.folder / unbound_name(shard.read_bytes())).write_bytes(shard.read_bytes())
+    store.load()
+    assert store.set_aside == [] and store.unbound(pairs([0, 1, 2])).tolist() == [1] and store.has_unbound
+    assert store.lookup(pairs([0, 1])).tolist() == [[-1.0, -1.5], [-9.0, -9.5]]
+
+
+def test_what_is_bound_is_equal_byte_for_byte_and_only_what_was_asked_for(tmp_path: Path) -> None:
+    """Unbound shards of pairs 0-2 and of 3; bound are 1 and 3: the second shard goes, the first serves 0 and 2."""
+    store = RefStore.open(tmp_path, REFERENCE)
+    kept, gone = place_unbound(store, [0, 1, 2]), place_unbound(store, [3])
+    store.load()
+    before = store._records.tobytes(), store.content_digest(pairs(range(4)))
+    assert store.bind(pairs([1, 3, 9])) == 2
+    for view in (store, RefStore.open(tmp_path, REFERENCE)):
+        assert (view._records.tobytes(), view.content_digest(pairs(range(4)))) == before
+        assert view.unbound(pairs(range(5))).tolist() == [0, 2]
+    assert kept.exists() and not gone.exists()
+    (made,) = store.folder.glob("shard-*.npy")
+    assert made.name == bound_name(store, made.read_bytes())
+    assert store.bind(pairs(range(4))) == 2 and not kept.exists()
+    found = RefStore.open(tmp_path, REFERENCE)
+    assert found._records.tobytes() == before[0] and not found.has_unbound
+
+
+def test_what_is_added_stands_above_what_is_unbound(tmp_path: Path) -> None:
+    """A pass computes pair 0 anew: its value counts at once, whichever of the two comes first by its bytes."""
+    for shift in (-1.0, 1.0):
+        store = RefStore.open(tmp_path / str(shift), REFERENCE)
+        place_unbound(store, [0], shift * 0.5)
+        store.load()
+        store.add(pairs([0]), logps([0]))
+        assert store.lookup(pairs([0])).tolist() == [[-1.0, -1.5]] and len(store.unbound(pairs([0]))) == 0
+        assert RefStore.open(tmp_path / str(shift), REFERENCE).lookup(pairs([0])).tolist() == [[-1.0, -1.5]]
+
+
+BIND = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1]]
+from test_ref_store import *
+from simple_llama.reinforcement_learning.rlhf.reference import ref_store
+
+def kill_at(owner, name, call):
+    original, calls = getattr(owner, name), []
+    def deadly(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, deadly)
+
+ref_store._BIND_AT_ONCE = 2
+store = RefStore.open(sys.argv[2], REFERENCE)
+owner, name, call = sys.argv[3:]
+kill_at({"os": os, "Path": Path, "none": RefStore}[owner], name, int(call))
+store.bind(pairs(range(5)))
+"""
+
+
+def test_binding_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    """Five records become three shards, then two unbound ones go. Killed before the first is written, before the first
+    and the second get their names, before the first unbound one goes and before the second; two at once: each time all
+    is there, and the next command ends it."""
+    kills = [("Path", "write_bytes", 1), ("os", "replace", 1), ("os", "replace", 2), ("Path", "unlink", 1)]
+    kills += [("Path", "unlink", 2), ("none", "bind", 2), ("none", "bind", 2)]
+    stores, processes = [], []
+    for number, kill in enumerate(kills):
+        folder = tmp_path / str(min(number, 5))  # the last two are at once in one folder
+        if number < 6:
+            stores.append(RefStore.open(folder, REFERENCE))
+            place_unbound(stores[-1], [0, 1, 2])
+            place_unbound(stores[-1], [3, 4])
+        command = [sys.executable, "-c", BIND, str(Path(__file__).parent), str(folder), *map(str, kill)]
+        processes.append(subprocess.Popen(command, cwd=ROOT))
+    stop = -signal.SIGKILL
+    assert [process.wait(60) for process in processes] == [stop, stop, stop, stop, stop, 0, 0]
+    for number, store in enumerate(stores):
+        for _ in range(2):
+            store = RefStore.open(store.folder.parent, REFERENCE)
+            assert store.lookup(pairs(range(5))).tolist() == logps(range(5)).tolist() and store.set_aside == []
+            store.bind(pairs(range(5)))
+        assert not store.has_unbound and len(shards(store)) >= 1, number
+
+
+def test_a_shard_that_is_bound_while_another_reads_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the listing and the reading, another command binds all: the reader looks again, and misses nothing."""
+    store = RefStore.open(tmp_path, REFERENCE)
+    place_unbound(store, [0, 1])
+    other = RefStore.open(tmp_path, REFERENCE)
+    listed, read = ref_store._listed, []
+
+    def list_then_bind(folder: Path) -> list[Path]:
+        paths = listed(folder)
+        if not read:
+            read.append(1)
+            other.bind(pairs([0, 1]))
+        return paths
+
+    monkeypatch.setattr(ref_store, "_listed", list_then_bind)
+    store.load()
+    assert store.lookup(pairs([0, 1])).tolist() == logps([0, 1]).tolist() and not store.has_unbound
 
 
 # === passes that are killed, and two at once ===

@@ -1,0 +1,244 @@
+"""Whether the reference's numbers are those of the model that a run starts from: pairs drawn anew, and the first step.
+
+Shapes: B pairs of a micro-batch, 2 sides (chosen, rejected).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from simple_llama.cluster import stopping, watchdog
+from simple_llama.cluster.distributed import (
+    Ranks,
+    all_reduce_sum,
+    broadcast_object,
+    fail_together,
+    gather_objects,
+)
+from simple_llama.common.errors import UserError
+from simple_llama.common.logging import LOGGER
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps, from_store
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.reference.shards import keys_of
+
+# Nats a scored token by which honest sums may differ.
+_A_TOKEN = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+# Nats an answer: ten times the largest difference of 1,000 pairs between kinds of CPU (benchmarks/bench_rounding.py).
+_AN_ANSWER = {torch.float32: 6e-4, torch.bfloat16: 0.9}
+_LAST_PLACES = 2.0**-20  # of a sum: some eight units in its last place, which summing in another order may move
+
+_DRAWN, _FEWEST, _DRAWN_UNBOUND = 64, 16, 256  # pairs
+_MOST_S = 10.0
+_MOST_NAMED = 8  # pairs in a message
+_REMEDY = (
+    "The store does not belong to this model or machine: delete its folder under ref_cache_dir and run "
+    "launch/precompute_ref.py again"
+)
+
+
+class Bound(NamedTuple):
+    """The largest honest difference of two sums of the same weights: in other micro-batches, on another machine.
+
+    The limit an answer was measured on CPUs and holds there: between CUDA devices, where none was, that a token alone.
+    """
+
+    dtype: torch.dtype
+    device: str  # its type
+
+    def of(self, ref_B2: torch.Tensor, counts_B2: torch.Tensor) -> torch.Tensor:
+        """Nats (B, 2) for answers of such sums and so many scored tokens."""
+        by_tokens_B2 = _A_TOKEN[self.dtype] * counts_B2
+        if self.device != "cpu":
+            return by_tokens_B2
+        return torch.minimum(by_tokens_B2, (_LAST_PLACES * ref_B2.abs()).clamp(min=_AN_ANSWER[self.dtype]))
+
+    def exceeded(self, ours_B2: torch.Tensor, ref_B2: torch.Tensor, counts_B2: torch.Tensor) -> torch.Tensor:
+        """(B, 2) bool: which sums lie further from the reference, or are no numbers."""
+        return ~((ours_B2 - ref_B2).abs() <= self.of(ref_B2, counts_B2))
+
+
+@dataclass(frozen=True)
+class Auditor:
+    """Recomputes pairs that nobody could foresee with a model that must be the reference."""
+
+    pairs: PairSet  # all that a command will look up
+    bound: Bound
+    batch_size: int  # pairs that a rank may compute at once
+    seed: int
+    ranks: Ranks
+    draw: int = _DRAWN
+
+    def audit(
+        self,
+        logps: Logps,
+        ref_logps: Logps,
+        what: str,
+        among: np.ndarray | None = None,
+        remedy: str = _REMEDY,
+    ) -> None:
+        """Draws, recomputes and compares (collective); the log tells how many, and how near they came.
+
+        Each pair has the same chance. As many as can be computed in ten seconds, but never under sixteen. No global
+        random numbers are used.
+
+        Args:
+            logps, ref_logps: of the model, and of the reference; every rank calls them as often.
+            what: names the audit.
+            among: positions to draw from; all where it is not given.
+            remedy: what a person is told to do.
+
+        Raises:
+            UserError: on all ranks, with the pairs: the reference was made with another model, or by other numerics.
+        """
+        started = time.monotonic()
+        drawn = self._draw(among)
+        turn = max(1, min(self.batch_size, -(-_FEWEST // self.ranks.world_size))) * self.ranks.world_size
+        worst, bad, done = 0.0, list[str](), 0
+        while done < len(drawn):
+            watchdog.beat(what)
+            stopping.agree(self.ranks)
+            hand = drawn[done : done + turn]
+            mine = hand[self.ranks.rank :: self.ranks.world_size]
+            furthest, found = self._compare(logps, ref_logps, mine or hand[:1])
+            worst, bad, done = max(worst, furthest), bad + found, done + len(hand)
+            spent = time.monotonic() - started
+            goes_on = done < _FEWEST or spent * (done + turn) <= _MOST_S * done
+            if not broadcast_object(goes_on, self.ranks):  # by one clock
+                break
+        told = gather_objects([worst, bad], self.ranks)
+        worst, named = max(one[0] for one in told), list(dict.fromkeys(name for one in told for name in one[1]))
+        if named:
+            raise UserError(
+                f"{what}: {len(named)} of {done} pairs drawn are further from the reference than rounding: "
+                f"{', '.join(named[:_MOST_NAMED])}. {remedy}"
+            )
+        seconds = time.monotonic() - started
+        LOGGER.info(
+            "%s: policy and reference differ by at most %.2g nats a token on %d of %d pairs, drawn anew (%.1f s)",
+            *(what, worst, done, len(self.pairs) if among is None else len(among), seconds),
+        )
+
+    def finds_unbound(self, store: RefStore) -> bool:
+        """Whether pairs have records in unbound shards alone: rank 0's word, since it draws them and binds them."""
+        return broadcast_object(len(store.unbound(self.pairs.keys)) > 0, self.ranks)
+
+    def take_over(self, store: RefStore, logps: Logps) -> None:
+        """Audits the records that pairs have in unbound shards alone, with the store's model, and binds them
+        (collective). Where the store cannot be written they stay as they are, and each command audits them."""
+        unbound = store.unbound(self.pairs.keys)
+        wider = replace(self, draw=_DRAWN_UNBOUND)
+        what = "audit of shards that no name binds to the reference"
+        remedy = (
+            f"Delete what is called other than shard-*.npy in {store.folder}, then run launch/precompute_ref.py again"
+        )
+        wider.audit(logps, from_store(store), what, unbound, remedy)
+        self.bind(store)
+
+    def bind(self, store: RefStore) -> None:
+        """Binds the audited records of the pairs, and ends what a killed command left of that (collective)."""
+        with fail_together(self.ranks):
+            if not (self.ranks.is_main and store.has_unbound):
+                return
+            try:
+                count = store.bind(self.pairs.keys)
+            except UserError as error:
+                LOGGER.warning("%s: shards that no name binds to the reference stay (%s)", store.folder, error)
+                return
+            if count:
+                LOGGER.info("%s: bound %d records to the reference, values as before", store.folder, count)
+
+    def _draw(self, among: np.ndarray | None) -> list[int]:
+        """Positions of pairs to compute, in random order; rank 0 draws."""
+        if self.ranks.is_main:
+            rng = np.random.default_rng([self.seed, int.from_bytes(os.urandom(8), "little")])
+            count = len(self.pairs) if among is None else len(among)
+            chosen = rng.choice(count, min(self.draw, count), replace=False)
+            positions = (chosen if among is None else among[chosen]).tolist()
+        else:
+            positions = []
+        return broadcast_object(positions, self.ranks)
+
+    def _compare(self, logps: Logps, ref_logps: Logps, positions: Sequence[int]) -> tuple[float, list[str]]:
+        """The largest difference a scored token (nats) of a micro-batch, and which pairs are beyond the bound."""
+        batch = PairBatch.pack([self.pairs[i] for i in positions]).to(self.ranks.device)
+        ours_B2, ref_B2 = logps(batch), ref_logps(batch)
+        far_B = self.bound.exceeded(ours_B2, ref_B2, batch.counts_B2).any(1).tolist()
+        told = zip(positions, far_B, ours_B2.tolist(), ref_B2.tolist(), strict=True)
+        named = [_told(self.pairs.origin(i), ours, ref) for i, far, ours, ref in told if far]
+        return float(((ours_B2 - ref_B2).abs() / batch.counts_B2).max()), named
+
+
+def require_kept(kept: KeptValues, store: RefStore, content: str, bound: Bound, place: str) -> None:
+    """Refuses to go on with other values than a state was trained with; a word where they are others by rounding.
+
+    Args:
+        content: the store's content digest of all pairs.
+        place: names the state.
+    """
+    if kept.digest == content:
+        return
+    before, now = (np.array(sums) for sums in (kept.records["logps"], store.lookup(keys_of(kept.records))))
+    counts_B2 = torch.from_numpy(np.array(kept.records["counts"]))
+    far_B = bound.exceeded(torch.from_numpy(now), torch.from_numpy(before), counts_B2).any(1)
+    furthest = float(np.abs(now - before).max())
+    if far_B.any():
+        raise UserError(
+            f"{place}: cannot resume: {int(far_B.sum())} of {len(before)} log-probs of the reference that the state "
+            f"keeps are not those in {store.folder} (up to {furthest:.3g} nats apart). The run was trained with other "
+            "values: bring its store back, or start another run_name"
+        )
+    LOGGER.warning(
+        "%s: the store's values are not those that the run was trained with, but as near as rounding: at most %.2g "
+        "nats apart in %d pairs",
+        *(place, furthest, len(before)),
+    )
+
+
+class FirstStep:
+    """Compares each pair of a run's first optimizer step with the reference, by the forward passes of that step.
+
+    Without dropout the policy is the reference then, so each margin is 0. Nothing waits for the device until `judge`.
+    """
+
+    def __init__(self, pairs: PairSet, micro_batches: Sequence[Sequence[int]], bound: Bound, ranks: Ranks):
+        """Args: micro_batches: those of this rank that count, as positions, in the order in which they will come."""
+        self.pairs, self.bound, self.ranks = pairs, bound, ranks
+        self.coming = iter(micro_batches)
+        self.seen: list[tuple[Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def see(self, batch: PairBatch, logps_B2: torch.Tensor, ref_B2: torch.Tensor) -> None:
+        """Takes the sums of the next micro-batch."""
+        far_B = self.bound.exceeded(logps_B2, ref_B2, batch.counts_B2).any(1)
+        self.seen.append((next(self.coming), far_B, logps_B2, ref_B2))
+
+    def judge(self) -> None:
+        """Raises UserError on all ranks where a pair is beyond the bound (collective)."""
+        count = torch.stack([far_B.sum() for _, far_B, _, _ in self.seen] or [torch.zeros((), dtype=torch.int64)])
+        if not all_reduce_sum(count.sum().to(self.ranks.device)).item():
+            return
+        named = [
+            _told(self.pairs.origin(i), ours, ref)
+            for positions, far_B, logps_B2, ref_B2 in self.seen
+            for i, far, ours, ref in zip(positions, far_B.tolist(), logps_B2.tolist(), ref_B2.tolist(), strict=True)
+            if far
+        ]
+        everybody = [name for rank in gather_objects(named, self.ranks) for name in rank]
+        raise UserError(
+            f"step 1: {len(everybody)} pairs are further from the reference than rounding, while the policy is the "
+            f"reference: {', '.join(everybody[:_MOST_NAMED])}. No weights were changed. {_REMEDY}"
+        )
+
+
+def _told(origin: str, ours: Sequence[float], ref: Sequence[float]) -> str:
+    """A pair with its sums, for a message."""
+    return f"{origin} (chosen {ours[0]:.6g}, stored {ref[0]:.6g}; rejected {ours[1]:.6g}, stored {ref[1]:.6g})"
