@@ -97,7 +97,7 @@ class TrainingRun:
         if saved:
             defaults = {field.name: field.default for field in fields(LossConfig)}
             checkpoint.check_same_run(saved, course, self.total_steps, later=defaults)
-        values = reference_values(self.reference, inputs.data.pairs, self.bound, saved)
+        values = _reference_values(self.reference, inputs.data.pairs, self.bound, saved)
         self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
         with inputs.start.reading() as start:
             policy = _build_policy(config, inputs, start, self.loss_fn, ranks.device)
@@ -299,7 +299,7 @@ def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ra
     return ref_source.Reference(ref_source.from_store(store), content, store)
 
 
-def reference_values(
+def _reference_values(
     reference: ref_source.Reference, pairs: PairSet, bound: Bound, saved: checkpoint.SavedState | None
 ) -> dict[str, Any] | None:
     """What the run's states keep of the reference's values: those that the run began with, and a digest of today's.
