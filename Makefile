@@ -65,6 +65,7 @@ bench: $(PEERS) ## all benches on this CPU, beside their peers; appends to bench
 	$(BENCH)/bin/python -m benchmarks.bench_scale
 	$(BENCH)/bin/python -m benchmarks.bench_block
 	$(BENCH)/bin/python -m benchmarks.bench_pairs
+	$(BENCH)/bin/python -m benchmarks.bench_growth
 
 bench-gpu: $(PEERS) ## the same on an NVIDIA GPU, with models of about a billion weights
 	$(ONE_GPU) -m benchmarks.bench_logprob --device cuda

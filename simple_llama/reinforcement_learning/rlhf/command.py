@@ -18,6 +18,7 @@ from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, fail_t
 from simple_llama.cluster.supervisor import FINISHED
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
+from simple_llama.ops.machine import bound_compiled_gemms
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
@@ -32,6 +33,7 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
     Ends the process, non-zero on any error.
     """
     config, ranks = None, None
+    bound_compiled_gemms()
     try:
         config = parse_config(description=description)
         ranks = init_ranks(config.device, config.start_timeout_s)

@@ -1,11 +1,13 @@
-"""What the machine can do: its peak."""
+"""What the machine can do: its peak; what is kept of compiled GEMMs."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
-from simple_llama.ops.machine import _measured_gemm_flops, peak_flops
+from simple_llama.ops.machine import _measured_gemm_flops, bound_compiled_gemms, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -33,3 +35,15 @@ def test_peak_of_a_known_gpu_is_its_data_sheet(monkeypatch: pytest.MonkeyPatch) 
         assert peak_flops(cuda, torch.bfloat16) == peak
         assert peak_flops(cuda, torch.float32) == 1.0
     assert peak_flops(CPU, torch.bfloat16) == 1.0
+
+
+def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is set: both are bounded. One is set, by oneDNN's other name: only ATen's is. Set again: no change."""
+    onednn, other, aten = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+    for before, after in (({}, {onednn: "128", aten: "128"}), ({other: "9"}, {other: "9", aten: "128"})):
+        monkeypatch.setattr("os.environ", dict(before))
+        bound_compiled_gemms()
+        assert os.environ == after
+        os.environ[aten] = "7"
+        bound_compiled_gemms()
+        assert os.environ == {**after, aten: "7"}
