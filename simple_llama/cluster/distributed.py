@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,8 @@ _LAUNCHER_VARIABLES = (
 _LATE_S = 5.0  # after the start's timeout, in which torch may say itself what is wrong
 _FLUSH_S = 30.0  # for what was said and is not written yet: the disk may hang, or nobody may read
 _MOST_NAMED = 8  # differing ranks shown in one message
+
+SomeError = TypeVar("SomeError", bound=UserError)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,13 @@ def require_same(what: str, value: Any, ranks: Ranks) -> None:
     if len(odd) > _MOST_NAMED:
         lines.append(f"  and {len(odd) - _MOST_NAMED} more ranks")
     lines.append("Give all hosts the same files and settings (a shared disk, or equal copies) and start again.")
-    raise UserError("\n".join(lines))
+    raise shared(UserError("\n".join(lines)), ranks)
+
+
+def shared(error: SomeError, ranks: Ranks) -> SomeError:
+    """`error`, which every rank raises at this moment: rank 0 says it for all."""
+    error.sharers, error.is_said = ranks.world_size, not ranks.is_main
+    return error
 
 
 @contextlib.contextmanager
@@ -158,16 +166,23 @@ def fail_together(ranks: Ranks) -> Iterator[None]:
     """Run the body on every rank; if it fails on one, fail on all, at once and not at a collective's timeout.
 
     The failing rank raises its own error, the others a UserError that names it. The body holds no collectives.
+    Of ranks with the same error one says it for all, and of those without an error rank 0.
     """
     host = socket.gethostname()
     try:
         yield
     except Exception as error:
-        gather_objects((host, _one_line(error)), ranks)
+        reason = _one_line(error)
+        failures = gather_objects((host, reason), ranks)
+        if isinstance(error, UserError):
+            same = [rank for rank, failure in enumerate(failures) if failure is not None and failure[1] == reason]
+            error.sharers, error.is_said = len(same), same[0] != ranks.rank
         raise
     for rank, failure in enumerate(gather_objects(None, ranks)):
         if failure is not None:
-            raise UserError(f"rank {rank} on host {failure[0]} failed: {failure[1]}")
+            error = UserError(f"rank {rank} on host {failure[0]} failed: {failure[1]}")
+            error.is_said = not ranks.is_main
+            raise error
 
 
 def _flush() -> None:

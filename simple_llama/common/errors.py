@@ -4,4 +4,11 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something a person can put right: the message says what was expected, what was found and what to do."""
+    """Something a person can put right: the message says what was expected, what was found and what to do.
+
+    Where ranks have told each other that they end with the same one, `sharers` counts them, and it `is_said` by another
+    rank on all but one of them.
+    """
+
+    sharers = 1
+    is_said = False

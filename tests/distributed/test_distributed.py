@@ -34,6 +34,17 @@ def odd_body(rank):
         if rank == 1:
             raise OSError("disk\\nsecond line")
 
+def fails(rank, who):
+    with fail_together(ranks):
+        if rank in who:
+            raise UserError("no such file")
+
+def said(call):
+    try:
+        call()
+    except UserError as error:
+        return [error.sharers, error.is_said, str(error).split(" on host")[0]]
+
 ranks = init_ranks("cpu", timeout_s=60)
 links = connect(ranks, 30)
 rank, mine = ranks.rank, torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
@@ -49,6 +60,8 @@ seen = {
     "odd": message_of(lambda: require_same("reference store", "ab" if rank == 0 else "cd", ranks)),
     "odd_setting": message_of(lambda: require_same("config", {"beta": 0.5, "lr": 1.0 + rank}, ranks)),
     "failure": message_of(lambda: odd_body(rank)),
+    "said": [said(lambda: fails(rank, who)) for who in ((0, 1), (0,), (1,))],
+    "said_odd": said(lambda: require_same("seed", rank, ranks)),
 }
 barrier(ranks)
 close_ranks()
@@ -129,6 +142,16 @@ def test_failure_on_one_rank_ends_all(seen: list[dict[str, Any]]) -> None:
     """Rank 1 raises its own error, rank 0 one that names rank 1; nobody waits for a timeout."""
     assert seen[1]["failure"] == "OSError: disk\nsecond line"
     assert seen[0]["failure"] == f"UserError: rank 1 on host {socket.gethostname()} failed: OSError: disk"
+
+
+def test_who_says_an_error(seen: list[dict[str, Any]]) -> None:
+    """[ranks that share it, whether another one says it, text]: one that both have is rank 0's to say, one of rank 0
+    or of rank 1 alone is its own; rank 0 also says that rank 1 failed, rank 1 need not say that rank 0 did."""
+    both, of_0, of_1 = zip(*(rank["said"] for rank in seen), strict=True)
+    assert both == ([2, False, "no such file"], [2, True, "no such file"])
+    assert of_0 == ([1, False, "no such file"], [1, True, "rank 0"])
+    assert of_1 == ([1, False, "rank 1"], [1, False, "no such file"])
+    assert [rank["said_odd"][:2] for rank in seen] == [[2, False], [2, True]]
 
 
 def test_a_rank_that_never_comes_is_a_user_error() -> None:

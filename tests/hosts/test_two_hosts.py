@@ -121,8 +121,8 @@ def test_host_with_other_data_is_named(rig: Rig, job: TinyJob, tmp_path: Path) -
     write_pairs(tmp_path / "pairs.jsonl", range(1, 25))
     with mounted(rig, "host-b", tmp_path / "pairs.jsonl", job.folder / "pairs.jsonl"):
         output = refusal(rig, settings(job))
-    assert output.count("data set (digest) must be the same on all 2 ranks") == 2
-    assert output.count("rank 1 on host host-b: expected") == 2
+    assert output.count("data set (digest) must be the same on all 2 ranks") == 1
+    assert output.count("rank 1 on host host-b: expected") == 1
 
 
 def test_host_with_another_setting_is_named(rig: Rig, job: TinyJob, tmp_path: Path) -> None:
@@ -131,8 +131,8 @@ def test_host_with_another_setting_is_named(rig: Rig, job: TinyJob, tmp_path: Pa
     other.write_text(json.dumps({"beta": 0.1}))
     with mounted(rig, "host-b", other, shared):
         output = refusal(rig, settings(job), f"--config={shared}")
-    assert output.count("settings must be the same on all 2 ranks") == 2
-    assert output.count("rank 1 on host host-b: expected {'beta': 0.5}, found {'beta': 0.1}") == 2
+    assert output.count("settings must be the same on all 2 ranks") == 1
+    assert output.count("rank 1 on host host-b: expected {'beta': 0.5}, found {'beta': 0.1}") == 1
 
 
 def test_host_with_another_version_is_named(rig: Rig, job: TinyJob, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_host_with_another_version_is_named(rig: Rig, job: TinyJob, tmp_path: Pa
     with mounted(rig, "host-b", tmp_path / "METADATA", metadata):
         output = refusal(rig, settings(job))
     expected = f"{{'tokenizers': '{installed.version}'}}"
-    assert output.count(f"rank 1 on host host-b: expected {expected}, found {{'tokenizers': '0.0.1'}}") == 2
+    assert output.count(f"rank 1 on host host-b: expected {expected}, found {{'tokenizers': '0.0.1'}}") == 1
 
 
 def test_names_that_are_loopback_give_the_hint(rig: Rig, job: TinyJob) -> None:

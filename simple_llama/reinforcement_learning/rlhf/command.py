@@ -7,6 +7,8 @@ hung, 75 stopped on request after a save, 130 ended by a second Ctrl-C. The last
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import socket
 import sys
 import traceback
@@ -35,7 +37,7 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
     config, ranks = None, None
     bound_compiled_gemms()
     try:
-        config = parse_config(description=description)
+        config = _parse(description)
         ranks = init_ranks(config.device, config.start_timeout_s)
         stopping.install(
             ranks.world_size
@@ -59,7 +61,10 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         close_ranks()
         leave(0)
     except stopping.Stopped as stop:
-        _say(f"stopped{_where(ranks)}: {stop}; --resume goes on from what is saved")
+        if ranks is None or ranks.is_main:  # the others stop with it
+            _say(
+                f"stopped{_where(ranks, ranks.world_size if ranks else 1)}: {stop}; --resume goes on from what is saved"
+            )
         with contextlib.suppress(RuntimeError):  # a rank that was lost on the way here
             if ranks:
                 barrier(ranks)  # all stop together: one of them may still tidy up
@@ -69,7 +74,8 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         watchdog.fail(str(error))
         if config is not None and config.debug:
             raise
-        _say(f"error{_where(ranks)}: {error}")
+        if not error.is_said:
+            _say(f"error{_where(ranks, error.sharers)}: {error}")
         leave(MISTAKE)
     except KeyboardInterrupt:
         watchdog.fail("interrupted")
@@ -86,9 +92,29 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         stopping.uninstall()
 
 
-def _where(ranks: Ranks | None) -> str:
-    """Which of several ranks speaks."""
-    return f" (rank {ranks.rank} on {socket.gethostname()})" if ranks and ranks.world_size > 1 else ""
+def _parse(description: str | None) -> DPOConfig:
+    """The settings of this rank. What is wrong with them, or their help, is said by the first rank of a host alone
+    where one launcher gave all of them the same command line."""
+    launched = {"CROSS_SIZE", "TORCHELASTIC_RUN_ID"} & os.environ.keys()  # by DeepSpeed or torchrun
+    if not launched or os.environ.get("LOCAL_RANK", "0") == "0":
+        return parse_config(description=description)
+    unheard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(unheard), contextlib.redirect_stdout(unheard):
+            return parse_config(description=description)
+    except UserError as error:
+        error.is_said = True
+        raise
+
+
+def _where(ranks: Ranks | None, sharers: int = 1) -> str:
+    """Which of several ranks speaks, and for how many."""
+    if ranks is None or ranks.world_size == 1:
+        return ""
+    if sharers == ranks.world_size:
+        return f" (all {sharers} ranks)"
+    others = f" and {sharers - 1} more" if sharers > 1 else ""
+    return f" (rank {ranks.rank} on {socket.gethostname()}{others})"
 
 
 def _say(message: str) -> None:

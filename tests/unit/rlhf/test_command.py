@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from simple_llama.cluster.console import _close_log
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf import command
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from tiny_job import ROOT, TinyJob, make_job
 
 pytestmark = pytest.mark.dist
@@ -120,6 +129,62 @@ def test_status_of_a_process_whose_libraries_abort_on_the_way_out(
     done = call(PRECOMPUTE, job)
     assert done.returncode == 0 and "job finished on all ranks" in done.stdout, done.stdout + done.stderr
     assert_one_message(call(TRAIN, job, model_path="none"), "found nothing there")
+
+
+@pytest.mark.parametrize(
+    ("rank", "sharers", "is_said", "expected"),
+    [
+        (0, 2, False, "error (all 2 ranks): no such file\n"),
+        (1, 2, True, ""),
+        (1, 1, False, "error (rank 1 on {host}): no such file\n"),
+    ],
+)
+def test_an_error_of_all_ranks_is_said_once(
+    rank: int, sharers: int, is_said: bool, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """One of two ranks, as it ends: what both have is said by rank 0, what one has by itself. Status 2 each."""
+
+    def fail(config: DPOConfig, ranks: Ranks) -> None:
+        error = UserError("no such file")
+        error.sharers, error.is_said = sharers, is_said
+        raise error
+
+    place = Ranks(rank, 2, rank, 2, torch.device("cpu"))
+    monkeypatch.setattr(command, "parse_config", lambda description: DPOConfig())
+    monkeypatch.setattr(command, "init_ranks", lambda device, timeout_s: place)
+    monkeypatch.setattr(command.watchdog, "start", lambda ranks, config: None)
+    monkeypatch.setattr(command, "fail_together", lambda ranks: contextlib.nullcontext())
+    monkeypatch.setattr(command, "load_inputs", fail)
+    monkeypatch.setattr(command, "leave", sys.exit)
+    with pytest.raises(SystemExit) as stop:
+        command.run_command(lambda *of_a_run: None, None)
+    _close_log()
+    assert stop.value.code == 2 and capsys.readouterr().err == expected.format(host=socket.gethostname())
+
+
+@pytest.mark.parametrize("flag", ["--config=none.json", "--betta=1", "--help"])
+def test_what_is_said_of_a_command_line_is_said_once_a_host(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started by DeepSpeed's launcher, the second rank of a host ends as the first, and says nothing; one that another
+    launcher started, perhaps with flags of its own, speaks for itself."""
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py", flag])
+    monkeypatch.setattr(command, "leave", sys.exit)
+    said = []
+    for variables in (
+        {"CROSS_SIZE": "1", "LOCAL_RANK": "0"},
+        {"CROSS_SIZE": "1", "LOCAL_RANK": "1"},
+        {"LOCAL_RANK": "1"},
+    ):
+        with monkeypatch.context() as launcher:
+            launcher.delenv("CROSS_SIZE", raising=False)
+            for name, value in variables.items():
+                launcher.setenv(name, value)
+            with pytest.raises(SystemExit) as stop:
+                command.run_command(lambda *of_a_run: None, None)
+        assert stop.value.code == (0 if flag == "--help" else 2)
+        said.append("".join(capsys.readouterr()))
+    assert said[0] == said[2] != "" and said[1] == ""
 
 
 def test_apply_dpo_runs_from_its_own_folder(job: TinyJob) -> None:

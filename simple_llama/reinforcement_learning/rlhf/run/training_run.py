@@ -15,7 +15,7 @@ import torch
 
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import progress, set_up_log
-from simple_llama.cluster.distributed import Ranks, fail_together, gather_objects, require_same
+from simple_llama.cluster.distributed import Ranks, fail_together, gather_objects, require_same, shared
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import with_absolute_paths
@@ -94,13 +94,15 @@ class TrainingRun:
         with fail_together(ranks):
             saved = checkpoint.newest_state(ckpt_folder) if config.resume else None
         require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files} if saved else None, ranks)
-        if saved:
-            defaults = {field.name: field.default for field in fields(LossConfig)}
-            checkpoint.check_same_run(saved, course, self.total_steps, later=defaults)
-        values = _reference_values(self.reference, inputs.data.pairs, self.bound, saved)
-        self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
+        with fail_together(ranks):
+            if saved:
+                defaults = {field.name: field.default for field in fields(LossConfig)}
+                checkpoint.check_same_run(saved, course, self.total_steps, later=defaults)
+            values = _reference_values(self.reference, inputs.data.pairs, self.bound, saved)
+            self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
         with inputs.start.reading() as start:
-            policy = _build_policy(config, inputs, start, self.loss_fn, ranks.device)
+            with fail_together(ranks):
+                policy = _build_policy(config, inputs, start, self.loss_fn, ranks.device)
             work = partial(useful_flops, model_size(policy.model), policy.model.architecture, backward=True)
             self.engine = Engine(policy, start.state_dict, config, ranks)
         compile_now(policy.model, self.pairs[0], ranks.device, backward=True)
@@ -166,11 +168,12 @@ class TrainingRun:
         if self.held_out and expected is not None:
             LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
             if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[self.inputs.dtype] * max(expected, 1.0):
-                raise UserError(
+                problem = UserError(
                     f"step 0: the held-out loss is {self.at.last_loss:.6f}, expected {expected:.6f} while the policy "
                     "is the reference; the store does not belong to this model or machine: delete its folder under "
                     "ref_cache_dir and run launch/precompute_ref.py again"
                 )
+                raise shared(problem, self.ranks)
         self.interval.start()
 
     # === A step ===
@@ -209,7 +212,8 @@ class TrainingRun:
             yield
         except NotFinite as found:
             if found.losses is None:
-                raise NotFinite(f"step {index + 1}: {found}; {self.saves.last_good()}") from found
+                problem = NotFinite(f"step {index + 1}: {found}; {self.saves.last_good()}")
+                raise shared(problem, self.ranks) from found
             mine = (micro_batch for micro_batch in self.plan.step(index)[self.ranks.rank] if micro_batch)
             bad = [
                 self.pairs.origin(i)
@@ -218,10 +222,11 @@ class TrainingRun:
                 if not finite
             ]
             named = [origin for rank in gather_objects(bad, self.ranks) for origin in rank]
-            raise NotFinite(
+            problem = NotFinite(
                 f"step {index + 1}: the loss of {len(named)} pairs is not finite: {', '.join(named[:8])}; weights "
                 f"were not changed by this step; {self.saves.last_good()}"
-            ) from found
+            )
+            raise shared(problem, self.ranks) from found
 
     def made(self, step: int, grad_norm: float) -> None:
         """Notes that `step` steps are done."""
