@@ -1,5 +1,7 @@
 """Where the logger writes: rank 0 to the console and to the run's train.log, others only errors; progress bars.
 
+The log of a run begins with what was said before it was opened, the data's line among it.
+
 Messages go to stdout and progress bars to stderr, so `> run.txt` keeps the messages and shows the bar.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +22,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 
 Item = TypeVar("Item")
+_MOST_KEPT = 1000  # messages before the log is opened; a start says some tens
 
 
 class _ConsoleHandler(logging.Handler):
@@ -31,16 +35,30 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class _Keeper(logging.Handler):
+    """Keeps messages for a log that is opened later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: deque[logging.LogRecord] = deque(maxlen=_MOST_KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.kept.append(record)
+
+
 def set_up_log(path: str | os.PathLike[str] | None, ranks: Ranks) -> None:
     """Sets the program's logger up for this rank, in place of any set-up before.
 
     Args:
-        path: file to append to (its folder is made), or None for the console only. Used on rank 0.
+        path: file to append to (its folder is made), or None for the console only. Used on rank 0. A file that follows
+            the console gets what was said there too.
         ranks: rank 0 shows everything from INFO; the others show only errors, with the rank's number in front.
 
     Raises:
         UserError: the log file cannot be opened.
     """
+    keepers = (handler for handler in LOGGER.handlers if isinstance(handler, _Keeper))
+    said = [record for keeper in keepers for record in keeper.kept] if path is not None else []
     _close_log()
     console = _ConsoleHandler()
     LOGGER.addHandler(console)
@@ -50,8 +68,10 @@ def set_up_log(path: str | os.PathLike[str] | None, ranks: Ranks) -> None:
         return
     LOGGER.setLevel(logging.INFO)
     console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    if path is not None:
-        LOGGER.addHandler(_file_handler(Path(path)))
+    file = _Keeper() if path is None else _file_handler(Path(path))
+    for record in said:
+        file.handle(record)
+    LOGGER.addHandler(file)
 
 
 def _close_log() -> None:

@@ -30,11 +30,12 @@ def job(tmp_path) -> TinyJob:
 
 def test_two_ranks_equal_one_and_resume_on_another_number(job):
     """fp32, 8 pairs a step: two ranks (2 x 2) and one rank (2 x 4) have the same curve; so has a run of two ranks that
-    one rank takes up in the middle of the first epoch."""
+    one rank takes up in the middle of the first epoch. What is said of the data stands once in output and log."""
     two = {**job.settings, "run_name": "two", "grad_accum_steps": 2, "save_interval": 2, "keep_states": 9}
     output = run_two(PRECOMPUTE, two)
     assert "computed 24 pairs" in output and "2 ranks" in output
-    run_two(TRAIN, two)
+    for said in (run_two(TRAIN, two), (job.folder / "runs" / "two" / "train.log").read_text()):
+        assert said.count("kept 24 of 24 pairs") == said.count("WARNING") == 1  # and 3 pairs held out
     one = {**job.settings, "run_name": "one"}
     assert "24 of 24 pairs are there" in run_ranks(PRECOMPUTE, one, world=1)
     run_ranks(TRAIN, one, world=1)

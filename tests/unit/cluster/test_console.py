@@ -66,6 +66,20 @@ def test_setting_up_twice_does_not_double_lines(tmp_path: Path, capsys: pytest.C
     assert [line.split()[-1] for line in (tmp_path / "train.log").read_text().splitlines()] == ["first", "second"]
 
 
+def test_the_log_begins_with_what_was_said_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once on the console and once in the file, in order; another job in the same process does not get it."""
+    set_up_log(None, ranks(0))
+    LOGGER.info("of a job that ended")
+    set_up_log(None, ranks(0))
+    LOGGER.warning("data %d", 1)
+    set_up_log(tmp_path / "train.log", ranks(0))
+    LOGGER.info("run")
+    said = capsys.readouterr().out
+    assert [said.count(word) for word in ("WARNING data 1", "run")] == [1, 1]
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines] == ["WARNING data 1", "INFO run"]
+
+
 def test_import_adds_no_handlers() -> None:
     """Importing does nothing; closing brings that state back."""
     _close_log()

@@ -139,7 +139,6 @@ class TrainingRun:
                 rewind(self.log_folder / "samples.jsonl", done, evaluated)
             set_up_log(self.log_folder / "train.log", self.ranks)
             writer = RunWriter(self.log_folder, self.ranks.is_main, done, evaluated)
-        LOGGER.info("%s: %s", self.config.rlhf_dataset_path, self.inputs.data.report)
         return writer
 
     def say_start(self, name: str) -> None:
