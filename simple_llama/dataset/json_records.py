@@ -1,4 +1,5 @@
-"""Reads JSON objects from .json (one list) and .jsonl (one object a line) files, and counts what is left out."""
+"""Reads JSON objects from .json (one list) and .jsonl or .ndjson (one object a line) files, counts what is left out,
+and gathers what is faulty."""
 
 from __future__ import annotations
 
@@ -14,12 +15,19 @@ from typing import Any
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import open_file, shown
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_LINE_SUFFIXES = (".jsonl", ".ndjson")
+_SUFFIXES = (".json", *_LINE_SUFFIXES, *(f"{suffix}.gz" for suffix in (".json", *_LINE_SUFFIXES)))  # in any case
+_DOCUMENTS = ("readme", "readme.txt", "license", "license.txt")  # and *.md: may stand beside the data, in any case
+_UNPACKERS = {".zst": "zstd -d", ".xz": "xz -d", ".bz2": "bzip2 -d", ".zip": "unzip"}
+_LINE, _LIST = "one JSON object on a line", "one JSON list"  # what is expected
 _MOST_LIST_BYTES = 2 << 30  # of a .json file, which stands in memory whole; a .jsonl file may have any size
 _MOST_LINE_BYTES = 64 << 20  # of a line of a .jsonl file: hundreds of times the longest chat a model can read
 _MOST_EXPANSION = 100  # bytes of text from a byte of a .gz file; text becomes 3 to 10 times smaller
 _BLOCK_BYTES = 1 << 20  # unpacked at a time
 _FREE_BYTES = 4 << 20  # unpacked before the expansion is looked at: small files may be all repetitions
+_FAULTS_SHOWN = 10
+_MOST_FAULTS = 1000  # nobody mends a file that has more one by one
+_FAULT_CHARACTERS = 250  # of one fault among several
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,11 @@ class Tally:
 
 @dataclass
 class KeptCount:
-    """How many pairs were read, and how many were left out for which reason."""
+    """How many pairs were read, how many were left out for which reason, and what is odd about some that were kept."""
 
     total: int = 0
     dropped: Tally = field(default_factory=Tally)
+    noticed: Tally = field(default_factory=Tally)
 
     @property
     def kept(self) -> int:
@@ -76,12 +85,47 @@ class KeptCount:
         return f"kept {self.kept:,} of {self.total:,} pairs" + (f" ({counts}){firsts}" if reasons else "")
 
 
-def data_files(path: str | Path) -> list[Path]:
-    """The file itself, or all data files of a folder (not of its subfolders) sorted by name; hidden files are skipped.
+@dataclass
+class Faults:
+    """What is wrong with records, gathered so that one start names more of them than the first."""
 
-    Raises UserError when there is nothing to read.
+    number: int = 0
+    shown: list[str] = field(default_factory=list)
+
+    def add(self, fault: UserError) -> None:
+        """Counts one more; the first ones are kept in words."""
+        self.number += 1
+        if len(self.shown) < _FAULTS_SHOWN:
+            self.shown.append(str(fault))
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether reading on would help nobody."""
+        return self.number >= _MOST_FAULTS
+
+    def end(self) -> None:
+        """Raises one UserError for all, or nothing where there are none."""
+        if self.number == 1:
+            raise UserError(self.shown[0])
+        if self.number:
+            count = f"{'at least ' if self.are_enough else ''}{self.number:,} faulty records"
+            first = f", the first {len(self.shown)}" if self.number > len(self.shown) else ""
+            lines = (f"  {fault[:_FAULT_CHARACTERS]}{'...' * (len(fault) > _FAULT_CHARACTERS)}" for fault in self.shown)
+            raise UserError("\n".join([f"{count}{first}:", *lines]))
+
+
+def can_read(path: str | Path) -> bool:
+    """Whether a name is that of a file which `read_records` takes."""
+    return str(path).lower().endswith(_SUFFIXES)
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The file itself, or all data files of a folder (not of its subfolders) sorted by name.
+
+    Hidden files, README, LICENSE and *.md are passed over. Raises UserError for any other file that cannot be read,
+    so that no pairs are missing in silence, and when there is nothing to read.
     """
-    place, kinds = Path(path), ", ".join(f"*{suffix}" for suffix in SUFFIXES)
+    place, kinds = Path(path), ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
     try:
         if not place.exists():
             raise UserError(f"{place}: expected a data file or a folder of them ({kinds}), found nothing there")
@@ -91,28 +135,52 @@ def data_files(path: str | Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{place}: cannot be read: {error.strerror or error}") from error
     names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir())
-    files = [place / name for name in names if name.endswith(SUFFIXES)]
+    files = [place / name for name in names if can_read(name)]
+    others = [name for name in names if not can_read(name) and not _is_document(name)]
+    if others:
+        named = ", ".join(f"{name} ({_how_to_read(name)})" for name in others[:5]) + ", ..." * (len(others) > 5)
+        raise UserError(
+            f"{place}: expected files of {kinds} (README, LICENSE, *.md and hidden files are passed over), found "
+            f"{len(others)} of another kind: {named}; or move them out of the folder"
+        )
     if not files:
         found = ", ".join(names[:5]) or "no files"
         raise UserError(f"{place}: expected at least one file of {kinds}, found {found}")
     return files
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
+def read_records(path: str | Path, faults: Faults | None = None) -> Iterator[Record]:
     """Yields the records of one file in order. UTF-8, with or without a byte order mark; blank lines count as lines.
 
-    Raises UserError with file, record and what was found for anything that is no list of JSON objects.
+    Raises UserError with file, record and what was found for anything that is no list of JSON objects. Faults of single
+    records go into `faults`, where that is given, and reading goes on while they are not enough.
     """
     file = str(path)
-    if not file.endswith(SUFFIXES):
-        raise UserError(f"{file}: expected a file name that ends with {', '.join(SUFFIXES)}")
-    values = _json_lines(file) if file.removesuffix(".gz").endswith(".jsonl") else _json_list(file)
+    if not can_read(file):
+        kinds = ", ".join(_SUFFIXES)
+        raise UserError(f"{file}: expected a file name that ends with {kinds}, found another; {_how_to_read(file)}")
+    values = _json_lines(file) if file.lower().removesuffix(".gz").endswith(_LINE_SUFFIXES) else _json_list(file)
     for number, value in values:
-        if not isinstance(value, dict):
-            raise UserError(f"{file}:{number}: expected a JSON object, found {json_type(value)}")
-        if isinstance(value, _RepeatedKey):
-            raise UserError(f"{file}:{number}: key {shown(value.key)} stands twice; keep one of them")
-        yield Record(file, number, value)
+        fault = _fault(value, f"{file}:{number}")
+        if fault is None:
+            yield Record(file, number, value)
+        elif faults is None:
+            raise fault
+        else:
+            faults.add(fault)
+        if faults is not None and faults.are_enough:
+            return
+
+
+def _fault(value: Any, origin: str) -> UserError | None:
+    """What is wrong with a record as JSON; its line may be in error already."""
+    if isinstance(value, _RepeatedKey):
+        return UserError(f"{origin}: key {shown(value.key)} stands twice; keep one of them")
+    if isinstance(value, dict):
+        return None
+    if isinstance(value, UserError):
+        return value
+    return UserError(f"{origin}: expected a JSON object, found {json_type(value)}")
 
 
 def json_type(value: Any) -> str:
@@ -126,18 +194,35 @@ def json_type(value: Any) -> str:
     return f"the number {shown(value)}"
 
 
+def _is_document(name: str) -> bool:
+    """Whether a file is made for people, beside the data."""
+    return name.lower() in _DOCUMENTS or name.lower().endswith(".md")
+
+
+def _how_to_read(name: str) -> str:
+    """What a person can do with a file that cannot be read."""
+    unpacker = _UNPACKERS.get(Path(name).suffix.lower())
+    return f"unpack it with {unpacker}" if unpacker else "write it as .jsonl, one JSON object a line"
+
+
 def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
+    """Number and value of each line that is not blank; the UserError in its place where it has none."""
     for number, line in enumerate(_lines(file), 1):
-        text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{file}:{number}").strip()
+        origin = f"{file}:{number}"
+        try:
+            text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, origin).strip()
+            value = _parsed(text, origin, _LINE) if text else None
+        except UserError as fault:
+            text, value = "faulty", fault
         if text:
-            yield number, _parsed(text, f"{file}:{number}", "one JSON object on a line")
+            yield number, value
 
 
 def _json_list(file: str) -> Iterator[tuple[int, Any]]:
     data = b"".join(_blocks(file, _MOST_LIST_BYTES))
     text = _decoded(data.removeprefix(b"\xef\xbb\xbf"), file)
     del data  # the list alone stays in memory while its records are worked on
-    value = _parsed(text, file, "one JSON list")
+    value = _parsed(text, file, _LIST)
     del text
     if not isinstance(value, list):
         raise UserError(f"{file}: expected a JSON list of objects, found {json_type(value)}")
@@ -166,7 +251,7 @@ def _blocks(file: str, most: float = float("inf")) -> Iterator[bytes]:
     too_long = f"{file}: expected a list of at most {most:,} bytes, found more; a .jsonl file may have any size"
     try:
         with open_file(file) as packed:
-            if not file.endswith(".gz"):
+            if not file.lower().endswith(".gz"):
                 if os.fstat(packed.fileno()).st_size > most:
                     raise UserError(too_long)
                 while block := packed.read(_BLOCK_BYTES):
@@ -203,9 +288,24 @@ def _parsed(text: str, origin: str, expected: str) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise UserError(f"{origin}: expected {expected}, found values nested too deeply") from None
-    except ValueError as error:  # no JSON, or a number with thousands of digits
-        hint = "; a file of one object a line is named .jsonl" if str(error).startswith("Extra data") else ""
-        raise UserError(f"{origin}: expected {expected}, found invalid JSON: {error}{hint}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{origin}: expected {expected}, found {_no_json(error, expected)}") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise UserError(f"{origin}: expected {expected}, found invalid JSON: {error}") from None
+
+
+def _no_json(error: json.JSONDecodeError, expected: str) -> str:
+    """What stands where the text goes wrong, in words where the words of the parser would mislead."""
+    found = error.doc[error.pos : error.pos + 1]
+    if found == "\ufeff":
+        place = f"line {error.lineno}, column {error.colno}" if expected == _LIST else f"column {error.colno}"
+        return f"a byte order mark inside the file ({place}): files were joined; remove the mark"
+    hint = ""
+    if error.msg == "Extra data" and expected == _LINE and found in ("{", "["):
+        return f"two: a line break is missing before column {error.colno}"
+    if error.msg == "Extra data" and expected == _LIST and found == "{":
+        hint = "; a file of one object a line is named .jsonl"
+    return f"invalid JSON: {error}{hint}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

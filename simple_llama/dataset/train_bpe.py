@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write
-from simple_llama.dataset.json_records import SUFFIXES, read_records
+from simple_llama.dataset.json_records import can_read, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_TOKENS
 
 _NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -73,7 +73,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
 
 def _input_texts(path: str) -> Iterator[str]:
     """All strings of a JSON data file ("CUSTOM" stands for no text), or a text file as a whole."""
-    if path.endswith(SUFFIXES):
+    if can_read(path):
         for record in read_records(path):
             yield from (text for text in _strings_in(record.fields) if text != "CUSTOM")
         return

@@ -12,7 +12,7 @@ import pytest
 
 from simple_llama.common.errors import UserError
 from simple_llama.dataset import json_records
-from simple_llama.dataset.json_records import KeptCount, data_files, read_records
+from simple_llama.dataset.json_records import Faults, KeptCount, data_files, read_records
 
 
 def written(folder: Path, name: str, data: bytes) -> Path:
@@ -55,6 +55,44 @@ def test_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
         written(folder, name, b"")
     os.symlink(outside, folder / "0.json")
     assert [path.name for path in data_files(folder)] == ["0.json", "a.json", "b.jsonl", "c.jsonl.gz"]
+
+
+def test_names_count_without_case_and_ndjson_is_jsonl(tmp_path: Path) -> None:
+    """Each is read by its kind, packed or not; documents of any case are passed over."""
+    lines, whole = b'{"x": 1}\n{"x": 2}', b'[{"x": 1}, {"x": 2}]'
+    for name, data in (("A.JSONL", lines), ("b.ndjson", lines), ("c.Json", whole), ("d.JSON.GZ", gzip.compress(whole))):
+        written(tmp_path, name, data)
+    written(tmp_path, "e.NDJSON.gz", gzip.compress(lines))
+    for name in ("README", "readme.txt", "LICENSE", "Notes.MD", ".hidden.parquet"):
+        written(tmp_path, name, b"")
+    (tmp_path / "folder.csv").mkdir()
+    files = data_files(tmp_path)
+    assert [path.name for path in files] == ["A.JSONL", "b.ndjson", "c.Json", "d.JSON.GZ", "e.NDJSON.gz"]
+    assert [[record.fields["x"] for record in read_records(path)] for path in files] == [[1, 2]] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("b.jsonl.zst", "unpack it with zstd -d"),
+        ("b.json.XZ", "unpack it with xz -d"),
+        ("b.parquet", "write it as .jsonl"),
+        ("b.csv", "write it as .jsonl"),
+        ("b.jsonl.bak", "write it as .jsonl"),
+        ("license_pairs.arrow", "write it as .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, way_out: str) -> None:
+    """In a folder beside one that can be, and given by itself: no pairs are missing in silence."""
+    written(tmp_path, "a.jsonl", b"{}")
+    written(tmp_path, name, b"")
+    with pytest.raises(UserError) as raised:
+        data_files(tmp_path)
+    assert f"found 1 of another kind: {name} ({way_out}" in str(raised.value)
+    assert str(raised.value).endswith("or move them out of the folder")
+    with pytest.raises(UserError) as raised:
+        list(read_records(tmp_path / name))
+    assert "expected a file name that ends with .json, .jsonl" in str(raised.value) and way_out in str(raised.value)
 
 
 def test_broken_link_in_a_folder_is_refused_not_skipped(tmp_path: Path) -> None:
@@ -135,3 +173,81 @@ def test_a_key_that_stands_twice_among_very_many_is_found_at_once(tmp_path: Path
     keys = ", ".join(f'"{number}": 1' for number in [*range(200_000), 199_999])
     with pytest.raises(UserError, match="key '199999' stands twice"):
         list(read_records(written(tmp_path, "a.jsonl", b"{" + keys.encode() + b"}")))
+
+
+# === faults ===
+
+MARK = b"\xef\xbb\xbf"
+# name of the file, its bytes, and what the message says behind the file's name
+JOINED = {
+    "a mark in a line": (
+        "a.jsonl",
+        MARK + b"{}\n\n" + MARK + b"{}",
+        ":3: {}, found a byte order mark inside the file (column 1)",
+    ),
+    "two marks": ("a.jsonl", MARK * 2 + b"{}", ":1: {}, found a byte order mark inside the file (column 1)"),
+    "a mark between two": (
+        "a.jsonl",
+        b"{}" + MARK + b"{}",
+        ":1: {}, found a byte order mark inside the file (column 3)",
+    ),
+    "a mark at the end": ("a.jsonl", b"{}\n" + MARK, ":2: {}, found a byte order mark inside the file (column 1)"),
+    "a mark in a list": (
+        "a.json",
+        b"[{},\n " + MARK + b"{}]",
+        ": {}, found a byte order mark inside the file (line 2, column 2)",
+    ),
+    "two on a line": ("a.jsonl", b"{}\n{}{}", ":2: {}, found two: a line break is missing before column 3"),
+    "two apart": ("a.jsonl", b"{} \t[]", ":1: {}, found two: a line break is missing before column 5"),
+    "a comma": ("a.jsonl", b"{},", ":1: {}, found invalid JSON: Extra data: line 1 column 3 (char 2)"),
+    "two lists": ("a.json", b"[][]", ": {}, found invalid JSON: Extra data: line 1 column 3 (char 2)"),
+}
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_files_that_were_joined_are_told_so(tmp_path: Path, case: str) -> None:
+    """Not in the words of a parser, which speaks of codecs, and of names that the file has; packed or not."""
+    name, data, words = JOINED[case]
+    expected = "expected one JSON object on a line" if name.endswith("l") else "expected one JSON list"
+    for path in (written(tmp_path, name, data), written(tmp_path, f"{name}.gz", gzip.compress(data))):
+        with pytest.raises(UserError) as raised:
+            list(read_records(path))
+        said = str(raised.value)
+        assert said.startswith(f"{path}{words.format(expected)}"), said
+        assert "utf-8-sig" not in said and "is named" not in said
+
+
+def test_faults_are_gathered_and_sound_records_still_come(tmp_path: Path) -> None:
+    """Lines 1 to 12 are faulty in four ways, 13 and 14 are sound: ten in words, with their lines, and how many."""
+    bad = (b"{", b"[]", b'{"x": 1, "x": 2}', b"\xff") * 3
+    path = written(tmp_path, "a.jsonl", b"\n".join((*bad, b"{}", b"{}")))
+    faults = Faults()
+    assert [record.number for record in read_records(path, faults)] == [13, 14]
+    with pytest.raises(UserError) as raised:
+        faults.end()
+    first, *lines = str(raised.value).split("\n")
+    assert first == "12 faulty records, the first 10:"
+    assert [line.split(": ")[0] for line in lines] == [f"  {path}:{number}" for number in range(1, 11)]
+    for line, words in zip(lines, ("invalid JSON", "found a list of 0", "stands twice", "byte 0xff"), strict=False):
+        assert words in line
+
+
+def test_faults_of_one_and_of_none() -> None:
+    """One is the message itself; none is no error; long ones are cut where there are several."""
+    faults = Faults()
+    faults.end()
+    faults.add(UserError("a" * 300))
+    with pytest.raises(UserError, match=f"^{'a' * 300}$"):
+        faults.end()
+    faults.add(UserError("b"))
+    with pytest.raises(UserError, match=f"^2 faulty records:\n  {'a' * 250}[.]{{3}}\n  b$"):
+        faults.end()
+
+
+def test_reading_ends_when_faults_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five are enough here: the sixth line is not looked at, and the number is a lower bound."""
+    monkeypatch.setattr(json_records, "_MOST_FAULTS", 5)
+    faults = Faults()
+    assert list(read_records(written(tmp_path, "a.jsonl", b"[]\n" * 5 + b"{}"), faults)) == []
+    with pytest.raises(UserError, match="^at least 5 faulty records:"):
+        faults.end()
