@@ -343,6 +343,31 @@ DATASETS = [
     ),
     Case("lists of unequal length", data(record(User=["a", "b"])), ("Accepted: expected 2 entries as in 'User'",)),
     Case("a blank answer", data(record(Rejected=[" \n"])), ("Rejected, entry 1: expected a message, found an empty",)),
+    Case(
+        "an answer that nobody sees",
+        data(record(Rejected=["\u200b\ufeff"])),
+        ("Rejected, entry 1: expected a message",),
+    ),
+    Case("nearly CUSTOM", data(record(Template=["custom"])), ('Template, entry 1: expected "CUSTOM"', "write CUSTOM")),
+    Case(
+        "a mark inside a file",
+        data(b'{"a": 1}\n\xef\xbb\xbf{"a": 1}'),
+        ("2 faulty records: ", "bad.jsonl:2: " + LINE, "found a byte order mark inside the file"),
+    ),
+    Case("two on a line", data(b'{"a": 1}{"a": 1}'), ("bad.jsonl:1: " + LINE, "found two: a line break is missing")),
+    Case(
+        "a thousand faulty records",
+        data(b'{"User": "%s"}\n' % (b"x" * 500) * 2000),
+        ("at least 1,000 faulty records, the first 10: ", "bad.jsonl:10: expected key 'Template'"),
+    ),
+    Case(
+        "a file of another kind in a folder",
+        inside("rlhf_dataset_path", "bad.parquet", Path.touch),
+        ("folder: expected files of *.json", "found 1 of another kind: bad.parquet"),
+    ),
+    Case(
+        "the same last answer", data(record(User=["a"] * 2, Accepted=["b", "c"], Rejected=["d", "c"])), ("1 same last",)
+    ),
     Case("the same answers", data(record(Rejected=["the cat"])), ("found none: kept 0 of 1 pairs (1 identical)",)),
     Case("all chats too long", flags("--max_seq_len=2"), ("found none: kept 0 of 24 pairs (24 too long)",)),
     Case("a single prompt", data(record()), ("expected training pairs, found none", "set val_share to 0")),

@@ -15,14 +15,18 @@ from typing import Literal
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write
-from simple_llama.dataset.json_records import KeptCount, read_records
+from simple_llama.common.logging import LOGGER
+from simple_llama.dataset.json_records import Faults, KeptCount, Record, read_records
+from simple_llama.reinforcement_learning.rlhf.data.data_report import LIKE_A_TURN, warnings_of
 from simple_llama.reinforcement_learning.rlhf.data.readers import (
     CUSTOM,
     READERS,
     Conversation,
     Dropped,
+    NeedsOption,
     ReadOptions,
     format_of,
+    holds_a_turn,
 )
 
 _FORMATS = ("HH-RLHF", "PKU-SafeRLHF")  # of the inputs
@@ -47,7 +51,7 @@ class PrepareConfig:
     """Settings of the conversion."""
 
     # === Files ===
-    inputs: tuple[str, ...]  # HH-RLHF or PKU-SafeRLHF files: .jsonl or .json, plain or .gz
+    inputs: tuple[str, ...]  # HH-RLHF or PKU-SafeRLHF files: .jsonl, .ndjson or .json, plain or .gz
     output: str  # file to write: .jsonl (one pair a line) or .json (one list)
 
     # === Choice ===
@@ -63,8 +67,10 @@ class _Conversion:
 
     pairs: list[Conversation] = field(default_factory=list)
     count: KeptCount = field(default_factory=KeptCount)
+    faults: Faults = field(default_factory=Faults)
     formats: set[str] = field(default_factory=set)
     removed_characters: int = 0
+    carriage_returns: int = 0  # transcripts that have some
 
     def to_ascii(self, text: str) -> str:
         """A message in ASCII; characters without an ASCII form are counted and gone."""
@@ -76,7 +82,8 @@ class _Conversion:
 def prepare(config: PrepareConfig) -> str:
     """Converts all inputs, in order, into `config.output` (whole or not at all). Returns the line to show.
 
-    Raises UserError for files of another kind, options without effect, and when no pair is left.
+    Warns of what data_report.py names. Raises UserError for files of another kind, for faulty records (the first ten,
+    with their number), options without effect, and when no pair is left.
     """
     _check_settings(config)
     done = _convert_files(config)
@@ -89,7 +96,11 @@ def prepare(config: PrepareConfig) -> str:
         report += f"; stopped at the limit of {config.limit:,} pairs"
     if config.ascii_only:
         report += f"; removed {done.removed_characters:,} characters without an ASCII form"
+    if done.carriage_returns:
+        report += f"; read CR LF as LF in {done.carriage_returns:,} records"
     atomic_write(config.output, _serialized(done.pairs, as_list=config.output.endswith(".json")))
+    for warning in warnings_of(done.count):
+        LOGGER.warning("%s: %s", config.output, warning)
     return f"{config.output}: {report}"
 
 
@@ -106,20 +117,39 @@ def _check_settings(config: PrepareConfig) -> None:
 
 
 def _convert_files(config: PrepareConfig) -> _Conversion:
-    """Reads the inputs up to the limit."""
+    """Reads the inputs up to the limit. One UserError for all that is faulty."""
     done = _Conversion()
     options = ReadOptions(CUSTOM, config.prefer, config.keep_unsafe, done.to_ascii if config.ascii_only else str)
-    for record in (record for name in config.inputs for record in read_records(name)):
+    try:
+        for record in (record for name in config.inputs for record in read_records(name, done.faults)):
+            _convert_record(record, options, done)
+            if config.limit and len(done.pairs) == config.limit:
+                break
+    except UserError as fault:  # of a whole file
+        done.faults.add(fault)
+    done.faults.end()
+    return done
+
+
+def _convert_record(record: Record, options: ReadOptions, done: _Conversion) -> None:
+    """Adds the pair of a record to `done`, or counts why there is none."""
+    done.count.total += 1
+    try:
         found = format_of(record, _FORMATS)
         done.formats.add(found)
-        done.count.total += 1
-        try:
-            done.pairs.append(READERS[found].read(record, options))
-        except Dropped as reason:
-            done.count.dropped.add(str(reason), record.origin)
-        if config.limit and len(done.pairs) == config.limit:
-            break
-    return done
+        pair = READERS[found].read(record, options)
+    except Dropped as reason:
+        done.count.dropped.add(str(reason), record.origin)
+    except NeedsOption:
+        raise
+    except UserError as fault:
+        done.faults.add(fault)
+    else:
+        done.pairs.append(pair)
+        if holds_a_turn(pair):
+            done.count.noticed.add(LIKE_A_TURN, record.origin)
+        if found == "HH-RLHF":
+            done.carriage_returns += any("\r" in record.fields[side] for side in READERS[found].keys)
 
 
 def _ascii_text(text: str) -> tuple[str, int]:

@@ -7,8 +7,8 @@ PairSet, and where each pair's text is.
 
 Refused (UserError, nothing is trained): no JSON, no UTF-8, a missing key or one that stands twice, another type,
 unequal lists, a blank message. Dropped and counted: chats of more than `max_seq_len` tokens (the pair, never one side
-of it), pairs whose two chats are the same tokens, pairs that came before. Other keys are ignored and counted.
-N pairs.
+of it), pairs whose two chats are the same tokens or score the same ones, pairs that came before. Other keys are ignored
+and counted. Kept, counted and warned of: what data_report.py names.
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ import numpy as np
 from tokenizers import Tokenizer
 from typing_extensions import Doc
 
+from simple_llama.cluster import watchdog
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path
 from simple_llama.common.settings import WHOLE, Bounds, CountOrNone, PathText, Settings
-from simple_llama.dataset.json_records import KeptCount, Record, Tally, data_files, read_records
+from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, data_files, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, chat_segments, encode_texts, join_ids
+from simple_llama.reinforcement_learning.rlhf.data.data_report import (
+    BOTH_WAYS,
+    LIKE_A_TURN,
+    Unknown,
+    describe,
+    warnings_of,
+)
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
 from simple_llama.reinforcement_learning.rlhf.data.readers import (
@@ -41,6 +49,7 @@ from simple_llama.reinforcement_learning.rlhf.data.readers import (
     Dropped,
     ReadOptions,
     format_of,
+    holds_a_turn,
 )
 
 FORMATS: tuple[str, ...] = ("Template",)  # what the records of a data set may be, of READERS
@@ -78,8 +87,9 @@ class RLDatasetLoader:
         default_system: what "CUSTOM" stands for; it has to be the one that the start model was tuned with.
 
     Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
-    kept, dropped, ignored).
-    Raises UserError (file, record, key, expected, found) for malformed data and when no training pair is left.
+    kept, dropped, ignored) and `warnings`; both are logged.
+    Raises UserError (file, record, key, expected, found; of the first ten faulty records, with their number) for
+    malformed data and when no training pair is left. Beats the watchdog while it reads.
     """
 
     def __init__(
@@ -96,23 +106,40 @@ class RLDatasetLoader:
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._tokenizer, self._options = tokenizer, ReadOptions(default_system)
         count, extra_keys = KeptCount(), Tally()
-        records = (record for file in data_files(path) for record in read_records(file))
-        conversations = _read_conversations(records, self._options, count, extra_keys)
-        pairs, shares = _keep_usable(_tokenize(conversations, tokenizer), max_seq_len, seed, count)
-        self.report = _describe(pairs, count, extra_keys)
+        with watchdog.patience("reading the data"):
+            pairs, shares = self._read(path, max_seq_len, seed, count, extra_keys)
+            unknown = _unknown_tokens(pairs)
+        self.report = describe(count, extra_keys, unknown)
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
-        LOGGER.info("%s: %s", path, self.report)
         held_out = _held_out_prompts(shares, val_share)
+        trained = int(np.count_nonzero(~held_out))
+        self.warnings = warnings_of(count, unknown, len(pairs) - trained if val_share else None)
+        LOGGER.info("%s: %s", path, self.report)
+        for warning in self.warnings:
+            LOGGER.warning("%s: %s", path, warning)
         if held_out.any():
             pairs = pairs.select(np.argsort(held_out, kind="stable"))
-        trained = int(np.count_nonzero(~held_out))
         self.pairs, self.train, self.validation = pairs, pairs[:trained], pairs[trained:]
         if not trained:
             raise UserError(
                 f"{path}: expected training pairs, found none: all {len(pairs):,} pairs fell into the validation share "
                 f"{val_share}; add data with other prompts, or set val_share to 0"
             )
+
+    def _read(
+        self, path: str | Path, max_seq_len: int, seed: int, count: KeptCount, extra_keys: Tally
+    ) -> tuple[PairSet, np.ndarray]:
+        """The usable pairs and where their prompts stand (see `_prompt_share`); one UserError for all faults."""
+        faults = Faults()
+        try:
+            records = (record for file in data_files(path) for record in read_records(file, faults))
+            conversations = _read_conversations(records, self._options, count, extra_keys, faults)
+            found = _keep_usable(_tokenize(conversations, self._tokenizer), max_seq_len, seed, count)
+        except UserError as fault:  # of a whole file
+            faults.add(fault)
+        faults.end()
+        return found
 
     def conversations(self, pairs: PairSet) -> list[Conversation]:
         """What the records of these pairs say, read again from their files: a text is not kept.
@@ -144,16 +171,27 @@ class RLDatasetLoader:
 
 
 def _read_conversations(
-    records: Iterable[Record], options: ReadOptions, count: KeptCount, extra_keys: Tally
+    records: Iterable[Record], options: ReadOptions, count: KeptCount, extra_keys: Tally, faults: Faults | None = None
 ) -> Iterator[Conversation]:
-    """What the records say; counts them, those without a pair, and keys that their format does not have."""
+    """What the records say; counts them, those without a pair, and keys that their format does not have.
+
+    Behind the first of `faults` records are only looked at: no pair will be used.
+    """
     for record in records:
+        if count.total % _RECORDS_PER_BATCH == 0:
+            watchdog.beat("reading the data")
         count.total += 1
-        reader = READERS[format_of(record, FORMATS)]
         try:
+            reader = READERS[format_of(record, FORMATS)]
             conversation = reader.read(record, options)
         except Dropped as reason:
             count.dropped.add(str(reason), record.origin)
+            continue
+        except UserError as fault:
+            if faults is None:
+                raise
+            faults.add(fault)
+        if faults and faults.number:
             continue
         for key in record.fields:
             if key not in reader.keys:
@@ -182,8 +220,8 @@ def _keep_usable(
 ) -> tuple[PairSet, np.ndarray]:
     """The usable pairs, and where the prompt of each stands in [0, 1) (see `_prompt_share`).
 
-    Over-long and identical pairs and repetitions are left out and counted, by their tokens: what the model sees
-    decides.
+    Over-long and identical pairs, pairs that score one answer twice and repetitions are left out and counted, by their
+    tokens: what the model sees decides.
     """
     kept, shares = PairBuffer(), array("d")
     for c, pair in pairs:
@@ -192,34 +230,45 @@ def _keep_usable(
             count.dropped.add("too long", origin)
         elif np.array_equal(pair.chosen, pair.rejected):
             count.dropped.add("identical", origin)
+        elif pair.scores_one_answer:
+            count.dropped.add("same last answer", origin)
         elif pair.digest in kept:
             count.dropped.add("duplicate", origin)
         else:
+            if pair.swapped_digest in kept:
+                count.noticed.add(BOTH_WAYS, origin)
+            if holds_a_turn(c):
+                count.noticed.add(LIKE_A_TURN, origin)
             kept.append(pair, c.file, c.record)
             shares.append(_prompt_share(c.system, c.users, seed))
     return kept.finish(), np.array(shares)
 
 
-def _describe(pairs: PairSet, count: KeptCount, extra_keys: Tally) -> str:
-    """One line: kept and dropped pairs, ignored keys, characters that the tokenizer does not know."""
-    line = count.summary()
-    for key, times in extra_keys.times.items():
-        line += f"; ignored key {key} (records: {times:,}, first: {extra_keys.first[key]})"
-    unknown_N = _unknown_bytes(pairs)
-    if unknown_N.any():
-        first = int(np.flatnonzero(unknown_N)[0])
-        line += f"; {unknown_N.sum(dtype=np.int64):,} bytes that the tokenizer does not know became <UNK>"
-        line += f" (pairs: {np.count_nonzero(unknown_N):,}, first: {pairs.origin(first)})"
-    return line
-
-
-def _unknown_bytes(pairs: PairSet) -> np.ndarray:
-    """Tokens <UNK> of each pair (N,), of pairs whose tokens lie in their order."""
-    starts_N, unknown_N = np.ascontiguousarray(pairs.places["start"]), np.zeros(len(pairs), np.int32)
+def _unknown_tokens(pairs: PairSet) -> Unknown:
+    """Tokens <UNK> of pairs whose tokens lie in their order."""
+    places, counts_N2 = pairs.places, pairs.keys["counts"]
+    starts_N = np.ascontiguousarray(places["start"])
+    in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
     for first in range(0, len(pairs.tokens), _TOKENS_AT_ONCE):
-        places = first + np.flatnonzero(pairs.tokens[first : first + _TOKENS_AT_ONCE] == SPECIAL_IDS["<UNK>"])
-        np.add.at(unknown_N, np.searchsorted(starts_N, places, side="right") - 1, 1)
-    return unknown_N
+        found_U = first + np.flatnonzero(pairs.tokens[first : first + _TOKENS_AT_ONCE] == SPECIAL_IDS["<UNK>"])
+        owners_U = np.searchsorted(starts_N, found_U, side="right") - 1
+        np.add.at(in_chats_N, owners_U, 1)
+        ends_U = starts_N[owners_U] + places["prefix"][owners_U]
+        for side, name in enumerate(("chosen", "rejected")):
+            ends_U = ends_U + places[name][owners_U]
+            is_scored_U = (found_U < ends_U) & (found_U >= ends_U - counts_N2[owners_U, side])
+            np.add.at(in_scored_N, owners_U, is_scored_U)
+    if not in_chats_N.any():
+        return Unknown()
+    having, scored = np.flatnonzero(in_chats_N), np.flatnonzero(in_scored_N)
+    return Unknown(
+        tokens=int(in_chats_N.sum(dtype=np.int64)),
+        pairs=len(having),
+        first=pairs.origin(int(having[0])),
+        scored_share=float(in_scored_N.sum(dtype=np.int64) / counts_N2.sum(dtype=np.int64)),
+        scored_pairs=len(scored),
+        scored_first=pairs.origin(int(scored[0])) if len(scored) else "",
+    )
 
 
 def _held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:

@@ -48,16 +48,26 @@ class TokenizedPair:
         shared = int(differs[0]) if len(differs) else limit
         if shared == 0:
             raise ValueError("the two chats do not start with the same token")
-        header = np.asarray([len(chosen), chosen_scored, len(rejected), rejected_scored], dtype="<i8")
-        name = digest(header.tobytes(), chosen.astype("<i4").tobytes(), rejected.astype("<i4").tobytes(), size=16)
         return cls(
             prefix=chosen[:shared],
             chosen=chosen[shared:],
             rejected=rejected[shared:],
             chosen_scored=chosen_scored,
             rejected_scored=rejected_scored,
-            digest=name,
+            digest=_name(chosen, chosen_scored, rejected, rejected_scored),
         )
+
+    @property
+    def swapped_digest(self) -> bytes:
+        """The name of the pair in which the other answer is preferred."""
+        chosen, rejected = np.concatenate((self.prefix, self.chosen)), np.concatenate((self.prefix, self.rejected))
+        return _name(rejected, self.rejected_scored, chosen, self.chosen_scored)
+
+    @property
+    def scores_one_answer(self) -> bool:
+        """Whether both sides score the same tokens: only what stands before them differs, or nothing."""
+        scored = self.chosen_scored
+        return scored == self.rejected_scored and np.array_equal(self.chosen[-scored:], self.rejected[-scored:])
 
     @property
     def rows(self) -> int:
@@ -84,6 +94,12 @@ class TokenizedPair:
         whole = (np.concatenate([self.prefix, branch]) for branch in (self.chosen, self.rejected))
         chosen, rejected = whole
         return (chosen, self.chosen_scored), (rejected, self.rejected_scored)
+
+
+def _name(chosen: np.ndarray, chosen_scored: int, rejected: np.ndarray, rejected_scored: int) -> bytes:
+    """The digest of two whole chats (int32 ids) and how many of their last tokens are scored."""
+    header = np.asarray([len(chosen), chosen_scored, len(rejected), rejected_scored], dtype="<i8")
+    return digest(header.data, chosen.astype("<i4", copy=False).data, rejected.astype("<i4", copy=False).data, size=16)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ Template (what a data set is written in): keys Template, User, Accepted, Rejecte
 
     {"Template": ["CUSTOM"], "User": ["Hi"], "Accepted": ["Hello!"], "Rejected": ["Go away."]}
 
-`Template` is a list with one system prompt, or the same one for each turn; "CUSTOM" is the default system prompt.
-`User`, `Accepted` and `Rejected` are lists of strings of equal length, one entry a turn; the last answers are compared.
+`Template` is a list with one system prompt, or the same one for each turn; "CUSTOM" is the default system prompt, and
+what nearly spells it is refused. `User`, `Accepted` and `Rejected` are lists of strings of equal length, one entry a
+turn; the last answers are compared. A message of white space and invisible characters alone is an empty one.
 
 HH-RLHF (`chosen`, `rejected`): whole transcripts. A paragraph that starts with "Human:" or "Assistant:" starts a turn;
-anywhere else these words are text. Turns have to alternate, Human first and Assistant last, and the Human turns of both
-transcripts have to agree; earlier answers may differ.
+anywhere else these words are text (`holds_a_turn` says where that is doubtful). CR LF is read as LF. Turns have to
+alternate, Human first and Assistant last, and the Human turns of both transcripts have to agree; earlier answers may
+differ, the last ones have to.
 PKU-SafeRLHF (`prompt`, `response_0`, `response_1`, labels): `prefer` says which of the two labels decides. A pair whose
 preferred answer is marked unsafe is dropped unless `keep_unsafe`.
 Text of these two loses the white space around it.
@@ -22,6 +24,7 @@ record without a usable pair. A format is one such function and its line in READ
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -36,6 +39,12 @@ CUSTOM = "CUSTOM"  # stands in a record for the default system prompt
 _TEMPLATE_KEYS = ("Template", "User", "Accepted", "Rejected")
 _PKU_LABEL = {"helpfulness": "better_response_id", "safety": "safer_response_id"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_LIKE_A_TURN = re.compile(r"^[^\S\n]*(?:Human|Assistant):", re.MULTILINE)
+_NO_LETTERS = re.compile(r"[\W_]+")
+_LONGEST_SPELLING = 40  # characters of what may be meant for CUSTOM
+_INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))  # categories of Unicode: controls, formats, separators
+# letters and marks that are shown as nothing; the last ones choose the form of the letter before them
+_FILLERS = frozenset((*"\u034f\u115f\u1160\u2800\u3164\uffa0", *map(chr, range(0xFE00, 0xFE10))))
 
 
 class PairText(NamedTuple):
@@ -68,6 +77,10 @@ class Conversation:
 
 class Dropped(Exception):
     """A record without a usable pair; the message is the reason that is counted."""
+
+
+class NeedsOption(UserError):
+    """A record that is sound, and cannot be read without an option: so are all others of its format."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,12 @@ def from_template(record: Record, options: ReadOptions) -> Conversation:
     if len(template) not in (1, len(users)):
         expected = "1 entry" if len(users) == 1 else f"1 entry or {len(users)}, one a turn"
         raise UserError(f"{record.origin}: Template: expected {expected}, found {len(template)}")
+    for number, text in enumerate(template, 1):
+        if text != CUSTOM and _is_nearly_custom(text):
+            raise UserError(
+                f'{record.origin}: Template, entry {number}: expected "{CUSTOM}" for the default system prompt, or a '
+                f"prompt of your own, found {shown(text)}; write {CUSTOM}"
+            )
     if len(set(template)) != 1:
         raise UserError(
             f"{record.origin}: Template: expected the same system prompt for each turn, found different ones"
@@ -133,11 +152,18 @@ def _strings(record: Record, key: str) -> tuple[str, ...]:
         place = f"{record.origin}: {key}, entry {number}"
         if not isinstance(value, str):
             raise UserError(f"{place}: expected a string, found {json_type(value)}")
-        if key != "Template" and not value.strip():
+        if key != "Template" and _is_blank(value):
             raise UserError(f"{place}: expected a message, found an empty one; remove the record or write one")
         if _has_half_a_pair(value):
             raise UserError(f"{place}: expected Unicode text, found half of a surrogate pair (\\ud800-\\udfff)")
     return tuple(values)
+
+
+def _is_nearly_custom(text: str) -> bool:
+    """Whether a system prompt is CUSTOM in another case, or with other characters around it."""
+    if len(text) > _LONGEST_SPELLING:
+        return False
+    return _NO_LETTERS.sub("", unicodedata.normalize("NFKC", text)).casefold() == CUSTOM.casefold()
 
 
 # === HH-RLHF ===
@@ -145,7 +171,8 @@ def _strings(record: Record, key: str) -> tuple[str, ...]:
 
 def from_hh(record: Record, options: ReadOptions) -> Conversation:
     """The pair in two HH-RLHF transcripts."""
-    chosen, rejected = (_turns(_typed(record, key, str)) for key in ("chosen", "rejected"))
+    transcripts = [_typed(record, key, str) for key in ("chosen", "rejected")]
+    chosen, rejected = map(_turns, transcripts)
     if chosen[0::2] != rejected[0::2]:
         raise Dropped("with different Human turns")
     return _usable(record, options, chosen[0::2], chosen[1::2], rejected[1::2])
@@ -153,6 +180,8 @@ def from_hh(record: Record, options: ReadOptions) -> Conversation:
 
 def _turns(transcript: str) -> list[str]:
     """Messages of a transcript: Human, Assistant, Human, ..., Assistant."""
+    if "\r" in transcript:
+        transcript = transcript.replace("\r\n", "\n").replace("\r", "\n")
     before, *parts = _TURN.split("\n\n" + transcript.strip())  # parts: speaker, message, speaker, message, ...
     speakers = parts[0::2]
     if before or speakers[:1] != ["Human"]:
@@ -170,7 +199,7 @@ def _turns(transcript: str) -> list[str]:
 def from_pku(record: Record, options: ReadOptions) -> Conversation:
     """The pair in a PKU-SafeRLHF record, the better or the safer answer chosen."""
     if options.prefer is None:
-        raise UserError(f"{record.origin}: a PKU-SafeRLHF record; give --prefer helpfulness or --prefer safety")
+        raise NeedsOption(f"{record.origin}: a PKU-SafeRLHF record; give --prefer helpfulness or --prefer safety")
     prompt = _typed(record, "prompt", str).strip()
     answers = [_typed(record, f"response_{side}", str).strip() for side in (0, 1)]
     is_safe = [_typed(record, f"is_response_{side}_safe", bool) for side in (0, 1)]
@@ -200,20 +229,44 @@ def _typed(record: Record, key: str, kind: type[_Value]) -> _Value:
 def _usable(record: Record, options: ReadOptions, *messages: Sequence[str]) -> Conversation:
     """The conversation of (users, chosen, rejected) that others have written. Dropped for what cannot be trained on."""
     users, chosen, rejected = (tuple(map(options.clean, texts)) for texts in messages)
-    if not all(users):
+    if any(map(_is_blank, users)):
         raise Dropped("with an empty user message")
-    if not all(chosen) or not all(rejected):
+    if any(map(_is_blank, chosen + rejected)):
         raise Dropped("with an empty answer")
     if chosen == rejected:
         raise Dropped("with identical answers")
+    if chosen[-1] == rejected[-1]:
+        raise Dropped("with the same last answer")
     if any(map(_has_half_a_pair, users + chosen + rejected)):
         raise Dropped("with half of a surrogate pair")
     return Conversation(options.default_system, users, chosen, rejected, record.file, record.number)
 
 
+def holds_a_turn(said: Conversation) -> bool:
+    """Whether a line of an answer starts like a turn of HH-RLHF: perhaps one that was not recognised as such."""
+    for text in said.chosen + said.rejected:
+        if ("Human:" in text or "Assistant:" in text) and _LIKE_A_TURN.search(text):
+            return True
+    return False
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen."""
+    seen = text.strip()
+    if seen[:1].isalnum() and seen[0] not in _FILLERS:
+        return False
+    return all(character in _FILLERS or unicodedata.category(character) in _INVISIBLE for character in seen)
+
+
 def _has_half_a_pair(text: str) -> bool:
     """Whether half of a surrogate pair stands in a text, which has no UTF-8 form."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 READERS = {

@@ -93,6 +93,9 @@ DROPPED = {
     "empty earlier reply": (hh("H: a A: H: b A: c", "H: a A: H: b A: d"), "with an empty answer"),
     "empty question": (hh("H: A: b", "H: A: c"), "with an empty user message"),
     "same answers": (hh("H: a A: b", "H: a A:  b "), "with identical answers"),
+    "same last reply": (hh("H: a A: b H: c A: d", "H: a A: x H: c A: d"), "with the same last answer"),
+    "a reply that nobody sees": (hh("H: a A: \u200b\ufeff", "H: a A: c"), "with an empty answer"),
+    "a question that nobody sees": (hh("H: \0 A: b", "H: \0 A: c"), "with an empty user message"),
     "half a surrogate pair": (hh("H: a A: b\ud800", "H: a A: c"), "with half of a surrogate pair"),
 }
 
@@ -104,6 +107,44 @@ def test_hh_records_without_a_pair_are_dropped_and_counted(tmp_path: Path, case:
     pairs, report = converted(tmp_path, hh("H: q A: yes", "H: q A: no"), bad)
     assert [pair["User"] for pair in pairs] == [["q"]]
     assert report == f"kept 1 of 2 pairs (1 {reason}); first {reason}: {tmp_path}/raw.jsonl:2"
+
+
+@pytest.mark.parametrize("ends", ["\r\n", "\r"])
+def test_hh_transcripts_with_other_line_ends(tmp_path: Path, ends: str) -> None:
+    """Read as if they had line feeds, also within a message, and counted."""
+    chosen, rejected = (f"\n\nHuman: Name a\ntree\n\nAssistant: {answer}\n\n" for answer in ("An\noak.", "A brick."))
+    record = {"chosen": chosen.replace("\n", ends), "rejected": rejected.replace("\n", ends)}
+    pairs, report = converted(tmp_path, record, hh("H: a A: b", "H: a A: c"))
+    assert (pairs[0]["User"], pairs[0]["Accepted"], pairs[0]["Rejected"]) == (
+        ["Name a\ntree"],
+        ["An\noak."],
+        ["A brick."],
+    )
+    assert report == "kept 2 of 2 pairs; read CR LF as LF in 1 records"
+
+
+def test_hh_turns_that_were_not_recognised_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A space before the marker: kept as text, and counted, with the first record; so is a record dropped of six."""
+    hidden = hh("H: Name a tree A: An oak.", "H: Name a tree A: An oak.\n\n Human: and a bird\n\n Assistant: A brick.")
+    sound = [hh(f"H: {n} A: b", f"H: {n} A: c") for n in range(4)]
+    pairs, report = converted(tmp_path, sound[0], hidden, *sound[1:], hh("H: a A: b", "H: a A: b"))
+    assert pairs[1]["Rejected"] == ["An oak.\n\n Human: and a bird\n\n Assistant: A brick."]
+    assert report.startswith("kept 5 of 6 pairs (1 with identical answers)")
+    said = [
+        (record.levelname, record.getMessage().removeprefix(f"{tmp_path}/out.jsonl: ")) for record in caplog.records
+    ]
+    assert said == [
+        (
+            "WARNING",
+            '16.7% of the pairs are left out, most of them as "with identical answers" (first: '
+            f"{tmp_path}/raw.jsonl:6); look at how the data was made",
+        ),
+        (
+            "WARNING",
+            'answers hold a line that starts like a turn, "Human:" or "Assistant:", and are trained on as text '
+            f"(pairs: 1, first: {tmp_path}/raw.jsonl:2); where a turn is meant, mend the record",
+        ),
+    ]
 
 
 def test_pku_labels_decide(tmp_path: Path) -> None:
@@ -135,7 +176,16 @@ REFUSED = {
     "other keys": ([{"question": "a"}], {}, "raw.jsonl:1: expected keys chosen, rejected (HH-RLHF) or prompt,"),
     "another kind later": ([hh("H: a A: b", "H: a A: c"), {"x": 1}], {}, "raw.jsonl:2: expected keys"),
     "transcript a list": ([{"chosen": ["a"], "rejected": "b"}], {}, "chosen: expected a string, found a list of 1"),
-    "no preference chosen": ([pku()], {}, "give --prefer helpfulness or --prefer safety"),
+    "several": (
+        [hh("H: a A: b", "H: a A: c"), {"x": 1}, pku(better=2), {"chosen": "a", "rejected": 1}],
+        {"prefer": "helpfulness"},
+        "3 faulty records:\n  ",
+    ),
+    "no preference chosen": (
+        [pku(), pku()],
+        {},
+        "raw.jsonl:1: a PKU-SafeRLHF record; give --prefer helpfulness or --prefer safety",
+    ),
     "label missing": (
         [{key: value for key, value in pku().items() if key != "safer_response_id"}],
         {"prefer": "safety"},

@@ -5,15 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from simple_llama.cluster import watchdog
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.cluster.watch_links import Link
+from simple_llama.cluster.watchdog import WatchConfig, _Peer, _Watchdog
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
 from simple_llama.common.paths import root_path
@@ -27,6 +33,7 @@ from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
     _prompt_share,
 )
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, Reader, from_template
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +92,16 @@ def test_custom_template_is_the_default_prompt_and_may_stand_once_a_turn(tmp_pat
         assert [conversation.system for conversation in loader.conversations(loader.train)] == [system] * 2
 
 
-def test_different_earlier_answers_are_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The two sides then have different chats, and here the same scored text."""
-    path = written(tmp_path, record(User=["a", "b"], Accepted=["c", "d"], Rejected=["x", "d"]))
+def test_different_earlier_answers_are_kept_where_the_last_ones_differ(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Where both sides score the same tokens (a leading space is no other one) nothing of the preference is learned."""
+    turns: list[dict[str, Any]] = [
+        {"User": ["a", "b"], "Accepted": ["c", "d"], "Rejected": ["x", last]} for last in ("e", "d", " d")
+    ]
+    path = written(tmp_path, *(record(**turn) for turn in turns))
     loader = load(path, tokenizer)
     [text] = [conversation.text for conversation in loader.conversations(loader.train)]
-    assert text.accepted_chat != text.rejected_chat
-    assert text.accepted_suffix == text.rejected_suffix == "d<EOA>"
+    assert (text.accepted_suffix, text.rejected_suffix) == ("d<EOA>", "e<EOA>")
+    assert loader.report == f"kept 1 of 3 pairs (2 same last answer); first same last answer: {path}:2"
 
 
 def test_folder_of_both_formats_keeps_origins(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -232,6 +242,24 @@ MALFORMED = {
     "user longer": (record(User=["a", "b"]), "Accepted: expected 2 entries as in 'User', found 1"),
     "answer a number": (record(Accepted=[1.5]), "Accepted, entry 1: expected a string, found the number 1.5"),
     "half a surrogate pair": (record(accepted="a\ud800"), "Accepted, entry 1: expected Unicode text"),
+    "CUSTOM in lower case": (record(Template=["custom"]), 'Template, entry 1: expected "CUSTOM" for the default'),
+    "CUSTOM and a space": (record(Template=["CUSTOM "]), "found 'CUSTOM '; write CUSTOM"),
+    "CUSTOM in quotes": (record(Template=['"CUSTOM"']), "; write CUSTOM"),
+    "CUSTOM in brackets": (record(Template=["<Custom>\n"]), "; write CUSTOM"),
+    "CUSTOM and a mark": (record(Template=["\ufeffCUSTOM"]), "; write CUSTOM"),
+    "CUSTOM in wide letters": (record(Template=["\uff23USTOM"]), "; write CUSTOM"),
+    "CUSTOM in the second turn alone": (
+        record(Template=["CUSTOM", "Custom"], User=["a", "b"], Accepted=["c", "d"], Rejected=["c", "e"]),
+        "Template, entry 2: expected",
+    ),
+    "user a zero-width space": (record("\u200b"), "User, entry 1: expected a message, found an empty one"),
+    "accepted a byte order mark": (
+        record(accepted=" \ufeff\n"),
+        "Accepted, entry 1: expected a message, found an empty",
+    ),
+    "rejected NULs": (record(rejected="\0\0"), "Rejected, entry 1: expected a message, found an empty one"),
+    "rejected marks of direction": (record(rejected="\u200e\u2060\u00ad\u202e"), "found an empty one"),
+    "rejected a filler": (record(rejected="\u3164"), "found an empty one"),
     "record a list": (["a"], ":1: expected a JSON object, found a list of 1"),
     "record a string": ("text", ":1: expected a JSON object, found a string"),
     "record null": (None, ":1: expected a JSON object, found null"),
@@ -248,6 +276,36 @@ def test_malformed_records_are_refused(tmp_path: Path, tokenizer: Tokenizer, cas
         load(path, tokenizer)
     assert words in str(raised.value)
     assert str(raised.value).startswith(f"{path}:1")
+
+
+@pytest.mark.parametrize(
+    "text", [".", "\u200b\u2603", "\u05d0\u200f", "\U0001f469\u200d\U0001f467", "\u4f60", "e\u0301", "<EOA>"]
+)
+def test_a_message_of_which_something_is_seen_is_kept(tmp_path: Path, tokenizer: Tokenizer, text: str) -> None:
+    """Also beside invisible characters, as it was written."""
+    loader = load(written(tmp_path, record(accepted=text)), tokenizer)
+    assert loader.conversations(loader.train)[0].chosen == (text,)
+
+
+@pytest.mark.parametrize("template", ["customs", "CUSTOM prompt", "Be custom.", "", "C" * 10_000])
+def test_other_system_prompts_are_what_they_say(tmp_path: Path, tokenizer: Tokenizer, template: str) -> None:
+    """What only holds the word is a prompt; so is an empty one."""
+    loader = load(written(tmp_path, record(Template=[template])), tokenizer, max_seq_len=20_000)
+    assert loader.conversations(loader.train)[0].system == template
+
+
+def test_faulty_records_are_named_together(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Of two files, faults of a line, of a record, and of the second file as a whole; nothing is tokenized behind the
+    first, and the loader's own formats are not asked for one by one."""
+    lines = [json.dumps(record()), "{", json.dumps(record(rejected="")), json.dumps(record(User=None)), "[]"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(UserError) as raised:
+        load(tmp_path, tokenizer)
+    first, *faults = str(raised.value).split("\n")
+    assert first == "5 faulty records:"
+    starts = [f"{tmp_path}/a.jsonl:{number}: " for number in (2, 3, 4, 5)] + [f"{tmp_path}/b.json: "]
+    assert len(faults) == 5 and all(f.strip().startswith(s) for f, s in zip(faults, starts, strict=True)), faults
 
 
 # bytes of a file, its name, and the words that the message has to hold
@@ -317,7 +375,14 @@ def test_dropped_pairs_are_counted_with_the_first_of_each_kind(
         f"first too long: {path}:2; first identical: {path}:4; first duplicate: {path}:6"
     )
     assert origins(loader.train) == [f"{path}:1", f"{path}:7"]
-    assert caplog.messages == [f"{path}: {loader.report}"]
+    assert caplog.messages == [f"{path}: {line}" for line in (loader.report, *loader.warnings)]
+    assert [(r.levelname, r.getMessage()) for r in caplog.records[1:]] == [
+        (
+            "WARNING",
+            f'{path}: 71.4% of the pairs are left out, most of them as "too long" (first: {path}:2); '
+            "raise max_seq_len, if the model allows it",
+        )
+    ]
 
 
 def test_longest_chat_that_fits_is_kept_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -369,6 +434,126 @@ def test_unknown_bytes_are_found_wherever_they_are(
     path = written(tmp_path, record("a"), record("b", "\u00e9"), record("c"), record("\u00e9 d \u00e9"))
     report = load(path, original).report
     assert report.endswith(f"; 6 bytes that the tokenizer does not know became <UNK> (pairs: 2, first: {path}:2)")
+
+
+# === the watchdog ===
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_reading_longer_than_io_timeout_s_is_no_hang(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, sound: bool
+) -> None:
+    """By a made-up clock each batch of two records takes 20 minutes, ten of them 200, and a rank may stand still for
+    30: no verdict, also where a fault stands in front and the rest is only looked at. What a micro-batch may take is
+    not learned from it. Then nothing gets on for an hour, which is a hang."""
+    clock = [1000.0]
+    monkeypatch.setattr(dataset_loader, "_RECORDS_PER_BATCH", 2)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    main, peer = (Ranks(rank, 2, rank, 2, torch.device("cpu")) for rank in (0, 1))
+    ends = socket.socketpair()
+    with ends[0], ends[1]:
+        dog = _Watchdog(main, [_Peer(Link(peer.rank, "host-1", ends[0]), clock[0])], WatchConfig())
+        monkeypatch.setattr(watchdog, "_watchdog", dog)
+        verdicts = []
+
+        def look() -> None:
+            dog.peers[0].heard = clock[0]  # it is there, and waits
+            dog.note_progress(clock[0])
+            verdicts.append(dog.judge(clock[0]))
+
+        def slow(record: Any, *options: Any) -> Any:
+            clock[0] += 600
+            look()
+            return from_template(record, *options)
+
+        monkeypatch.setitem(READERS, "Template", Reader(READERS["Template"].keys, slow))
+        path = written(tmp_path, *([] if sound else [record(User=None)]), *many(10))
+        if sound:
+            load(path, tokenizer)
+        else:
+            with pytest.raises(UserError, match=":1: expected key 'User'"):
+                load(path, tokenizer)
+        assert len(verdicts) >= 20 and not any(verdicts) and dog.progress.longest_s == 0
+        look()
+        clock[0] += 3600
+        look()
+        assert verdicts[-2] == "" and "no rank got on for 3600 s (io_timeout_s)" in verdicts[-1]
+        assert "after reading the data" in verdicts[-1]
+
+
+# === warnings ===
+
+
+def warned(path: Path, tokenizer: Tokenizer, **settings: Any) -> list[str]:
+    """The loader's warnings without the file's name."""
+    return [warning.replace(f"{path}:", "record ") for warning in load(path, tokenizer, **settings).warnings]
+
+
+def test_pairs_that_stand_both_ways_round_are_kept_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Records 1 and 2 contradict each other, and so do 3 and 4, of two turns; another prompt (5), another system prompt
+    (6) and the same way round (7, a duplicate) do not."""
+    turns: dict[str, Any] = {"User": ["a", "b"], "Accepted": ["c", "d"], "Rejected": ["c", "e"]}
+    swapped: dict[str, Any] = {**turns, "Accepted": turns["Rejected"], "Rejected": turns["Accepted"]}
+    path = written(
+        tmp_path,
+        record("Q", "yes", "no"),
+        record("Q", "no", "yes"),
+        record(**turns),
+        record(**swapped),
+        record("R", "no", "yes"),
+        record("Q", "no", "yes", Template=["T"]),
+        record("Q", "yes", "no"),
+        *(record(f"Q{n}", "yes", "no") for n in range(5)),
+    )
+    loader = load(path, tokenizer)
+    assert loader.report.startswith("kept 11 of 12 pairs (1 duplicate)")
+    assert warned(path, tokenizer) == [
+        "the same two answers stand both ways round (pairs: 2, first: record 2); take one record of each two out"
+    ]
+
+
+def test_answers_with_a_line_like_a_turn_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """At the start of an answer or of a line, behind white space too, on either side and in any turn; not within a
+    line, nor in a prompt."""
+    turns: dict[str, Any] = {"User": ["a", "b"], "Accepted": ["Human: c", "d"], "Rejected": ["Human: c", "e"]}
+    path = written(
+        tmp_path,
+        record("Human: hi", "I am no Human: I said", "My Assistant: none"),
+        record("Q1", "An oak.\n\n Human: and a bird\n\n Assistant: A wren.", "An oak."),
+        record("Q2", rejected="Assistant: no"),
+        record("Q3", rejected="no\n\tHuman:"),
+        record(**turns),
+    )
+    [warning] = warned(path, tokenizer)
+    assert warning.startswith('answers hold a line that starts like a turn, "Human:"')
+    assert "(pairs: 4, first: record 2);" in warning
+
+
+def test_a_share_of_unknown_tokens_is_said_in_words(tmp_path: Path, shared_dir: Path) -> None:
+    """Scored are the last answers and their <EOA>: in record 1 "a b" and "c", 3 + 2 tokens, in record 2 an accent of 2
+    bytes behind the tokenizer's space and "c", 4 + 2 tokens: 2 of 11 are <UNK>, in half of the pairs. One accent in a
+    prompt, or 2 bytes among 400 scored tokens, are no warning."""
+    original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
+    path = written(tmp_path, record("\u00e9", "a b", "c"), record("Q", "\u00e9", "c"))
+    assert [(pair.chosen_scored, pair.rejected_scored) for pair in load(path, original).train] == [(3, 2), (4, 2)]
+    [warning] = warned(path, original)
+    assert warning.startswith("18.2% of the scored answer tokens are <UNK>, in 50.0% of the pairs (first: record 2)")
+    assert "prepare_data.py --ascii_only" in warning
+    assert (
+        warned(written(tmp_path, record("\u00e9"), record("Q", "a " * 400 + "\u00e9")), original, max_seq_len=999) == []
+    )
+
+
+def test_few_held_out_pairs_are_a_warning(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """19 of 20, where some are meant to be held out; a tenth of the pairs left out is no warning yet."""
+    path = written(tmp_path, *many(400, answers=1))
+    held_out = [len(load(path, tokenizer, val_share=0.05, seed=seed).validation) for seed in range(4)]
+    assert min(held_out) < 20 <= max(held_out)
+    for seed, number in enumerate(held_out):
+        expected = f"pairs held out: {number}, and fewer than 20 say little; add data, raise val_share, or set it to 0"
+        assert warned(path, tokenizer, val_share=0.05, seed=seed) == ([expected] if number < 20 else [])
+    tenth = written(tmp_path, *many(9, answers=1), record("Q", "a", "a"))
+    assert warned(tenth, tokenizer) == [] and load(tenth, tokenizer).report.startswith("kept 9 of 10 pairs")
 
 
 def many(count: int, answers: int = 2) -> list[dict[str, Any]]:

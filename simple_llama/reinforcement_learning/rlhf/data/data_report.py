@@ -1,0 +1,80 @@
+"""What is said of a data set: one line of counts, and warnings, each once, with the first record and what to do.
+
+A pair that is kept and yet odd is counted in `KeptCount.noticed`, under a name of _ODD.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from simple_llama.dataset.json_records import KeptCount, Tally
+
+BOTH_WAYS, LIKE_A_TURN = "both ways round", "like a turn"
+_ODD = {  # what is said of it, and what to do
+    BOTH_WAYS: ("the same two answers stand both ways round", "take one record of each two out"),
+    LIKE_A_TURN: (
+        'answers hold a line that starts like a turn, "Human:" or "Assistant:", and are trained on as text',
+        "where a turn is meant, mend the record",
+    ),
+}
+_MUCH_DROPPED = 0.1  # of the pairs
+_FEW_HELD_OUT = 20  # pairs
+_MUCH_UNKNOWN = 0.01  # of the scored tokens
+_WAYS_OUT = {"too long": "raise max_seq_len, if the model allows it"}  # of pairs that are dropped for a reason
+
+
+class Unknown(NamedTuple):
+    """Tokens <UNK> in the chats of a data set, and in their scored answers. The first are `file:record`."""
+
+    tokens: int = 0
+    pairs: int = 0  # that have one
+    first: str = ""
+    scored_share: float = 0.0  # of the scored tokens
+    scored_pairs: int = 0
+    scored_first: str = ""
+
+
+def describe(count: KeptCount, extra_keys: Tally, unknown: Unknown) -> str:
+    """One line: kept and dropped pairs, ignored keys, characters that the tokenizer does not know."""
+    line = count.summary()
+    for key, times in extra_keys.times.items():
+        line += f"; ignored key {key} (records: {times:,}, first: {extra_keys.first[key]})"
+    if unknown.tokens:
+        line += f"; {unknown.tokens:,} bytes that the tokenizer does not know became <UNK>"
+        line += f" (pairs: {unknown.pairs:,}, first: {unknown.first})"
+    return line
+
+
+def warnings_of(count: KeptCount, unknown: Unknown | None = None, held_out: int | None = None) -> list[str]:
+    """What a person should know before training on the pairs. `held_out`: how many, where some are meant to be."""
+    found = _much_dropped(count)
+    for name, times in count.noticed.times.items():
+        said, way_out = _ODD[name]
+        found.append(f"{said} (pairs: {times:,}, first: {count.noticed.first[name]}); {way_out}")
+    if unknown and unknown.scored_share > _MUCH_UNKNOWN:
+        pairs_share = unknown.scored_pairs / count.kept
+        found.append(
+            f"{unknown.scored_share:.1%} of the scored answer tokens are <UNK>, in {pairs_share:.1%} of the pairs "
+            f"(first: {unknown.scored_first}): the tokenizer does not know what stands there, and the model learns to "
+            "write <UNK>; make the data with launch/prepare_data.py --ascii_only, or take a tokenizer that knows all "
+            "bytes"
+        )
+    if held_out is not None and held_out < _FEW_HELD_OUT:
+        found.append(
+            f"pairs held out: {held_out:,}, and fewer than {_FEW_HELD_OUT} say little; add data, raise val_share, or "
+            "set it to 0"
+        )
+    return found
+
+
+def _much_dropped(count: KeptCount) -> list[str]:
+    """A warning where more than a tenth of the pairs were left out."""
+    times, dropped = count.dropped.times, count.total - count.kept
+    if dropped <= _MUCH_DROPPED * count.total:
+        return []
+    reason = max(times, key=lambda reason: times[reason])
+    way_out = _WAYS_OUT.get(reason, "look at how the data was made")
+    return [
+        f'{dropped / count.total:.1%} of the pairs are left out, most of them as "{reason}" (first: '
+        f"{count.dropped.first[reason]}); {way_out}"
+    ]
