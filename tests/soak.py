@@ -1,40 +1,33 @@
 """The soak: a small job is killed (kill -9) again and again, and must end as one that never was, bit for bit.
 
     python tests/soak.py --kills 20 --seed 1 [--ranks 2] [--config bf16] [--places latest,prune] [--keep FOLDER]
+    python tests/soak.py --kills 20 --change_ranks                       # 1 and 2 ranks by turns
+    python tests/soak.py --changes 20 [--ranks 2] [--trainable lora]     # no kills: its inputs change under the run
 
 Where it is killed is drawn from tests/crash_at.py's places without replacement, and from moments by the clock. After
 each kill the command is what a person would type: the reference pass again, or training with --resume once there is
-something to resume. With two ranks one of them is killed; the other one must end by itself.
+something to resume. With two ranks one of them is killed; the other one must end by itself. Where the number of ranks
+changes, sums are made in another order, so the end is as near as that makes it (NOISES_ALLOWED in soak_run.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file
 
 from crash_at import PLACES
-from simple_llama.pretraining.weights import load_weights
-from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
-from tiny_job import ROOT, RankProcess, free_port, make_job, start_rank
+from soak_changes import TRAINABLE, Changes
+from soak_run import CONFIGS, ENDS_BY_ITSELF_S, PRECOMPUTE, TOO_LONG_S, TRAIN, Failure, Twins, wait_for
+from tiny_job import ENVIRONMENT
 
-PRECOMPUTE, TRAIN, CRASH = "launch/precompute_ref.py", "launch/train_dpo.py", "tests/crash_at.py"
-RUN = "tiny"
-ENDS_BY_ITSELF_S = 60.0  # in which the rank that was not killed must end
-TOO_LONG_S = 240.0  # for any start
+CRASH = "tests/crash_at.py"
 
 # Beside the places in the code: moments by the clock, while a script starts and while steps are made.
 CLOCK = ("clock_pass", "clock_start", "clock_steps")
@@ -42,10 +35,6 @@ ONLY_MAIN = {"reference", "records", "metrics", "samples", "weights", "state_jso
 ONLY_MAIN |= {"end"}
 SEVERAL = {"backward": 6, "step": 2, "metrics": 2, "shard": 2, "state_shard": 2}  # calls, of which one is drawn
 ALL = [*PLACES, *CLOCK]
-
-
-class Failure(Exception):
-    """What the soak found wrong."""
 
 
 @dataclass
@@ -67,71 +56,31 @@ class Kill:
         return f"{where}, rank {self.rank}"
 
 
-class Soak:
+class Soak(Twins):
     """A job that is killed, and its twin that is not."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
-        self.random, self.ranks = random.Random(options.seed), options.ranks
-        self.job, self.kills = make_job(folder), list[Kill]()
-        steps = 2 * options.kills + 12  # each kill may cost the work of two steps, some more by the clock
-        interval = self.random.choice((1, 2))
-        self.base: dict[str, object] = {
-            **self.job.settings,
-            "deepspeed_config": str(ROOT / "ds_configs" / f"zero2_{options.config}.json"),
-            "grad_accum_steps": 4 // self.ranks,
-            "epochs": -(-steps // 3),
-            "save_interval": interval,
-            "ref_flush_pairs": 2,
-            "start_timeout_s": ENDS_BY_ITSELF_S / 3,  # wait for one that was killed before it came; torch tries twice
-        }
-        self.startup_s = 5.0
-        print(f"seed {options.seed}: {options.config}, {self.ranks} ranks, {steps} steps, a save every {interval}")
-
-    def settings(self, twin: str) -> dict[str, object]:
-        """Settings of the killed job or of the one that is not: the same but for where they write."""
-        folders = ("ckpt_dir", "ref_cache_dir", "log_dir")
-        return {**self.base, **{name: str(self.job.folder / twin / name) for name in folders}}
-
-    def folder(self, twin: str, name: str) -> Path:
-        return Path(str(self.settings(twin)[name])) / ("" if name == "ref_cache_dir" else RUN)
+        self.change_ranks = options.change_ranks
+        self.kills = list[Kill]()
+        # each kill may cost the work of two steps, some more by the clock
+        super().__init__(folder, options, steps=2 * options.kills + 12)
 
     # === Starts ===
 
-    def start(self, script: str, twin: str, kill: Kill | None = None) -> list[Rank]:
-        """Starts a script on all ranks; the one to be killed through crash_at.py."""
-        flags = ("--resume",) if script == TRAIN and self.has_state(twin) else ()
-        port = free_port()
-        ranks = []
-        for rank in range(self.ranks):
-            mine, settings = script, self.settings(twin)
-            if kill is not None and kill.rank == rank and not kill.place.startswith("clock"):
-                crash = {"script": script, "place": kill.place, "when": kill.when, "call": kill.call}
-                mine, settings = CRASH, {**{f"crash_{key}": value for key, value in crash.items()}, **settings}
-            ranks.append(Rank(start_rank(mine, settings, rank, self.ranks, port, flags)))
-        return ranks
-
-    def has_state(self, twin: str) -> bool:
-        """Whether a person would see something to resume."""
-        folder = self.folder(twin, "ckpt_dir")
-        return (folder / "latest").exists() or any((folder / "state").glob("step_*"))
-
-    def run_to_end(self, script: str, twin: str) -> str:
-        """A start that nobody kills; gives rank 0's output."""
-        ranks = self.start(script, twin)
-        wait_for(lambda: all(rank.ended for rank in ranks), TOO_LONG_S)
-        for rank in ranks:
-            rank.end()
-        if any(rank.process.returncode for rank in ranks):
-            raise Failure(f"{script} failed:\n" + "\n".join(rank.output for rank in ranks))
-        return ranks[0].output
-
     def run_and_kill(self, script: str, kill: Kill) -> None:
         """A start in which one rank is killed; the others have to end by themselves, and not with success."""
-        before = self.lines_written()
-        ranks = self.start(script, "killed", kill)
+
+        def stand_in(rank: int) -> tuple[str, dict[str, object]]:
+            if rank != kill.rank or kill.place.startswith("clock"):
+                return script, {}
+            crash = {"script": script, "place": kill.place, "when": kill.when, "call": kill.call}
+            return CRASH, {f"crash_{key}": value for key, value in crash.items()}
+
+        before = self.lines_written("killed")
+        ranks = self.start(script, "killed", stand_in)
         victim = ranks[kill.rank]
         if kill.place == "clock_steps":
-            wait_for(lambda: victim.ended or self.lines_written() > before, TOO_LONG_S)
+            wait_for(lambda: victim.ended or self.lines_written("killed") > before, TOO_LONG_S)
         if kill.place.startswith("clock"):
             wait_for(lambda: victim.ended, kill.delay_s)
             victim.process.kill()
@@ -142,7 +91,7 @@ class Soak:
         hangs = [rank for rank in ranks if not rank.ended]
         for rank in ranks:
             rank.end()
-        kill.restart, kill.step = said(ranks[0].output), self.last_step()
+        kill.restart, kill.step = said(ranks[0].output), self.last_step("killed")
         outputs = "\n".join(rank.output for rank in ranks)
         if hangs:
             raise Failure(f"{kill}: the other rank did not end within {ENDS_BY_ITSELF_S:g} s:\n{outputs}")
@@ -153,15 +102,6 @@ class Soak:
             raise Failure(f"{kill}: was not reached, status {victim.process.returncode}:\n{outputs}")
         if any(rank.process.returncode == 0 for rank in ranks):
             raise Failure(f"{kill}: a rank ended with status 0 after another one was killed:\n{outputs}")
-
-    def lines_written(self) -> int:
-        path = self.folder("killed", "log_dir") / "metrics.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
-
-    def last_step(self) -> int:
-        path = self.folder("killed", "log_dir") / "metrics.jsonl"
-        steps = re.findall(r'^\{"step": (\d+)', path.read_text(), re.MULTILINE) if path.exists() else []
-        return int(steps[-1]) if steps else -1
 
     # === The plan ===
 
@@ -193,79 +133,33 @@ class Soak:
         return "state_rename" if early and place.startswith("resume") else place
 
     def go(self, kills: int, places: Sequence[str]) -> None:
-        """Everything: the job that is not killed, the kills, the last start, the judgement."""
-        started = time.monotonic()
-        self.run_to_end(PRECOMPUTE, "whole")
-        self.startup_s = time.monotonic() - started
-        self.run_to_end(TRAIN, "whole")
-        print(f"the job that is not killed: {time.monotonic() - started:.1f} s", flush=True)
+        """Everything: the jobs that are not killed, the kills, the last start, the judgement."""
+        for twin in ("other", "whole") if self.change_ranks else ("whole",):
+            self.ranks = 1 if twin == "other" else self.ranks
+            self.run_whole(twin)
+            self.ranks = 2 if twin == "other" else self.ranks
         in_pass, in_training = self.plan(kills, places)
         for place in in_pass:
-            self.strike(PRECOMPUTE, self.draw(place))
+            self.strike(PRECOMPUTE, place)
         print(f"  the pass ends: {said(self.run_to_end(PRECOMPUTE, 'killed'))}", flush=True)
         while in_training:
-            self.strike(TRAIN, self.draw(self.next_place(in_training)))
+            self.strike(TRAIN, self.next_place(in_training))
         print(f"  training ends: {said(self.run_to_end(TRAIN, 'killed'))}", flush=True)
-        self.judge()
+        if self.change_ranks:
+            self.judge_noise("whole", "other", "killed")
+        else:
+            self.judge("whole", "killed")
 
-    def strike(self, script: str, kill: Kill) -> None:
+    def strike(self, script: str, place: str) -> None:
         """One kill, told."""
+        if self.change_ranks:
+            self.ranks = 3 - self.ranks
+        kill = self.draw(place)
         self.kills.append(kill)
         self.run_and_kill(script, kill)
-        print(f"kill {len(self.kills)}: {kill}; step {kill.step}; this start: {kill.restart}", flush=True)
-
-    # === The judgement ===
-
-    def judge(self) -> None:
-        """Compares all that the two jobs left."""
-        stores = [next(self.folder(twin, "ref_cache_dir").iterdir()) for twin in ("whole", "killed")]
-        whole, killed = (RefStore(folder) for folder in stores)
-        whole.load()
-        killed.load()
-        same("log-probs of the reference", whole._records.tobytes(), killed._records.tobytes())
-        same("shards set aside", [], killed.set_aside)
-        whole_run, killed_run = self.folder("whole", "ckpt_dir"), self.folder("killed", "ckpt_dir")
-        same("files of the run", *(visible(folder) for folder in (whole_run, killed_run)))
-        same("latest", *((folder / "latest").read_text() for folder in (whole_run, killed_run)))
-        exported = [path.name for path in sorted(whole_run.glob("dpo_*.pth"))]
-        for name in exported:
-            same_tensors(name, *(load_weights(run / name).state_dict for run in (whole_run, killed_run)))
-        print(f"equal bit for bit: the weights in {len(exported)} .pth files")
-        states = [path.relative_to(whole_run) for path in sorted(whole_run.glob("state/*/*.safetensors"))]
-        for name in states:
-            same_tensors(str(name), *(load_file(run / name) for run in (whole_run, killed_run)))
-        print(f"equal bit for bit: weights and moments in {', '.join(map(str, states))}")
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            same(name, *(records(self.folder(twin, "log_dir") / name) for twin in ("whole", "killed")))
-        left = [path.name for path in killed_run.rglob(".*.tmp")] + [path.name for path in stores[1].glob(".*.tmp")]
-        print(f"temp files that kills left: {len(left)} {sorted({re.sub('[0-9a-f]{4,}', '*', n) for n in left})}")
-
-
-class Rank:
-    """A started process whose output is read all the time, so that it never waits for us."""
-
-    def __init__(self, process: RankProcess):
-        self.process, self.output = process, ""
-        self.reader = threading.Thread(target=self.read, daemon=True)
-        self.reader.start()
-
-    def read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-
-    @property
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def end(self) -> None:
-        """Kills it if it still runs."""
-        if not self.ended:
-            self.process.kill()
-        self.process.wait()
-        self.reader.join(10)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        print(
+            f"kill {len(self.kills)}: {kill} of {self.ranks}; step {kill.step}; this start: {kill.restart}", flush=True
+        )
 
 
 def stage(place: str) -> float:
@@ -275,13 +169,6 @@ def stage(place: str) -> float:
     return {"reference": 0, "shard": 0.5, "clock_pass": 0.75, "records": 1, "end": 3}.get(place, 2)
 
 
-def wait_for(condition: Any, at_most_s: float) -> None:
-    """Returns when it holds, or after that time."""
-    deadline = time.monotonic() + at_most_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
 def said(output: str) -> str:
     """What a start said about what it found."""
     patterns = (
@@ -289,38 +176,6 @@ def said(output: str) -> str:
     )
     found = ["".join(match) for match in re.findall(patterns, output)]
     return ", ".join(found).replace("at step", "resumed at step") or "nothing yet"
-
-
-def visible(folder: Path) -> list[str]:
-    """Everything below a folder that is no temp file."""
-    names = [path.relative_to(folder) for path in folder.rglob("*")]
-    return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """Lines of a .jsonl file without what depends on the clock."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
-
-
-def same(what: str, whole: object, killed: object) -> None:
-    """Says that it is equal, or fails with the first difference."""
-    if whole == killed:
-        print(f"equal: {what}")
-        return
-    if isinstance(whole, list) and isinstance(killed, list):
-        pairs = [(a, b) for a, b in zip(whole, killed, strict=False) if a != b] or [(len(whole), len(killed))]
-        whole, killed = pairs[0]
-    raise Failure(f"{what} differ:\n  never killed: {str(whole)[:400]}\n  killed: {str(killed)[:400]}")
-
-
-def same_tensors(what: str, whole: dict[str, torch.Tensor], killed: dict[str, torch.Tensor]) -> None:
-    """Fails where they are not equal bit for bit."""
-    if whole.keys() != killed.keys():
-        raise Failure(f"{what}: names differ: {sorted(whole.keys() ^ killed.keys())}")
-    for name, tensor in whole.items():
-        if not torch.equal(tensor, killed[name]):
-            raise Failure(f"{what}: {name} differs by up to {(tensor - killed[name]).abs().max():.3g}")
 
 
 def table(kills: list[Kill]) -> str:
@@ -344,9 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--changes", type=int, default=0, help="of inputs, in the place of kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--config", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--change_ranks", action="store_true", help="one and two ranks by turns")
+    parser.add_argument("--config", choices=CONFIGS, default="fp32")
+    parser.add_argument("--trainable", choices=TRAINABLE, default="all", help="with --changes")
     parser.add_argument("--places", default=",".join(ALL), help="only these; with a moment: latest:half,prune")
     parser.add_argument("--keep", type=Path, help="folder that is kept for a look; must not exist")
     options = parser.parse_args(arguments)
@@ -356,17 +214,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--places: expected some of {', '.join(sorted(known))}, found {', '.join(sorted(unknown))}")
     if options.keep and options.keep.exists():
         parser.error(f"--keep: {options.keep} exists")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost more than the work, on a busy machine
-    started = time.monotonic()
+    # threads that spin cost more than the work, on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ENVIRONMENT.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    started, verdict = time.monotonic(), "PASS"
     with tempfile.TemporaryDirectory() as temporary:
-        soak = Soak(options.keep or Path(temporary), options)
+        folder = options.keep or Path(temporary)
+        soak = Changes(folder, options) if options.changes else Soak(folder, options)
         try:
-            soak.go(options.kills, places)
-            verdict = "PASS"
+            if isinstance(soak, Soak):
+                soak.go(options.kills, places)
+            else:
+                soak.go(options.changes)
         except Failure as failure:
             verdict = f"FAIL: {failure}"
-    print(table(soak.kills))
-    print(f"{verdict}\n{len(soak.kills)} kills in {time.monotonic() - started:.0f} s")
+    if isinstance(soak, Soak):
+        print(table(soak.kills))
+    done = len(soak.kills) if isinstance(soak, Soak) else len(soak.changes)
+    print(f"{verdict}\n{done} {'changes' if options.changes else 'kills'} in {time.monotonic() - started:.0f} s")
     return verdict != "PASS"
 
 

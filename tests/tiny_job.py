@@ -58,7 +58,7 @@ MLA: dict[str, Any] = {
 }
 
 RankProcess = subprocess.Popen[str] | ForkedRank
-_ENVIRONMENT = dict(os.environ)  # before any test changes it
+ENVIRONMENT = dict(os.environ)  # of the processes that fork ranks: before any test changes it
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def start_rank(
 @functools.cache
 def _server(which: int) -> RankServer:
     """One for even ranks, one for odd ones: their hash seeds differ, as those of two processes do."""
-    return RankServer(_ENVIRONMENT)
+    return RankServer(ENVIRONMENT)
 
 
 def run_ranks(script: str, settings: dict[str, object], world: int, port: int = 0, flags: tuple[str, ...] = ()) -> str:
