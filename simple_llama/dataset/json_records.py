@@ -141,7 +141,7 @@ def data_files(path: str | Path) -> list[Path]:
         named = ", ".join(f"{name} ({_how_to_read(name)})" for name in others[:5]) + ", ..." * (len(others) > 5)
         raise UserError(
             f"{place}: expected files of {kinds} (README, LICENSE, *.md and hidden files are passed over), found "
-            f"{len(others)} of another kind: {named}; or move them out of the folder"
+            f"{len(others)} of another kind: {named}; do so, or move them out of the folder"
         )
     if not files:
         found = ", ".join(names[:5]) or "no files"
