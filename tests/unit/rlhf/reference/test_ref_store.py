@@ -315,7 +315,8 @@ def test_a_kind_of_record_that_comes_later_is_left_alone(tmp_path: Path, caplog:
     data = bytes_of(np.zeros(3, [("answer", "V16"), ("count", "<i4"), ("logp", "<f4")]))
     (store.folder / bound_name(store, data)).write_bytes(data)
     before = shards(store)
-    store.load()
+    with caplog.at_level("WARNING"):  # a test before may have set up the log
+        store.load()
     assert store.set_aside == [] and shards(store) == before and len(store) == 1 and caplog.text == ""
 
 
