@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import shown
 from simple_llama.pretraining.pickles import MOST_BYTES, unpickle
 
 _ZIP = b"PK\x03\x04"  # how a zip file begins, and each entry of it
 _HEADER = struct.Struct("<26xHH")  # of an entry: lengths of its name and of what follows the name
 _ENCRYPTED = 1  # a flag of an entry
+_NO_CHECKSUM = 0  # what torch writes where it is told not to compute them
+_PIECE = 1 << 20  # bytes that are read at a time
 _MAGIC = 0x1950A86A20F9469CFC6C  # first of the pickles of torch's format before zip files
 _PROTOCOL = 1001  # the second
 _COUNT = struct.Struct("<q")  # elements of a storage in that format
@@ -43,6 +46,26 @@ def read_archive(file: BufferedReader, mapped: bool = True) -> Any:
         file.seek(0)
         file.readinto(data)
     return _Zip(file, data).read() if data[: len(_ZIP)] == _ZIP else _read_old(data)
+
+
+def archive_facts(file: BufferedReader) -> tuple[str, list[str]]:
+    """(format and folder of a file of torch.save, the entries whose bytes do not have their checksum).
+
+    Reads the whole file. UserError and others as in `read_archive`.
+    """
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if data[: len(_ZIP)] != _ZIP:
+        return "torch's format before zip files, without checksums", []
+    archive, wrong, checked = _Zip(file, data), [], 0
+    for name, entry in archive.entries.items():
+        start, size = archive.place(name.removeprefix(archive.folder))
+        checksum = 0
+        for at in range(start, start + size, _PIECE):
+            checksum = zlib.crc32(data[at : min(at + _PIECE, start + size)], checksum)
+        checked += entry.CRC != _NO_CHECKSUM
+        wrong += [name] if entry.CRC not in (_NO_CHECKSUM, checksum) else []
+    said = f"zip, {len(archive.entries)} entries in {shown(archive.folder)}, {checked} with a checksum"
+    return said, wrong
 
 
 class _Zip:
@@ -71,7 +94,7 @@ class _Zip:
         if entry.file_size > MOST_BYTES:
             raise UserError(f"its data.pkl has {entry.file_size:,} bytes, expected at most {MOST_BYTES:,}")
         table = self.bytes_of("data.pkl")
-        if zlib.crc32(table) != entry.CRC:
+        if entry.CRC not in (_NO_CHECKSUM, zlib.crc32(table)):
             raise UserError("its data.pkl does not have the checksum that it should have")
         return unpickle(table, 0, self.storage_of)[0]
 

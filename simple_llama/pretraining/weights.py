@@ -1,15 +1,20 @@
-"""Weights files `{model_state_dict, config, metadata}`: load (running no code), check, build a model, save, digest."""
+"""Weights files `{model_state_dict, config, metadata}`: load (running no code), check, build a model, save, digest.
+
+python -m simple_llama.pretraining.weights FILE    describes a file and checks it (`describe`)
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +77,7 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     if not files:
         found = f"{' and '.join(sorted(others))} files" if others else "none"
         raise UserError(f"{path}: expected a folder with a .pth file, found {found}. {_ORIGIN}")
-    return max(files, key=lambda file: (files[file].st_mtime_ns, file.name))
+    return max(files, key=lambda file: (files[file].st_mtime_ns, _by_number(file.name)))
 
 
 def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = None, mapped: bool = True) -> LoadedModel:
@@ -95,6 +100,8 @@ def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = Non
         raise UserError(
             f"{path}: {_EXPECTED}, found one that cannot be read ({type(error).__name__}: {reason})"
         ) from error
+    if isinstance(found, dict) and "lora_adapters" in found and "model_state_dict" not in found:
+        raise UserError(f"{path}: {_EXPECTED}, found {_adapters(found)}")
     if not isinstance(found, dict) or not {"model_state_dict", "config"} <= found.keys():
         keys = shown(sorted(map(str, found))) if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{path}: {_EXPECTED}, found {keys}")
@@ -141,9 +148,10 @@ def save_weights(
     tensors = {name: _compact(tensor) for name, tensor in state_dict.items()}
     checkpoint = {"model_state_dict": _plain_state_dict(tensors, path), "config": config, "metadata": metadata}
     try:
-        with atomic_path(path) as temp:
-            torch.save(checkpoint, temp)
-    except RuntimeError as error:  # torch's own writer reports a full disk so
+        # an open file: of a path, torch would write the name into the archive, here a temporary one
+        with atomic_path(path) as temp, temp.open("wb") as file:
+            _save(checkpoint, file)
+    except RuntimeError as error:
         raise UserError(f"cannot write {path}: {error}; free space or choose another place") from error
 
 
@@ -155,6 +163,38 @@ def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         state.update(tensor.to("cpu", torch.float32).contiguous().view(-1).numpy().data)
     return state.hexdigest()
+
+
+def _save(checkpoint: dict[str, Any], file: BufferedWriter) -> None:
+    """torch.save; OSError for what the disk said, where torch says only what it then found."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
+def _by_number(name: str) -> list[Any]:
+    """A key that sorts names by the numbers in them: sft_9E before sft_10E."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [float(part) if at % 2 else part for at, part in enumerate(parts)] + [name]
+
+
+def _adapters(found: dict[Any, Any]) -> str:
+    """What upstream's file of LoRA adapters holds, and which file it needs."""
+    tensors, config = found["lora_adapters"], found.get("config")
+    count = f"{len(tensors)} tensors" if isinstance(tensors, Mapping) else "none that can be read"
+    said, base = "", ""
+    if isinstance(config, TrainingConfig):
+        targets = ", ".join(name for name in "qkvo" if getattr(config, f"{name}_lora") is True) or "none"
+        said = f", rank {shown(config.lora_rank)}, alpha {shown(config.lora_alpha)}, of the projections {targets}"
+        sizes = ("n_embd", "n_layers", "n_heads", "use_mla")
+        base = f" with {', '.join(f'{name} {shown(getattr(config, name))}' for name in sizes)}"
+    return (
+        f"LoRA adapters alone ({count}{said}). Their base is the SFT or pretraining .pth that they were trained on, a "
+        f"checkpoint{base}, which holds all other weights. Adapters cannot be trained on yet: give that .pth"
+    )
 
 
 def _vocab_size(state_dict: Mapping[str, torch.Tensor]) -> int:
@@ -227,3 +267,9 @@ def _some(items: list[str]) -> str:
     items = [item if item.isprintable() else repr(item) for item in items[:_NAMES_SHOWN]] + items[_NAMES_SHOWN:]
     more = f" and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
     return ", ".join(item[:_NAME_SHOWN] for item in items[:_NAMES_SHOWN]) + more
+
+
+if __name__ == "__main__":
+    from simple_llama.pretraining.describe import main
+
+    sys.exit(main(sys.argv[1:]))

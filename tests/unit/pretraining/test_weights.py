@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -271,8 +273,8 @@ def test_save_writes_views_alone(tmp_path: Path, state_dict: dict[str, torch.Ten
 def test_save_leaves_the_old_file_when_it_fails(path: Path, monkeypatch: pytest.MonkeyPatch):
     """A full disk in the middle of a write (torch reports it as RuntimeError): the old file stays, no temp remains."""
 
-    def full(obj: object, temp: Path) -> None:
-        temp.write_bytes(b"half")
+    def full(obj: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise RuntimeError("unexpected pos")
 
     before = path.read_bytes()
@@ -281,6 +283,53 @@ def test_save_leaves_the_old_file_when_it_fails(path: Path, monkeypatch: pytest.
         save_weights(path, {}, CONFIG, {})
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("room", [100, 5000, 500_000])
+def test_a_full_disk_is_said_in_its_own_words(tmp_path: Path, state_dict: dict[str, torch.Tensor], room: int):
+    """Wherever in the file it shows: torch has words of its own for some places."""
+    state_dict["norm.weight"] = torch.zeros(200_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # a disk with so much room
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*model.pth: File too large; free space or choose"):
+            save_weights(tmp_path / "model.pth", state_dict, CONFIG, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_weights_are_the_same_file(tmp_path: Path, state_dict: dict[str, torch.Tensor]):
+    """Whatever its name, and that of its temporary file: none of them stands in it."""
+    for name in ("a.pth", "b.pth"):
+        save_weights(tmp_path / name, state_dict, CONFIG, {"step": 1})
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}
+
+
+def test_of_files_of_one_moment_the_highest_number_is_taken(tmp_path: Path):
+    """sft_10E comes after sft_9E, 0.10 before 0.9; a copy keeps times, so they may well be equal."""
+    names = ["sft_9E_0.5L.pth", "sft_10E_0.9L.pth", "sft_10E_0.10L.pth", "sft_1E.pth"]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (10, 10))
+    assert find_weights(tmp_path).name == "sft_10E_0.9L.pth"
+
+
+def test_adapters_alone_are_told_what_they_need(tmp_path: Path):
+    """Upstream's LoRA files: what they are, which base they need, and that it is the file to give."""
+    config = replace(CONFIG, use_lora=True, lora_rank=4, lora_alpha=8, q_lora=True, k_lora=False, v_lora=True)
+    adapters = {"decoder_blocks.0.attention.q_lora_layer.lora_a": torch.ones(8, 4)}
+    torch.save({"lora_adapters": adapters, "config": config}, tmp_path / "lora.pth")
+    with pytest.raises(UserError, match=r"lora.pth: expected a SimpleLLaMA checkpoint") as raised:
+        load_weights(tmp_path / "lora.pth")
+    for said in (
+        "LoRA adapters alone (1 tensors, rank 4, alpha 8, of the projections q, v)",
+        "the SFT or pretraining .pth that they were trained on, a checkpoint with n_embd 8, n_layers 1, n_heads 2",
+        "cannot be trained on yet",
+    ):
+        assert said in str(raised.value)
 
 
 def test_digest(state_dict: dict[str, torch.Tensor]):
