@@ -38,7 +38,8 @@ LOSSES_INTRODUCTION = """\
 
     d = (log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected))
 
-of sums over the scored tokens. An option that the chosen loss has not is refused.
+of sums over the scored tokens. An option that the chosen loss has not is refused. Losses of one name differ between
+trainers: where ours is not that of others, or its beta does not carry over, it is said.
 """
 SHOWN = {"system_prompt": "the project's own"}  # defaults that a table has no room for
 

@@ -21,7 +21,11 @@ from typing_extensions import Doc
 from simple_llama.common.settings import Bounds
 
 Beta = Annotated[float, Bounds(0, math.inf, above=True, below=True), Doc("strength of the pull towards the reference")]
-LabelSmoothing = Annotated[float, Bounds(0, 0.5, below=True), Doc("assumed share of swapped labels, in [0, 0.5)")]
+LabelSmoothing = Annotated[
+    float,
+    Bounds(0, 0.5, below=True),
+    Doc("assumed share of swapped labels, in [0, 0.5); counts with sigmoid too, where TRL ignores it"),
+]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def _margin(scores: Scores) -> torch.Tensor:
 def sigmoid_loss(scores: Scores, *, beta: Beta, label_smoothing: LabelSmoothing = 0.0) -> torch.Tensor:
     """-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d); e is the assumed share of swapped labels.
 
-    e = 0: DPO, Eq. 7, arXiv:2305.18290. e > 0: conservative DPO, Mitchell 2023, "A note on DPO with noisy preferences".
+    e = 0: DPO, Eq. 7, arXiv:2305.18290. e > 0: conservative DPO, Mitchell 2023, "A note on DPO with noisy preferences",
+    as in the original code, OpenRLHF and LLaMA-Factory; TRL (1.16) ignores its label_smoothing with sigmoid.
     """
     d_B = _margin(scores)
     if label_smoothing == 0:
@@ -57,19 +62,26 @@ def sigmoid_loss(scores: Scores, *, beta: Beta, label_smoothing: LabelSmoothing 
 
 
 def hinge_loss(scores: Scores, *, beta: Beta) -> torch.Tensor:
-    """max(0, 1 - beta d): SLiC's hinge on the log-ratio margin, arXiv:2305.10425 and arXiv:2309.06657."""
+    """max(0, 1 - beta d): SLiC's hinge on the log-ratio margin, arXiv:2305.10425 and arXiv:2309.06657. The same in TRL
+    (1.16)."""
     return F.relu(1 - beta * _margin(scores))
 
 
 def ipo_loss(scores: Scores, *, beta: Beta) -> torch.Tensor:
-    """(d - 1 / (2 beta))^2: Eq. 17, arXiv:2310.12036; its tau is beta. d is of sums, as printed, not token averages."""
+    """(d - 1 / (2 beta))^2: Eq. 17, arXiv:2310.12036; its tau is beta.
+
+    d is of sums over the scored tokens, as printed, in the original code and in OpenRLHF. TRL, LLaMA-Factory and
+    ms-swift take d of means, so a beta does not carry over: with n scored tokens on both sides their loss at beta is
+    ours at beta / n, divided by n^2.
+    """
     return (_margin(scores) - 1 / (2 * beta)) ** 2
 
 
 def robust_loss(scores: Scores, *, beta: Beta, label_smoothing: LabelSmoothing = 0.0) -> torch.Tensor:
     """(-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e): rDPO, arXiv:2403.00409.
 
-    Its mean over labels that are swapped with probability e is the loss of the true ones; it may be negative.
+    Its mean over labels that are swapped with probability e is the loss of the true ones; it may be negative. The same
+    in TRL (1.16).
     """
     d_B = _margin(scores)
     right_B, swapped_B = F.logsigmoid(beta * d_B), F.logsigmoid(-beta * d_B)
@@ -78,7 +90,7 @@ def robust_loss(scores: Scores, *, beta: Beta, label_smoothing: LabelSmoothing =
 
 def sigmoid_norm_loss(scores: Scores, *, beta: Beta) -> torch.Tensor:
     """-log sigmoid(beta d'), where d' is d of means over the scored tokens: length-normalised DPO, Tulu 3,
-    arXiv:2411.15124, Sec. 5."""
+    arXiv:2411.15124, Sec. 5. The same in TRL (1.16)."""
     assert scores.counts_B2 is not None
     means_B2 = log_ratios(scores) / scores.counts_B2
     return -F.logsigmoid(beta * (means_B2[:, 0] - means_B2[:, 1]))

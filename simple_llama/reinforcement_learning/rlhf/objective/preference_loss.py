@@ -6,9 +6,10 @@ import functools
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.settings import Settings
@@ -27,7 +28,10 @@ class LossConfig(Settings):
     """The options of all losses, written out; a test holds them against the losses' signatures."""
 
     # === Loss ===
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"] = "sigmoid"  # preference loss
+    loss_type: Annotated[
+        Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"],
+        Doc("preference loss; ipo is of sums over the tokens, where TRL takes means"),
+    ] = "sigmoid"
     beta: Beta = 0.5
     label_smoothing: LabelSmoothing = 0.0
 

@@ -196,7 +196,7 @@ def test_settings_of_losses_are_their_signatures() -> None:
             assert len(get_args(hints[name])) == 3, "a type, its bounds and its help"
             found.add(name)
     assert found == fields.keys()
-    assert get_args(hints["loss_type"]) == tuple(LOSSES)
+    assert get_args(get_type_hints(LossConfig)["loss_type"]) == tuple(LOSSES)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -240,3 +240,12 @@ def test_a_new_loss_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) ->
     assert loss.at_start() is None  # of a loss without a reference nothing can be said beforehand
     with pytest.raises(UserError, match="label_smoothing: expected 0 with loss_type 'squared'"):
         PreferenceLoss(squared, 0.5, 0.1)
+
+
+def test_ipo_of_sums_beside_ipo_of_means() -> None:
+    """What settings.md says of other trainers' ipo: with n = 4 tokens on both sides, theirs at beta 0.5 is ours at
+    0.125, over 16. At d = 4: (4 / 4 - 1)^2 = 0 = (4 - 4)^2 / 16; at d = 8: (8 / 4 - 1)^2 = 1 = (8 - 4)^2 / 16."""
+    for d, theirs in ((4.0, 0.0), (8.0, 1.0)):
+        whole = scores(pairs((d - 2, -2)), pairs((-2, -2)), (4, 4))
+        assert (d / 4 - 1 / (2 * 0.5)) ** 2 == theirs
+        assert PreferenceLoss("ipo", beta=0.125)(whole).item() / 16 == theirs
