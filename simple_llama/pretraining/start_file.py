@@ -35,7 +35,7 @@ class StartFile:
             with open_file(path) as file:
                 self._descriptor = os.dup(file.fileno())
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise UserError(f"{path}: expected a SimpleLLaMA checkpoint, found: {error.strerror or error}") from error
         weakref.finalize(self, os.close, self._descriptor)
         self._size = os.fstat(self._descriptor).st_size
         with self._opened() as file:

@@ -42,33 +42,10 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         stopping.install(
             ranks.world_size
         )  # not before: while torch waits for the others in C++, a handler in Python would wait too
-        set_up_log(None, ranks)
-        watchdog.start(ranks, config)
-        with fail_together(ranks):
-            if config.resume:
-                say_settings(config)
-            check_folders(config, config.ref_cache_dir)
-            check_compiler(config.compile, config.device)
-        inputs = load_inputs(config, ranks)
-        stopping.agree(ranks, at_once=True)
-        if not config.dry_run:
-            work(config, inputs, ranks)
-        elif ranks.is_main:
-            print(describe(config, inputs, ranks.world_size))
-        barrier(ranks)  # all ranks have done all: only now may one of them leave
-        LOGGER.info(FINISHED)
-        watchdog.close()
-        close_ranks()
+        _do(work, config, ranks)
         leave(0)
     except stopping.Stopped as stop:
-        if ranks is None or ranks.is_main:  # the others stop with it
-            _say(
-                f"stopped{_where(ranks, ranks.world_size if ranks else 1)}: {stop}; --resume goes on from what is saved"
-            )
-        with contextlib.suppress(RuntimeError):  # a rank that was lost on the way here
-            if ranks:
-                barrier(ranks)  # all stop together: one of them may still tidy up
-        watchdog.close()
+        _say_stopped(stop, ranks)
         leave(stopping.STOPPED)
     except UserError as error:
         watchdog.fail(str(error))
@@ -90,6 +67,38 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         leave(BUG)
     finally:
         stopping.uninstall()
+
+
+def _do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPOConfig, ranks: Ranks) -> None:
+    """The command itself, between the joining of the ranks and their parting (collective)."""
+    set_up_log(None, ranks)
+    watchdog.start(ranks, config)
+    with fail_together(ranks):
+        if config.resume:
+            say_settings(config)
+        check_folders(config, config.ref_cache_dir)
+        check_compiler(config.compile, config.device)
+    inputs = load_inputs(config, ranks)
+    stopping.agree(ranks, at_once=True)
+    if not config.dry_run:
+        work(config, inputs, ranks)
+    elif ranks.is_main:
+        print(describe(config, inputs, ranks.world_size))
+    barrier(ranks)  # all ranks have done all: only now may one of them leave
+    LOGGER.info(FINISHED)
+    watchdog.close()
+    close_ranks()
+
+
+def _say_stopped(stop: stopping.Stopped, ranks: Ranks | None) -> None:
+    """That the work was stopped on request, by one rank for all, which stop together."""
+    if ranks is None or ranks.is_main:
+        where = _where(ranks, ranks.world_size if ranks else 1)
+        _say(f"stopped{where}: {stop}; --resume goes on from what is saved")
+    with contextlib.suppress(RuntimeError):  # a rank that was lost on the way here
+        if ranks:
+            barrier(ranks)  # one of them may still tidy up
+    watchdog.close()
 
 
 def _parse(description: str | None) -> DPOConfig:
