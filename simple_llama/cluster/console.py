@@ -7,11 +7,13 @@ Messages go to stdout and progress bars to stderr, so `> run.txt` keeps the mess
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from collections import deque
 from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import append_to
 from simple_llama.common.logging import LOGGER
 
 Item = TypeVar("Item")
@@ -89,12 +92,42 @@ def progress(iterable: Iterable[Item], total: int, desc: str, ranks: Ranks) -> I
     return tqdm(iterable, total=total, desc=desc, dynamic_ncols=True, file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """Appends, since a resumed run goes on in the same log. A line that the disk does not take ends no run: it is said
+    once on stderr, and the lines that follow are tried."""
+
+    failed = False
+
+    def _open(self) -> TextIOWrapper:
+        return append_to(self.baseFilename)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            with contextlib.suppress(OSError):
+                print(
+                    f"{_cannot_write(self.baseFilename, error)}; until then it lacks lines", file=sys.stderr, flush=True
+                )
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # said when the line came
+            super().close()
+
+
 def _file_handler(path: Path) -> logging.FileHandler:
-    """Appends, since a resumed run goes on in the same log."""
+    """What writes train.log."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write the log {path}: {error.strerror or error}") from error
+        raise UserError(_cannot_write(path, error)) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
+
+
+def _cannot_write(path: str | os.PathLike[str], error: OSError) -> str:
+    """Which file, and why."""
+    return f"cannot write the log {path}: {error.strerror or error}; free space or choose another log_dir"

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from io import BufferedReader
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,26 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Opens a file to read its bytes. OSError for a pipe, a device or a folder: they might hang, or never end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe hangs here
+    return os.fdopen(_open_regular(path, os.O_RDONLY), "rb")
+
+
+def append_to(path: str | os.PathLike[str]) -> TextIOWrapper:
+    """Opens a file, made if it is not there, to add UTF-8 text at its end. OSError as in `open_file`."""
+    descriptor = _open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    return open(descriptor, "a", encoding="utf-8", newline="\n")
+
+
+def _open_regular(path: str | os.PathLike[str], flags: int) -> int:
+    """A descriptor of a regular file."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)  # without O_NONBLOCK a pipe hangs here
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a pipe that nobody reads, or a device or socket without an answer
+            raise
+        raise OSError(errno.EINVAL, "expected a file, found a pipe, a socket or a device", os.fspath(path)) from error
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind == stat.S_IFREG:
-        return os.fdopen(descriptor, "rb")
+        return descriptor
     os.close(descriptor)
     code = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
     raise OSError(code, f"expected a file, found {_KINDS.get(kind, 'something else')}", os.fspath(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,28 @@ def test_an_unwritable_log_is_a_user_error(tmp_path: Path) -> None:
     """A folder has the log's name."""
     with pytest.raises(UserError, match=r"cannot write the log .*: Is a directory"):
         set_up_log(tmp_path, ranks(0))
+
+
+def test_a_full_disk_is_said_once_and_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """/dev/full takes no byte: one line on stderr, no traceback a message, and closing is no error."""
+    log = tmp_path / "train.log"
+    set_up_log(log, ranks(0))
+    handler = next(handler for handler in LOGGER.handlers if isinstance(handler, logging.FileHandler))
+    assert handler.stream is not None
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), handler.stream.fileno())
+    for _ in range(2):
+        LOGGER.info("a line")
+    _close_log()
+    expected = f"cannot write the log {log}: No space left on device; free space or choose another log_dir"
+    assert capsys.readouterr().err == f"{expected}; until then it lacks lines\n"
+
+
+def test_a_pipe_is_no_log(tmp_path: Path) -> None:
+    """Nobody reads it, so opening it would wait for ever."""
+    os.mkfifo(tmp_path / "train.log")
+    with pytest.raises(UserError, match="cannot write the log .*train.log: expected a file, found a pipe"):
+        set_up_log(tmp_path / "train.log", ranks(0))
 
 
 def test_no_bar_in_a_file_or_on_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

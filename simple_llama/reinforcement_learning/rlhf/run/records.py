@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import Any, BinaryIO
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write
+from simple_llama.common.files import append_to, atomic_path, open_file
 from simple_llama.common.logging import LOGGER
+from simple_llama.reinforcement_learning.rlhf.run.event_file import EventFile
+
+_MOST_IN_A_LINE = 64 << 20  # bytes: sample answers of a run's prompts are far shorter
+_MOST_BYTES = 16 << 30  # of a file: some ten million lines
+_MOST_NAMED = 10  # damaged lines named in a warning
 
 # Metrics of a line of train.log, and how each is shown.
 _LOGGED = {
@@ -32,29 +37,63 @@ def log_line(head: str, values: dict[str, float], prefix: str = "") -> None:
 
 
 def rewind(path: Path, step: int, evaluated: bool = True) -> None:
-    """Drops the lines of a .jsonl file that lie beyond `step`, and a last line that a kill cut short.
+    """Drops the lines of a .jsonl file that lie beyond `step`, and a last line that a kill cut short. A line that is
+    damaged goes too, by itself and with a warning.
 
     Not `evaluated`: what an evaluation wrote at `step` goes too, for it is made again.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    kept = []
-    with writes(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        try:
-            record = json.loads(line)
-            again = record["step"] == step and not evaluated and "loss" not in record
-            if record["step"] <= step and not again:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            break
-    atomic_write(path, "".join(kept).encode())
+    damaged: list[int] = []
+
+    def stays(number: int, line: bytes) -> bool:
+        record = _record(line)
+        if record is None:
+            if line.endswith(b"\n"):
+                damaged.append(number)
+            return False
+        again = record["step"] == step and not evaluated and "loss" not in record
+        return record["step"] <= step and not again
+
+    with writes(path), _open_bounded(path) as file, atomic_path(path) as temp, temp.open("wb") as kept:
+        for number, line in enumerate(_bounded_lines(file), 1):
+            if stays(number, line):
+                kept.write(line if line.endswith(b"\n") else line + b"\n")
+    if damaged:
+        lines = ", ".join(map(str, damaged[:_MOST_NAMED])) + ("" if len(damaged) <= _MOST_NAMED else ", ...")
+        LOGGER.warning("%s: %d damaged lines dropped, all others stay: line %s", path, len(damaged), lines)
+
+
+def _open_bounded(path: Path) -> BinaryIO:
+    """A file that may be read to its end."""
+    file = open_file(path)
+    if os.fstat(file.fileno()).st_size <= _MOST_BYTES:
+        return file
+    file.close()
+    raise OSError(errno.EFBIG, f"expected at most {_MOST_BYTES:,} bytes, found more")
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long its beginning, which is no record."""
+    while line := file.readline(_MOST_IN_A_LINE):
+        rest = line
+        while not rest.endswith(b"\n") and (rest := file.readline(_MOST_IN_A_LINE)):
+            line = line[:1] + rest[-1:]  # too long: nothing of it is kept
+        yield line
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where it is damaged."""
+    try:
+        found = json.loads(line.decode())
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, numbers of thousands of digits, lists without end
+        return None
+    return found if isinstance(found, dict) and type(found.get("step")) is int else None
 
 
 def _append_record(path: Path, record: dict[str, Any]) -> None:
     """Adds a line to a .jsonl file. UserError where the disk does not take it; `rewind` drops half a line."""
-    with writes(path), path.open("a") as file:
+    with writes(path), append_to(path) as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -82,7 +121,7 @@ class RunWriter:
         self.path = folder / "metrics.jsonl"
         rewind(self.path, done, evaluated)
         with writes(folder):
-            self.board = SummaryWriter(str(folder), purge_step=done + 1)
+            self.board = EventFile(folder, purge_step=done + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl and one point of each curve at optimizer step `step`."""
@@ -92,6 +131,7 @@ class RunWriter:
         with writes(self.path.parent):
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+            self.board.flush()  # a curve is seen at once, and a full disk too
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Writes a page of TensorBoard's text tab."""
@@ -114,10 +154,17 @@ class RunWriter:
                 LOGGER.warning("curves in %s lack their end: %s", self.path.parent, error.strerror or error)
 
 
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Lines of samples.jsonl: {step, prompts, answers}; the first one is the start model's."""
+def first_answers(folder: Path) -> dict[str, str]:
+    """The start model's answers by their prompts: of the first line of samples.jsonl, where that is of step 0."""
     path = folder / "samples.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not os.path.lexists(path):
+        return {}
+    with writes(path), open_file(path) as file:
+        record = _record(next(_bounded_lines(file), b"")) or {}
+    prompts, answers = record.get("prompts"), record.get("answers")
+    if record.get("step") != 0 or not (isinstance(prompts, list) and isinstance(answers, list)):
+        return {}
+    return {prompt: answer for prompt, answer in zip(prompts, answers, strict=False) if isinstance(prompt, str)}
 
 
 def append_samples(folder: Path, step: int, prompts: list[str], answers: list[str]) -> None:

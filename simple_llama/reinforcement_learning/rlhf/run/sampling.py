@@ -18,7 +18,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import evaluating
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig
-from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, append_samples, read_samples
+from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, append_samples, first_answers
 
 
 def _answers(
@@ -84,8 +84,7 @@ class Samples:
         """Puts the answers after `step` steps beside the start model's: samples.jsonl, TensorBoard, the log."""
         prompts = [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in self.prompts]
         append_samples(self.folder, step, prompts, now)
-        first = read_samples(self.folder)[0]
-        start = dict(zip(first["prompts"], first["answers"], strict=True)) if first["step"] == 0 else {}
+        start = first_answers(self.folder)
         for index, (prompt, after) in enumerate(zip(prompts, now, strict=True)):
             before = start.get(prompt, "(not recorded at step 0)")
             self.writer.text(step, f"samples/prompt_{index}", _sample_page(prompt, before, after))

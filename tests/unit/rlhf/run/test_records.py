@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,10 +16,12 @@ from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from simple_llama.reinforcement_learning.rlhf.run import records
 from simple_llama.reinforcement_learning.rlhf.run.records import (
     RunWriter,
+    _append_record,
     append_samples,
-    read_samples,
+    first_answers,
     rewind,
 )
 from tiny_job import make_job
@@ -111,6 +116,53 @@ def test_rewind_drops_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
+def test_a_damaged_line_goes_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """Of every kind, in the middle and in front: all others stay as they are, and file and lines are named. One that is
+    too long is not read into memory; nothing is said of a last line that was cut."""
+    monkeypatch.setattr(records, "_MOST_IN_A_LINE", 100)
+    bad = [b"\0" * 8, b'{"step": 1, "lo', b"[1]", b'{"loss": 1.0}', b'{"step": true}', b'{"step": 1, "a": "\xff"}']
+    bad += [b'{"step": 1, "a": "' + b"x" * 350 + b'"}', b"[" * 99, b'{"step": ' + b"9" * 90 + b"}"]
+    good = [b'{"step": %d, "loss": 1.0}' % step for step in range(len(bad))]
+    path = tmp_path / "metrics.jsonl"
+    mixed = [line for pair in zip(bad, good, strict=True) for line in pair]
+    path.write_bytes(b"\n".join(mixed) + b'\n{"step": 9, "lo')
+    rewind(path, 100)
+    assert path.read_bytes() == b"".join(line + b"\n" for line in good)
+    assert f"{path}: 9 damaged lines dropped, all others stay: line 1, 3, 5, 7, 9, 11, 13, 15, 17\n" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_only_files_are_records(tmp_path: Path, name: str) -> None:
+    """A pipe, one with a reader, and a device that never ends, in the place of a file: named, and not waited for."""
+    path = tmp_path / name
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    found = ["a named pipe", "a pipe, a socket or a device", "a device"]
+    for words in found:
+        with pytest.raises(UserError, match=f"cannot write {path}: expected a file, found {words}"):
+            _append_record(path, {"step": 1})
+        for read in (
+            lambda: rewind(path, 5),
+            lambda: first_answers(tmp_path) if name == "samples.jsonl" else rewind(path, 5),
+        ):
+            with pytest.raises(UserError, match=f"{path}: expected a file, found a"):
+                read()
+        if words == found[0]:
+            os.close(reader)
+        else:
+            path.unlink()
+            path.symlink_to("/dev/zero")
+
+
+def test_a_file_too_large_to_be_read_is_refused(tmp_path: Path) -> None:
+    """17 GiB that take no room on the disk."""
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(17 << 30)
+    with pytest.raises(UserError, match="expected at most 17,179,869,184 bytes, found more"):
+        rewind(path, 5)
+
+
 def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a line and for a curve, with the file's or folder's name; closing only warns, since the run may be over."""
     writer = RunWriter(tmp_path, is_main=True)
@@ -118,7 +170,7 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(records, "append_to", full)
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left on device; free space"):
         writer.scalars(1, {"loss": 0.5})
     monkeypatch.undo()
@@ -129,6 +181,17 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
             write()
     writer.close()
     monkeypatch.undo()
+    writer.close()
+
+
+def test_curves_on_a_full_disk_leave_no_thread_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full takes no byte: the call that writes says so, and no thread dies of it with a traceback of its own."""
+    writer = RunWriter(tmp_path, is_main=True)
+    assert not [thread for thread in threading.enumerate() if "Writer" in type(thread).__name__]
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), writer.board._file.fileno())
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}: No space left on device; free space"):
+        writer.scalars(1, {"loss": 0.5})
     writer.close()
 
 
@@ -160,12 +223,15 @@ def test_names_of_a_whole_run_are_the_documented_ones(tmp_path: Path, ranks: Ran
 # === samples ===
 
 
-def test_samples_round_trip(tmp_path: Path) -> None:
-    """Two lines in order, text of any kind unchanged; without a file there are none."""
-    assert read_samples(tmp_path) == []
+def test_the_start_models_answers_come_back(tmp_path: Path) -> None:
+    """Those of step 0, text of any kind unchanged; none without a file, nor where the first line is of another step or
+    is none of ours."""
+    assert first_answers(tmp_path) == {}
     append_samples(tmp_path, 0, ["a\nb", "\u00e9"], ["", "\u2028 x"])
     append_samples(tmp_path, 5, ["a\nb", "\u00e9"], ['say "y"', "z"])
-    assert read_samples(tmp_path) == [
-        {"step": 0, "prompts": ["a\nb", "\u00e9"], "answers": ["", "\u2028 x"]},
-        {"step": 5, "prompts": ["a\nb", "\u00e9"], "answers": ['say "y"', "z"]},
-    ]
+    assert first_answers(tmp_path) == {"a\nb": "", "\u00e9": "\u2028 x"}
+    path = tmp_path / "samples.jsonl"
+    later = path.read_text().splitlines()[1]
+    for text in (later, '{"step": 0, "prompts": 3, "answers": []}\n', "{\n", ""):
+        path.write_text(text)
+        assert first_answers(tmp_path) == {}
