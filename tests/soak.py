@@ -33,7 +33,9 @@ CRASH = "tests/crash_at.py"
 CLOCK = ("clock_pass", "clock_start", "clock_steps")
 ONLY_MAIN = {"reference", "records", "metrics", "samples", "weights", "state_json", "state_rename", "latest", "prune"}
 ONLY_MAIN |= {"end"}
-SEVERAL = {"backward": 6, "step": 2, "metrics": 2, "shard": 2, "state_shard": 2}  # calls, of which one is drawn
+# Calls, of which one is drawn; one for all others.
+SEVERAL = {"backward": 6, "step": 4, "metrics": 4, "shard": 2, "evaluate": 2, "samples": 2}
+SEVERAL |= dict.fromkeys(("gather", "weights", "state_shard", "state_json", "state_rename", "latest", "prune"), 3)
 ALL = [*PLACES, *CLOCK]
 
 
@@ -62,8 +64,7 @@ class Soak(Twins):
     def __init__(self, folder: Path, options: argparse.Namespace):
         self.change_ranks = options.change_ranks
         self.kills = list[Kill]()
-        # each kill may cost the work of two steps, some more by the clock
-        super().__init__(folder, options, steps=2 * options.kills + 12)
+        super().__init__(folder, options, steps=6 * options.kills + 12)  # a kill takes place after six at most
 
     # === Starts ===
 
