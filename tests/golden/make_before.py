@@ -6,6 +6,11 @@
 Three runs are broken off by the code of that commit, and a copy of each is taken up and ended by it. Kept is what lay
 on disk when a run broke off, and of its end what a test compares: the curve, the samples and the weights. All paths are
 relative to the output folder, in which the commands run, so that no file names this machine's.
+
+Of later commits, bee0401 writes the same: stores and states byte for byte, weights and curves bit for bit, config.json
+with the same settings in another order. It is the last one whose shards no name binds to the reference, whose
+state.json has no digest of itself and keeps none of the reference's values, and whose config.json may have relative
+paths.
 """
 
 from __future__ import annotations
