@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -99,6 +100,9 @@ class Soak(Twins):
         if kill.place == "clock_pass" and not any(rank.process.returncode for rank in ranks):
             kill.restart += " (it ended before the clock)"
             return
+        if kill.place == "reference" and not any(rank.process.returncode for rank in ranks):
+            shutil.rmtree(self.folder("killed", "ref_cache_dir"))  # the other rank was the first to write it
+            return self.run_and_kill(script, kill)
         if victim.process.returncode != -9:
             raise Failure(f"{kill}: was not reached, status {victim.process.returncode}:\n{outputs}")
         if any(rank.process.returncode == 0 for rank in ranks):
