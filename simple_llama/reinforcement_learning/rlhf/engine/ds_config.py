@@ -9,10 +9,11 @@ import torch
 from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import brief, read_json, shown
+from simple_llama.common.files import read_json
 from simple_llama.common.paths import package_path
 from simple_llama.common.settings import Bounds, PathText, Settings
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchConfig
+from simple_llama.reinforcement_learning.rlhf.engine.ds_keys import check_keys, check_stage
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
 
 
@@ -59,114 +60,57 @@ _OURS = {
     "optimizer": "max_lr, beta1, beta2 and weight_decay",
     "scheduler": "warmup_iterations, max_lr and min_lr",
     "activation_checkpointing": "activation_checkpointing",
+    "compile": "compile",
+    "steps_per_print": "log_interval",
     "tensorboard": "log_dir",
 }
-# fmt: off
-# All other names that DeepSpeed 0.19.8 knows; it ignores an unknown section without a word.
-_KNOWN = (
-    "amp", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "communication_data_type", "compile",
-    "compression_training", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last",
-    "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue", "elasticity", "expert_parallel",
-    "flops_profiler", "fp16", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
-    "load_universal_checkpoint", "log_level", "managed_gradient_accumulation", "memory_breakdown", "nebula",
-    "pipeline", "prescale_gradients", "progressive_layer_drop", "seq_parallel_communication_data_type",
-    "sparse_attention", "sparse_gradients", "steps_per_print", "tensor_parallel", "timers", "torch_autocast",
-    "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "weight_quantization",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
-)
-_DTYPES = ("fp32", "fp16", "bf16")
-# The ZeRO section, where DeepSpeed ends with a traceback for an unknown name and for another type.
-_ZERO_SWITCHES = (
-    "allgather_partitions", "contiguous_gradients", "elastic_checkpoint", "enable_sanity_checks",
-    "ignore_unused_parameters", "load_from_fp32_weights", "log_trace_cache_warnings", "memory_efficient_linear",
-    "overlap_comm", "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint", "reduce_scatter",
-    "round_robin_gradients", "stage3_allgather_sequential", "stage3_gather_16bit_weights_on_model_save",
-    "stage3_use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
-)
-_ZERO_COUNTS = (
-    "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-    "stage3_model_persistence_threshold", "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size", "sub_group_size", "zero_hpz_partition_size",
-)
-# fmt: on
-_ZERO_SECTIONS = ("leaf_module", "offload_optimizer", "offload_param", "zenflow")
 
 
 def read_ds_config(config: EngineConfig) -> dict[str, Any]:
-    """The user's DeepSpeed settings; UserError where one of them repeats what DPOConfig says."""
-    found = read_json(config.deepspeed_config)
+    """The user's DeepSpeed settings; UserError where one of them repeats what DPOConfig says, or was never tried."""
+    source, found = config.deepspeed_config, read_json(config.deepspeed_config)
     if not isinstance(found, dict):
-        raise UserError(f"{config.deepspeed_config}: expected a JSON object, found {type(found).__name__}")
+        raise UserError(f"{source}: expected a JSON object, found {type(found).__name__}")
     for key, name in _OURS.items():
         if key in found:
-            raise UserError(
-                f"{config.deepspeed_config}: {key}: this number lives in DPOConfig ({name}); delete it from the JSON"
-            )
-    for key in ("bf16", "fp16", "amp", "data_types", "zero_optimization"):
-        if not isinstance(found.get(key, {}), dict):
-            raise UserError(f"{config.deepspeed_config}: {key}: expected a JSON object, found {shown(found[key])}")
-    for key in ("bf16", "fp16", "amp"):
-        if type(found.get(key, {}).get("enabled", False)) is not bool:
-            wrong = brief(found[key]["enabled"])
-            raise UserError(f"{config.deepspeed_config}: {key}.enabled: expected true or false, found {wrong}")
+            raise UserError(f"{source}: {key}: this number lives in DPOConfig ({name}); delete it from the JSON")
     if "bfloat16" in found:
-        raise UserError(f"{config.deepspeed_config}: bfloat16: expected this section under its other name, bf16")
-    for key in ("fp16", "amp"):
-        if _enabled(found, key):
-            raise UserError(f"{config.deepspeed_config}: {key}: expected bf16 or fp32 (no {key}), found it enabled")
-    if _enabled(found, "bf16") and found.get("data_types", {}).get("grad_accum_dtype") != "fp32":
-        raise UserError(
-            f'{config.deepspeed_config}: data_types.grad_accum_dtype: expected "fp32" with bf16 (a bf16 sum of '
-            f"micro-batches loses small gradients), found {found.get('data_types', {}).get('grad_accum_dtype')!r}"
-        )
-    stage = found.get("zero_optimization", {}).get("stage", 0)
-    if type(stage) is not int or stage not in (2, 3):  # 1 in bf16 is another optimizer class, without our state
-        raise UserError(f"{config.deepspeed_config}: zero_optimization.stage: expected 2 or 3, found {shown(stage)}")
+        raise UserError(f"{source}: bfloat16: expected this section under its other name, bf16")
+    check_keys(source, found)
+    _check_together(source, found)
+    stage = zero_stage(found)
     if config.reduce_once and stage != 2:
         raise UserError(
-            f"reduce_once: expected ZeRO stage 2, found stage {stage} in {config.deepspeed_config}; in stage 3 no rank "
+            f"reduce_once: expected ZeRO stage 2, found stage {stage} in {source}; in stage 3 no rank "
             "has the memory for whole gradients"
         )
     if config.compile and stage != 2:
         raise UserError(
-            f"compile: expected ZeRO stage 2, found stage {stage} in {config.deepspeed_config}; in stage 3 hooks fetch "
+            f"compile: expected ZeRO stage 2, found stage {stage} in {source}; in stage 3 hooks fetch "
             "each layer's weights, and a compiled layer does not wait for them"
         )
-    _check_names(config.deepspeed_config, found)
-    _check_zero(f"{config.deepspeed_config}: zero_optimization", found["zero_optimization"])
     return found
 
 
-def _check_names(source: str, found: dict[str, Any]) -> None:
-    """Raises UserError for a name that DeepSpeed would ignore, and for a dtype that it does not know."""
-    for key in found:
-        if key not in _KNOWN:
-            raise UserError(f"{source}: unknown key {shown(key)}; expected a section of DeepSpeed, such as bf16")
-    dtypes = {"communication_data_type": found.get("communication_data_type")}
-    dtypes["data_types.grad_accum_dtype"] = found.get("data_types", {}).get("grad_accum_dtype")
-    for key, dtype in dtypes.items():
-        if dtype is not None and dtype not in _DTYPES:
-            raise UserError(f"{source}: {key}: expected one of {', '.join(_DTYPES)}, found {shown(dtype)}")
-
-
-def _check_zero(source: str, zero: dict[str, Any]) -> None:
-    """Raises UserError for a name or a type that DeepSpeed's ZeRO section does not have."""
-    for key, value in zero.items():
-        if key in _ZERO_SWITCHES and type(value) is not bool:
-            raise UserError(f"{source}.{key}: expected true or false, found {shown(value)}")
-        least = 1 if key == "reduce_bucket_size" else 0
-        if key in _ZERO_COUNTS and not _is_count(value, least):
-            raise UserError(f"{source}.{key}: expected a whole number of at least {least}, found {shown(value)}")
-        if key in _ZERO_SECTIONS and not isinstance(value, dict):
-            raise UserError(f"{source}.{key}: expected a JSON object, found {shown(value)}")
-        if key not in (*_ZERO_SWITCHES, *_ZERO_COUNTS, *_ZERO_SECTIONS, "stage"):
-            raise UserError(f"{source}: unknown key {shown(key)}; ds_configs/README.md has those that matter here")
-
-
-def _is_count(value: Any, least: int) -> bool:
-    """Whether a value is a whole number from `least`, written with or without an exponent (5e8)."""
-    return type(value) in (int, float) and least <= value < 2**63 and value == int(value)
+def _check_together(source: str, found: dict[str, Any]) -> None:
+    """Raises UserError for admitted keys that do not go together, or of which one is missing."""
+    zero, sums = found.get("zero_optimization", {}), found.get("data_types", {}).get("grad_accum_dtype")
+    if "stage" not in zero:  # 1 in bf16 is another optimizer class, without our state
+        raise UserError(f"{source}: zero_optimization.stage: expected 2 or 3, found 0")
+    check_stage(source, zero)
+    if _enabled(found, "bf16") and sums != "fp32":
+        raise UserError(
+            f'{source}: data_types.grad_accum_dtype: expected "fp32" with bf16 (a bf16 sum of '
+            f"micro-batches loses small gradients), found {sums!r}"
+        )
+    for section in ("offload_optimizer", "offload_param"):
+        if section in zero and "device" not in zero[section]:
+            raise UserError(f'{source}: zero_optimization.{section}.device: expected "cpu", found none')
+    if "offload_optimizer" in zero and found.get("zero_force_ds_cpu_optimizer", True):
+        raise UserError(
+            f"{source}: zero_force_ds_cpu_optimizer: expected false with offload_optimizer (DeepSpeed's own CPU Adam "
+            "would be compiled at run time), found true, the default"
+        )
 
 
 def full_ds_config(config: EngineConfig, world_size: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -26,6 +27,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.ds_config import (
 )
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, evaluating, pair_logps
 
+_MOST_WORDS = 1000  # characters of an error of DeepSpeed's that are shown
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the master weight: what a resumed run needs of a parameter
 
 
@@ -61,8 +63,10 @@ class Engine:
             engine, zero_optimizer, _, _ = deepspeed.initialize(
                 model=policy, optimizer=optimizer, config=self.ds_config, dist_init_required=False
             )
-        except ValueError as error:  # of its checks of the settings
-            raise UserError(f"{config.deepspeed_config}: DeepSpeed refuses these settings: {error}") from error
+        except Exception as error:  # its checks of the settings raise half a dozen kinds
+            if isinstance(error, RuntimeError):
+                watchdog.await_verdict()  # a peer that was killed looks like this
+            raise UserError(_refusal(config.deepspeed_config, error)) from error
         self.engine: Any = engine
         self.optimizer: Any = zero_optimizer
         self.communication = CommunicationMeter(deepspeed.comm.comm.cdb, ranks.device)
@@ -227,6 +231,14 @@ def _import_deepspeed(device: torch.device) -> Any:
     ops: Any = deepspeed.ops
     ops.__compatible_ops__ = {}
     return deepspeed
+
+
+def _refusal(source: str, error: Exception) -> str:
+    """What a person reads of an error that DeepSpeed raises at its start, at bounded length."""
+    words = str(error)
+    if len(words) > _MOST_WORDS:
+        words = f"{words[:_MOST_WORDS]}..."
+    return f"{source}: DeepSpeed does not start with these settings: {type(error).__name__}: {words} (--debug: where)"
 
 
 def decay_groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.ds_config import (
     without_communication,
     zero_stage,
 )
+from simple_llama.reinforcement_learning.rlhf.engine.ds_keys import _ALLOWED
 
 BF16 = {
     "bf16": {"enabled": True},
@@ -48,6 +49,17 @@ def refusal(folder: Path, settings: Any) -> str:
     return str(error.value).removeprefix(f"{folder}/ds.json: ")
 
 
+def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with another value at a dotted path."""
+    copy = json.loads(json.dumps(settings))
+    *sections, name = path.split(".")
+    at = copy
+    for section in sections:
+        at = at.setdefault(section, {})
+    at[name] = value
+    return copy
+
+
 @pytest.mark.parametrize(
     ("key", "value", "ours"),
     [
@@ -58,6 +70,8 @@ def refusal(folder: Path, settings: Any) -> str:
         ("optimizer", {"type": "AdamW"}, "max_lr, beta1, beta2 and weight_decay"),
         ("scheduler", {}, "warmup_iterations, max_lr and min_lr"),
         ("activation_checkpointing", {}, "activation_checkpointing"),
+        ("compile", {"deepcompile": True}, "compile"),
+        ("steps_per_print", 10, "log_interval"),
         ("tensorboard", {"enabled": False}, "log_dir"),
     ],
 )
@@ -67,24 +81,110 @@ def test_a_key_that_repeats_a_setting_is_refused_by_name(tmp_path: Path, key: st
     assert refusal(tmp_path, {**BF16, key: value}) == expected
 
 
-@pytest.mark.parametrize("key", ["fp16", "amp"])
-def test_half_precision_with_loss_scaling_is_refused(tmp_path: Path, key: str) -> None:
-    """fp16 and amp: refused where enabled, allowed where written down as off."""
-    expected = f"{key}: expected bf16 or fp32 (no {key}), found it enabled"
-    assert refusal(tmp_path, {"zero_optimization": {"stage": 2}, key: {"enabled": True}}) == expected
+@pytest.mark.parametrize("key", ["fp16", "torch_autocast", "autotuning", "flops_profiler"])
+def test_what_is_off_may_say_so(tmp_path: Path, key: str) -> None:
+    """Sections that would change a step or the run: refused where enabled, read where written down as off."""
+    on = refusal(tmp_path, {**BF16, key: {"enabled": True}})
+    assert on.startswith(f"{key}.enabled: expected false, found True (") and len(on) > 60 + len(key)
     off = {**BF16, key: {"enabled": False}}
     assert read_ds_config(config_with(tmp_path, off)) == off
 
 
-@pytest.mark.parametrize(
-    ("section", "found"), [({"data_types": {"grad_accum_dtype": "bf16"}}, "'bf16'"), ({"data_types": {}}, "None")]
-)
-def test_bf16_without_fp32_accumulation_is_refused(tmp_path: Path, section: dict, found: str) -> None:
+# (path, value, words of the reason): what was seen to change the numbers, to end the process, or to end in a traceback.
+REFUSED = [
+    ("bf16.bf16_master_weights_and_grads", True, "would be bf16, which loses nearly every update"),
+    ("bf16.bf16_optimizer_states", True, "would be bf16, which loses nearly every update"),
+    ("bf16.check_grad_overflow", False, "a gradient that is not finite would go into the weights"),
+    ("torch_autocast.dtype", "float16", "bf16.enabled alone says what the model computes in"),
+    ("gradient_allreduce_op", "sum", "a sum is the mean times the number of ranks"),
+    ("prescale_gradients", True, "moves the division by the number of ranks"),
+    ("gradient_predivide_factor", 2.0, "moves the division by the number of ranks"),
+    ("autotuning.fast", True, "DeepSpeed ends the process after a few steps, with status 0"),
+    ("sparse_gradients", False, "DeepSpeed 0.19.8 has no such part any more"),
+    ("progressive_layer_drop", {"enabled": False}, "DeepSpeed 0.19.8 has no such part any more"),
+    ("elasticity", {"enabled": False}, "DeepSpeed 0.19.8 has no such part any more"),
+    ("eigenvalue", {"enabled": False}, "DeepSpeed 0.19.8 has no such part any more"),
+    ("compression_training", {}, "DeepSpeed 0.19.8 has no such part any more"),
+    ("amp", {"enabled": False}, "DeepSpeed 0.19.8 has no such part any more"),
+    ("data_efficiency", {"enabled": True}, "drops tokens, or draws the data by a schedule of its own"),
+    ("tensor_parallel", {"autotp_size": 2}, "where ZeRO alone divides the work"),
+    ("communication_data_type", "fp16", "fp16 overflows"),
+    ("data_types.grad_accum_dtype", "bf16", "loses small gradients"),
+    ("data_types.param_dtype", "fp32", "bf16.enabled alone says"),
+    ("load_universal_checkpoint", True, "neither written nor read here"),
+    ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "AdamW would update most weights late"),
+    ("zero_optimization.zero_quantized_gradients", True, "numbers of 4 or 8 bits"),
+    ("zero_optimization.round_robin_gradients", True, "the gradients came out wrong on two ranks"),
+    ("zero_optimization.cpu_offload", True, 'an old spelling of "offload_optimizer"'),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "why"), REFUSED, ids=[path for path, _, _ in REFUSED])
+def test_a_key_that_would_change_the_numbers_is_refused_with_the_reason(
+    tmp_path: Path, path: str, value: Any, why: str
+) -> None:
+    message = refusal(tmp_path, changed(BF16, path, value))
+    assert message.startswith((f"{path}: expected ", f"key '{path}' is refused: ")) and why in message
+
+
+NEVER = "was never tried here; ds_configs/README.md lists the keys that were"
+ZERO, OFFLOAD = "zero_optimization", "zero_optimization.offload_optimizer"
+WHOLE = "expected a whole number of at least 1 and at most 2,147,483,647, found"
+OTHERS = [
+    ("zero_optimisation", {}, f"key 'zero_optimisation' {NEVER}; did you mean {ZERO}?"),
+    (f"{ZERO}.overlap_com", True, f"{ZERO}: key 'overlap_com' {NEVER}; did you mean {ZERO}.overlap_comm?"),
+    ("overlap_comm", True, f"key 'overlap_comm' {NEVER}; did you mean {ZERO}.overlap_comm?"),
+    ("zero_allow_untested_optimizer", True, f"key 'zero_allow_untested_optimizer' {NEVER}"),
+    (f"{ZERO}.leaf_module", {}, f"{ZERO}: key 'leaf_module' {NEVER}"),
+    (f"{OFFLOAD}.nvme_path", "/tmp", f"{OFFLOAD}: key 'nvme_path' {NEVER}"),
+    (f"{ZERO}.sub_group_size", 5, f"{ZERO}.sub_group_size: only ZeRO stage 3 reads it, and stage is 2; delete it"),
+    (
+        f"{ZERO}.allgather_bucket_size",
+        3,
+        f"{ZERO}.allgather_bucket_size: expected an even number of at least 2, found 3",
+    ),
+    (f"{ZERO}.reduce_bucket_size", 2**31, f"{ZERO}.reduce_bucket_size: {WHOLE} 2147483648"),
+    (f"{ZERO}.reduce_bucket_size", True, f"{ZERO}.reduce_bucket_size: {WHOLE} True"),
+    (OFFLOAD, {}, f'{OFFLOAD}.device: expected "cpu", found none'),
+    (f"{OFFLOAD}.device", "nvme", f"{OFFLOAD}.device: expected \"cpu\", found 'nvme'"),
+    (
+        f"{OFFLOAD}.device",
+        "cpu",
+        "zero_force_ds_cpu_optimizer: expected false with offload_optimizer (DeepSpeed's own CPU Adam would be "
+        "compiled at run time), found true, the default",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "said"), OTHERS)
+def test_other_keys_are_told_from_those_that_were_tried(tmp_path: Path, path: str, value: Any, said: str) -> None:
+    """Unknown names, names of DeepSpeed's that nobody has tried, impossible values, and keys without their company."""
+    assert refusal(tmp_path, changed(BF16, path, value)) == said
+
+
+def test_a_long_key_or_value_makes_no_long_message(tmp_path: Path) -> None:
+    for path in ("x" * 100_000, f"zero_optimization.{'x' * 100_000}", f"autotuning.{'x' * 100_000}"):
+        assert len(refusal(tmp_path, changed(BF16, path, 1))) < 500
+    long = changed(BF16, "zero_optimization.offload_optimizer.device", "x" * 100_000)
+    assert len(refusal(tmp_path, long)) < 500
+
+
+def test_the_table_of_the_readme_is_that_of_the_code() -> None:
+    """ds_configs/README.md has a row for each admitted key: name, values, stage, meaning; and no other row."""
+    text = Path(root_path("ds_configs", "README.md")).read_text()
+    rows = text.partition("| key | values | stage | meaning here |\n|---|---|---|---|\n")[2].partition("\n\n")[0]
+    expected = [
+        f"| `{path}` | {key.expected} | {key.stage or 'both'} | {key.meaning} |" for path, key in _ALLOWED.items()
+    ]
+    assert rows.splitlines() == expected
+
+
+@pytest.mark.parametrize("section", [{}, {"data_types": {}}])
+def test_bf16_without_fp32_accumulation_is_refused(tmp_path: Path, section: dict) -> None:
     """DeepSpeed's default is bf16 sums, so silence is refused as well; in fp32 the default is right."""
-    message = refusal(tmp_path, {**BF16, **section})
-    assert message.startswith('data_types.grad_accum_dtype: expected "fp32" with bf16') and message.endswith(found)
-    no_data_types = {key: value for key, value in BF16.items() if key != "data_types"}
-    assert refusal(tmp_path, no_data_types).startswith("data_types.grad_accum_dtype: ")
+    bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, **section}
+    message = refusal(tmp_path, bf16)
+    assert message.startswith('data_types.grad_accum_dtype: expected "fp32" with bf16') and message.endswith("None")
     fp32 = {"zero_optimization": {"stage": 2}, **section}
     assert read_ds_config(config_with(tmp_path, fp32)) == fp32
 

@@ -1,0 +1,98 @@
+"""A rank that makes two optimizer steps under each of many DeepSpeed files, for tests/unit/rlhf/engine/test_ds_keys.py.
+
+Started like a launch script. `<ckpt_dir>/cases.json` has (name, DeepSpeed file, changed settings, `twice`) of each;
+rank 0 leaves what came out in `<ckpt_dir>/steps.pt`: the fields of a `Steps` by name.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks, leave
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import model_dtype, read_ds_config
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
+from simple_llama.reinforcement_learning.rlhf.run.step import Learner, Portion, optimizer_step, portions
+from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy
+
+RATE = 1e-3
+State = dict[str, torch.Tensor]  # weight, exp_avg and exp_avg_sq, each of all parameters in one, fp32
+
+
+@dataclass
+class Steps:
+    """Two steps."""
+
+    norms: list[float]  # before the clip
+    states: list[State]  # after each
+    logps: torch.Tensor  # (4, 2) of some pairs, with the computing weights after both
+    again: float | None  # the norm of the second step, made once more from the loaded state after the first
+
+
+def two_steps(config: DPOConfig, inputs: Inputs, ranks: Ranks, twice: bool) -> Steps:
+    """Trains the start model for two steps under DeepSpeed (collective); `twice`: the second is made again."""
+    with inputs.start.reading() as start:
+        policy = _build_policy(config, inputs, start, PreferenceLoss.of(config), ranks.device)
+        engine = Engine(policy, start.state_dict, config, ranks)
+    pairs, plan = inputs.data.train, plan_of(config, inputs, ranks.world_size)
+    norms, saved = [step(engine, portions(plan.step(0), ranks.rank, pairs))], dict(engine.full_state())
+    saved = {name: {key: tensor.clone() for key, tensor in tensors.items()} for name, tensors in saved.items()}
+    norms.append(step(engine, portions(plan.step(1), ranks.rank, pairs)))
+    again = None
+    if twice:
+        engine.load_full_state(saved.items(), optimizer_steps=1)
+        again = step(engine, portions(plan.step(1), ranks.rank, pairs))
+    states = [flat(saved.values()), flat(tensors for _, tensors in engine.full_state())]
+    logps = engine.logps(PairBatch.pack([pairs[i] for i in range(4)]))
+    engine.engine.destroy()
+    return Steps(norms, states, logps, again)
+
+
+def plan_of(config: DPOConfig, inputs: Inputs, world_size: int) -> BatchPlan:
+    """Which pairs, when."""
+    return BatchPlan(inputs.data.train.rows, config.seed, world_size, config.batch_size, config.grad_accum_steps)
+
+
+def step(learner: Learner, parts: Iterable[Portion]) -> float:
+    """One optimizer step with reference log-probs of 0, so that margins are far from 0; the norm before the clip."""
+    device = torch.device("cpu")
+    return optimizer_step(learner, parts, lambda batch: torch.zeros(len(batch), 2), RATE, MetricSums(device), device)
+
+
+def flat(state: Iterable[dict[str, torch.Tensor]]) -> State:
+    """The tensors of all parameters, each kind in one."""
+    every = list(state)
+    return {
+        key: torch.cat([tensors[key].flatten() for tensors in every]) for key in ("weight", "exp_avg", "exp_avg_sq")
+    }
+
+
+def main() -> None:
+    """All cases in turn, in one process."""
+    base = parse_config()
+    ranks = init_ranks(base.device, base.start_timeout_s)
+    inputs, folder, found = load_inputs(base, ranks), Path(base.ckpt_dir), {}
+    gc.freeze()  # each ZeRO-3 engine collects garbage, among all that is imported
+    for name, file, changes, twice in json.loads((folder / "cases.json").read_text()):
+        config: Any = replace(base, deepspeed_config=file, **changes)
+        found[name] = vars(two_steps(config, replace(inputs, dtype=model_dtype(read_ds_config(config))), ranks, twice))
+    if ranks.is_main:
+        torch.save(found, folder / "steps.pt")
+    close_ranks()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()
