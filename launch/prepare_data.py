@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import sys
 
-import tyro
+try:
+    import tyro
 
-from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf.data.convert import PrepareConfig, prepare
+    from simple_llama.common.errors import UserError
+    from simple_llama.reinforcement_learning.rlhf.data.convert import PrepareConfig, prepare
+except ModuleNotFoundError as missing:
+    print(
+        f"error: {missing} in {sys.executable}; `make demo` and `. .venv/bin/activate`, or pip install .",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def main() -> None:

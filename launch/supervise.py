@@ -13,8 +13,15 @@ import argparse
 import os
 import sys
 
-from simple_llama.cluster.supervisor import supervise
-from simple_llama.common.errors import UserError
+try:
+    from simple_llama.cluster.supervisor import supervise
+    from simple_llama.common.errors import UserError
+except ModuleNotFoundError as missing:
+    print(
+        f"error: {missing} in {sys.executable}; `make demo` and `. .venv/bin/activate`, or pip install .",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def main() -> int:

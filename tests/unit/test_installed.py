@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,3 +85,11 @@ def test_paths_of_a_checkout() -> None:
     assert root_path("runs") == str(ROOT / "runs")
     assert package_path("ds_configs", "zero2_bf16.json") == str(ROOT / "ds_configs" / "zero2_bf16.json")
     assert package_path("dataset", "bpe_8k.json") == str(ROOT / "simple_llama" / "dataset" / "bpe_8k.json")
+
+
+@pytest.mark.parametrize("script", ["train_dpo", "precompute_ref", "prepare_data", "supervise"])
+def test_a_python_without_the_package_is_told_what_to_do(script: str) -> None:
+    """One line and status 2; -I leaves out PYTHONPATH, -S all that is installed."""
+    done = subprocess.run([sys.executable, "-IS", f"launch/{script}.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: No module named '\w+' in \S+; `make demo` and .*, or pip install \.\n", done.stderr)
