@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from simple_llama.cluster.distributed import Ranks, close_ranks, gather_objects, init_ranks, leave
+from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks, leave
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
@@ -36,7 +36,9 @@ def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:
     else:
         mine = [torch.cat([part.flatten() for part in group]) for group in zero.averaged_gradients.values()]
     assert len(mine) == 1  # nothing decays: one group of parameters
-    return torch.cat(gather_objects(mine[0].float(), ranks))
+    parts = [torch.empty_like(mine[0], dtype=torch.float32) for _ in range(ranks.world_size)]
+    torch.distributed.all_gather(parts, mine[0].float())
+    return torch.cat(parts)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Every function that takes or gives something of all ranks is a collective: all ranks call it, in the same order. It
 waits at most the timeout of `init_ranks`, later that of `set_collective_timeout`; for a lost rank the watchdog ends it.
-Objects travel pickled, so only between the processes of one job.
+What travels between ranks, and how it is checked: messages.py.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from simple_llama.cluster.processes import boot_id
+from simple_llama.cluster import messages
+from simple_llama.cluster.hostfile import check_own_hostfile
+from simple_llama.cluster.processes import boot_id, raise_file_limit
+from simple_llama.cluster.rendezvous import meet, meeting_place
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
 
@@ -37,6 +41,8 @@ _LAUNCHER_VARIABLES = (
 _LATE_S = 5.0  # after the start's timeout, in which torch may say itself what is wrong
 _FLUSH_S = 30.0  # for what was said and is not written yet: the disk may hang, or nobody may read
 _MOST_NAMED = 8  # differing ranks shown in one message
+_MOST_HOSTS = 16  # named in the first line of a run
+_FAILURE = tuple[str, str] | None  # host and reason of a rank that failed
 
 SomeError = TypeVar("SomeError", bound=UserError)
 
@@ -50,10 +56,20 @@ class Ranks:
     local_rank: int
     local_world_size: int
     device: torch.device
+    hosts: tuple[str, ...] = field(default=(), compare=False)  # of each rank
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def __str__(self) -> str:
+        """As `2 ranks on 1 host (gpu-1: 2), cpu`."""
+        counts = Counter(self.hosts)
+        named = [f"{host}: {count}" for host, count in list(counts.items())[:_MOST_HOSTS]]
+        more = ["..."] if len(counts) > _MOST_HOSTS else []
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        hosts = f"{len(counts)} host{'s' * (len(counts) > 1)} ({', '.join(named + more)})"
+        return f"{ranks} on {hosts}, {self.device.type}"
 
 
 def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
@@ -70,20 +86,22 @@ def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
         timeout_s: seconds that a rank waits for the others, here and, until `set_collective_timeout`, in collectives.
 
     Raises:
-        UserError: variables missing or impossible, no CUDA device for this rank, or the others did not come in time.
+        UserError: variables missing or impossible, a hostfile that is none, no CUDA device for this rank, too low a
+            limit of open files (it is raised as far as the system lets), or the others did not come in time.
     """
     rank, world_size, local_rank, local_world_size = _place()
+    check_own_hostfile()
+    raise_file_limit(world_size, local_rank)
     torch_device = _device(device, local_rank, local_world_size)
-    _join(rank, world_size, torch_device, timeout_s)
+    _join(rank, world_size, world_size == local_world_size, torch_device, timeout_s)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it even where a group exists already
-    places: list[Any] = [None] * world_size
-    dist.all_gather_object(places, (socket.gethostname(), boot_id() or socket.gethostname(), _own_cores()))
-    hosts, machines, cores = zip(*places, strict=True)
+    place = socket.gethostname(), boot_id() or socket.gethostname(), _own_cores()
+    hosts, machines, cores = zip(*messages.gather(place, tuple[str, str, list[int]]), strict=True)
     if local_world_size is None:
         local_world_size = Counter(hosts)[socket.gethostname()]
     if torch_device.type == "cpu":
         torch.set_num_threads(_share(rank, machines, cores))
-    return Ranks(rank, world_size, local_rank, local_world_size, torch_device)
+    return Ranks(rank, world_size, local_rank, local_world_size, torch_device, hosts)
 
 
 def set_collective_timeout(seconds: float) -> None:
@@ -117,18 +135,19 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def broadcast_object(obj: Any, ranks: Ranks) -> Any:
-    """Rank 0's `obj`, on every rank; what the other ranks pass does not matter."""
-    box = [obj if ranks.is_main else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def broadcast_object(obj: Any, ranks: Ranks, kind: Any = Any) -> Any:
+    """Rank 0's `obj`, plain data, on every rank; what the others pass does not matter. `kind` as in messages.gather."""
+    return messages.broadcast(obj, kind)
 
 
-def gather_objects(obj: Any, ranks: Ranks) -> list[Any]:
-    """Each rank's `obj` in the order of ranks, on every rank."""
-    objects: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(objects, obj)
-    return objects
+def gather_objects(obj: Any, ranks: Ranks, kind: Any = Any) -> list[Any]:
+    """Each rank's `obj`, plain data, in the order of ranks, on every rank. `kind` as in messages.gather."""
+    return messages.gather(obj, kind)
+
+
+def broadcast_positions(positions: np.ndarray, count: int, ranks: Ranks) -> np.ndarray:
+    """Rank 0's positions in a sequence of `count` items, int64 (P,), on every rank; see messages.py."""
+    return messages.broadcast_positions(positions, count)
 
 
 def barrier(ranks: Ranks) -> None:
@@ -139,11 +158,11 @@ def barrier(ranks: Ranks) -> None:
 def require_same(what: str, value: Any, ranks: Ranks) -> None:
     """Raise the same UserError on every rank, naming the hosts and ranks whose `value` differs from rank 0's.
 
-    `value` is plain data compared with `==`; of dicts only the keys that differ are shown.
+    `value` is plain data; of dicts only the keys that differ are shown.
     """
-    seen = gather_objects((socket.gethostname(), value), ranks)
+    seen = gather_objects((socket.gethostname(), value), ranks, tuple[str, Any])
     main_host, expected = seen[0]
-    odd = [(rank, host, found) for rank, (host, found) in enumerate(seen) if found != expected]
+    odd = [(rank, host, found) for rank, (host, found) in enumerate(seen) if _differ(found, expected)]
     if not odd:
         return
     lines = [f"{what} must be the same on all {ranks.world_size} ranks, but differs from rank 0 (host {main_host}):"]
@@ -173,12 +192,12 @@ def fail_together(ranks: Ranks) -> Iterator[None]:
         yield
     except Exception as error:
         reason = _one_line(error)
-        failures = gather_objects((host, reason), ranks)
+        failures = gather_objects((host, reason), ranks, _FAILURE)
         if isinstance(error, UserError):
             same = [rank for rank, failure in enumerate(failures) if failure is not None and failure[1] == reason]
             error.sharers, error.is_said = len(same), same[0] != ranks.rank
         raise
-    for rank, failure in enumerate(gather_objects(None, ranks)):
+    for rank, failure in enumerate(gather_objects(None, ranks, _FAILURE)):
         if failure is not None:
             error = UserError(f"rank {rank} on host {failure[0]} failed: {failure[1]}")
             error.is_said = not ranks.is_main
@@ -260,8 +279,8 @@ def _share(rank: int, machines: Sequence[str], cores: Sequence[Sequence[int]]) -
     return max(1, int(sum(Fraction(1, users[machines[rank], core]) for core in cores[rank])))
 
 
-def _join(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
-    """Make the default process group; returns when every rank is there."""
+def _join(rank: int, world_size: int, one_host: bool, device: torch.device, timeout_s: float) -> None:
+    """Make the default process group; returns when every rank is there. `one_host`: all are known to be on this one."""
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -271,9 +290,9 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_s: float) ->
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    host, port = meeting_place()
     failed = (
-        f"rank {rank} of {world_size} on host {socket.gethostname()} could not join the others at {address} within "
+        f"rank {rank} of {world_size} on host {socket.gethostname()} could not join the others at {host}:{port} within "
         f"{timeout_s:g} s: %s\nCheck that every host started, that the port is free and reachable, "
         "and that host names do not resolve to 127.0.1.1 (else set GLOO_SOCKET_IFNAME to the network interface)"
     )
@@ -281,8 +300,9 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_s: float) ->
     limit.daemon = True
     limit.start()  # torch's client tries twice, gloo's five times, each with the whole timeout
     try:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
-    except RuntimeError as error:  # torch's DistError and gloo's own
+        store = meet(rank, world_size, one_host, timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (OSError, RuntimeError) as error:  # torch's DistError and gloo's own
         raise UserError(failed % _one_line(error)) from error
     finally:
         limit.cancel()
@@ -298,10 +318,15 @@ def _difference(expected: Any, found: Any) -> str:
     """`found` beside `expected`, shortened; of two dicts only the keys that differ."""
     if isinstance(expected, dict) and isinstance(found, dict):
         missing = "nothing"
-        keys = [key for key in {**expected, **found} if expected.get(key, missing) != found.get(key, missing)]
+        keys = [key for key in {**expected, **found} if _differ(expected.get(key, missing), found.get(key, missing))]
         expected = {key: expected.get(key, missing) for key in keys}
         found = {key: found.get(key, missing) for key in keys}
     return f"expected {shown(expected)}, found {shown(found)}"
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values are not the same plain data."""
+    return messages.encoded(one, ordered=True) != messages.encoded(other, ordered=True)
 
 
 def _one_line(error: Exception) -> str:

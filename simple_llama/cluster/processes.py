@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import socket
 from pathlib import Path
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.logging import LOGGER
+
+_FILES, _FILES_A_RANK = 32, 16  # what a rank must be able to open; of 1, 2 and 4 ranks on a CPU it had 14, 29 and 42
+_FEW_FILES = 1024
+
+
+def raise_file_limit(world_size: int, local_rank: int) -> None:
+    """Lets a rank open as many files and connections as the system allows it, with a warning where they are few.
+
+    gloo aborts a process that has none left, and anybody who reaches one of its ports can use them up.
+
+    Raises:
+        UserError: there are too few for a rank.
+    """
+    allowed, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # "no limit" is more than some systems grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        allowed = hard
+    if allowed == resource.RLIM_INFINITY:
+        return
+    needed, host = _FILES + _FILES_A_RANK * world_size, socket.gethostname()
+    cure = "raise it for the shell (ulimit -n 65536), the service (LimitNOFILE=) or the user (nofile in limits.conf)"
+    if allowed < needed:
+        raise UserError(
+            f"host {host}: expected that each of {world_size} ranks may open {needed} files and connections, found a "
+            f"limit of {allowed}; {cure}"
+        )
+    if allowed < _FEW_FILES and world_size > 1 and local_rank == 0:
+        LOGGER.warning("host %s: a rank may open only %d files and connections; %s", host, allowed, cure)
 
 
 def stat_fields(pid: int) -> list[str]:
@@ -12,6 +47,30 @@ def stat_fields(pid: int) -> list[str]:
     except OSError:
         return []
     return text.rpartition(")")[2].split()  # the name before it may hold blanks and brackets
+
+
+def ancestors(depth: int) -> tuple[int, ...]:
+    """Process ids of the parent, its parent and so on; fewer where the system does not tell."""
+    found = [os.getppid()][:depth]
+    while 0 < len(found) < depth and (fields := stat_fields(found[-1])):
+        found.append(int(fields[1]))
+    return tuple(found)
+
+
+def command_line(pid: int) -> list[str]:
+    """A process's words, the program first; empty where the system does not tell."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def working_folder(pid: int) -> str:
+    """Where a process is; empty where the system does not tell."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return ""
 
 
 def boot_id() -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from simple_llama.cluster.distributed import Ranks, gather_objects
-from simple_llama.cluster.processes import stat_fields
+from simple_llama.cluster.processes import ancestors
 
 STOPPED = 75  # exit status EX_TEMPFAIL of sysexits.h: try again; here with --resume
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -50,7 +50,7 @@ def install(world_size: int = 1) -> None:
     """
     _State.reason, _State.pending, _State.orphan_since = "", None, 0.0
     _State.waits, _State.interrupts = world_size > 1, 0
-    _State.ancestors = _ancestors(max((n for mark, n in _LAUNCHER_MARKS.items() if mark in os.environ), default=0))
+    _State.ancestors = ancestors(max((n for mark, n in _LAUNCHER_MARKS.items() if mark in os.environ), default=0))
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             _State.before.setdefault(number, signal.signal(number, _on_signal))
@@ -113,7 +113,7 @@ def _read_agreement(ranks: Ranks) -> None:
     (asked, work), _State.pending = _State.pending, None
     work.wait()
     if asked.item():
-        reasons = gather_objects(_State.reason, ranks)
+        reasons = gather_objects(_State.reason, ranks, str)
         raise Stopped("; ".join(dict.fromkeys(reason for reason in reasons if reason)))
 
 
@@ -130,7 +130,7 @@ def lost_launcher(now: float) -> str:
     if not _State.ancestors:
         return ""
     found = ""
-    if _ancestors(len(_State.ancestors)) != _State.ancestors:
+    if ancestors(len(_State.ancestors)) != _State.ancestors:
         found = "loss of the launcher process"
     elif _nobody_reads():
         found = "loss of the launcher's connection"
@@ -141,14 +141,6 @@ def lost_launcher(now: float) -> str:
     elif now - _State.orphan_since >= _ORPHAN_S:
         return found
     return ""
-
-
-def _ancestors(depth: int) -> tuple[int, ...]:
-    """Process ids of the parent, its parent and so on; fewer where the system does not tell."""
-    found = [os.getppid()][:depth]
-    while 0 < len(found) < depth and (fields := stat_fields(found[-1])):
-        found.append(int(fields[1]))
-    return tuple(found)
 
 
 def _nobody_reads() -> bool:

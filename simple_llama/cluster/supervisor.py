@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from simple_llama.cluster.hostfile import check_environment_files, option, read_hostfile
 from simple_llama.cluster.processes import stat_fields
 from simple_llama.common.errors import UserError
 
@@ -43,7 +44,6 @@ _UNKILLABLE_S = 10.0  # after SIGKILL: a process that waits for a dead disk cann
 _AGAIN_S = 1.0  # between two signals that a person meant as two
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _HOST_FAILED = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
-_HOSTFILE_LINE = re.compile(r"([\w.:@\[\]-]+)\s+slots=(\d+)\s*(#.*)?", re.ASCII)
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
@@ -59,9 +59,13 @@ def supervise(command: Sequence[str], grace_s: float = 15.0) -> int:
     if not command or shutil.which(command[0]) is None:
         raise UserError(f"expected a launcher's command, like deepspeed ..., found {' '.join(command) or 'nothing'}")
     hosts: list[str] = []
-    if Path(command[0]).name == "deepspeed" and _option(command, "--launcher") in ("", "pdsh"):
-        hosts = _read_hostfile(_option(command, "--hostfile", "-H"))
-        _check_environment_files(os.environ)
+    if Path(command[0]).name == "deepspeed":
+        path = option(command, "--hostfile", "-H")
+        if option(command, "--launcher").lower() in ("", "pdsh"):
+            hosts = read_hostfile(path)
+            check_environment_files(os.environ)
+        elif path and not os.path.isfile(path):
+            raise UserError(f"{path}: expected a hostfile, found no such file")
     launch = _Launch(command, hosts)
     launch.wait(grace_s)
     launch.clean_up()
@@ -206,64 +210,6 @@ class _Launch:
         if self.failed_host and not self.stop_at:
             _say(f"host {self.failed_host} failed first, with status {self.failed_status}; see its lines above")
         return status
-
-
-def _option(command: Sequence[str], *names: str) -> str:
-    """The value of a launcher's option, as `--name VALUE` or `--name=VALUE`, before the script; empty without one."""
-    words = iter(command[1:])
-    for word in words:
-        if word.endswith(".py"):
-            break
-        name, equals, value = word.partition("=")
-        if name in names:
-            return value if equals else next(words, "")
-    return ""
-
-
-def _read_hostfile(path: str) -> list[str]:
-    """Host names of a DeepSpeed hostfile; none for an empty path.
-
-    Raises UserError where DeepSpeed's launcher would end with a traceback, start nothing, or read half a line.
-    """
-    if not path:
-        return []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: expected a hostfile with lines like 'node-1 slots=8', found: {reason}") from error
-    hosts: list[str] = []
-    for number, line in enumerate(lines, 1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        found = _HOSTFILE_LINE.fullmatch(text)
-        if found is None or text.startswith("-"):  # ssh would take the name for an option
-            raise UserError(f"{path}:{number}: expected 'HOST slots=N', found {text[:80]!r}")
-        if not 0 < int(found[2][:6]) <= 1024:
-            raise UserError(f"{path}:{number}: expected 1 to 1024 slots, found {found[2][:20]}")
-        if found[1] in hosts:
-            raise UserError(f"{path}:{number}: expected each host once, found {found[1]} again; add up its slots")
-        hosts.append(found[1])
-    if not hosts:
-        raise UserError(f"{path}: expected at least one line 'HOST slots=N', found none")
-    return hosts
-
-
-def _check_environment_files(environment: Mapping[str, str]) -> None:
-    """UserError for a `.deepspeed_env` that DeepSpeed's launcher cannot read: it wants NAME=value lines alone."""
-    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
-    for folder in (os.path.expanduser("~"), "."):
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            continue
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                if not re.match(r"[A-Za-z_]\w*=", line):
-                    raise UserError(
-                        f"{path}:{number}: expected NAME=value, found {line.strip()[:80]!r}; "
-                        "blank lines and comments are not allowed there"
-                    )
 
 
 def _environment_with_keepalive(environment: Mapping[str, str]) -> dict[str, str]:

@@ -19,23 +19,26 @@ import secrets
 import selectors
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together, gather_objects
+from simple_llama.cluster.rendezvous import NOT_OURS, THIS_HOST, family_of
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import shown
 from simple_llama.common.logging import LOGGER
 
 _MAX_LINE = 1 << 16  # bytes of a line; more is none
 _MAX_READ = 1 << 20  # bytes that are read from a peer at a time
 _MAX_GREETING = 1 << 10  # bytes
+_MOST_SAID = 8  # refusals that are said
+_BACKLOG = 1024  # connections beside those of the ranks that wait to be taken on; one too many would try again in 1 s
 _MAX_STRANGERS = 64  # connections that have not said yet who they are, beside those of the ranks
-_NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)  # an address that this host does not have
-_THIS_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what connecting to "all addresses" means
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _Address = tuple[str, int]  # numeric, and a port
+_WAY, _ROUTES = tuple[list[str], str], list[list[_Address]]  # as they travel: of a `_Way`, of a route for each rank
 
 
 @dataclass
@@ -89,14 +92,15 @@ def connect(ranks: Ranks, timeout_s: float) -> list[Link]:
     Raises:
         UserError: rank 0 cannot be reached, or a rank did not come within `timeout_s`.
     """
-    ways = gather_objects(_way_to(os.environ["MASTER_ADDR"]), ranks)
+    mine = _way_to(os.environ["MASTER_ADDR"])
+    ways = [_Way(tuple(named), own) for named, own in gather_objects((mine.named, mine.own), ranks, _WAY)]
     with _Doors(ranks.world_size) as doors:
         routes = []
         with fail_together(ranks):
             if ranks.is_main:
                 routes = [doors.route(rank, ways[rank]) for rank in range(1, ranks.world_size)]
         offer = routes, secrets.token_hex(16), socket.gethostname()
-        routes, secret, main_host = broadcast_object(offer, ranks)
+        routes, secret, main_host = broadcast_object(offer, ranks, tuple[_ROUTES, str, str])
         with fail_together(ranks):
             if ranks.is_main:
                 return _accept(list(doors.servers.values()), secret, ranks.world_size - 1, timeout_s)
@@ -108,20 +112,16 @@ def _way_to(address: str) -> _Way:
     named: list[str] = []
     with contextlib.suppress(OSError, UnicodeError):
         named = [str(found[4][0]) for found in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
-    named = [_THIS_HOST.get(one, one) for one in named]
+    named = [THIS_HOST.get(one, one) for one in named]
     return _Way(tuple(dict.fromkeys(named)), next((own for one in named if (own := _source_to(one))), ""))
 
 
 def _source_to(address: str) -> str:
     """The address of this host from which it would send to a numeric one; empty without a way there. Sends nothing."""
-    with contextlib.suppress(OSError), socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
+    with contextlib.suppress(OSError), socket.socket(family_of(address), socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # any port
         return str(probe.getsockname()[0])
     return ""
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 class _Doors:
@@ -129,7 +129,7 @@ class _Doors:
 
     def __init__(self, world_size: int):
         self.servers: dict[str, socket.socket] = {}  # by address; empty: all addresses
-        self.backlog = world_size + _MAX_STRANGERS
+        self.backlog = world_size + _BACKLOG
 
     def __enter__(self) -> _Doors:
         return self
@@ -164,11 +164,11 @@ class _Doors:
         """Listens on an address; False where it is none of this host's."""
         if address not in self.servers:
             both = not address and socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if both else _family(address)
+            family = socket.AF_INET6 if both else family_of(address)
             try:
                 server = socket.create_server((address, 0), family=family, backlog=self.backlog, dualstack_ipv6=both)
             except OSError as error:
-                if address and (error.errno in _NOT_OURS or isinstance(error, socket.gaierror)):
+                if address and (error.errno in NOT_OURS or isinstance(error, socket.gaierror)):
                     return False
                 raise UserError(f"watchdog: cannot listen on {address or 'all addresses'}: {error}") from error
             self.servers[address] = server
@@ -206,8 +206,10 @@ def _left_s(ends: float) -> float:
 
 
 def _accept(servers: Sequence[socket.socket], secret: str, count: int, timeout_s: float) -> list[Link]:
-    """Waits for the greetings of ranks 1 to `count`; who says anything else is dropped."""
+    """Waits for the greetings of ranks 1 to `count`; who says anything else is dropped, with a word if it knows the
+    secret. Of strangers nothing is said: they may be many."""
     links: dict[int, Link] = {}
+    refused = 0
     ends = time.monotonic() + timeout_s
     with _Strangers(servers, count + _MAX_STRANGERS) as strangers:
         while len(links) < count:
@@ -217,11 +219,14 @@ def _accept(servers: Sequence[socket.socket], secret: str, count: int, timeout_s
                 missing = f"{count - len(links)} of {count} ranks did not connect within {timeout_s:g} s"
                 raise UserError(f"watchdog: {missing}")
             for connection, said in strangers.greetings(_left_s(ends)):
-                link = _greeted(connection, said, secret, count)
-                if link is None or link.rank in links:
-                    connection.close()
-                else:
+                link, why_not = _greeted(connection, said, secret, links, count)
+                if link is not None:
                     links[link.rank] = link
+                    continue
+                if why_not and refused < _MOST_SAID:
+                    LOGGER.warning("watchdog: refused a connection that knows this job's secret: it %s", why_not)
+                refused += bool(why_not)
+                connection.close()
     return [links[rank] for rank in sorted(links)]
 
 
@@ -255,23 +260,26 @@ class _Strangers:
             elif not there:
                 self._forget(stranger).close()
         for server in self.servers:
-            if server in ready:
-                self._let_in(server)
+            turns = self.most if server in ready else 0
+            while turns and self._let_in(server):
+                turns -= 1  # those that came meanwhile wait for the next look
         return done
 
-    def _let_in(self, server: socket.socket) -> None:
-        """Takes one connection on; where there are too many, the one goes that has kept silent longest."""
+    def _let_in(self, server: socket.socket) -> bool:
+        """Takes one connection on; where there are too many, the one goes that has kept silent longest. False where
+        none waits."""
         try:
             stranger, _ = server.accept()
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise UserError(f"watchdog: cannot take a connection on: {error}") from error
-            return  # it has gone already
+            return False  # also where it has gone already
         stranger.setblocking(False)
         if len(self.said) >= self.most:
             self._forget(next(iter(self.said))).close()
         self.said[stranger] = b""
         self.selector.register(stranger, selectors.EVENT_READ)
+        return True
 
     def _hear(self, stranger: socket.socket) -> bool:
         """Adds to what it has said; False once it is gone."""
@@ -291,15 +299,24 @@ class _Strangers:
         return stranger
 
 
-def _greeted(connection: socket.socket, said: bytes, secret: str, count: int) -> Link | None:
-    """The link to a rank from 1 to `count` that said the secret and who it is; None for anybody else."""
+def _greeted(
+    connection: socket.socket, said: bytes, secret: str, known: Container[int], count: int
+) -> tuple[Link | None, str]:
+    """The link to a rank from 1 to `count`, not `known` yet, that said the secret and who it is.
+
+    For anybody else none; and what is wrong, where the secret was right.
+    """
     greeting, _, unread = said.partition(b"\n")
     if not secrets.compare_digest(greeting[: len(secret)], secret.encode()):
-        return None
+        return None, ""
     match _parsed(greeting[len(secret) :]):
-        case [int(rank), str(host)] if 1 <= rank <= count and not isinstance(rank, bool):
-            return Link(rank, host, connection, unread)
-    return None
+        case [int(rank), str(host)] if not isinstance(rank, bool):
+            if not 1 <= rank <= count:
+                return None, f"says that it is rank {shown(rank)} on host {shown(host)}, expected 1 to {count}"
+            if rank in known:
+                return None, f"says that it is rank {rank} on host {shown(host)}, which is connected already"
+            return Link(rank, host, connection, unread), ""
+    return None, f"says {shown(greeting[len(secret) :])}, expected a rank and its host"
 
 
 def _parsed(text: bytes) -> Any:

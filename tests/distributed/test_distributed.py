@@ -18,7 +18,9 @@ pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]
 
 WORKER = """
-import json, sys, torch
+import json, os, socket, sys, torch
+import numpy as np
+from simple_llama.cluster import messages
 from simple_llama.cluster.distributed import *
 from simple_llama.cluster.watch_links import connect
 from simple_llama.common.errors import UserError
@@ -45,6 +47,14 @@ def said(call):
     except UserError as error:
         return [error.sharers, error.is_said, str(error).split(" on host")[0]]
 
+
+def answers(address):
+    try:
+        socket.create_connection((address, int(os.environ["MASTER_PORT"])), 5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
 ranks = init_ranks("cpu", timeout_s=60)
 links = connect(ranks, 30)
 rank, mine = ranks.rank, torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
@@ -62,6 +72,15 @@ seen = {
     "failure": message_of(lambda: odd_body(rank)),
     "said": [said(lambda: fails(rank, who)) for who in ((0, 1), (0,), (1,))],
     "said_odd": said(lambda: require_same("seed", rank, ranks)),
+
+
+    "long": [len(text) for text in gather_objects("x" * (3_000_000 * rank), ranks, str)],
+    "too_long": message_of(lambda: gather_objects("x" * (messages._MOST * rank), ranks)),
+    "other_kind": message_of(lambda: gather_objects([rank, "one"][rank], ranks, int)),
+    "positions": broadcast_positions(np.array([2, 7]) if rank == 0 else np.array([1]), 8, ranks).tolist(),
+    "bad_positions": message_of(lambda: broadcast_positions(np.array([2, 8]), 8, ranks)),
+    "listens": [answers(address) for address in ("127.0.0.1", "127.0.0.2")],
+    "described": str(ranks),
 }
 barrier(ranks)
 close_ranks()
@@ -152,6 +171,26 @@ def test_who_says_an_error(seen: list[dict[str, Any]]) -> None:
     assert of_0 == ([1, False, "no such file"], [1, True, "rank 0"])
     assert of_1 == ([1, False, "rank 1"], [1, False, "no such file"])
     assert [rank["said_odd"][:2] for rank in seen] == [[2, False], [2, True]]
+
+
+def test_long_messages_and_wrong_ones(seen: list[dict[str, Any]]) -> None:
+    """3 MB go in pieces of 1 MiB. What is too long, or of another kind, is refused by all, with the rank; what comes
+    after it arrives."""
+    assert [rank["long"] for rank in seen] == [[0, 3_000_000]] * 2
+    for rank in seen:
+        assert rank["too_long"].startswith("UserError: rank 1 sent one of 16,777,218, expected a message of at most")
+        assert rank["other_kind"].startswith("UserError: rank 1 sent something else, expected <class 'int'>")
+        assert rank["bad_positions"].startswith("UserError: rank 0 sent something else, expected positions from 0 to 7")
+    assert [rank["positions"] for rank in seen] == [[2, 7]] * 2
+
+
+def test_the_store_listens_where_the_ranks_are(seen: list[dict[str, Any]]) -> None:
+    """At MASTER_ADDR, 127.0.0.1, and not at 127.0.0.2, which is this machine's too."""
+    assert [rank["listens"] for rank in seen] == [[True, False]] * 2
+
+
+def test_ranks_are_described(seen: list[dict[str, Any]]) -> None:
+    assert {rank["described"] for rank in seen} == {f"2 ranks on 1 host ({socket.gethostname()}: 2), cpu"}
 
 
 def test_a_rank_that_never_comes_is_a_user_error() -> None:

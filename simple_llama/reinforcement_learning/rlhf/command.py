@@ -72,6 +72,7 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
 def _do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPOConfig, ranks: Ranks) -> None:
     """The command itself, between the joining of the ranks and their parting (collective)."""
     set_up_log(None, ranks)
+    LOGGER.info("%s", ranks)
     watchdog.start(ranks, config)
     with fail_together(ranks):
         if config.resume:

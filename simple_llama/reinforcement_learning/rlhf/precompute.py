@@ -11,7 +11,7 @@ import torch
 
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import progress
-from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together
+from simple_llama.cluster.distributed import Ranks, broadcast_positions, fail_together
 from simple_llama.common.logging import LOGGER
 from simple_llama.ops.machine import peak_memory_gb
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -33,9 +33,8 @@ def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
     stopping.begin()
     pairs = inputs.data.pairs
     store = open_store(config.ref_cache_dir, inputs.reference_id, ranks)
-    missing = broadcast_object(
-        store.missing(pairs.keys), ranks
-    )  # one rank's word, or two ranks could share out differently
+    # one rank's word, or two ranks could share out differently
+    missing = broadcast_positions(store.missing(pairs.keys), len(pairs), ranks)
     LOGGER.info("reference store %s: %d of %d pairs are there", store.folder, len(pairs) - len(missing), len(pairs))
     auditor = Auditor(pairs, Bound(inputs.dtype, ranks.device.type), config.batch_size, config.seed, ranks)
     unbound = auditor.finds_unbound(store)

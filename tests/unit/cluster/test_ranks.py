@@ -71,6 +71,15 @@ def test_cores_are_shared_by_those_who_may_use_them(machines: str, cores: list[l
     assert [distributed._share(rank, machines, cores) for rank in range(len(machines))] == shares
 
 
+def test_ranks_and_hosts_in_words() -> None:
+    """How many ranks on which hosts, in the order of ranks; of many hosts the first 16."""
+    cpu = torch.device("cpu")
+    assert str(Ranks(0, 1, 0, 1, cpu, ("gpu-1",))) == "1 rank on 1 host (gpu-1: 1), cpu"
+    assert str(Ranks(0, 3, 0, 2, cpu, ("b", "b", "a"))) == "3 ranks on 2 hosts (b: 2, a: 1), cpu"
+    many = str(Ranks(0, 20, 0, 1, cpu, tuple(f"node-{n}" for n in range(20))))
+    assert many.startswith("20 ranks on 20 hosts (node-0: 1, ") and many.endswith(", node-15: 1, ...), cpu")
+
+
 def test_the_sum_is_a_new_tensor() -> None:
     """The argument keeps its value, so the sum of a live metric does not change it."""
     init_ranks("cpu")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simple_llama.cluster import stopping
+from simple_llama.cluster import processes, stopping
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.cluster.stopping import Stopped
 
@@ -100,9 +100,9 @@ def test_with_several_ranks_a_signal_always_waits() -> None:
 
 def test_ancestors_are_the_kernel_s() -> None:
     """Parent and grandparent; this test's own parent is the first."""
-    chain = stopping._ancestors(2)
+    chain = processes.ancestors(2)
     assert chain[0] == os.getppid() and len(chain) == 2
-    assert stopping._ancestors(0) == ()
+    assert processes.ancestors(0) == ()
     shown = subprocess.run(["ps", "-o", "ppid=", "-p", str(chain[0])], capture_output=True, text=True, check=True)
     assert chain[1] == int(shown.stdout)
 
@@ -111,7 +111,7 @@ def test_without_a_launcher_nobody_is_missed(monkeypatch: pytest.MonkeyPatch) ->
     """`nohup python ... &`, and the shell goes: the run stays."""
     stopping.install()
     assert not stopping.has_launcher()
-    monkeypatch.setattr(stopping, "_ancestors", lambda depth: (1,))
+    monkeypatch.setattr(stopping, "ancestors", lambda depth: (1,))
     assert stopping.lost_launcher(0.0) == stopping.lost_launcher(1e9) == ""
 
 
@@ -121,7 +121,7 @@ def test_a_lost_launcher_is_missed_after_ten_seconds(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(mark, "1")
     monkeypatch.setattr(stopping, "_nobody_reads", lambda: False)
     chain = list(range(100, 100 + depth))
-    monkeypatch.setattr(stopping, "_ancestors", lambda wanted: tuple(chain[:wanted]))
+    monkeypatch.setattr(stopping, "ancestors", lambda wanted: tuple(chain[:wanted]))
     stopping.install()
     assert stopping.has_launcher() and stopping.lost_launcher(50.0) == ""
     chain[-1] = 1

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from simple_llama.cluster import supervisor
-from simple_llama.cluster.supervisor import FINISHED, _check_environment_files, _environment_with_keepalive, _option
-from simple_llama.common.errors import UserError
+from simple_llama.cluster.supervisor import FINISHED, _environment_with_keepalive
 from tiny_job import ROOT
 
 SUPERVISE = [sys.executable, str(ROOT / "launch" / "supervise.py")]
@@ -200,41 +199,6 @@ def test_a_second_signal_ends_the_launcher(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM and "SIGINT again" in err
 
 
-HOSTFILES = {
-    "none there": (None, "expected a hostfile"),
-    "a folder": ("folder", "expected a hostfile"),
-    "empty": ("", "expected at least one line"),
-    "comments alone": ("# host-a slots=1\n\n", "expected at least one line"),
-    "no slots": ("host-a\n", ":1: expected 'HOST slots=N', found 'host-a'"),
-    "slots of words": ("host-a slots=two\n", ":1: expected 'HOST slots=N'"),
-    "negative slots": ("host-a slots=-1\n", ":1: expected 'HOST slots=N'"),
-    "no slot": ("host-a slots=0\n", ":1: expected 1 to 1024 slots, found 0"),
-    "enormous slots": (f"host-a slots={'9' * 400}\n", ":1: expected 1 to 1024 slots, found 9999"),
-    "a host twice": ("host-a slots=1\nhost-b slots=1\nhost-a slots=1\n", ":3: expected each host once, found host-a"),
-    "more behind it": ("host-a slots=1 gpus=2\n", ":1: expected 'HOST slots=N'"),
-    "an option as a name": ("-oProxyCommand=x slots=1\n", ":1: expected 'HOST slots=N'"),
-    "no text": (b"\xff\xfe\x00", "expected a hostfile"),
-    "a name with a NUL": (b"host\x00a slots=1\n", ":1: expected 'HOST slots=N'"),
-    "a shell command": ("host;reboot slots=1\n", ":1: expected 'HOST slots=N'"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTFILES)
-def test_a_bad_hostfile_is_refused(tmp_path: Path, case: str) -> None:
-    """Where DeepSpeed's launcher would show a traceback, or start something else than was written."""
-    content, words = HOSTFILES[case]
-    path = tmp_path / "hostfile"
-    if content == "folder":
-        path.mkdir()
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        path.write_text(content)
-    with pytest.raises(UserError) as refused:
-        supervisor._read_hostfile(str(path))
-    assert str(path) in str(refused.value) and words in str(refused.value)
-
-
 def test_a_bad_hostfile_ends_with_one_message(tmp_path: Path) -> None:
     """As a person sees it: status 2, one line, nothing started."""
     (tmp_path / "hostfile").write_text("host-a\n")
@@ -246,41 +210,6 @@ def test_a_bad_hostfile_ends_with_one_message(tmp_path: Path) -> None:
         process.returncode == 2 and out == "" and err == "error: hostfile:1: expected 'HOST slots=N', found 'host-a'\n"
     )
     assert not (tmp_path / "started").exists()
-
-
-def test_a_good_hostfile_is_read() -> None:
-    """The project's own, and one with comments."""
-    assert supervisor._read_hostfile(str(ROOT / "hostfile")) == ["localhost"]
-    assert supervisor._read_hostfile("") == []
-
-
-@pytest.mark.parametrize(
-    ("command", "value"),
-    [
-        (["deepspeed", "--hostfile", "h", "x.py"], "h"),
-        (["deepspeed", "--no_ssh_check", "--hostfile=h", "x.py"], "h"),
-        (["deepspeed", "-H", "h", "x.py"], "h"),
-        (["deepspeed", "x.py", "--hostfile", "h"], ""),  # an option of the script
-        (["torchrun", "x.py"], ""),
-        (["deepspeed", "--hostfile"], ""),
-    ],
-)
-def test_options_of_the_launcher_stand_before_the_script(command: list[str], value: str) -> None:
-    """What stands behind the script is the script's."""
-    assert _option(command, "--hostfile", "-H") == value
-
-
-@pytest.mark.parametrize("line", ["", "# a comment", "PATH", "1A=b", "A B=c", " A=b"])
-def test_a_line_that_deepspeed_env_cannot_have(tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed splits each line at "=", so a blank line or a comment is a traceback there, or a broken export."""
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "variables"
-    path.write_text(f"PATH=/bin:$PATH\n{line}\nA=\n")
-    with pytest.raises(UserError, match="variables:2: expected NAME=value"):
-        _check_environment_files({"DS_ENV_FILE": str(path)})
-    path.write_text("PATH=/bin:$PATH\nA=\n")
-    _check_environment_files({"DS_ENV_FILE": str(path)})
-    _check_environment_files({"DS_ENV_FILE": "none"})
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import resource
 import socket
 import threading
 import time
@@ -161,8 +162,36 @@ def test_strangers_are_not_let_in(server: socket.socket, callers: contextlib.Exi
         assert stranger.recv(1) == b""
 
 
-def test_a_rank_comes_once(server: socket.socket, callers: contextlib.ExitStack) -> None:
-    """The first counts."""
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        (b'[0, "host-x"]', "it says that it is rank 0 on host 'host-x', expected 1 to 2"),
+        (b'[3, "host-x"]', "it says that it is rank 3 on host 'host-x', expected 1 to 2"),
+        (b"[true, 1]", "it says b'[true, 1]', expected a rank and its host"),
+        (b"\x80\x04junk", "it says b'\\x80\\x04junk', expected a rank and its host"),
+        (b"9" * 5000, "it says b'99999"),
+    ],
+)
+def test_who_knows_the_secret_and_is_no_rank_is_named(
+    server: socket.socket, callers: contextlib.ExitStack, caplog: pytest.LogCaptureFixture, rest: bytes, words: str
+) -> None:
+    """A word for each, eight at the most, and none of the secret; a stranger without it is not worth one."""
+    strangers = [call(server, callers, said) for said in (b"x\n", *[SECRET.encode() + rest + b"\n"] * 10)]
+    threading.Timer(0.05, lambda: [call(server, callers, greeting(rank)) for rank in (1, 2)]).start()
+    with caplog.at_level(logging.WARNING):
+        assert accepted(server, callers, 2) == ["1 host-b", "2 host-b"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 8 and all(words in text and SECRET not in text and len(text) < 400 for text in said)
+    for stranger in strangers:
+        stranger.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            assert stranger.recv(1) == b""
+
+
+def test_a_rank_comes_once(
+    server: socket.socket, callers: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first counts, and a word is said."""
     call(server, callers, greeting(1, "first"))
     time.sleep(0.05)
     second = call(server, callers, greeting(1, "second"))
@@ -170,6 +199,7 @@ def test_a_rank_comes_once(server: socket.socket, callers: contextlib.ExitStack)
     assert accepted(server, callers, 2) == ["1 first", "2 host-b"]
     second.settimeout(5)
     assert second.recv(1) == b""
+    assert "it says that it is rank 1 on host 'second', which is connected already" in caplog.text
 
 
 def test_a_greeting_in_pieces(server: socket.socket, callers: contextlib.ExitStack) -> None:
@@ -198,6 +228,29 @@ def test_silent_strangers_keep_nobody_waiting(server: socket.socket, callers: co
         stranger.settimeout(5)
         with contextlib.suppress(ConnectionResetError):
             assert stranger.recv(1) == b""
+
+
+def test_a_thousand_strangers(callers: contextlib.ExitStack) -> None:
+    """At the door that rank 0 opens for 127.0.0.1: 1,000 connections that say nothing, half of a secret or junk, and
+    two ranks among them, which are in within a second."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    callers.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+    doors = callers.enter_context(_Doors(3))
+    door = doors.servers[doors.route(1, _Way(("127.0.0.1",), ""))[0][0]]
+
+    def come() -> None:
+        for number in range(1000):
+            said = (b"", SECRET.encode()[:5], b"junk\n", SECRET.encode() + b"junk\n")[number % 4]
+            with contextlib.suppress(OSError):  # it may be sent away before it has spoken
+                call(door, callers, greeting(number // 400) if number in (400, 800) else said)
+
+    crowd = threading.Thread(target=come)
+    began = time.monotonic()
+    crowd.start()
+    assert accepted(door, callers, 2, timeout_s=20) == ["1 host-b", "2 host-b"]
+    assert time.monotonic() - began < 1
+    crowd.join()
 
 
 def test_silent_strangers_do_not_prolong_the_wait(server: socket.socket, callers: contextlib.ExitStack) -> None:

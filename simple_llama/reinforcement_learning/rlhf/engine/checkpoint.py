@@ -145,7 +145,7 @@ def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str,
         except SafetensorError as error:  # how its writer reports a full disk
             raise UserError(f"cannot write {shard}: {error}; free space or choose another place") from error
         written = (shard.name, file_digest(shard))
-    digests = dict(gather_objects(written, ranks))
+    digests = dict(gather_objects(written, ranks, tuple[str, str]))
     with fail_together(ranks):
         for name in digests if ranks.is_main else ():
             if not (folder / name).is_file():

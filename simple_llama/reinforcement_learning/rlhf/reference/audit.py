@@ -113,9 +113,9 @@ class Auditor:
             worst, bad, done = max(worst, furthest), bad + found, done + len(hand)
             spent = time.monotonic() - started
             goes_on = done < _FEWEST or spent * (done + turn) <= _MOST_S * done
-            if not broadcast_object(goes_on, self.ranks):  # by one clock
+            if not broadcast_object(goes_on, self.ranks, bool):  # by one clock
                 break
-        told = gather_objects([worst, bad], self.ranks)
+        told = gather_objects([worst, bad], self.ranks, tuple[float, list[str]])
         worst, named = max(one[0] for one in told), list(dict.fromkeys(name for one in told for name in one[1]))
         if named:
             raise UserError(
@@ -130,7 +130,7 @@ class Auditor:
 
     def finds_unbound(self, store: RefStore) -> bool:
         """Whether pairs have records in unbound shards alone: rank 0's word, since it draws them and binds them."""
-        return broadcast_object(len(store.unbound(self.pairs.keys)) > 0, self.ranks)
+        return broadcast_object(len(store.unbound(self.pairs.keys)) > 0, self.ranks, bool)
 
     def take_over(self, store: RefStore, logps: Logps) -> None:
         """Audits the records that pairs have in unbound shards alone, with the store's model, and binds them
@@ -166,7 +166,7 @@ class Auditor:
             positions = (chosen if among is None else among[chosen]).tolist()
         else:
             positions = []
-        return broadcast_object(positions, self.ranks)
+        return broadcast_object(positions, self.ranks, list[int])
 
     def _compare(self, logps: Logps, ref_logps: Logps, positions: Sequence[int]) -> tuple[float, list[str]]:
         """The largest difference a scored token (nats) of a micro-batch, and which pairs are beyond the bound."""
@@ -232,7 +232,7 @@ class FirstStep:
             for i, far, ours, ref in zip(positions, far_B.tolist(), logps_B2.tolist(), ref_B2.tolist(), strict=True)
             if far
         ]
-        everybody = [name for rank in gather_objects(named, self.ranks) for name in rank]
+        everybody = [name for rank in gather_objects(named, self.ranks, list[str]) for name in rank]
         raise UserError(
             f"step 1: {len(everybody)} pairs are further from the reference than rounding, while the policy is the "
             f"reference: {', '.join(everybody[:_MOST_NAMED])}. No weights were changed. {_REMEDY}"

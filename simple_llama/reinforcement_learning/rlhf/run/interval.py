@@ -57,7 +57,8 @@ class Interval:
         means = self.sums.means()
         self.traffic.settle(wait=True)
         mine = (peak_memory_gb(self.ranks.device), self.traffic.sent_bytes, self.traffic.seconds)
-        peak_gb, sent_bytes, communicating_s = zip(*gather_objects(mine, self.ranks), strict=True)
+        of_all = gather_objects(mine, self.ranks, tuple[float, float, float])
+        peak_gb, sent_bytes, communicating_s = zip(*of_all, strict=True)
         seconds = time.perf_counter() - self.since
         return {
             **{name: value for name, value in means.items() if name not in TOTALS},

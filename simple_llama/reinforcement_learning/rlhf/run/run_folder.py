@@ -86,7 +86,7 @@ def name_run(config: FolderConfig, ranks: Ranks) -> str:
             newest = newest_run(Path(config.ckpt_dir)) if config.resume and not config.run_name else ""
             name = config.run_name or newest or time.strftime("%Y%m%d-%H%M%S")
             _check_new(config, name)
-    return broadcast_object(name, ranks)
+    return broadcast_object(name, ranks, str)
 
 
 def folders_of(config: FolderConfig, name: str) -> tuple[Path, Path]:

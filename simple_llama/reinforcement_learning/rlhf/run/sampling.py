@@ -75,7 +75,7 @@ class Samples:
         ranks, together = self.ranks, self.engine.partitioned
         share = slice(None) if together else slice(ranks.rank, None, ranks.world_size)
         mine = _answers(self.engine.model, self.tokenizer, self.prompts[share], self.most_tokens)
-        gathered = gather_objects(mine, ranks)
+        gathered = gather_objects(mine, ranks, list[str])
         if ranks.is_main:
             parts = 1 if together else len(gathered)
             self.write(step, [gathered[i % parts][i // parts] for i in range(len(self.prompts))])

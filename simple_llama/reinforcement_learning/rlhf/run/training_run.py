@@ -220,7 +220,7 @@ class TrainingRun:
                 for i, finite in zip(micro_batch, loss_B.isfinite().tolist(), strict=True)
                 if not finite
             ]
-            named = [origin for rank in gather_objects(bad, self.ranks) for origin in rank]
+            named = [origin for rank in gather_objects(bad, self.ranks, list[str]) for origin in rank]
             problem = NotFinite(
                 f"step {index + 1}: the loss of {len(named)} pairs is not finite: {', '.join(named[:8])}; weights "
                 f"were not changed by this step; {self.saves.last_good()}"
