@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from simple_llama.common.files import file_digest
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from tiny_job import TinyJob, make_job, run_ranks, start_rank, write_pairs
 
@@ -106,14 +107,20 @@ def test_a_checkpoint_on_a_full_disk(job: TinyJob, mount: Mount) -> None:
 
 
 def test_a_read_only_store(job: TinyJob, mount: Mount) -> None:
-    """Mounted read-only, which root cannot pass over: training reads it; a pass that has to write says where."""
+    """Mounted read-only, which root cannot pass over: training reads it; a pass that has to write says where. Its
+    shards are called as an earlier version called them: they are audited each time, and stay."""
     settings = {**job.settings, "epochs": 1, "n_samples": 0}
     run_ranks(PRECOMPUTE, settings, world=1)
     folder = Path(str(settings["ref_cache_dir"]))
+    for shard in folder.glob("*/shard-*.npy"):
+        shard.rename(shard.with_name(f"{file_digest(shard)}.npy"))
+    before = sorted(folder.rglob("*"))
     mount("--bind", folder, folder)
     mount("-o", "remount,ro,bind", folder)
     assert "24 of 24 pairs are there" in run_ranks(PRECOMPUTE, settings, world=1)
-    assert "finished:" in run_ranks(TRAIN, settings, world=1)
+    output = run_ranks(TRAIN, settings, world=1)
+    assert "finished:" in output and "24 of 24 pairs, drawn anew" in output and "Read-only file system" in output
+    assert sorted(folder.rglob("*")) == before
     write_pairs(job.folder / "pairs.jsonl", range(30))
     message = fails(PRECOMPUTE, settings)
     assert f"cannot write {folder}/" in message and "Read-only file system" in message

@@ -26,6 +26,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.reference.shards import (
     RECORD,
     BadShardError,
+    OtherKindError,
     checked_records,
     is_ours,
     is_shard,
@@ -134,16 +135,18 @@ class RefStore:
         Where one goes while this reads, another run may have bound its records: then what came meanwhile is read too.
         """
         found: dict[str, np.ndarray] = {}
-        paths, bad = [], set[str]()
+        paths, bad, others = [], set[str](), set[str]()
         for _ in range(_MOST_LISTINGS):
             paths, gone = _listed(self.folder), False
             for path in paths:
-                if path.name in found or path.name in bad or not is_shard(path.name):
+                if path.name in found or path.name in bad | others or not is_shard(path.name):
                     continue
                 try:
                     found[path.name] = read_shard(path, self.reference_digest)
                 except FileNotFoundError:
                     gone = True
+                except OtherKindError:
+                    others.add(path.name)
                 except OSError as error:
                     bad.add(path.name)
                     LOGGER.warning("cannot read shard %s: %s; its pairs count as missing", path, error.strerror)
@@ -153,6 +156,8 @@ class RefStore:
                     set_aside(path, str(reason))
             if not gone:
                 break
+        if others:
+            LOGGER.info("%s: passed over %d shards of a kind that a later version writes", self.folder, len(others))
         foreign = [path.name for path in paths if not is_shard(path.name) and not is_ours(path.name)]
         if foreign:
             LOGGER.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
@@ -214,7 +219,7 @@ class RefStore:
             try:
                 if not len(without(read_shard(path, self.reference_digest), self._bound)):
                     path.unlink(missing_ok=True)
-            except (OSError, BadShardError) as error:
+            except (OSError, BadShardError, OtherKindError) as error:
                 LOGGER.warning("unbound shard %s stays: %s", path, error)
 
     @contextlib.contextmanager

@@ -41,6 +41,10 @@ _ROUNDING = 1e-5  # nats a scored token: a certain token's fp32 log-prob may com
 _MOST_NATS = 2e4  # a scored token: logits up to 1e4, which the head is made for, give no more
 
 
+class OtherKindError(Exception):
+    """A sound shard of a kind of record that a later version writes."""
+
+
 class BadShardError(Exception):
     """A file with a shard's name that is none; the message says why."""
 
@@ -141,9 +145,9 @@ def is_ours(name: str) -> bool:
 
 
 def read_shard(path: Path, reference: str) -> np.ndarray:
-    """The sound records of a shard whose bytes match its name; none where they are of a later version's kind.
+    """The sound records of a shard whose bytes match its name.
 
-    BadShardError when they do not match, or are of another reference; OSError as usual.
+    BadShardError when they do not match, or are of another reference; OtherKindError; OSError as usual.
     """
     with open_file(path) as file:
         data = file.read(_MOST_SHARD_BYTES + 1)
@@ -161,8 +165,7 @@ def read_shard(path: Path, reference: str) -> np.ndarray:
     if records.dtype != RECORD:
         if unbound or not records.dtype.names:
             raise BadShardError("it holds no records")
-        LOGGER.info("passed over shard %s: another kind of record (%s)", path, ", ".join(records.dtype.names))
-        return np.empty(0, RECORD)
+        raise OtherKindError
     sound = _are_sound(records)
     if not sound.all():
         LOGGER.warning("ignored %d impossible records of shard %s; they count as missing", (~sound).sum(), path)
