@@ -82,6 +82,13 @@ def inputs_of(job: TinyJob, ranks: Ranks, **changes: Any) -> tuple[DPOConfig, In
     return config, load_inputs(config, ranks)
 
 
+def begin(config: DPOConfig, inputs: Inputs, ranks: Ranks, name: str) -> TrainingRun:
+    """A run that is set up; it writes no curves."""
+    run = TrainingRun(config, inputs, ranks, name, lambda: None)
+    run.writer.close()
+    return run
+
+
 # === a new start ===
 
 
@@ -128,7 +135,7 @@ def test_training_alone_binds_a_store_of_before(job: TinyJob, ranks: Ranks) -> N
 def test_one_wrong_pair_is_found_in_the_first_step(job: TinyJob, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """The audit may pass over it, the first step does not: named, and before the weights change."""
     config, inputs = inputs_of(job, ranks, run_name="new")
-    run = TrainingRun(config, inputs, ranks, "new", lambda: None)
+    run = begin(config, inputs, ranks, "new")
     bad = run.plan.step(0)[0][2][1]  # in the third of four micro-batches
     key = run.pairs.keys[bad].tobytes()
 
@@ -143,12 +150,13 @@ def test_one_wrong_pair_is_found_in_the_first_step(job: TinyJob, ranks: Ranks, m
     weights = [parameter.clone() for parameter in run.engine.model.parameters()]
     with pytest.raises(UserError, match=f"step 1: 1 pairs .*: {run.pairs.origin(bad)} .chosen"):
         run_steps(run)
+    run.writer.close()
     assert all(map(torch.equal, weights, run.engine.model.parameters()))
 
 
 def test_only_the_first_step_without_dropout_is_compared(job: TinyJob, ranks: Ranks) -> None:
     config, inputs = inputs_of(job, ranks, run_name="new")
-    run = TrainingRun(config, inputs, ranks, "new", lambda: None)
+    run = begin(config, inputs, ranks, "new")
     assert run.first_step(0) and not run.first_step(1)
     run.config = replace(config, dropout=0.1)
     assert not run.first_step(0)
@@ -177,14 +185,14 @@ def test_a_resume_with_values_that_differ_by_rounding_goes_on(
     before = store_values(job)
     assert before and set(before) == {"digest", "records"}
     config, inputs = inputs_of(job, ranks, resume=True)
-    run = TrainingRun(config, inputs, ranks, "tiny", lambda: None)
+    run = begin(config, inputs, ranks, "tiny")
     assert "as near as rounding" in caplog.text
     after = run.saves.reference_values
     assert after and after["records"] == before["records"] and after["digest"] != before["digest"]
     caplog.clear()
     store = rewrite(job, lambda logps_B2: np.nextafter(logps_B2, np.float32(0)))
     assert store.content_digest(inputs.data.pairs.keys) == before["digest"]
-    TrainingRun(config, inputs, ranks, "tiny", lambda: None)
+    begin(config, inputs, ranks, "tiny")
     assert "rounding" not in caplog.text
 
 
@@ -193,7 +201,7 @@ def test_a_state_without_values_is_taken_up_with_a_word(
 ) -> None:
     """As an earlier version's, or that of a run with its reference in memory: nothing is compared, a line says so."""
     config, inputs = inputs_of(job, ranks, resume=True, reference="online", run_name="tiny")
-    online = TrainingRun(config, inputs, ranks, "tiny", lambda: None).saves
+    online = begin(config, inputs, ranks, "tiny").saves
     assert online.reference_values == store_values(job)  # those of the state that it took up stay for a later run
     config, inputs = inputs_of(job, ranks, reference="online", run_name="memory")
     train(config, inputs, ranks)

@@ -153,6 +153,11 @@ def test_pairs_beyond_the_bound_are_named(ranks: Ranks) -> None:
         auditor(ranks, PAIRS[:10]).audit(wrong, honest, "audit")
 
 
+def test_a_model_that_gives_no_numbers_is_no_reference(ranks: Ranks) -> None:
+    with pytest.raises(UserError, match="audit: 64 of 64 pairs drawn are further"):
+        auditor(ranks).audit(lambda batch: honest(batch) * math.nan, honest, "audit")
+
+
 # === stores of before ===
 
 
