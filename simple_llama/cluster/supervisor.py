@@ -38,10 +38,11 @@ _UNFINISHED = 1  # exit status where the launcher's own would be 0
 _POLL_S = 0.2
 _KILL_S = 20.0  # from SIGTERM to SIGKILL of a launcher: it asks all hosts to end their processes
 _CLEAN_UP_S = 40.0  # the same for what a killed launcher left: it may be saving
-_HURRY_S = 3.0  # the same after a second signal
+_HURRY_S = 3.0  # from a second signal to SIGKILL of all that is left
 _READ_S = 15.0  # for output that is not passed on yet
 _UNKILLABLE_S = 10.0  # after SIGKILL: a process that waits for a dead disk cannot be ended
-_AGAIN_S = 1.0  # between two signals that a person meant as two
+_AGAIN_S = 1.0  # between two signals that are meant as two
+_TWICE_S = 0.1  # the same of two SIGINTs: some programs pass on a Ctrl-C that has come to all
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _HOST_FAILED = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
@@ -79,7 +80,8 @@ class _Launch:
         self.command, self.hosts = command, hosts
         self.finished = False
         self.failed_host, self.failed_status, self.failed_at = "", 0, 0.0
-        self.stop_at, self.hurry = 0.0, False  # when a signal asked to stop; whether one came again
+        self.stop_at, self.interrupt_at = 0.0, 0.0  # when a signal asked to stop; when the last SIGINT came
+        self.hurry_at = 0.0  # when one came again
         self.left: list[int] = []  # processes that cannot be ended
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup and background shells ask for
@@ -99,14 +101,17 @@ class _Launch:
             reader.start()
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Notes that somebody asks to stop, and a second or more later, that they will not wait."""
-        now = time.monotonic()
+        """Notes that somebody asks to stop; then, by another Ctrl-C or a later signal, that they will not wait."""
+        now, name = time.monotonic(), signal.Signals(number).name
+        twice = number == signal.SIGINT and self.interrupt_at and now - self.interrupt_at > _TWICE_S
+        if number == signal.SIGINT:
+            self.interrupt_at = now
         if not self.stop_at:
             self.stop_at = now
-            _say(f"{signal.Signals(number).name}: asking all ranks to save and stop")
-        elif now - self.stop_at > _AGAIN_S and not self.hurry:
-            self.hurry = True
-            _say(f"{signal.Signals(number).name} again: ending the launcher")
+            _say(f"{name}: asking all ranks to save and stop; Ctrl-C once more: without saving")
+        elif (twice or now - self.stop_at > _AGAIN_S) and not self.hurry_at:
+            self.hurry_at = now
+            _say(f"{name} again: ending all without saving")
 
     def pass_on(self, source: IO[bytes], sink: IO[bytes]) -> None:
         """Copies the launcher's output, and notes what it says of the job's end."""
@@ -131,7 +136,9 @@ class _Launch:
             if self.stop_at and not asked:
                 asked = True
                 self.signal_ranks("TERM")
-            if self.hurry:
+            if self.hurry_at:
+                self.signal_ranks("INT", twice=True)  # as Ctrl-C twice does to a rank: it ends, if it can, with a word
+                self.wait_for_launcher()
                 self.terminate()
                 return
             if self.failed_host and time.monotonic() - self.failed_at > grace_s:
@@ -142,42 +149,53 @@ class _Launch:
 
     def terminate(self) -> None:
         """Ends the launcher; DeepSpeed's then ends its processes on all hosts that it can reach."""
+        if self.process.poll() is not None:
+            return
         self.signal_ranks("CONT")  # a stopped process takes no other signal; awake, it finds its peers gone, and ends
         self.process.terminate()
-        try:
-            self.process.wait(_KILL_S)
-        except subprocess.TimeoutExpired:
+        if not self.wait_for_launcher():
             self.process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_UNKILLABLE_S)
 
-    def signal_ranks(self, name: str) -> None:
-        """Sends SIGTERM or SIGCONT to the ranks: by pdsh where there are several hosts, else to those on this one."""
+    def wait_for_launcher(self) -> bool:
+        """Waits until the launcher has ended, but not for ever; whether it has."""
+        began = time.monotonic()
+        while self.process.poll() is None and time.monotonic() - began < (_HURRY_S if self.hurry_at else _KILL_S):
+            time.sleep(_POLL_S)
+        return self.process.poll() is not None
+
+    def signal_ranks(self, name: str, twice: bool = False) -> None:
+        """Sends a signal to the ranks: by pdsh where there are several hosts, else to those on this one."""
         if len(self.hosts) > 1 and shutil.which("pdsh"):
             script = next((word for word in self.command[1:] if word.endswith(".py")), "")
             pattern = f" [-]u {re.escape(script)}"  # `python -u SCRIPT`; the bracket keeps the remote shell out of it
             remote = f"pkill -{name} -u $(id -u) -f '{pattern}'"
+            remote += f"; sleep {_TWICE_S * 2:g}; {remote}" * twice
             environment = {**_environment_with_keepalive(os.environ), "PDSH_RCMD_TYPE": "ssh"}
             subprocess.Popen(["pdsh", "-w", ",".join(self.hosts), remote], env=environment, start_new_session=True)
             return
-        ranks = [pid for pid in _descendants(os.getpid()) if _is_rank(pid)]
-        for pid in ranks or [self.process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.Signals[f"SIG{name}"])
+        ranks = [pid for pid in _descendants(os.getpid()) if _is_rank(pid)] or [self.process.pid]
+        for pid in ranks:
+            _send(pid, signal.Signals[f"SIG{name}"])
+        if twice:
+            time.sleep(_TWICE_S * 2)  # two that come together are one
+            for pid in ranks:
+                _send(pid, signal.Signals[f"SIG{name}"])
 
     def clean_up(self) -> None:
         """Ends what the launcher left on this host, gently first: ranks may be saving."""
         began = time.monotonic()
         told: set[int] = set()
         while left := _descendants(os.getpid()):
-            late_s = time.monotonic() - began - (_HURRY_S if self.hurry else _CLEAN_UP_S)
+            ends = max(began, self.hurry_at + _HURRY_S) if self.hurry_at else began + _CLEAN_UP_S
+            late_s = time.monotonic() - ends
             if late_s > _UNKILLABLE_S:
                 self.left = left
                 break
             for pid in left:
                 if late_s > 0 or pid not in told:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL if late_s > 0 else signal.SIGTERM)
+                    _send(pid, signal.SIGKILL if late_s > 0 else signal.SIGTERM)
             if not told:
                 _say(f"ending {len(left)} processes that the launcher left")
             told.update(left)
@@ -199,7 +217,7 @@ class _Launch:
         if status < 0:
             _say(f"the launcher was ended by {signal.Signals(-status).name}")
             status = 128 - status
-        if self.failed_status and not self.hurry:
+        if self.failed_status and not self.hurry_at:
             status = self.failed_status  # the launcher's own is the largest of all hosts', or 1 when it was ended
         if not status and not self.finished:
             _say("the launcher ended with status 0, but the job did not say that it finished: taken for a failure")
@@ -230,6 +248,12 @@ def _descendants(root: int) -> list[int]:
         ahead += (below := children.get(ahead.pop(), []))
         found += below
     return found
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    """Sends a signal to a process, unless it has gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _is_rank(pid: int) -> bool:

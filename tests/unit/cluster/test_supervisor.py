@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -182,21 +183,58 @@ def test_a_signal_asks_the_ranks_not_the_launcher(tmp_path: Path, number: signal
     assert (tmp_path / "got").read_text() == "rank got it\n"
 
 
-def test_a_second_signal_ends_the_launcher(tmp_path: Path) -> None:
-    """For a person who does not want to wait."""
-    process = start(
-        tmp_path, "sh", "-c", f"echo >{tmp_path}/up; LOCAL_RANK=0 sh -c 'trap : TERM; while :; do sleep 0.1; done'"
-    )
-    wait_for(tmp_path / "up")
+def slow_to_save(folder: Path, on_interrupt: str) -> subprocess.Popen[str]:
+    """A supervised rank that takes SIGTERM for a wish to save, which takes it a minute, and SIGINT as told."""
+    rank = f"trap : TERM; trap '{on_interrupt}' INT; echo >{folder}/up; for i in $(seq 600); do sleep 0.1; done"
+    process = start(folder, "sh", "-c", 'LOCAL_RANK=0 sh -c "$1"; exit $?', "launcher", rank)
+    wait_for(folder / "up")
+    return process
+
+
+@pytest.mark.parametrize(
+    ("on_interrupt", "status"),
+    [
+        ("exit 130", 130),  # as a rank does
+        ("", 128 + signal.SIGTERM),  # as one that hangs does: killed, and the launcher ended before
+    ],
+)
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, on_interrupt: str, status: int) -> None:
+    """Half a second after the first: the ranks get SIGINT too, and 3 s later all are killed that are left."""
+    process = slow_to_save(tmp_path, on_interrupt)
+    process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)  # the same wish, by another way
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
     _, err = process.communicate(timeout=80)
-    assert process.returncode == 128 + signal.SIGTERM and "SIGINT again" in err
+    assert process.returncode == status and "SIGINT again: ending all without saving" in err
+    assert time.monotonic() - began < (2 if on_interrupt else 8)
+
+
+def test_the_same_wish_by_another_way_is_one(tmp_path: Path) -> None:
+    """SIGTERM 0.3 s after SIGINT, and a SIGINT that comes twice at once; SIGTERM a second later is more."""
+    process = slow_to_save(tmp_path, "exit 130")
+    for number in (signal.SIGINT, signal.SIGINT):
+        process.send_signal(number)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.9)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=80)
+    assert process.returncode == 130 and "SIGTERM again" in err
+
+
+def test_a_second_ctrl_c_shortens_a_wait_that_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a launcher that was told to end and has 20 s for it."""
+    monkeypatch.setattr(supervisor, "_HURRY_S", 0.1)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(supervisor, "_prctl", lambda what, value: None)
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: Unkillable())
+    launch = supervisor._Launch(["launcher"], [])
+    threading.Timer(0.3, lambda: [launch.on_signal(signal.SIGINT, None), time.sleep(0.2)]).start()
+    threading.Timer(0.6, lambda: launch.on_signal(signal.SIGINT, None)).start()
+    began = time.monotonic()
+    assert not launch.wait_for_launcher() and 0.6 <= time.monotonic() - began < 2
 
 
 def test_a_bad_hostfile_ends_with_one_message(tmp_path: Path) -> None:
