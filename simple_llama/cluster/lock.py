@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from dataclasses import dataclass
@@ -204,10 +205,12 @@ def _in_use(path: Path, seen: _Seen) -> UserError:
 def _look(path: Path) -> _Seen | None:
     """The lock file now, None when there is none. Opened anew each time: a network disk asks its server only then."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # without it a named pipe hangs here
     except FileNotFoundError:
         return None
     with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "expected a file, found something else", os.fspath(path))
         text = file.read(_MOST)
         return _Seen(text, os.fstat(descriptor).st_mtime_ns, _parse(text))
 

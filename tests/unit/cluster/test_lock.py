@@ -361,6 +361,13 @@ def test_a_link_in_place_of_the_lock_is_a_user_error(tmp_path: Path) -> None:
         FolderLock.take(tmp_path)
 
 
+def test_a_pipe_in_place_of_the_lock_is_a_user_error(tmp_path: Path) -> None:
+    """It would be waited for without end."""
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(UserError, match="lock: expected a file, found something else"):
+        FolderLock.take(tmp_path)
+
+
 def test_a_lock_that_changes_hands_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time somebody else was faster, and gone at the next look: given up after 100 turns."""
     turns = []
