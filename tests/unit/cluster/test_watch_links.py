@@ -245,7 +245,7 @@ def test_a_thousand_strangers(callers: contextlib.ExitStack) -> None:
             with contextlib.suppress(OSError):  # it may be sent away before it has spoken
                 call(door, callers, greeting(number // 400) if number in (400, 800) else said)
 
-    crowd = threading.Thread(target=come)
+    crowd = threading.Thread(target=come, daemon=True)
     began = time.monotonic()
     crowd.start()
     assert accepted(door, callers, 2, timeout_s=20) == ["1 host-b", "2 host-b"]
