@@ -70,8 +70,8 @@ def temp_of(pattern: str) -> Callable[..., bool]:
 
 
 def is_old_state(folder: Path, *args: object, **kwargs: object) -> bool:
-    """Calls of shutil.rmtree that delete a state."""
-    return Path(folder).name.startswith("step_") and Path(folder).exists()
+    """Calls of delete_state that delete a state, not what is left of one."""
+    return folder.name.startswith("step_") and folder.exists()
 
 
 def replaced(pattern: str) -> dict[str, Spot]:
@@ -107,12 +107,16 @@ PLACES: dict[str, dict[str, Spot]] = {
     # a save
     "gather": {"before": Spot(f"{RLHF}.engine.engine", "Engine.full_state")},
     "state_shard": around("engine.checkpoint", "save_file", half_of_file(1)),
-    "weights": {"half": Spot("torch", "save", half=half_of_file(1))}
-    | {when: Spot("os", "replace", becomes("dpo_*.pth")) for when in ("before", "after")},
+    "weights": {
+        "before": Spot(f"{RLHF}.run.saves", "Saves._export"),  # their state is there
+        "half": Spot("torch", "save", half=half_of_file(1)),
+        "after": Spot("os", "replace", becomes("dpo_*.pth")),
+    },
     "state_json": replaced("state.json"),
     "state_rename": {when: Spot("pathlib", "Path.rename", becomes("step_*")) for when in ("before", "after")},
     "latest": replaced("latest"),
-    "prune": around("engine.checkpoint", "_prune") | {"half": Spot("shutil", "rmtree", is_old_state, half_of_folder)},
+    "prune": around("engine.checkpoint", "prune")
+    | {"half": Spot(f"{RLHF}.engine.state_folders", "delete_state", is_old_state, half_of_folder)},
     # everything is done
     "end": {"before": Spot(f"{RLHF}.run.records", "RunWriter.close")},
 }

@@ -44,6 +44,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
     _check_state,
+    _described,
     _read_parameters,
 )
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
@@ -236,7 +237,7 @@ def seeds(name: str) -> tuple[bytes, ...]:
             json.dumps({"max_lr": 10**400, "model_path": "\0", "system_prompt": "\ud800"}).encode(),
         ),
         "deepspeed": lambda: tuple(path.read_bytes() for path in sorted(Path(root_path("ds_configs")).glob("*.json"))),
-        "state_facts": lambda: (sound_facts(sound_tensors()),),
+        "state_facts": lambda: (sound_facts(sound_tensors()), facts_of_today(sound_tensors())),
         "state_tensors": lambda: (sound_tensors(), sound_tensors(float("nan")), pickle.dumps(RunsCode())),
         "store": lambda: (sound_shard(), json.dumps(REFERENCE).encode(), pickle.dumps(RunsCode())),
         "weights": sound_weights,
@@ -259,9 +260,14 @@ def sound_tensors(value: float = 1.0) -> bytes:
 
 
 def sound_facts(tensors: bytes) -> bytes:
-    """The state.json of a state with these tensors."""
+    """The state.json of a state with these tensors, as earlier versions wrote it."""
     facts = {"format": 1, "step": 3, "optimizer_steps": 3, "loss": 0.5, "weights": "dpo.pth"}
     return json.dumps({**facts, "files": {SHARD: digest(tensors).hex()}}).encode()
+
+
+def facts_of_today(tensors: bytes) -> bytes:
+    """The same with a digest of itself."""
+    return _described(StateFacts(3, "dpo.pth", 0.5, False, {}), {SHARD: digest(tensors).hex()})
 
 
 def sound_shard() -> bytes:

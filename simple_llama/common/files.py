@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from io import BufferedReader, TextIOWrapper
@@ -63,7 +62,12 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
 
 def atomic_write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write `obj` as indented UTF-8 JSON, whole or not at all."""
-    atomic_write(path, (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
+    atomic_write(path, json_bytes(obj))
+
+
+def json_bytes(obj: Any) -> bytes:
+    """`obj` as indented UTF-8 JSON; what `read_json` makes of it gives the same bytes again."""
+    return (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def digest(*chunks: bytes | bytearray | memoryview, size: int = 16) -> bytes:
@@ -175,10 +179,9 @@ def _fsync(path: Path) -> None:
 
 
 def publish_folder(temp: Path, final: Path) -> None:
-    """Give a finished folder its name, on disk when this returns; an older one makes way. UserError if it fails."""
+    """Give a finished folder its name, on disk when this returns. UserError if it fails: something has that name."""
     try:
         _fsync_folder(temp)
-        shutil.rmtree(final, ignore_errors=True)
         temp.rename(final)
         _fsync_folder(final.parent)
     except OSError as error:

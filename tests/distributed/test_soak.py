@@ -17,8 +17,8 @@ pytestmark = pytest.mark.dist
 
 @pytest.mark.slow
 def test_three_kills_leave_no_trace():
-    """In the reference pass, between the first `.pth` and its state, and in the middle of a step after a resume."""
-    places = "shard:half,weights:after,step"
+    """In the reference pass, between the first state and its `.pth`, and in the middle of a step after a resume."""
+    places = "shard:half,weights:before,step"
     command = [sys.executable, "tests/soak.py", "--kills", "3", "--seed", "3", "--places", places]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "\nPASS\n" in done.stdout, done.stdout + done.stderr

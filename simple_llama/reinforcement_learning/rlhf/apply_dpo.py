@@ -70,7 +70,7 @@ def finish_step(run: TrainingRun, step: int) -> None:
     """What is due after `step` steps: the checks of the start, an evaluation, a checkpoint."""
     if step == 0:
         run.check_start()
-    elif run.ends_epoch(step) or due(step, run.config.eval_interval):
+    elif run.evaluates_at(step):
         with run.interval.off_the_clock():
             run.evaluate(step)
     run.at.unfinished = False

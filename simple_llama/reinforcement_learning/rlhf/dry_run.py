@@ -17,8 +17,12 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, full_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.objective.cost import estimate_memory, model_size
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, estimate_memory, model_size
+from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
+from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
+
+_EXPORT_BYTES, _STATE_BYTES = 4, 12  # a weight: fp32; with AdamW's two moments
 
 
 def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
@@ -32,6 +36,7 @@ def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
         "batches": _batch_arithmetic(config, plan, pairs),
         "memory per rank (estimate)": _memory_table(config, config.reference, inputs, plan, ds_config),
+        "checkpoints": _checkpoints(config, inputs, plan.steps_per_epoch),
         "first pair (scored tokens in [[ ]])": _show_pair(inputs.tokenizer, pairs[0]),
     }
     return "\n\n".join(f"== {title} ==\n{body}" for title, body in sections.items())
@@ -59,13 +64,10 @@ def _memory_table(
 ) -> str:
     """Weights, gradients, optimizer shard and activations of the largest micro-batch of the first epoch, in GiB."""
     batch = PairBatch.pack([inputs.data.train[i] for i in plan.largest_micro_batch()])
-    with torch.device("meta"):  # counts, no memory
-        model = LLaMaTransformer(inputs.architecture)
-    size = model_size(model)
-    lora = sum(p.numel() for name, p in model.named_parameters() if "_lora_layer." in name)
+    size, trained = _sizes(config, inputs)
     estimate = estimate_memory(
         size,
-        lora if config.trainable == "lora" else sum(size),
+        trained,
         inputs.architecture,
         batch,
         inputs.dtype,
@@ -82,6 +84,31 @@ def _memory_table(
         f"{sum(size):,} weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
     )
     return "\n".join(lines)
+
+
+def _sizes(config: PolicyConfig, inputs: Inputs) -> tuple[ModelSize, int]:
+    """(weights of the model, how many of them are trained)."""
+    with torch.device("meta"):  # counts, no memory
+        model = LLaMaTransformer(inputs.architecture)
+    lora = sum(p.numel() for name, p in model.named_parameters() if "_lora_layer." in name)
+    size = model_size(model)
+    return size, lora if config.trainable == "lora" else sum(size)
+
+
+def _checkpoints(config: DPOConfig, inputs: Inputs, steps_per_epoch: int) -> str:
+    """How often the run saves, and the room that this takes on the disk."""
+    size, trained = _sizes(config, inputs)
+    ends, between = count_saves(steps_per_epoch, config.epochs, config.save_interval)
+    exports = ends + (min(between, config.keep_exports) if config.keep_exports else between)
+    states = min(ends + between, config.keep_states)
+    export, state = (count / 2**30 for count in (_EXPORT_BYTES * sum(size), _STATE_BYTES * trained))
+    return "\n".join(
+        [
+            f"{ends + between} saves: {ends} at epochs' ends, {between} between (save_interval)",
+            f"{exports} .pth files stay (keep_exports), {export:.3f} GiB each, {exports * export:.3f} GiB",
+            f"{states} states stay (keep_states), {state:.3f} GiB each, {states * state:.3f} GiB; one more in a save",
+        ]
+    )
 
 
 def _show_pair(tokenizer: Tokenizer, pair: TokenizedPair) -> str:

@@ -1,20 +1,19 @@
-"""What a run leaves on disk: the `.pth` that upstream's inference loads, and the state from which it resumes.
+"""What a run leaves on disk: the state from which it resumes, and the `.pth` that upstream's inference loads.
 
     <ckpt_dir>/<run>/
-        dpo_{epoch}E_{loss}L_{max_seq_len}MSQ.pth      fp32 weights, TrainingConfig, metadata
         state/step_00000120/                           complete or absent: written beside, then renamed
             rank_00000.safetensors ...                 master weights and AdamW moments, by parameter name
-            state.json                                 step, digests of the files, what the run depends on
-        latest                                         name of the newest state, written last
+            state.json                                 step, digests of the files and of itself, what the run depends on
+        latest                                         name of the newest state, written when it is there
+        dpo_{epoch}E_{loss}L_{max_seq_len}MSQ.pth      fp32 weights, TrainingConfig, metadata: written last
 
 A parameter's state stands whole in one file, so a run may resume on another number of ranks, and nothing is a pickle.
+A state names its `.pth`: where a kill or a full disk left it out, the run that resumes writes it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,22 +24,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from simple_llama.cluster import watchdog
-from simple_llama.cluster.distributed import Ranks, fail_together, gather_objects
+from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together, gather_objects
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import (
     atomic_path,
     atomic_write,
-    atomic_write_json,
     brief,
+    digest,
     file_digest,
-    publish_folder,
+    json_bytes,
     read_json,
     shown,
 )
 from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.engine.engine import MOMENTS, Engine
+from simple_llama.reinforcement_learning.rlhf.engine.state_folders import (
+    begin_state,
+    delete_state,
+    prune,
+    publish_state,
+    states,
+    step_of,
+)
 
-_FORMAT = 1  # of state.json; a reader refuses another one
+_FORMAT, _WITHOUT_DIGEST = 2, 1  # of state.json, and of earlier ones; a reader refuses others
 _MOST_SHOWN = 1000  # characters of a value that differs, in a message; fewer where several do
 
 
@@ -64,7 +71,7 @@ class StateFacts:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> StateFacts:
         """From a checked state.json; what is not ours by name belongs to the course. Older ones lack `unfinished`."""
-        own = {"format", "files", "step", "optimizer_steps", "weights", "loss", "unfinished"}
+        own = {"format", "digest", "files", "step", "optimizer_steps", "weights", "loss", "unfinished"}
         own.add("reference_values")
         course = {key: value for key, value in found.items() if key not in own}
         unfinished, values = bool(found.get("unfinished", False)), found.get("reference_values")
@@ -80,53 +87,70 @@ class SavedState(NamedTuple):
     optimizer_steps: int  # AdamW's own count
 
 
-@contextlib.contextmanager
-def writing_state(
-    folder: Path, engine: Engine, facts: StateFacts, keep: int, ranks: Ranks, again: bool
-) -> Iterator[dict[str, torch.Tensor]]:
+def write_state(
+    folder: Path,
+    engine: Engine,
+    facts: StateFacts,
+    keep: int,
+    ranks: Ranks,
+    before: SavedState | None,
+    check_lock: Callable[[], object],
+) -> tuple[SavedState, dict[str, torch.Tensor]]:
     """Writes `folder`/state/step_N and prunes older states, all but `keep` (collective).
 
-    Gives the fp32 master weights by name (CPU; on rank 0, empty elsewhere): the body exports them before the state can
-    be seen, so a state that is there has its `.pth` beside it. An error on one rank is an error on all. Each
-    parameter's state is written by one rank, in turn.
+    Gives the state and the fp32 master weights by name (CPU; on rank 0, empty elsewhere). An error on one rank is an
+    error on all. Each parameter's state is written by one rank, in turn.
 
     Args:
-        again: this run has saved or loaded the state of that step already: its shards stay and the facts are made
-            anew, so there is no moment without it.
+        before: the newest state that this run has saved or loaded. Where it is of the same step, its shards stay and
+            the facts are made anew, so there is no moment without it.
+        check_lock: raises where another run has taken over the folder; called on rank 0.
     """
-    final = folder / "state" / f"step_{facts.step:08d}"
-    temp = final.with_name(f".{final.name}.tmp")
+    temp = None
     try:
+        if before and before.facts.step == facts.step:
+            place, weights, files = before.folder, _master_weights(engine, ranks), before.files
+        else:
+            temp, place = _begin(folder, facts.step, ranks)
+            weights, files = _write_shards(temp, engine, ranks)
         with fail_together(ranks):
             if ranks.is_main:
-                _delete_temps(folder)
-                if not again:
-                    _make_folder(temp)
-        weights, digests = _master_weights(engine, ranks) if again else _write_shards(temp, engine, ranks)
-        with fail_together(ranks):
-            yield weights
-            if ranks.is_main:
-                if again:
-                    described = final / "state.json"
-                    atomic_write_json(described, {**read_json(described), **facts.to_json()})
-                else:
-                    atomic_write_json(temp / "state.json", {"format": _FORMAT, **facts.to_json(), "files": digests})
-                    publish_folder(temp, final)
-                atomic_write(folder / "latest", f"{final.name}\n".encode())
-                _prune(folder, final.name, keep)
+                check_lock()
+                atomic_write(((temp or place) / "state.json"), _described(facts, files))
+                if temp:
+                    publish_state(temp, place)
+                atomic_write(folder / "latest", f"{place.name}\n".encode())
+                prune(folder, place, keep)
     except UserError:
-        if ranks.is_main:
-            shutil.rmtree(temp, ignore_errors=True)  # on a full disk, the room that it takes is needed
+        if ranks.is_main and temp:
+            delete_state(temp)  # on a full disk, the room that it takes is needed
         raise
+    return SavedState(place, facts, files, facts.step), weights
 
 
-def _master_weights(engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """fp32 master weights on rank 0 (collective), and no digests: nothing is written."""
+def _begin(folder: Path, step: int, ranks: Ranks) -> tuple[Path, Path]:
+    """(where to write a state, its place when it is whole), rank 0's word (collective)."""
+    names: list[str] = []
+    with fail_together(ranks):
+        if ranks.is_main:
+            names = [path.name for path in begin_state(folder, step)]
+    temp, place = broadcast_object(names, ranks)
+    return folder / "state" / temp, folder / "state" / place
+
+
+def _described(facts: StateFacts, files: dict[str, str]) -> bytes:
+    """A state.json: the facts, the digests of the files, and the digest of all that."""
+    found = {"format": _FORMAT, **facts.to_json(), "files": files}
+    return json_bytes({**found, "digest": digest(json_bytes(found)).hex()})
+
+
+def _master_weights(engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """fp32 master weights by name, on rank 0 (collective)."""
     weights = {}
     for parameter, tensors in engine.full_state():
         if ranks.is_main:
             weights[parameter] = tensors["weight"].cpu()
-    return weights, {}
+    return weights
 
 
 def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -153,44 +177,12 @@ def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str,
     return weights, digests
 
 
-def _prune(folder: Path, newest: str, keep: int) -> None:
-    """Deletes states but the `keep` up to `newest`; later ones are damaged, or of a course that was given up."""
-    states = _state_folders(folder)
-    kept = [state for state in states if state.name <= newest][:keep]
-    for state in states:
-        if state not in kept:
-            shutil.rmtree(state, ignore_errors=True)
-
-
-def _delete_temps(folder: Path) -> None:
-    """Deletes what killed saves left half-written. The folder is locked, so nobody is writing it any more."""
-    for pattern in (".dpo_*.tmp", ".latest.*.tmp", "state/.step_*.tmp"):
-        for temp in folder.glob(pattern):
-            if temp.is_dir():
-                shutil.rmtree(temp, ignore_errors=True)
-            else:
-                temp.unlink(missing_ok=True)
-
-
-def _make_folder(folder: Path) -> None:
-    """Makes a folder and its parents; UserError where the disk does not let it."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror or error}; choose another ckpt_dir") from error
-
-
-def _state_folders(folder: Path) -> list[Path]:
-    """State folders of a run, newest (highest step) first."""
-    return sorted((folder / "state").glob("step_*"), reverse=True)
-
-
 def newest_state(folder: Path) -> SavedState:
     """The newest state whose files are all there and unchanged; damaged ones are named in a warning and passed over.
 
     Raises UserError when there is none.
     """
-    for candidate in _state_folders(folder):
+    for candidate in states(folder):
         problem, found = _check_state(candidate)
         if not problem:
             facts = StateFacts.from_json(found)
@@ -206,7 +198,7 @@ def _check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
             if path.is_symlink():
                 return f"{path.name} is a link, which leads out of the folder", {}
         facts = read_json(candidate / "state.json")
-        problem = _facts_problem(candidate, facts)
+        problem = _damage(candidate / "state.json", facts) or _facts_problem(candidate, facts)
         for name, expected in facts["files"].items() if not problem else ():
             problem = problem or _file_problem(candidate, name, expected)
     except (UserError, OSError) as error:
@@ -214,14 +206,29 @@ def _check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
     return (problem, {}) if problem else ("", facts)
 
 
-def _facts_problem(candidate: Path, facts: Any) -> str:
+def _damage(path: Path, facts: Any) -> str:
+    """Whether a state.json is not one, or not as it was written; "" when it is.
+
+    Not a bit may differ: the text must be that which its content gives, and the digest in it that of all the rest.
+    """
+    if not isinstance(facts, dict) or facts.get("format") not in (_FORMAT, _WITHOUT_DIGEST):
+        return f"state.json: expected format {_FORMAT} or {_WITHOUT_DIGEST}"
+    if facts["format"] == _WITHOUT_DIGEST:
+        return ""
+    written = {key: value for key, value in facts.items() if key != "digest"}
+    try:
+        whole = json_bytes({**written, "digest": digest(json_bytes(written)).hex()})
+    except ValueError:  # text that no file can hold
+        whole = b""
+    return "" if whole == path.read_bytes() else "state.json is damaged (its digest differs)"
+
+
+def _facts_problem(candidate: Path, facts: dict[str, Any]) -> str:
     """What is wrong with the content of a state.json; "" when nothing is."""
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
-        return f"state.json: expected format {_FORMAT}"
     files, step, loss, weights = (facts.get(key) for key in ("files", "step", "loss", "weights"))
     if not isinstance(files, dict) or not files or step is None:
         return "state.json: expected a step and the digests of its files"
-    if type(step) is not int or candidate.name != f"step_{step:08d}":
+    if type(step) is not int or step < 0 or step_of(candidate) != step:
         return f"state.json: step: expected the number of {candidate.name}, found {shown(step)}"
     if type(facts.get("optimizer_steps")) is not int or not 0 <= facts["optimizer_steps"] <= step:
         return f"state.json: optimizer_steps: expected at most {step}, found {shown(facts.get('optimizer_steps'))}"
@@ -297,27 +304,3 @@ def check_same_run(
         raise UserError(
             f"{saved.folder}: cannot resume: it is of step {saved.facts.step}, but the run has {total_steps} steps"
         )
-
-
-def weights_name(epochs_done: float, loss: float, max_seq_len: int) -> str:
-    """File name of exported weights; whole epochs without a fraction: dpo_2E_0.5312L_2048MSQ.pth."""
-    return f"dpo_{epochs_done:.4g}E_{loss:.4f}L_{max_seq_len}MSQ.pth"
-
-
-def has_checkpoints(folder: Path) -> bool:
-    """Whether a run's folder holds something that starting anew would overwrite.
-
-    A `.pth` beside nothing but an unfinished state is none: a kill in the first save leaves it, and nothing to resume.
-    """
-    if (folder / "latest").exists() or _state_folders(folder):
-        return True
-    return any(folder.glob("dpo_*.pth")) and not any((folder / "state").glob(".step_*.tmp"))
-
-
-def newest_run(ckpt_dir: Path) -> str:
-    """Name of the run under `ckpt_dir` that saved a state last. Raises UserError when there is none."""
-    saved = {path: path.parent.name for path in ckpt_dir.glob("*/latest")}
-    saved |= {path: path.parent.parent.name for path in ckpt_dir.glob("*/state/step_*")}  # killed before its `latest`
-    if not saved:
-        raise UserError(f"{ckpt_dir}: expected a run to resume (<run>/latest), found none")
-    return saved[max(saved, key=lambda path: path.lstat().st_mtime)]  # a link may be broken

@@ -29,7 +29,7 @@ from simple_llama.common.files import atomic_write_json, read_json, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import is_checkout, root_path
 from simple_llama.common.settings import PathText, Settings, known_settings
-from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import has_checkpoints, newest_run
+from simple_llama.reinforcement_learning.rlhf.engine.state_folders import has_checkpoints, newest_run
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
 
 _SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all

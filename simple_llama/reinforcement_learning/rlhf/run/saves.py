@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from typing_extensions import Doc
 
 from simple_llama.cluster import watchdog
-from simple_llama.cluster.distributed import Ranks
+from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Count, CountOrNone, Settings
+from simple_llama.pretraining.start_file import StartChanged
 from simple_llama.pretraining.weights import save_weights
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
     newest_state,
-    weights_name,
-    writing_state,
+    write_state,
 )
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
+from simple_llama.reinforcement_learning.rlhf.run.exports import free_path, is_export, prune_exports, weights_name
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 
 # Settings that a resumed run must share with the saved one: they decide the data order, the loss or the update.
@@ -55,6 +57,9 @@ class SavesConfig(Settings):
         CountOrNone, Doc("optimizer steps between checkpoints, beside those at each epoch's end; 0: only these")
     ] = 0
     keep_states: Count = 2  # resumable states kept, newest first
+    keep_exports: Annotated[
+        CountOrNone, Doc("newest .pth files kept of those that save_interval made; those of epochs' ends stay; 0: all")
+    ] = 0
 
 
 @dataclass
@@ -64,6 +69,14 @@ class Position:
     done: int = 0  # optimizer steps
     unfinished: bool = True  # whether something that is due after `done` steps is still to do
     last_loss: float = math.nan  # held-out; of the last interval where nothing is held out
+
+
+def count_saves(steps_per_epoch: int, epochs: int, save_interval: int) -> tuple[int, int]:
+    """How many checkpoints a run makes: (at epochs' ends, at other steps)."""
+    if not save_interval:
+        return epochs, 0
+    steps = steps_per_epoch * epochs
+    return epochs, steps // save_interval - steps // math.lcm(save_interval, steps_per_epoch)
 
 
 def course_of(settings: dict[str, Any], pairs_per_step: int, inputs: Inputs) -> dict[str, Any]:
@@ -77,7 +90,11 @@ def course_of(settings: dict[str, Any], pairs_per_step: int, inputs: Inputs) -> 
 
 
 class Saves:
-    """The checkpoint folder of a run, and what every checkpoint says of it."""
+    """The checkpoint folder of a run, and what every checkpoint says of it.
+
+    A state is on disk before its `.pth` is begun: where this fails, nothing that was trained is lost, and the run that
+    resumes makes it.
+    """
 
     def __init__(
         self,
@@ -86,67 +103,114 @@ class Saves:
         inputs: Inputs,
         course: dict[str, Any],
         reference_values: dict[str, Any] | None,
-        settings: dict[str, Any],
-        keep_states: int,
+        settings: SavesConfig,
+        steps_per_epoch: int,
         check_lock: Callable[[], object],
         ranks: Ranks,
     ):
         """Args:
         course: see `course_of`.
         reference_values: what each state keeps of them; see `KeptValues`.
-        settings: all of the run, for the metadata of each `.pth`.
+        settings: all of the run, which go into the metadata of each `.pth`.
         check_lock: raises where another run has taken over the folder.
         """
         self.folder, self.engine, self.inputs, self.ranks = folder, engine, inputs, ranks
-        self.course, self.settings, self.keep_states, self.check_lock = course, settings, keep_states, check_lock
-        self.reference_values = reference_values
-        self.newest_step = -1  # of the newest state on disk that this run saved or loaded
+        self.course, self.settings, self.steps_per_epoch = course, settings, steps_per_epoch
+        self.reference_values, self.check_lock = reference_values, check_lock
+        self.newest: SavedState | None = None  # of those on disk that this run saved or loaded
         self.newest_path = folder  # of an exported .pth, once there is one
+        self.refused: list[str] = []  # exports that were due and could not be made; on rank 0
 
-    def resume(self, saved: SavedState) -> Position:
-        """Where the saved run was; the engine has its state already."""
+    def resume(self, saved: SavedState, measured: bool) -> Position:
+        """Where the saved run was; the engine has its state already. Makes an export that is missing (collective).
+
+        Args: measured: whether a loss was after the saved step.
+        """
         facts = saved.facts
-        self.newest_step, self.newest_path = facts.step, self.folder / facts.weights
+        self.newest, self.newest_path = saved, self.folder / facts.weights
         LOGGER.info("resumed from %s at step %d", saved.folder, facts.step)
-        return Position(facts.step, facts.unfinished, math.nan if facts.loss is None else facts.loss)
+        at = Position(facts.step, facts.unfinished, math.nan if facts.loss is None else facts.loss)
+        missing = bool(facts.weights) and self.ranks.is_main and not is_export(self.newest_path, facts.step)
+        if broadcast_object(missing, self.ranks):
+            LOGGER.info("%s is missing; it is made from the state", self.newest_path)
+            self._save(at, measured, facts.weights)
+        return at
 
-    def save(self, at: Position, epochs: float) -> None:
-        """Exports the `.pth` and saves the state to resume from (collective). Args: epochs: done, as a fraction."""
-        path = self.folder / weights_name(epochs, at.last_loss, self.inputs.max_seq_len)
-        metadata = {
-            "run": self.folder.name,
-            "step": at.done,
-            "epochs": epochs,
-            "loss": at.last_loss,
-            "dpo_config": self.settings,
-            "reference": self.inputs.reference_id,
-            "environment": environment(),
-        }
-        self._write(at, path, metadata)
-        self.newest_path = path
-        LOGGER.info("saved %s", path)
+    def save(self, at: Position, measured: bool) -> None:
+        """Saves the state to resume from and exports the `.pth` (collective).
+
+        Args: measured: whether `at.last_loss` is of this step, and so belongs into the name.
+        """
+        loss = at.last_loss if measured else None
+        self._save(at, measured, weights_name(at.done, self.steps_per_epoch, loss, self.inputs.max_seq_len))
 
     def save_stopped(self, at: Position) -> None:
         """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no `.pth`."""
-        if self.newest_step != at.done:
-            self._write(at, None, {})
+        if self.newest is None or self.newest.facts.step != at.done:
+            with watchdog.patience(f"saving step {at.done}"):
+                self._write(at, "")
         LOGGER.info("stopped after step %d; --resume goes on from there", at.done)
 
-    def _write(self, at: Position, path: Path | None, metadata: dict[str, Any]) -> None:
-        """Saves the state after `at.done` steps (collective), with its `.pth` where it has a path."""
+    def check_exported(self) -> None:
+        """Raises UserError where exports that were due were refused: the run is not done. For rank 0."""
+        if self.refused:
+            raise UserError(
+                f"{self.inputs.start.path}: the start checkpoint changed during the run, so {', '.join(self.refused)} "
+                f"could not be written to {self.folder}; all that was trained is in its state/. Put the checkpoint "
+                "back as it was, then --resume writes the newest"
+            )
+
+    def _save(self, at: Position, measured: bool, name: str) -> None:
+        """The state, then the `.pth` of that name or, where something else has it, of one that tells the step."""
+        with fail_together(self.ranks):
+            name = free_path(self.folder, name, at.done).name if self.ranks.is_main else ""
+        name = broadcast_object(name, self.ranks)
+        with watchdog.patience(f"saving step {at.done}"):
+            weights = self._write(at, name)
+            with fail_together(self.ranks):
+                exported = self.ranks.is_main and self._export(weights, self.folder / name, at, measured)
+        if broadcast_object(exported, self.ranks):
+            self.newest_path = self.folder / name
+            LOGGER.info("saved %s", self.newest_path)
+
+    def _write(self, at: Position, name: str) -> dict[str, torch.Tensor]:
+        """Saves the state after `at.done` steps, which names its `.pth` ("": none); gives the weights (collective)."""
         loss = None if math.isnan(at.last_loss) else at.last_loss
-        facts = StateFacts(at.done, path.name if path else "", loss, at.unfinished, self.course, self.reference_values)
-        again = self.newest_step == at.done
-        with (
-            watchdog.patience(f"saving step {at.done}"),
-            writing_state(self.folder, self.engine, facts, self.keep_states, self.ranks, again) as weights,
-        ):
-            if self.ranks.is_main:
-                self.check_lock()
-                if path:
-                    start = self.inputs.start  # what is not trained keeps its fp32 values
-                    save_weights(path, start.merged(weights), start.config, metadata)
-        self.newest_step = at.done
+        facts = StateFacts(at.done, name, loss, at.unfinished, self.course, self.reference_values)
+        keep = self.settings.keep_states
+        self.newest, weights = write_state(
+            self.folder, self.engine, facts, keep, self.ranks, self.newest, self.check_lock
+        )
+        return weights
+
+    def _export(self, weights: dict[str, torch.Tensor], path: Path, at: Position, measured: bool) -> bool:
+        """Writes a `.pth` and deletes what `keep_exports` does not keep. Gives False, and says so, where the start
+        checkpoint is needed and is not what it was: what is trained is in the state, so the run may go on."""
+        metadata = {
+            "run": self.folder.name,
+            "file": path.name,
+            "step": at.done,
+            "epochs": at.done / self.steps_per_epoch,
+            "loss": at.last_loss if measured else None,
+            "dpo_config": asdict(self.settings),
+            "reference": self.inputs.reference_id,
+            "environment": environment(),
+        }
+        try:
+            merged = self.inputs.start.merged(weights)  # what is not trained keeps its fp32 values
+        except StartChanged as changed:
+            self.refused.append(path.name)
+            LOGGER.warning(
+                "%s is not written: %s; what is not trained would be another model's. The state of step %d is saved; "
+                "put the checkpoint back as it was",
+                path,
+                changed,
+                at.done,
+            )
+            return False
+        save_weights(path, merged, self.inputs.start.config, metadata)
+        prune_exports(self.folder, self.settings.keep_exports, self.steps_per_epoch, at.done)
+        return True
 
     def last_good(self) -> str:
         """Where to go on from after a stop."""

@@ -116,9 +116,9 @@ class TrainingRun:
         peak = peak_flops(ranks.device, inputs.dtype) * ranks.world_size
         self.interval = Interval(MetricSums(ranks.device, work), self.engine.communication, peak, ranks)
         self.samples = Samples(inputs, self.engine, config, ranks, log_folder, self.writer)
-        keep = config.keep_states
-        self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, asdict(config), keep, check_lock, ranks)
-        self.at = self.saves.resume(saved) if saved else Position()
+        steps = self.plan.steps_per_epoch
+        self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, config, steps, check_lock, ranks)
+        self.at = self.saves.resume(saved, self.measures_at(saved.facts.step)) if saved else Position()
 
     # === Start ===
 
@@ -237,6 +237,14 @@ class TrainingRun:
         """Whether `step` steps are whole epochs."""
         return step > 0 and step % self.plan.steps_per_epoch == 0
 
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation is due after `step` steps."""
+        return self.ends_epoch(step) or due(step, self.config.eval_interval)
+
+    def measures_at(self, step: int) -> bool:
+        """Whether a loss is measured after `step` steps, at which a checkpoint is due: held out, or the interval's."""
+        return self.evaluates_at(step) or not self.held_out
+
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
         return self.ends_epoch(step) or (step > 0 and due(step, self.config.save_interval))
@@ -270,7 +278,7 @@ class TrainingRun:
 
     def save(self) -> None:
         """A checkpoint of where the run stands (collective)."""
-        self.saves.save(self.at, self.at.done / self.plan.steps_per_epoch)
+        self.saves.save(self.at, self.measures_at(self.at.done))
         self.flush()
 
     def save_stopped(self) -> None:
@@ -284,9 +292,10 @@ class TrainingRun:
             self.writer.flush()
 
     def finish(self) -> None:
-        """Leaves the mark of success in the run's folder (collective)."""
+        """Leaves the mark of success in the run's folder (collective). UserError where an export is missing."""
         with fail_together(self.ranks):
             if self.ranks.is_main:
+                self.saves.check_exported()
                 mark_finished(self.log_folder, self.at.done, self.saves.newest_path)
         LOGGER.info("finished: %s", self.saves.newest_path)
 

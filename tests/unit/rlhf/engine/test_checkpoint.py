@@ -6,11 +6,10 @@ A state made here holds one parameter, `norm`, with weight [1, 2], first moment 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,14 +24,13 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
     _check_state,
+    _damage,
     _read_parameters,
-    _state_folders,
     check_same_run,
-    newest_run,
     newest_state,
-    weights_name,
-    writing_state,
+    write_state,
 )
+from simple_llama.reinforcement_learning.rlhf.engine.state_folders import states
 
 SHARD = "rank_00000.safetensors"
 
@@ -60,14 +58,22 @@ def progress(step: int) -> dict[str, Any]:
     return {"step": step, "optimizer_steps": step, "loss": 0.5, "weights": "dpo.pth"}
 
 
-def save(run: Path, of: StateFacts, ranks: Ranks, keep: int = 1, again: bool = False, **parameters: Any) -> Any:
-    """Saves `parameters` (default: `norm`, counting up from 1); gives the weights that the body of a save is given."""
+class Saved(NamedTuple):
+    """What a save gives."""
+
+    state: SavedState
+    weights: dict[str, torch.Tensor]
+
+
+def save(
+    run: Path, of: StateFacts, ranks: Ranks, keep: int = 1, before: SavedState | None = None, **parameters: Any
+) -> Saved:
+    """Saves `parameters` (default: `norm`, counting up from 1)."""
     engine = engine_of(**(parameters or {"norm": parameter(1.0)}))
-    with writing_state(run, engine, of, keep, ranks, again) as weights:
-        return dict(weights)
+    return Saved(*write_state(run, engine, of, keep, ranks, before, lambda: None))
 
 
-def write_state(run: Path, step: int, **changes: Any) -> Path:
+def make_state(run: Path, step: int, **changes: Any) -> Path:
     """A complete state of a run; `changes` replace or add facts."""
     state = run / "state" / f"step_{step:08d}"
     state.mkdir(parents=True)
@@ -94,13 +100,13 @@ def flip(path: Path) -> None:
 
 def test_a_whole_state_has_no_problem_and_gives_its_facts(tmp_path: Path) -> None:
     """No problem; the facts are those of state.json."""
-    problem, found = _check_state(write_state(tmp_path, 7))
+    problem, found = _check_state(make_state(tmp_path, 7))
     assert problem == "" and found["step"] == 7 and list(found["files"]) == [SHARD]
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     """A bit flipped, then the file gone; no facts are given of either."""
-    state = write_state(tmp_path, 7)
+    state = make_state(tmp_path, 7)
     flip(state / SHARD)
     assert _check_state(state) == (f"{SHARD} is damaged (digest differs)", {})
     (state / SHARD).unlink()
@@ -113,18 +119,19 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
         (None, ["state.json", "No such file"]),
         ('{"format": 1, "fil', ["state.json", "line 1", "not JSON"]),
         ("", ["state.json", "not JSON"]),
-        ("[1]", ["state.json: expected format 1"]),
-        ('{"step": 7, "files": {}}', ["state.json: expected format 1"]),
-        ('{"format": 2, "step": 7, "files": {}}', ["state.json: expected format 1"]),
-        ('{"format": "1", "step": 7, "files": {}}', ["state.json: expected format 1"]),
+        ("[1]", ["state.json: expected format 2 or 1"]),
+        ('{"step": 7, "files": {}}', ["state.json: expected format 2 or 1"]),
+        ('{"format": 3, "step": 7, "files": {}}', ["state.json: expected format 2 or 1"]),
+        ('{"format": 2, "step": 7, "files": {}}', ["state.json is damaged (its digest differs)"]),
+        ('{"format": "1", "step": 7, "files": {}}', ["state.json: expected format 2 or 1"]),
     ],
-    ids=["absent", "cut", "empty", "list", "no format", "later format", "text for a number"],
+    ids=["absent", "cut", "empty", "list", "no format", "later format", "no digest", "text for a number"],
 )
 def test_a_state_json_that_is_absent_damaged_or_foreign_is_a_problem(
     tmp_path: Path, text: str | None, words: list[str]
 ) -> None:
     """Never an exception: the caller goes on with an older state."""
-    state = write_state(tmp_path, 7)
+    state = make_state(tmp_path, 7)
     (state / "state.json").unlink()
     if text is not None:
         (state / "state.json").write_text(text)
@@ -137,7 +144,7 @@ def test_a_state_json_that_is_absent_damaged_or_foreign_is_a_problem(
 def test_a_file_name_that_points_elsewhere_finds_nothing(tmp_path: Path, name: str) -> None:
     """`stranger` lies beside and above the state with the digest that state.json asks for: it must not be found."""
     run = tmp_path / "run"
-    state = write_state(run, 7)
+    state = make_state(run, 7)
     for folder in (state.parent, run, tmp_path):
         expected = write_shard(folder / "stranger", norm=parameter(100.0))
     name = name.replace("/{root}", str(tmp_path))
@@ -147,7 +154,7 @@ def test_a_file_name_that_points_elsewhere_finds_nothing(tmp_path: Path, name: s
 
 def test_parameters_are_read_from_the_state_folder_only(tmp_path: Path) -> None:
     """A name "../norms" reads `norms` inside the folder (weight [1, 2]), not the one outside (weight [100, 101])."""
-    state = write_state(tmp_path, 7)
+    state = make_state(tmp_path, 7)
     write_shard(state.parent / "norms", norm=parameter(100.0))
     write_shard(state / "norms", norm=parameter(1.0))
     [(_, tensors)] = _read_parameters(saved_in(state, "../norms"))
@@ -160,9 +167,9 @@ def test_parameters_are_read_from_the_state_folder_only(tmp_path: Path) -> None:
 def test_the_highest_step_is_the_newest(tmp_path: Path) -> None:
     """By step, not by the order of writing; what is being written (.step_*.tmp) is no state."""
     for step in (20, 100, 3):
-        write_state(tmp_path, step)
+        make_state(tmp_path, step)
     (tmp_path / "state" / ".step_00000200.tmp").mkdir()
-    assert [folder.name for folder in _state_folders(tmp_path)] == ["step_00000100", "step_00000020", "step_00000003"]
+    assert [folder.name for folder in states(tmp_path)] == ["step_00000100", "step_00000020", "step_00000003"]
     saved = newest_state(tmp_path)
     assert saved.folder.name == "step_00000100" and saved.facts.step == 100
 
@@ -170,9 +177,9 @@ def test_the_highest_step_is_the_newest(tmp_path: Path) -> None:
 def test_damaged_states_are_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The newest has a flipped bit, the next no state.json, the third another format: the fourth is taken."""
     for step in (1, 2, 4):
-        write_state(tmp_path, step)
-    write_state(tmp_path, 3, format=99)
-    write_state(tmp_path, 5)
+        make_state(tmp_path, step)
+    make_state(tmp_path, 3, format=99)
+    make_state(tmp_path, 5)
     flip(tmp_path / "state" / "step_00000005" / SHARD)
     (tmp_path / "state" / "step_00000004" / "state.json").unlink()
     assert newest_state(tmp_path).facts.step == 2
@@ -180,12 +187,12 @@ def test_damaged_states_are_passed_over_with_a_warning(tmp_path: Path, caplog: p
     assert len(warnings) == 3
     assert f"{tmp_path}/state/step_00000005 is not used: {SHARD} is damaged" in warnings[0]
     assert "step_00000004 is not used: cannot read" in warnings[1]
-    assert "step_00000003 is not used: state.json: expected format 1" in warnings[2]
+    assert "step_00000003 is not used: state.json: expected format 2 or 1" in warnings[2]
 
 
 def test_no_complete_state_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     """A run whose only state is damaged, and a folder that is not there."""
-    flip(write_state(tmp_path / "run", 1) / SHARD)
+    flip(make_state(tmp_path / "run", 1) / SHARD)
     for folder in (tmp_path / "run", tmp_path / "nowhere"):
         with pytest.raises(UserError, match=re.escape(f"{folder}: expected a state to resume from (state/step_*)")):
             newest_state(folder)
@@ -196,7 +203,7 @@ def test_no_complete_state_is_an_error_that_names_the_folder(tmp_path: Path) -> 
 
 def test_parameters_come_whole_from_several_files(tmp_path: Path) -> None:
     """Two files: a and a.b (one name starts with the other), then norm; values as written, fp32."""
-    state = write_state(tmp_path, 7)
+    state = make_state(tmp_path, 7)
     other = state / "rank_00001.safetensors"
     write_shard(other, **{"a.b": parameter(20.0), "a": parameter(10.0)})
     found = dict(_read_parameters(saved_in(state, SHARD, other.name)))
@@ -212,7 +219,7 @@ def test_parameters_come_whole_from_several_files(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
     """Text under the name of a shard."""
-    state = write_state(tmp_path, 7)
+    state = make_state(tmp_path, 7)
     (state / SHARD).write_text("not a tensor")
     with pytest.raises(UserError, match=f"{SHARD}: expected a safetensors file, found"):
         list(_read_parameters(saved_in(state, SHARD)))
@@ -224,10 +231,10 @@ def engine_of(**parameters: dict[str, torch.Tensor]) -> Any:
 
 
 def test_what_a_save_writes_is_read_back(tmp_path: Path, ranks: Ranks) -> None:
-    """Same values, `latest` names it, the body is given the weights, and of three states two are kept."""
+    """Same values, `latest` names it, the weights are given, and of three states two are kept."""
     for step in (1, 2, 3):
         of = facts(step, beta=0.5)
-        weights = save(tmp_path, of, ranks, keep=2, norm=parameter(float(step)), head=parameter(50.0))
+        weights = save(tmp_path, of, ranks, keep=2, norm=parameter(float(step)), head=parameter(50.0)).weights
     assert (tmp_path / "latest").read_text() == "step_00000003\n"
     assert sorted(folder.name for folder in (tmp_path / "state").iterdir()) == ["step_00000002", "step_00000003"]
     saved = newest_state(tmp_path)
@@ -242,18 +249,60 @@ def test_state_json_is_what_it_was(tmp_path: Path, ranks: Ranks) -> None:
     save(tmp_path, StateFacts(2, "", None, True, {"seed": 42, "data": "ab"}), ranks)
     found = json.loads((tmp_path / "state" / "step_00000002" / "state.json").read_text())
     own = ["format", "step", "optimizer_steps", "weights", "loss", "unfinished"]
-    assert list(found) == [*own, "seed", "data", "files"]
-    assert [found[name] for name in own] == [1, 2, 2, "", None, True]
+    assert list(found) == [*own, "seed", "data", "files", "digest"]
+    assert [found[name] for name in own] == [2, 2, 2, "", None, True]
     assert list(found["files"]) == [SHARD]
+
+
+def test_every_bit_of_state_json_counts(tmp_path: Path, ranks: Ranks) -> None:
+    """Each bit is flipped in turn: the digest of the rest, or the text that the content gives, is another one then. An
+    exponent's e is written E by one bit, a line break is not any other white space by one."""
+    course = {"max_lr": 5e-07, "data": "ab\n", "reference": {"dtype": "float32"}, "none": None, "yes": True}
+    path = save(tmp_path, StateFacts(2, "dpo_1E.pth", 0.5, False, course), ranks).state.folder / "state.json"
+    whole = path.read_bytes()
+    assert b"5e-07" in whole and _check_state(path.parent)[0] == ""
+    memory = SimpleNamespace(read_bytes=lambda: bytes(flipped))
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            found = json.loads(flipped.decode())
+        except ValueError:
+            continue  # no JSON, or no text: refused before
+        assert _damage(memory, found), flipped.decode()  # pyright: ignore[reportArgumentType]
+
+
+def test_a_flipped_state_json_is_passed_over(tmp_path: Path, ranks: Ranks) -> None:
+    """`optimizer_steps` 3 reads 2 by one bit, which made a resumed run's AdamW steps others than they were."""
+    for step in (1, 3):
+        save(tmp_path, facts(step), ranks, keep=2)
+    path = tmp_path / "state" / "step_00000003" / "state.json"
+    path.write_bytes(path.read_bytes().replace(b'"optimizer_steps": 3', b'"optimizer_steps": 2'))
+    assert newest_state(tmp_path).facts.step == 1
+    assert _check_state(path.parent)[0] == "state.json is damaged (its digest differs)"
+
+
+def test_text_that_no_file_holds_is_damage(tmp_path: Path) -> None:
+    """Half a character, written as JSON lets it be: found, and no traceback."""
+    state = make_state(tmp_path, 7, format=2, seed="\ud800")
+    assert _check_state(state)[0] == "state.json is damaged (its digest differs)"
 
 
 def test_a_state_that_is_there_is_completed_not_written_anew(tmp_path: Path, ranks: Ranks) -> None:
     """Saved when stopped, without its `.pth`; after the evaluation that was due, its facts change and no tensor."""
-    save(tmp_path, StateFacts(2, "", None, True, {}), ranks)
-    shard = tmp_path / "state" / "step_00000002" / SHARD
+    saved = save(tmp_path, StateFacts(2, "", None, True, {}), ranks).state
+    shard = saved.folder / SHARD
     before = shard.stat().st_ino, shard.read_bytes()
-    weights = save(tmp_path, facts(2), ranks, again=True)
-    assert (shard.stat().st_ino, shard.read_bytes()) == before and weights["norm"].tolist() == [1.0, 2.0]
+    again = save(tmp_path, facts(2), ranks, before=saved)
+    assert (shard.stat().st_ino, shard.read_bytes()) == before and again.weights["norm"].tolist() == [1.0, 2.0]
+    assert newest_state(tmp_path) == again.state and again.state.facts == facts(2)
+
+
+def test_an_older_state_that_is_completed_has_todays_format(tmp_path: Path, ranks: Ranks) -> None:
+    """Loaded without a digest of its facts, it is written with one."""
+    make_state(tmp_path, 2)
+    save(tmp_path, facts(2), ranks, before=newest_state(tmp_path))
+    assert json.loads((tmp_path / "state" / "step_00000002" / "state.json").read_text())["format"] == 2
     assert newest_state(tmp_path).facts == facts(2)
 
 
@@ -265,23 +314,15 @@ def test_a_damaged_state_of_the_same_step_is_written_anew(tmp_path: Path, ranks:
     assert newest_state(tmp_path).facts.step == 2
 
 
-def test_the_next_save_deletes_what_killed_ones_left(tmp_path: Path, ranks: Ranks) -> None:
-    """Half an exported file, half a `latest` and half a state of another step; the lock and other files stay."""
-    (tmp_path / "state" / ".step_00000001.tmp").mkdir(parents=True)
-    (tmp_path / "state" / ".step_00000001.tmp" / SHARD).write_bytes(b"half")
-    for name in (".dpo_1E_0.6931L_512MSQ.pth.7.ab.tmp", ".latest.7.ab.tmp", ".mine.tmp", "lock"):
-        (tmp_path / name).write_bytes(b"half")
-    save(tmp_path, facts(2), ranks)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "latest", "lock", "state"]
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000002"]
-
-
-def test_a_state_is_not_seen_before_its_export_is_there(tmp_path: Path, ranks: Ranks) -> None:
-    """The export fails (full disk): the state before stays the newest, `latest` names it, and the other half goes."""
+def test_another_run_that_took_the_folder_over_keeps_its_states(tmp_path: Path, ranks: Ranks) -> None:
+    """The lock is looked at before the state gets its name: nothing of this save is left, the other's stays."""
     save(tmp_path, facts(1), ranks)
-    engine = engine_of(norm=parameter(1.0))
-    with pytest.raises(UserError, match="cannot write"), writing_state(tmp_path, engine, facts(2), 1, ranks, False):
-        raise UserError("cannot write")
+
+    def taken() -> None:
+        raise UserError("taken over")
+
+    with pytest.raises(UserError, match="taken over"):
+        write_state(tmp_path, engine_of(norm=parameter(1.0)), facts(2), 1, ranks, None, taken)
     assert newest_state(tmp_path).facts.step == 1 and (tmp_path / "latest").read_text() == "step_00000001\n"
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000001"]
 
@@ -304,34 +345,6 @@ def test_a_disk_that_is_full_for_a_shard_is_a_user_error(
 
 
 # === names and settings ===
-
-
-def test_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:
-    """`b` saved before `a`; `c` never did; without any there is an error that names the folder."""
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: expected a run to resume (<run>/latest), found none")):
-        newest_run(tmp_path)
-    for name, seconds in (("a", 2000), ("b", 1000)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "latest").write_text("step_00000001\n")
-        os.utime(tmp_path / name / "latest", (seconds, seconds))
-    (tmp_path / "c").mkdir()
-    assert newest_run(tmp_path) == "a"
-    os.utime(write_state(tmp_path / "killed", 1), (3000, 3000))  # before it wrote `latest`
-    assert newest_run(tmp_path) == "killed"
-
-
-@pytest.mark.parametrize(
-    ("epochs", "loss", "max_seq_len", "expected"),
-    [
-        (2.0, 0.53123, 2048, "dpo_2E_0.5312L_2048MSQ.pth"),
-        (0.5, 0.693147, 512, "dpo_0.5E_0.6931L_512MSQ.pth"),
-        (1 / 3, 12.0, 512, "dpo_0.3333E_12.0000L_512MSQ.pth"),
-        (10.0, 0.00004, 8, "dpo_10E_0.0000L_8MSQ.pth"),
-    ],
-)
-def test_names_of_exported_weights(epochs: float, loss: float, max_seq_len: int, expected: str) -> None:
-    """Whole epochs without a fraction, others with four digits; the loss with four decimals."""
-    assert weights_name(epochs, loss, max_seq_len) == expected
 
 
 def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
@@ -361,5 +374,5 @@ def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize("files", [None, [], {}, [SHARD]])
 def test_a_state_without_its_files_is_no_state(tmp_path: Path, files: Any) -> None:
     """state.json that names no file, or names them otherwise: passed over, not trusted and not a traceback."""
-    problem, found = _check_state(write_state(tmp_path, 7, files=files))
+    problem, found = _check_state(make_state(tmp_path, 7, files=files))
     assert problem == "state.json: expected a step and the digests of its files" and found == {}

@@ -1,0 +1,86 @@
+"""The `.pth` files of a run: how they are named, which ones are its own, and how many stay.
+
+    dpo_{epoch}E_{loss}L_{max_seq_len}MSQ.pth    dpo_{epoch}E_{max_seq_len}MSQ.pth, where no loss was measured
+
+No two steps of a run share a name, and no file is replaced but an export of the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from simple_llama.common.errors import UserError
+from simple_llama.pretraining.weights import load_weights
+
+_LEAST_DIGITS = 4  # of an epoch
+
+
+def weights_name(step: int, steps_per_epoch: int, loss: float | None, max_seq_len: int) -> str:
+    """File name of the weights after `step` steps: dpo_2E_0.5312L_2048MSQ.pth.
+
+    Args:
+        loss: measured after that step; None where none was.
+    """
+    measured = "" if loss is None else f"{loss:.4f}L_"
+    return f"dpo_{_epoch(step, steps_per_epoch)}E_{measured}{max_seq_len}MSQ.pth"
+
+
+def free_path(folder: Path, name: str, step: int) -> Path:
+    """Where the export of a step goes: to `name`, unless something else has it; then to a name that tells the step."""
+    stem = name.removesuffix(".pth")
+    for number in count():
+        more = "" if number == 0 else f"_step{step}" if number == 1 else f"_step{step}-{number}"
+        path = folder / f"{stem}{more}.pth"
+        if not os.path.lexists(path) or is_export(path, step):
+            return path
+    raise AssertionError
+
+
+def is_export(path: Path, step: int) -> bool:
+    """Whether a file is the export of a step, under the name that it was given."""
+    found = _metadata(path)
+    return found.get("step") == step and found.get("file", path.name) == path.name  # earlier versions' lack `file`
+
+
+def prune_exports(folder: Path, keep: int, steps_per_epoch: int, done: int) -> None:
+    """Deletes exports of this run up to step `done` that end no epoch, but for the newest `keep`; 0: deletes none.
+
+    A file that was copied, renamed or put there by a person, or by an earlier version, is not looked upon as the run's.
+    """
+    if not keep:
+        return
+    steps: dict[Path, int] = {}
+    for path in folder.glob("dpo_*.pth"):
+        found = _metadata(path)
+        step = found.get("step")
+        own = found.get("run") == folder.name and found.get("file") == path.name
+        if own and type(step) is int and step <= done and step % steps_per_epoch:
+            steps[path] = step
+    for path in sorted(steps, key=lambda path: steps[path], reverse=True)[keep:]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _epoch(step: int, steps_per_epoch: int) -> str:
+    """The epoch with the fewest digits, from four on, that tell the step from the one before and the one after.
+
+    So no two steps have the same text: rounding keeps their order, and a text of more digits that ended in zeros would
+    have told its step with fewer.
+    """
+    for digits in count(_LEAST_DIGITS):
+        text, *others = (f"{number / steps_per_epoch:.{digits}g}" for number in (step, step - 1, step + 1))
+        if text not in others:
+            return text
+    raise AssertionError
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What a weights file says of itself; nothing for a link, or what is no weights file."""
+    try:
+        return {} if path.is_symlink() else load_weights(path).metadata
+    except UserError:
+        return {}
