@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.dry_run import _batch_arithmetic, describe
+from simple_llama.reinforcement_learning.rlhf.dry_run import _batch_arithmetic, _checkpoints, describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
-from simple_llama.reinforcement_learning.rlhf.objective.cost import MemoryEstimate
+from simple_llama.reinforcement_learning.rlhf.objective.cost import MemoryEstimate, ModelSize
 from tiny_job import TinyJob, make_job
 
 
@@ -51,7 +52,7 @@ def sections(report: str) -> dict[str, str]:
 
 
 def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs) -> None:
-    """Six parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
+    """Seven parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
     found = sections(describe(config, inputs, 3))
     assert list(found) == [
         "config",
@@ -59,6 +60,7 @@ def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs) -> None:
         "data",
         "batches",
         "memory per rank (estimate)",
+        "checkpoints",
         "first pair (scored tokens in [[ ]])",
     ]
     assert json.loads(found["config"])["system_prompt"] == "Be kind."
@@ -72,6 +74,20 @@ def test_kept_dropped_and_held_out_pairs(job: TinyJob, config: DPOConfig, inputs
     held_out = len(inputs.data.validation)
     assert 0 < held_out < 24
     assert lines[1:] == [f"{24 - held_out} pairs train, {held_out} are held out by prompt"]
+
+
+def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2**30 weights, a quarter of them trained: 4 GiB a .pth, 12 / 4 = 3 GiB a state. 2 epochs of 100 steps with a save
+    every 30: 30, 60, 90, 120, 150 and 180, and 100 and 200; of the 6 between, 3 stay where keep_exports says so."""
+    monkeypatch.setattr(dry_run, "_sizes", lambda *_: (ModelSize(2**30, 0, 0), 2**28))
+    changed = replace(config, save_interval=30, keep_states=4)
+    assert _checkpoints(changed, inputs, 100).splitlines() == [
+        "8 saves: 2 at epochs' ends, 6 between (save_interval)",
+        "8 .pth files stay (keep_exports), 4.000 GiB each, 32.000 GiB",
+        "4 states stay (keep_states), 3.000 GiB each, 12.000 GiB; one more in a save",
+    ]
+    few = _checkpoints(replace(changed, keep_exports=3), inputs, 100).splitlines()
+    assert few[1] == "5 .pth files stay (keep_exports), 4.000 GiB each, 20.000 GiB"
 
 
 def test_batch_arithmetic_by_hand(config: DPOConfig) -> None:
