@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ class Spot:
 
 
 def half_of_file(which: int) -> Half:
-    """Half of a file that takes its path as argument number `which` and its content as the one before or after."""
+    """Half of a file whose path, or itself open, is argument number `which`; its content is the one before or after."""
 
     def write(original: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
-        os.truncate(args[which], os.path.getsize(args[which]) // 2)
+        path = args[which]
+        if isinstance(path, BufferedWriter):
+            path.flush()
+            path = path.name
+        os.truncate(path, os.path.getsize(path) // 2)
 
     return write
 
