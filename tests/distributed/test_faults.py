@@ -155,7 +155,7 @@ def test_a_signal_to_one_rank_saves_and_stops_both(job: TinyJob, number: signal.
     pair.wait_for_step(5)
     pair.ranks[1].send_signal(number)
     assert pair.end() == [STOPPED, STOPPED], pair.outputs
-    assert f"rank 0 on {socket.gethostname()}" in pair.outputs[0] and number.name in pair.outputs[0]
+    assert "stopped (all 2 ranks)" in pair.outputs[0] and number.name in pair.outputs[0]
     stopped_at = int(pair.outputs[0].split("stopped after step ")[1].split(";")[0])
     states = [path.name for path in (job.folder / "checkpoints" / "tiny" / "state").iterdir()]
     assert f"step_{stopped_at:08d}" in states and not (job.folder / "checkpoints" / "tiny" / "lock").exists()
