@@ -69,6 +69,7 @@ def test_a_forked_rank_is_as_one_that_python_starts(tmp_path: Path, world: int) 
     assert all(isinstance(rank, rank_server.ForkedRank) for rank in ranks[1:])
     lines = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], lines
+    assert all(len(text) == 4 for text in lines), lines
     descriptions: list[dict[str, Any]] = [json.loads(text[2]) for text in lines]
     for what, real in descriptions[0].items():
         assert [found[what] for found in descriptions[1:]] == [real, real], what

@@ -21,6 +21,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, e
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
 from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
+from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
 _EXPORT_BYTES, _STATE_BYTES = 4, 12  # a weight: fp32; with AdamW's two moments
 
@@ -95,7 +96,7 @@ def _sizes(config: PolicyConfig, inputs: Inputs) -> tuple[ModelSize, int]:
     return size, lora if config.trainable == "lora" else sum(size)
 
 
-def _checkpoints(config: DPOConfig, inputs: Inputs, steps_per_epoch: int) -> str:
+def _checkpoints(config: RunConfig, inputs: Inputs, steps_per_epoch: int) -> str:
     """How often the run saves, and the room that this takes on the disk."""
     size, trained = _sizes(config, inputs)
     ends, between = count_saves(steps_per_epoch, config.epochs, config.save_interval)

@@ -181,6 +181,7 @@ def test_not_a_number_stops_before_the_weights_change(job, ranks):
     message = r"step 4: the loss of 8 pairs is not finite: .*pairs\.jsonl:\d+.* no chec"
     with pytest.raises(NotFinite, match=message), run.naming_pairs(3):
         optimizer_step(run.engine, run.portions(3), run.reference.logps, 1e-3, run.interval.sums, ranks.device)
+    run.writer.close()
     assert not list((job.folder / "checkpoints").glob("tiny/*"))
 
 
@@ -194,6 +195,7 @@ def test_audit_stops_a_store_of_another_model(job, ranks):
     run.reference = replace(run.reference, logps=lambda batch: honest(batch) - 0.1)
     with pytest.raises(UserError, match=r"step-0 audit: 24 of 24 pairs drawn .*pairs\.jsonl:\d+ \(chosen -"):
         run.check_start()
+    run.writer.close()
 
 
 def test_missing_pairs_are_named_with_the_command(job, ranks):

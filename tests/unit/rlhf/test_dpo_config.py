@@ -153,6 +153,7 @@ def test_who_takes_the_whole_config():
         "apply_dpo.train",
         "apply_dpo.precompute_and_train",
         "command.run_command",
+        "command._do",
         "dry_run.describe",
         "precompute.precompute",
     ]
