@@ -100,7 +100,7 @@ def exchange(folder: Path, source: Path) -> None:
 
 CHANGES: dict[str, Change] = {
     "start replaced": Change(lambda at: put(at.start, at.other.read_bytes()), OTHER_MODEL, MISSING_PAIRS),
-    "start overwritten": Change(lambda at: overwrite(at.start, at.other.read_bytes()), MISSING_PAIRS),
+    "start overwritten": Change(lambda at: overwrite(at.start, at.other.read_bytes()), OTHER_MODEL, MISSING_PAIRS),
     "start deleted": Change(lambda at: at.start.unlink(), NOTHING_THERE),
     "start cut": Change(lambda at: cut(at.start), "cannot be read"),
     "start written again": Change(lambda at: put(at.start, at.start.read_bytes())),

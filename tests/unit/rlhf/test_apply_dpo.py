@@ -144,6 +144,14 @@ def test_resume_refuses_another_reference_and_other_settings(job, ranks):
         run_job(job, ranks, resume=True)
 
 
+def test_another_model_is_refused_before_its_log_probs_are_asked_for(job, ranks):
+    """No store of the exported model is there; who is told to fill one would compute the wrong model's."""
+    exported = run_job(job, ranks)
+    config = DPOConfig(**{**job.settings, "resume": True, "model_path": str(exported)})
+    with pytest.raises(UserError, match="cannot resume: reference was"):
+        train(config, load_inputs(config, ranks), ranks)
+
+
 def test_damaged_state_is_passed_over(job, ranks, caplog):
     """One byte of the newest state flipped: the one before is used, and the damage is named."""
     run_job(job, ranks, save_interval=2, keep_states=9)

@@ -61,7 +61,7 @@ def rewind(path: Path, step: int, evaluated: bool = True) -> None:
                 kept.write(line if line.endswith(b"\n") else line + b"\n")
     if damaged:
         lines = ", ".join(map(str, damaged[:_MOST_NAMED])) + ("" if len(damaged) <= _MOST_NAMED else ", ...")
-        LOGGER.warning("%s: %d damaged lines dropped, all others stay: line %s", path, len(damaged), lines)
+        LOGGER.warning("%s: damaged lines dropped: %d, all others stay: line %s", path, len(damaged), lines)
 
 
 def _open_bounded(path: Path) -> BinaryIO:

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -85,19 +86,14 @@ class TrainingRun:
         )
         self.total_steps = self.plan.steps_per_epoch * config.epochs
         self.loss_fn = PreferenceLoss.of(config)
+        ckpt_folder, log_folder = folders_of(config, name)
+        course = course_of(asdict(config), self.plan.pairs_per_step, inputs)
+        # before the store is looked into: of another model's nobody should be asked to fill one
+        saved = _state_to_resume(ckpt_folder, course, self.total_steps, ranks) if config.resume else None
         self.reference = open_reference(config, inputs, ranks)
         require_same("reference store (digest)", self.reference.content, ranks)
         self.bound = Bound(inputs.dtype, ranks.device.type)
-
-        ckpt_folder, log_folder = folders_of(config, name)
-        course = course_of(asdict(config), self.plan.pairs_per_step, inputs)
         with fail_together(ranks):
-            saved = checkpoint.newest_state(ckpt_folder) if config.resume else None
-        require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files} if saved else None, ranks)
-        with fail_together(ranks):
-            if saved:
-                defaults = {field.name: field.default for field in fields(LossConfig)}
-                checkpoint.check_same_run(saved, course, self.total_steps, later=defaults)
             values = _reference_values(self.reference, inputs.data.pairs, self.bound, saved)
             self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
         with inputs.start.reading() as start:
@@ -298,6 +294,18 @@ class TrainingRun:
                 self.saves.check_exported()
                 mark_finished(self.log_folder, self.at.done, self.saves.newest_path)
         LOGGER.info("finished: %s", self.saves.newest_path)
+
+
+def _state_to_resume(folder: Path, course: dict[str, Any], total_steps: int, ranks: Ranks) -> checkpoint.SavedState:
+    """The newest state of a run, the same one on all ranks (collective). UserError where this run would not be its
+    continuation."""
+    with fail_together(ranks):
+        saved = checkpoint.newest_state(folder)
+    require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files}, ranks)
+    with fail_together(ranks):
+        defaults = {field.name: field.default for field in fields(LossConfig)}
+        checkpoint.check_same_run(saved, course, total_steps, later=defaults)
+    return saved
 
 
 def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks) -> ref_source.Reference:

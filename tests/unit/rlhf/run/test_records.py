@@ -128,7 +128,7 @@ def test_a_damaged_line_goes_alone(tmp_path: Path, caplog: pytest.LogCaptureFixt
     path.write_bytes(b"\n".join(mixed) + b'\n{"step": 9, "lo')
     rewind(path, 100)
     assert path.read_bytes() == b"".join(line + b"\n" for line in good)
-    assert f"{path}: 9 damaged lines dropped, all others stay: line 1, 3, 5, 7, 9, 11, 13, 15, 17\n" in caplog.text
+    assert f"{path}: damaged lines dropped: 9, all others stay: line 1, 3, 5, 7, 9, 11, 13, 15, 17\n" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
