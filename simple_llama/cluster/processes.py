@@ -11,8 +11,8 @@ from pathlib import Path
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 
-_FILES, _FILES_A_RANK = 32, 16  # what a rank must be able to open; of 1, 2 and 4 ranks on a CPU it had 14, 29 and 42
-_FEW_FILES = 1024
+_FILES, _FILES_A_RANK = 32, 4  # what a rank cannot do without; of 1, 2 and 4 ranks on a CPU it had 14, 29 and 42
+_FEW_FILES, _FEW_A_RANK = 1024, 16
 
 
 def raise_file_limit(world_size: int, local_rank: int) -> None:
@@ -36,7 +36,8 @@ def raise_file_limit(world_size: int, local_rank: int) -> None:
             f"host {host}: expected that each of {world_size} ranks may open {needed} files and connections, found a "
             f"limit of {allowed}; {cure}"
         )
-    if allowed < _FEW_FILES and world_size > 1 and local_rank == 0:
+    few = max(_FEW_FILES, _FILES + _FEW_A_RANK * world_size)
+    if allowed < few and world_size > 1 and local_rank == 0:
         LOGGER.warning("host %s: a rank may open only %d files and connections; %s", host, allowed, cure)
 
 

@@ -113,6 +113,12 @@ def with_absolute_paths(settings: Settings) -> dict[str, Any]:
     return {name: str(Path(value).absolute()) if _is_path(hints[name]) else value for name, value in values.items()}
 
 
+def path_defaults(kind: type[Settings]) -> dict[str, str]:
+    """The settings of `kind` that name a file or folder, with their defaults."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: field.default for field in _declared(kind) if _is_path(hints[field.name])}
+
+
 def known_settings(kind: type[Settings], found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(what of `found` are settings of `kind`, the names of the rest)."""
     names = {field.name for field in _declared(kind)}

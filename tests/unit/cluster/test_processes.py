@@ -30,7 +30,7 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
         (256, 2048, 2, "2048 2048", ""),
         (256, 512, 1, "512 512", ""),  # one rank has no ports
         (256, 512, 2, "512 512", "a rank may open only 512 files and connections; raise it for the shell (ulimit -n"),
-        (24, 24, 2, "24 24", "expected that each of 2 ranks may open 64 files and connections, found a limit of 24"),
+        (24, 24, 2, "24 24", "expected that each of 2 ranks may open 40 files and connections, found a limit of 24"),
     ],
 )
 def test_files(soft: int, hard: int, world: int, limits: str, words: str) -> None:

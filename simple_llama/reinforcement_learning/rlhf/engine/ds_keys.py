@@ -232,7 +232,9 @@ def check_keys(source: str, found: dict[str, Any], section: str = "") -> None:
                 raise UserError(f"{source}: {path}: expected a JSON object, found {shown(value)}")
             check_keys(source, value, path)
         elif reason := _REASONS.get(path) or _REASONS.get(section):
-            raise UserError(f"{source}: key {shown(path)} is refused: {reason}")
+            off = value is False or (isinstance(value, dict) and value.get("enabled") is False)
+            advice = "it is off: leave it out" if off and reason != _GONE else reason
+            raise UserError(f"{source}: key {shown(path)} is refused: {advice}")
         else:
             place = f"{source}: {section}" if section else source
             raise UserError(f"{place}: key {shown(name)} was never tried here; {_WHERE}{_meant(name, section)}")

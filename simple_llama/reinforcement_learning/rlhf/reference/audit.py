@@ -21,6 +21,7 @@ from simple_llama.cluster.distributed import (
     broadcast_object,
     fail_together,
     gather_objects,
+    shared,
 )
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
@@ -120,10 +121,11 @@ class Auditor:
         told = gather_objects([worst, bad], self.ranks, tuple[float, list[str]])
         worst, named = max(one[0] for one in told), list(dict.fromkeys(name for one in told for name in one[1]))
         if named:
-            raise UserError(
+            problem = (
                 f"{what}: {len(named)} of {done} pairs drawn are further from the reference than rounding: "
                 f"{', '.join(named[:_MOST_NAMED])}. {remedy}"
             )
+            raise shared(UserError(problem), self.ranks)
         seconds = time.monotonic() - started
         LOGGER.info(
             "%s: policy and reference differ by at most %.2g nats a token on %d of %d pairs, drawn anew (%.1f s)",
@@ -148,7 +150,7 @@ class Auditor:
 
     def bind(self, store: RefStore) -> None:
         """Binds the audited records of the pairs, and ends what a killed command left of that (collective)."""
-        with fail_together(self.ranks):
+        with watchdog.patience("binding the reference store"), fail_together(self.ranks):
             if not (self.ranks.is_main and store.has_unbound):
                 return
             try:
@@ -236,10 +238,11 @@ class FirstStep:
         ]
         told = gather_objects([len(named), named[:_MOST_NAMED]], self.ranks, tuple[int, list[str]])
         everybody = [name for _, names in told for name in names]
-        raise UserError(
+        problem = (
             f"step 1: {sum(one[0] for one in told)} pairs are further from the reference than rounding, while the "
             f"policy is the reference: {', '.join(everybody[:_MOST_NAMED])}. No weights were changed. {_REMEDY}"
         )
+        raise shared(UserError(problem), self.ranks)
 
 
 def _told(origin: str, ours: Sequence[float], ref: Sequence[float]) -> str:

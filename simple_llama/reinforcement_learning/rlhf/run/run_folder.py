@@ -28,7 +28,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write_json, read_json, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import is_checkout, root_path
-from simple_llama.common.settings import PathText, Settings, known_settings
+from simple_llama.common.settings import PathText, Settings, known_settings, path_defaults
 from simple_llama.reinforcement_learning.rlhf.engine.state_folders import has_checkpoints, newest_run
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
 
@@ -36,7 +36,6 @@ _SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all
 _LONGEST_NAME = 200  # bytes; a file system takes 255, and temp names are longer than the name
 _SETTINGS = "config.json"
 _ONCE = {"resume", "dry_run", "debug"}  # settings of one start, which a later one does not take over
-_PLACE = ("run_name", "log_dir", "ckpt_dir")  # settings that follow the folders when these move
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,8 @@ def _check_owner(ckpt_folder: Path, log_folder: Path, resume: bool) -> None:
     moved = not _same(_folder_in(found, "log_dir"), log_folder)
     copy = _settings_in(ckpt_folder)
     same = copy == found and (moved or not has_checkpoints(owner))
-    earlier = copy is None and resume and moved  # checkpoints of a version that made no copy
+    only_here = has_checkpoints(ckpt_folder) and not has_checkpoints(owner)
+    earlier = copy is None and resume and (moved or only_here)  # checkpoints of a version that made no copy
     if not (same or earlier):
         raise UserError(
             f"{log_folder}: holds the records of the run whose checkpoints are in {owner}, not in {ckpt_folder}; "
@@ -220,10 +220,23 @@ def settings_to_resume(config: FolderConfig, kind: type[Settings]) -> tuple[dict
     own = {key: value for key, value in known_settings(kind, found)[0].items() if key not in _ONCE}
     if path is None:
         return {"run_name": name}, ""
-    own |= {"run_name": name, "ckpt_dir": config.ckpt_dir}
+    own = {**_without_moved(kind, own), "run_name": name, "ckpt_dir": config.ckpt_dir}
     if path.parent == Path(config.log_dir) / name:
         own["log_dir"] = config.log_dir
     return own, str(path)
+
+
+def _without_moved(kind: type[Settings], own: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the paths that lead nowhere any more while their defaults do: the checkout was moved."""
+    moved = {
+        name: default
+        for name, default in path_defaults(kind).items()
+        if name in own and not os.path.lexists(own[name]) and os.path.exists(default)
+    }
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for name, default in moved.items():
+            LOGGER.warning("%s: %s of the run's settings is no longer there; taken: %s", name, own[name], default)
+    return {name: value for name, value in own.items() if name not in moved}
 
 
 def say_settings(config: FolderConfig) -> None:
@@ -285,16 +298,6 @@ def write_records(folder: Path, settings: dict[str, Any], ds_config: dict[str, A
     atomic_write_json(folder / _SETTINGS, settings)
     atomic_write_json(folder / "ds_config.json", ds_config)
     atomic_write_json(folder / "environment.json", environment())
-
-
-def first_settings(config: FolderConfig, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What stays in config.json when a run goes on: the settings of its first start, but for where its folders are.
-
-    Args:
-        settings: today's, for checkpoints of an earlier version, which have no copy of the first ones.
-    """
-    first = _settings_in(folders_of(config, name)[0])
-    return settings if first is None else {**first, **{key: settings[key] for key in _PLACE}}
 
 
 def keep_settings(config: FolderConfig, name: str, settings: dict[str, Any]) -> None:

@@ -209,6 +209,7 @@ class Saves:
             )
             return False
         save_weights(path, merged, self.inputs.start.config, metadata)
+        self.refused.clear()  # the checkpoint is back, and this is the newest
         prune_exports(self.folder, self.settings.keep_exports, self.steps_per_epoch, at.done)
         return True
 

@@ -115,6 +115,8 @@ REFUSED = [
     ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "AdamW would update most weights late"),
     ("zero_optimization.zero_quantized_gradients", True, "numbers of 4 or 8 bits"),
     ("zero_optimization.round_robin_gradients", True, "the gradients came out wrong on two ranks"),
+    ("zero_optimization.zero_quantized_weights", False, "it is off: leave it out"),
+    ("wandb", {"enabled": False}, "it is off: leave it out"),
     ("zero_optimization.cpu_offload", True, 'an old spelling of "offload_optimizer"'),
 ]
 

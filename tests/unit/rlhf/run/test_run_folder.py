@@ -22,7 +22,6 @@ from simple_llama.reinforcement_learning.rlhf.run import run_folder
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
     _git_revision,
     environment,
-    first_settings,
     folders_of,
     keep_settings,
     name_run,
@@ -162,12 +161,17 @@ def test_folders_that_were_moved_or_copied(tmp_path: Path, ranks: Ranks) -> None
 
 
 def test_records_of_an_earlier_version(tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No copy beside the checkpoints, and relative paths: the run goes on from where it was started, and where both
-    folders were moved."""
+    """No copy beside the checkpoints, and relative paths: the run goes on from where it was started, and where the
+    checkpoints or both folders were moved."""
     monkeypatch.chdir(tmp_path)
     config = DPOConfig(ckpt_dir="ckpt", log_dir="runs", run_name="a", resume=True)
     write_records(tmp_path / "runs" / "a", asdict(config), {})
     assert refused(config, ranks) == ""
+    (tmp_path / "ckpt2" / "a").mkdir(parents=True)
+    alone = DPOConfig(ckpt_dir="ckpt2", log_dir="runs", run_name="a", resume=True)
+    assert "holds the records" in refused(alone, ranks)
+    (tmp_path / "ckpt2" / "a" / "latest").write_text("step_00000001\n")
+    assert refused(alone, ranks) == ""  # the checkpoints alone were moved
     (tmp_path / "runs").rename("moved")
     assert refused(config_of(tmp_path / "away", log_dir="moved", run_name="a", resume=True), ranks) == ""
     assert "holds the records" in refused(config_of(tmp_path / "away", log_dir="moved", run_name="a"), ranks)
@@ -233,13 +237,20 @@ def test_settings_of_earlier_versions_and_of_none(tmp_path: Path, caplog: pytest
         settings_to_resume(asked, DPOConfig)
 
 
-def test_first_settings_stay_but_for_the_places(tmp_path: Path) -> None:
-    """Resumed with another log_dir and rate: config.json keeps the rate of the first start, in both folders."""
-    config = started_run(tmp_path, "a", max_lr=1e-5)
-    later = replace(config, max_lr=1e-4, log_dir=str(tmp_path / "elsewhere"))
-    keep_settings(later, "a", first_settings(later, "a", with_absolute_paths(later)))
-    expected = json.loads(json.dumps({**with_absolute_paths(config), "log_dir": str(tmp_path / "elsewhere")}))
-    assert [read_json(folder / "config.json") for folder in folders_of(later, "a")] == [expected] * 2
+def test_paths_of_a_checkout_that_was_moved_are_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store lay in a folder that is gone and the default one is there; another path that leads nowhere stays."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    config = started_run(tmp_path, "a", ref_cache_dir=str(tmp_path / "gone"), model_path=str(tmp_path / "gone.pth"))
+    (tmp_path / "store").mkdir()
+    defaults = {"ref_cache_dir": str(tmp_path / "store"), "model_path": str(tmp_path / "none.pth")}
+    monkeypatch.setattr(run_folder, "path_defaults", lambda kind: defaults)
+    own, _ = settings_to_resume(replace(config, resume=True), DPOConfig)
+    assert "ref_cache_dir" not in own and own["model_path"] == str(tmp_path / "gone.pth")
+    assert f"ref_cache_dir: {tmp_path}/gone of the run's settings is no longer there; taken: {tmp_path}/store" in (
+        caplog.text
+    )
 
 
 # === records ===
