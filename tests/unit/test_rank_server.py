@@ -52,9 +52,10 @@ print(json.dumps([os.getpid(), random.random(), numpy.random.random(), torch.ran
 
 
 def start(folder: Path, code: str, *flags: str, afresh: bool = False, rank: int = 0, world: int = 1) -> RankProcess:
-    """Starts a script of that code."""
+    """Starts a script of that code; it is written once, since an earlier rank may not have read it yet."""
     script = folder / "script.py"
-    script.write_text(code)
+    if not script.exists():
+        script.write_text(code)
     return start_rank(str(script), {"device": "cpu"}, rank, world, 1234, flags, afresh)
 
 
