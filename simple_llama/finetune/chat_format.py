@@ -1,0 +1,101 @@
+"""How a conversation becomes token ids, what of it is scored, and what ends an answer: one class a family of formats.
+
+`SimpleLLaMAChat` is that of SimpleLLaMA's models (format_llm_prompt.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from tokenizers import Tokenizer
+
+from simple_llama.dataset.tokenizer import SPECIAL_IDS
+from simple_llama.finetune.format_llm_prompt import (
+    DEFAULT_SYSTEM_PROMPT,
+    chat_segments,
+    encode_texts,
+    format_chat,
+    join_ids,
+)
+
+
+class Chat(NamedTuple):
+    """A conversation: user turns and their answers, the last of which may be missing."""
+
+    system: str | None  # None: no system message
+    users: Sequence[str]
+    assistants: Sequence[str]
+
+
+class EncodedChat(NamedTuple):
+    """Token ids of a whole chat. It ends with what is scored: the last answer and its end token."""
+
+    ids: Sequence[int]
+    scored: int  # of the last ids
+    notes: tuple[str, ...] = ()  # what is to be counted and said of it, in a few words
+
+
+class ChatFormat(Protocol):
+    """A chat format with its tokenizer."""
+
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]  # an answer ends before one of these
+    identity: Mapping[str, str]  # what decides ids beside the tokenizer's file; empty for SimpleLLaMA's format
+    default_system: str | None  # what "CUSTOM", or no word of a system message, stands for
+
+    def encode(self, chats: Sequence[Chat]) -> list[EncodedChat]:
+        """Token ids of whole chats. UserError for a chat that the format cannot say."""
+        ...
+
+    def encode_prompt(self, chat: Chat) -> list[int]:
+        """Token ids up to where the next answer begins; `chat` has one answer fewer than users."""
+        ...
+
+    def show(self, chat: Chat) -> str:
+        """The chat as text, for people."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of an answer, without special tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class SimpleLLaMAChat:
+    """SimpleLLaMA's own format; see format_llm_prompt.py."""
+
+    tokenizer: Tokenizer
+    default_system: str | None = DEFAULT_SYSTEM_PROMPT
+    stop_ids: frozenset[int] = frozenset({SPECIAL_IDS["<EOA>"]})
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Nothing: this format is what stores of before had."""
+        return {}
+
+    def encode(self, chats: Sequence[Chat]) -> list[EncodedChat]:
+        """Token ids of whole chats; each different text is tokenized once."""
+        texts = ("\n\n", "\n", *(text for c in chats for text in (c.system or "", *c.users, *c.assistants)))
+        ids_of_text = encode_texts(self.tokenizer, texts)
+        return [
+            EncodedChat(
+                join_ids(chat_segments(c.system or "", c.users, c.assistants), ids_of_text),
+                len(ids_of_text[c.assistants[-1]]) + 1,  # and <EOA>
+            )
+            for c in chats
+        ]
+
+    def encode_prompt(self, chat: Chat) -> list[int]:
+        """Token ids up to the last <SOA>."""
+        segments = chat_segments(chat.system or "", chat.users, chat.assistants)
+        return join_ids(segments, encode_texts(self.tokenizer, (s.text for s in segments if s.kind == "text")))
+
+    def show(self, chat: Chat) -> str:
+        """The chat as text."""
+        return format_chat(chat.system or "", chat.users, chat.assistants)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of an answer."""
+        return self.tokenizer.decode(list(ids)).strip()

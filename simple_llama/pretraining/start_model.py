@@ -1,0 +1,58 @@
+"""What a run needs of the model it starts from, whatever file it came in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from simple_llama.common.errors import UserError
+from simple_llama.pretraining.weights import LoadedModel
+
+
+class StartChanged(UserError):
+    """The files no longer hold what was read at the start."""
+
+
+class StartModel(Protocol):
+    """A model on disk, held open to the run's end: every read is of the bytes that were digested.
+
+    A path may lead to another file at any time. Here the files themselves are held, so it does not matter whether they
+    are renamed, replaced or deleted; one that was cut or overwritten in place is refused at the next read.
+    """
+
+    path: Path  # of the file or the folder
+    names: Sequence[str]  # of its tensors, ours
+    digest: str  # of names, dtypes, shapes and values
+    numerics: Mapping[str, str]  # what else decides its output: numbers that are not weights
+    export_suffix: str  # how the names of its exports end: ".pth", or nothing for a folder
+
+    def load(self) -> LoadedModel:
+        """What the files hold now, for a look at it: its values are not checked. StartChanged where it differs openly.
+
+        Tensors need not be in memory: `state_dict` may read one each time it is asked for it.
+        """
+        ...
+
+    def reading(self) -> AbstractContextManager[LoadedModel]:
+        """The model while the body uses it. Raises StartChanged at the end where what the body used need not have been
+        what was digested: nothing that it made may be used then."""
+        ...
+
+    def export(self, path: Path, trained: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+        """Writes the trained tensors, and the files' own where a name is not among them, in the form in which the
+        model came, whole or not at all.
+
+        Args:
+            metadata: JSON values only (TypeError otherwise).
+
+        Raises StartChanged.
+        """
+        ...
+
+    def export_metadata(self, path: Path) -> dict[str, Any]:
+        """What an export of this form says of itself; nothing for what is none."""
+        ...
