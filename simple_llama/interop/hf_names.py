@@ -32,6 +32,7 @@ class NameMap:
 
     layer: str
     names: Mapping[str, Sequence[str]]  # qkv_linear is three modules there, any other is one
+    halves: bool = True  # RoPE turns pairs (x_j, x_{j + K/2}) there; otherwise adjacent ones, as here
 
 
 LLAMA = NameMap(
@@ -53,39 +54,77 @@ LLAMA = NameMap(
 )
 
 
+def names_in(name: str, family: NameMap = LLAMA) -> list[str]:
+    """The family's names of one of our tensors: three for qkv_linear (queries, keys, values), else one. UserError where
+    the family has none."""
+    return _named(name, family)[1]
+
+
+def to_ours(
+    name: str, parts: Sequence[torch.Tensor], architecture: Architecture, family: NameMap = LLAMA
+) -> torch.Tensor:
+    """One of our tensors, in our order of rows, from the family's tensors (weights or gradients) of `names_in(name)`.
+
+    A tensor that is the same in both is returned itself. The parts' shapes are to be those of `shapes_in`.
+    """
+    module, _ = _named(name, family)
+    if family.halves and (module == _QKV or module in _QK_NORMS):
+        back_K = _half_order(architecture.key_width).argsort()
+        parts = [_reordered(part, back_K) for part in parts[:2]] + list(parts[2:])
+    return _joined(parts, architecture) if module == _QKV else parts[0]
+
+
+def to_theirs(
+    name: str, tensor: torch.Tensor, architecture: Architecture, family: NameMap = LLAMA
+) -> dict[str, torch.Tensor]:
+    """The family's tensors, in its order of rows, from one of ours; a tensor that is the same in both is itself there,
+    and those of other rows may be views."""
+    module, theirs = _named(name, family)
+    parts = _split(tensor, architecture) if module == _QKV else [tensor]
+    if family.halves and (module == _QKV or module in _QK_NORMS):
+        order_K = _half_order(architecture.key_width)
+        parts = [_reordered(part, order_K) for part in parts[:2]] + parts[2:]
+    return dict(zip(theirs, parts, strict=True))
+
+
+def our_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of our model."""
+    with torch.device("meta"):  # no memory
+        return {name: tuple(tensor.shape) for name, tensor in LLaMaTransformer(architecture).state_dict().items()}
+
+
+def shapes_in(architecture: Architecture, family: NameMap = LLAMA) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of the family's model. UserError for an architecture that the family has not."""
+    check_mappable(architecture)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in our_shapes(architecture).items():
+        theirs = to_theirs(name, torch.empty(shape, device="meta"), architecture, family)
+        shapes |= {their: tuple(part.shape) for their, part in theirs.items()}
+    return shapes
+
+
 def to_hf(state_dict: Tensors, architecture: Architecture, family: NameMap = LLAMA) -> dict[str, torch.Tensor]:
     """Copies of our tensors under the family's names, in its order of rows."""
-    _check_mappable(architecture)
-    mapped = {}
+    check_mappable(architecture)
+    mapped: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
-        module, theirs = _named(name, family)
-        parts = _split(tensor, architecture) if module == _QKV else [tensor]
-        if module == _QKV or module in _QK_NORMS:
-            order_K = _half_order(architecture.key_width)
-            parts = [_reordered(part, order_K) for part in parts[:2]] + parts[2:]
-        mapped |= {their: part.clone() for their, part in zip(theirs, parts, strict=True)}
+        theirs = to_theirs(name, tensor, architecture, family)
+        mapped |= {their: part.clone() for their, part in theirs.items()}
     return mapped
 
 
 def from_hf(tensors: Tensors, architecture: Architecture, family: NameMap = LLAMA) -> dict[str, torch.Tensor]:
     """Copies of the family's tensors (weights or gradients) under our names, in our order of rows."""
-    _check_mappable(architecture)
-    with torch.device("meta"):  # names, no memory
-        names = list(LLaMaTransformer(architecture).state_dict())
-    mapped = {}
-    for name in names:
-        module, theirs = _named(name, family)
-        parts = [tensors[their] for their in theirs]
-        if module == _QKV or module in _QK_NORMS:
-            back_K = _half_order(architecture.key_width).argsort()
-            parts = [_reordered(part, back_K) for part in parts[:2]] + parts[2:]
-        mapped[name] = _joined(parts, architecture) if module == _QKV else parts[0].clone()
-    return mapped
+    check_mappable(architecture)
+    return {
+        name: to_ours(name, [tensors[their] for their in names_in(name, family)], architecture, family).clone()
+        for name in our_shapes(architecture)
+    }
 
 
 def hf_config(architecture: Architecture) -> dict[str, Any]:
     """Arguments of transformers' LlamaConfig for the same architecture. UserError where it has none."""
-    _check_mappable(architecture)
+    check_mappable(architecture)
     if architecture.qk_norm or architecture.qkv_bias != architecture.out_bias:
         raise UserError("model: expected a LlamaForCausalLM, found norms of queries or biases of some projections")
     return {
@@ -159,7 +198,7 @@ def _rope_parameters(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def _check_mappable(architecture: Architecture) -> None:
+def check_mappable(architecture: Architecture) -> None:
     """UserError for an architecture that these families do not have."""
     if architecture.latent or architecture.lora:
         raise UserError("model: expected multi-head attention without LoRA, as LlamaForCausalLM has, found MLA or LoRA")

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.interop.hf_names import LLAMA, NameMap, _half_order, from_hf, hf_config, to_hf
+from simple_llama.interop.hf_names import (
+    LLAMA,
+    NameMap,
+    _half_order,
+    from_hf,
+    hf_config,
+    names_in,
+    shapes_in,
+    to_hf,
+    to_ours,
+    to_theirs,
+)
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -83,6 +94,32 @@ def test_another_name_map_gives_other_names() -> None:
     assert torch.equal(from_hf(theirs, OURS, family)["norm.weight"], ours["norm.weight"])
     with pytest.raises(UserError, match=r"norm.weight: expected a tensor that the other"):
         to_hf(ours, OURS, NameMap("h{n}", {name: theirs for name, theirs in names.items() if name != "norm"}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tensor_by_tensor_both_ways(name: str) -> None:
+    """Each of our tensors alone: its parts have the names and shapes foretold, and give it back bit for bit."""
+    architecture, found = FAMILIES[name], {}
+    for ours, tensor in random_model(architecture).state_dict().items():
+        theirs = to_theirs(ours, tensor, architecture)
+        assert list(theirs) == names_in(ours)
+        assert torch.equal(to_ours(ours, list(theirs.values()), architecture), tensor)
+        found |= {their: tuple(part.shape) for their, part in theirs.items()}
+    assert shapes_in(architecture) == found
+
+
+def test_rows_stay_where_the_family_turns_adjacent_pairs() -> None:
+    """One key head, two heads of width 2: the rows are q0 q0 q1 q1 k k v v in both."""
+    architecture = replace(OURS, width=4, heads=2, key_heads=1, rope_width=2, value_width=2)
+    adjacent = replace(LLAMA, halves=False)
+    name = "decoder_blocks.0.attention.qkv_linear.weight"
+    rows = torch.arange(8.0)[:, None].expand(8, 4)
+    q, k, v = to_theirs(name, rows, architecture, adjacent).values()
+    assert (q[:, 0].tolist(), k[:, 0].tolist(), v[:, 0].tolist()) == ([0, 1, 2, 3], [4, 5], [6, 7])
+    assert torch.equal(to_ours(name, [q, k, v], architecture, adjacent), rows)
+    wider = replace(architecture, heads=1, rope_width=4, value_width=4)  # rows of a head: 0 1 2 3 -> 0 2 1 3
+    q, k, v = to_theirs(name, torch.arange(12.0)[:, None], wider).values()
+    assert (q[:, 0].tolist(), k[:, 0].tolist(), v[:, 0].tolist()) == ([0, 2, 1, 3], [4, 6, 5, 7], [8, 9, 10, 11])
 
 
 def test_half_order_by_hand() -> None:
