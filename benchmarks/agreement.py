@@ -12,7 +12,7 @@ import torch
 from benchmarks.peers import Peer, TrlSettings
 from simple_llama.common.errors import UserError
 from simple_llama.interop.hf_names import from_hf
-from simple_llama.pretraining.weights import LoadedModel, build_model
+from simple_llama.pretraining.weights import WeightsFile, build_model
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
@@ -29,7 +29,7 @@ class Computed(NamedTuple):
 
 
 def check_agreement(
-    start: LoadedModel, pairs: Sequence[TokenizedPair], settings: TrlSettings, device: torch.device
+    start: WeightsFile, pairs: Sequence[TokenizedPair], settings: TrlSettings, device: torch.device
 ) -> str:
     """Says how far the two sides are apart; UserError where that is more than rounding."""
     settings = replace(settings, numerics="fp32", batch_size=len(pairs), accumulate=1)
@@ -49,7 +49,7 @@ def check_agreement(
 
 
 def our_side(
-    start: LoadedModel, pairs: Sequence[TokenizedPair], beta: float, device: torch.device
+    start: WeightsFile, pairs: Sequence[TokenizedPair], beta: float, device: torch.device
 ) -> tuple[Computed, torch.Tensor]:
     """Our numbers, and the reference log-probs of both sides: some nats off ours, so that no coefficient is trivial."""
     loss_fn = PreferenceLoss("sigmoid", beta)
@@ -64,7 +64,7 @@ def our_side(
 
 
 def trl_side(
-    start: LoadedModel,
+    start: WeightsFile,
     pairs: Sequence[TokenizedPair],
     ref_B2: torch.Tensor,
     settings: TrlSettings,

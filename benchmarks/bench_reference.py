@@ -33,7 +33,7 @@ from benchmarks.workload import HH_DATA, make_pairs, mixes_at_hand, pairs_for_ro
 from simple_llama.common.errors import UserError
 from simple_llama.ops.machine import peak_memory_gb, synchronize
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import LoadedModel, build_model
+from simple_llama.pretraining.weights import WeightsFile, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
@@ -128,7 +128,7 @@ def trl_pass(peer: Peer, batch_size: int, pairs: int) -> Callable[[], object]:
 def trl_peer(
     bench: BenchReference,
     setting: str,
-    start: LoadedModel,
+    start: WeightsFile,
     pairs: list[TokenizedPair],
     device: torch.device,
     folder: str,

@@ -38,7 +38,7 @@ from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
 from simple_llama.ops.machine import peak_memory_gb, synchronize
-from simple_llama.pretraining.weights import LoadedModel, build_model
+from simple_llama.pretraining.weights import WeightsFile, build_model
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
@@ -110,7 +110,7 @@ def trl_settings(numerics: str, batch_size: int, accumulate: int) -> TrlSettings
     return TrlSettings(numerics, batch_size, accumulate, BETA, RATE, BETAS, CLIP)
 
 
-def our_trainers(bench: BenchTrain, start: LoadedModel, ranks: Ranks, folder: str) -> dict[str, Trainer]:
+def our_trainers(bench: BenchTrain, start: WeightsFile, ranks: Ranks, folder: str) -> dict[str, Trainer]:
     """Ours in bf16 with and without DeepSpeed, and in fp32 where TRL is measured in it."""
     kinds: dict[str, tuple[type[Trainer], str]] = {
         "bf16": (EngineTrainer, "zero2_bf16.json"),
@@ -136,7 +136,7 @@ def our_trainers(bench: BenchTrain, start: LoadedModel, ranks: Ranks, folder: st
 
 
 def measure_mix(
-    bench: BenchTrain, mix: str, start: LoadedModel, ours: dict[str, Trainer], ranks: Ranks, folder: str
+    bench: BenchTrain, mix: str, start: WeightsFile, ours: dict[str, Trainer], ranks: Ranks, folder: str
 ) -> MixResult:
     """All trainers on the same steps of a mix, in turns."""
     gc.collect()  # trainers of the mix before, or of the check, that hold each other
@@ -187,7 +187,7 @@ def stepper(trainer: Trainer, pack: str, steps: Sequence[list[TokenizedPair]], c
 
 
 def fill_stores(
-    start: LoadedModel, ours: dict[str, Trainer], pairs: list[TokenizedPair], batch_size: int, device: torch.device
+    start: WeightsFile, ours: dict[str, Trainer], pairs: list[TokenizedPair], batch_size: int, device: torch.device
 ) -> None:
     """The reference pass of each of our trainers' stores."""
     for trainer in ours.values():
@@ -197,7 +197,7 @@ def fill_stores(
 
 def trl_stepped(
     numerics: str,
-    start: LoadedModel,
+    start: WeightsFile,
     steps: Sequence[list[TokenizedPair]],
     each: int,
     ours: dict[str, Trainer],

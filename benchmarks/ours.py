@@ -10,7 +10,7 @@ import torch
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import LoadedModel, build_model
+from simple_llama.pretraining.weights import Loaded, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import deal, sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
@@ -45,7 +45,7 @@ def portions(pairs: Pairs, pack: Pack, count: int) -> Iterator[Portion]:
 class Trainer:
     """A policy of the start weights, stored references and sums of metrics; the step is the product's own."""
 
-    def __init__(self, start: LoadedModel, config: DPOConfig, store: RefStore, ranks: Ranks):
+    def __init__(self, start: Loaded, config: DPOConfig, store: RefStore, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.dtype = model_dtype(read_ds_config(config))
         self.model = build_model(start, self.dtype, ranks.device)
@@ -74,7 +74,7 @@ class Trainer:
 class EngineTrainer(Trainer):
     """As the project trains: under DeepSpeed."""
 
-    def __init__(self, start: LoadedModel, config: DPOConfig, store: RefStore, ranks: Ranks):
+    def __init__(self, start: Loaded, config: DPOConfig, store: RefStore, ranks: Ranks):
         super().__init__(start, config, store, ranks)
         self.engine = Engine(self.policy, start.state_dict, config, ranks)
 
@@ -86,7 +86,7 @@ class EngineTrainer(Trainer):
 class PlainTrainer(Trainer):
     """The same computation without DeepSpeed: fp32 masters and gradients, torch's clip and fused AdamW."""
 
-    def __init__(self, start: LoadedModel, config: DPOConfig, store: RefStore, ranks: Ranks):
+    def __init__(self, start: Loaded, config: DPOConfig, store: RefStore, ranks: Ranks):
         super().__init__(start, config, store, ranks)
         self.loop = PlainLoop(self.policy, start, config, ranks.device)
 
@@ -98,7 +98,7 @@ class PlainTrainer(Trainer):
 class PlainLoop:
     """A learner of one rank in plain torch."""
 
-    def __init__(self, policy: DPOPolicy, start: LoadedModel, config: DPOConfig, device: torch.device):
+    def __init__(self, policy: DPOPolicy, start: Loaded, config: DPOConfig, device: torch.device):
         self.policy, self.max_grad_norm = policy, config.max_grad_norm
         self.weights = dict(policy.model.named_parameters())
         self.masters = {

@@ -23,7 +23,7 @@ from benchmarks.workload import TOKENIZER, shares_prompt
 from simple_llama.common.errors import UserError
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.interop.hf_names import hf_config, to_hf
-from simple_llama.pretraining.weights import LoadedModel
+from simple_llama.pretraining.weights import WeightsFile
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 
 ATTENTIONS = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa",)}  # that are tried; eager's scores of long chats fill a GPU
@@ -66,7 +66,7 @@ class Peer:
 
     def __init__(
         self,
-        start: LoadedModel,
+        start: WeightsFile,
         pairs: Sequence[TokenizedPair],
         ref_logps_B2: np.ndarray | None,
         settings: TrlSettings,
@@ -180,7 +180,7 @@ def hand_back(stepped: SteppedPeer) -> Any:
 
 
 def make_trainer(
-    start: LoadedModel,
+    start: WeightsFile,
     pairs: Sequence[TokenizedPair],
     ref_logps_B2: np.ndarray | None,
     settings: TrlSettings,
@@ -249,7 +249,7 @@ def dpo_arguments(settings: TrlSettings, device: torch.device, folder: str) -> A
     )
 
 
-def hf_model(start: LoadedModel, dtype: torch.dtype) -> Any:
+def hf_model(start: WeightsFile, dtype: torch.dtype) -> Any:
     """LlamaForCausalLM with our weights in `dtype`; RoPE's frequencies stay fp32, as `from_pretrained` leaves them."""
     from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 

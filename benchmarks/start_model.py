@@ -43,7 +43,7 @@ def make_start_model(wanted: StartModel) -> float:
     """Trains and saves the model; returns its last mean loss (nats a token)."""
     tokenizer = load_tokenizer(wanted.tokenizer)
     data = RLDatasetLoader(wanted.data, tokenizer, wanted.max_seq_len, val_share=wanted.val_share, seed=wanted.seed)
-    chats = [Chat(told.system, told.users, told.chosen) for told in data.conversations(data.train)]
+    chats = [Chat(told.system or "", told.users, told.chosen) for told in data.conversations(data.train)]
     model_config = TrainingConfig(
         n_embd=wanted.n_embd, n_layers=wanted.n_layers, n_heads=wanted.n_heads, max_seq_len=wanted.max_seq_len
     )

@@ -22,7 +22,7 @@ from simple_llama.ops.attention import PackedLayout
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import LoadedModel, load_weights
+from simple_llama.pretraining.weights import WeightsFile, load_weights
 from simple_llama.reinforcement_learning.rlhf.data.convert import PrepareConfig, prepare
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
@@ -68,7 +68,7 @@ MIXES = {
 }
 
 
-def start_model(shape: str, model_path: str, seed: int) -> LoadedModel:
+def start_model(shape: str, model_path: str, seed: int) -> WeightsFile:
     """The weights file at `model_path`, or for "" random weights of a shape, fp32 on the CPU."""
     if model_path:
         return load_weights(model_path)
@@ -77,7 +77,7 @@ def start_model(shape: str, model_path: str, seed: int) -> LoadedModel:
         n_embd=width, n_layers=layers, n_heads=heads, multiple_of=multiple_of, max_seq_len=HH_MAX_TOKENS
     )
     torch.manual_seed(seed)
-    return LoadedModel(
+    return WeightsFile(
         LLaMaTransformer(Architecture.of(config, vocab)).state_dict(), config, {}, Path(f"random-{shape}")
     )
 

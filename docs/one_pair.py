@@ -95,8 +95,8 @@ def walk() -> Walk:
     fields = json.loads(path.read_text())[RECORD - 1]
     tokenizer = load_tokenizer(package_path("dataset", "bpe_8k.json"))
     said = from_template(Record(path.name, RECORD, fields), ReadOptions())
-    chosen = encode_chat(tokenizer, said.system, said.users, said.chosen)
-    rejected = encode_chat(tokenizer, said.system, said.users, said.rejected)
+    chosen = encode_chat(tokenizer, said.system or "", said.users, said.chosen)
+    rejected = encode_chat(tokenizer, said.system or "", said.users, said.rejected)
     pair = TokenizedPair.from_chats(*chosen, *rejected)
     batch = PairBatch.pack([pair])
 
@@ -160,7 +160,7 @@ def _read(seen: Walk) -> str:
     """The record and one of its chats."""
     said = seen.conversation
     record = "\n".join(_wrap(f"{json.dumps(key)}: {json.dumps(value)}") for key, value in seen.record.items())
-    chat = _wrap(format_chat(said.system, said.users, said.chosen).replace("\n\n", "\n"))
+    chat = _wrap(format_chat(said.system or "", said.users, said.chosen).replace("\n\n", "\n"))
     return f"""
 ## 1. The record
 

@@ -101,7 +101,7 @@ def check_pair(pair: TokenizedPair, said: Conversation) -> None:
     turns = len(said.users)
     for answers, ids in ((said.chosen, pair.chosen), (said.rejected, pair.rejected)):
         chat = [*pair.prefix.tolist(), *ids.tolist()]
-        assert chat == encode_chat(shipped_tokenizer(), said.system, said.users, answers)[0]
+        assert chat == encode_chat(shipped_tokenizer(), said.system or "", said.users, answers)[0]
         assert [chat.count(SPECIAL_IDS[name]) for name in ("<SOU>", "<EOU>", "<SOA>", "<EOA>")] == [turns] * 4
         assert [chat.count(SPECIAL_IDS[name]) for name in ("<SOT>", "<EOT>", "<UNK>")] == [1, 1, 0]
 

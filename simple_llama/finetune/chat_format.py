@@ -40,10 +40,30 @@ class EncodedChat(NamedTuple):
 class ChatFormat(Protocol):
     """A chat format with its tokenizer."""
 
-    tokenizer: Tokenizer
-    stop_ids: frozenset[int]  # an answer ends before one of these
-    identity: Mapping[str, str]  # what decides ids beside the tokenizer's file; empty for SimpleLLaMA's format
-    default_system: str | None  # what "CUSTOM", or no word of a system message, stands for
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """As text becomes ids in it."""
+        ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """An answer ends before one of these."""
+        ...
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Of the token for what the tokenizer does not know; None: it knows all bytes."""
+        ...
+
+    @property
+    def default_system(self) -> str | None:
+        """What "CUSTOM", or no word of a system message, stands for; None: no system message."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What decides ids beside the tokenizer; nothing for SimpleLLaMA's format, as stores of before have it."""
+        ...
 
     def encode(self, chats: Sequence[Chat]) -> list[EncodedChat]:
         """Token ids of whole chats. UserError for a chat that the format cannot say."""
@@ -69,6 +89,7 @@ class SimpleLLaMAChat:
     tokenizer: Tokenizer
     default_system: str | None = DEFAULT_SYSTEM_PROMPT
     stop_ids: frozenset[int] = frozenset({SPECIAL_IDS["<EOA>"]})
+    unknown_id: int | None = SPECIAL_IDS["<UNK>"]
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -22,7 +22,7 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import file_digest, open_file, shown
 from simple_llama.pretraining.archives import archive_facts
-from simple_llama.pretraining.weights import LoadedModel, check_weights, find_weights, load_weights, weights_digest
+from simple_llama.pretraining.weights import WeightsFile, check_weights, find_weights, load_weights, weights_digest
 
 _WIDTH = 14  # characters of the first column
 
@@ -72,7 +72,7 @@ def _describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _tensors(loaded: LoadedModel) -> list[dict[str, Any]]:
+def _tensors(loaded: WeightsFile) -> list[dict[str, Any]]:
     """Name, shape, dtype of each tensor, and how many of its numbers are not finite."""
     return [
         {

@@ -1,8 +1,4 @@
-"""The weights file that a run starts from, held open to the run's end: every read is of the bytes that were digested.
-
-A path may lead to another file at any time. Here the file itself is held, so it does not matter whether it is renamed,
-replaced or deleted; one that was cut or overwritten in place is refused at the next read.
-"""
+"""A `.pth` that a run starts from (a StartModel): held open, checked at each read, and what its exports are."""
 
 from __future__ import annotations
 
@@ -13,20 +9,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import open_file
-from simple_llama.pretraining.weights import LoadedModel, load_weights, weights_digest
-
-
-class StartChanged(UserError):
-    """The file no longer holds what was read at the start."""
+from simple_llama.pretraining.config import identity_fields
+from simple_llama.pretraining.start_model import StartChanged
+from simple_llama.pretraining.weights import WeightsFile, load_weights, save_weights, weights_digest
 
 
 class StartFile:
     """A weights file, its descriptor, and what its tensors were when it was read first."""
+
+    export_suffix = ".pth"
 
     def __init__(self, path: str | os.PathLike[str]):
         """Opens, reads and digests the file. UserError as of `load_weights`."""
@@ -42,9 +39,10 @@ class StartFile:
             first = load_weights(self.path, file)
         self.config, self.architecture = first.config, first.architecture
         self.names = list(first.state_dict)
+        self.numerics = {name: str(value) for name, value in identity_fields(first.config).items()}
         self.digest = weights_digest(first.state_dict)  # of names, dtypes, shapes and values
 
-    def load(self, mapped: bool = True) -> LoadedModel:
+    def load(self, mapped: bool = True) -> WeightsFile:
         """What the file holds now, under the config of the first read; for a look at it: its values are not checked.
 
         Raises StartChanged where it differs openly.
@@ -58,7 +56,7 @@ class StartFile:
         return replace(loaded, config=self.config)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[LoadedModel]:
+    def reading(self) -> Iterator[WeightsFile]:
         """The file's model while the body uses it, its tensors mapped. Raises StartChanged at the end where what the
         body used need not have been what was digested: nothing that it made may be used then.
 
@@ -81,11 +79,22 @@ class StartFile:
         self._check(loaded)
         return {name: trained.get(name, tensor) for name, tensor in loaded.state_dict.items()}
 
+    def export(self, path: Path, trained: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+        """Writes a weights file: the trained tensors, and the file's own fp32 values of the others. StartChanged."""
+        save_weights(path, self.merged(trained), self.config, metadata)
+
+    def export_metadata(self, path: Path) -> dict[str, Any]:
+        """What a weights file says of itself; nothing for a link, or what is no weights file."""
+        try:
+            return {} if path.is_symlink() else load_weights(path).metadata
+        except UserError:
+            return {}
+
     def _opened(self) -> BufferedReader:
         """The held file, to be closed by the caller."""
         return os.fdopen(os.dup(self._descriptor), "rb")
 
-    def _check(self, loaded: LoadedModel) -> None:
+    def _check(self, loaded: WeightsFile) -> None:
         """Raises StartChanged where its tensors are not those of the first read."""
         self._check_size()  # a mapped file that was cut must not be looked into
         if weights_digest(loaded.state_dict) != self.digest:

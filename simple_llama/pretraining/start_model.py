@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.pretraining.weights import LoadedModel
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.weights import Loaded
 
 
 class StartChanged(UserError):
@@ -24,20 +25,44 @@ class StartModel(Protocol):
     are renamed, replaced or deleted; one that was cut or overwritten in place is refused at the next read.
     """
 
-    path: Path  # of the file or the folder
-    names: Sequence[str]  # of its tensors, ours
-    digest: str  # of names, dtypes, shapes and values
-    numerics: Mapping[str, str]  # what else decides its output: numbers that are not weights
-    export_suffix: str  # how the names of its exports end: ".pth", or nothing for a folder
+    @property
+    def path(self) -> Path:
+        """Of the file or the folder."""
+        ...
 
-    def load(self) -> LoadedModel:
+    @property
+    def architecture(self) -> Architecture:
+        """Without dropout, which is a run's own."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of its tensors, ours."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of names, dtypes, shapes and values."""
+        ...
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """What else decides its output: numbers that are not weights."""
+        ...
+
+    @property
+    def export_suffix(self) -> str:
+        """How the names of its exports end: ".pth", or nothing for a folder."""
+        ...
+
+    def load(self) -> Loaded:
         """What the files hold now, for a look at it: its values are not checked. StartChanged where it differs openly.
 
         Tensors need not be in memory: `state_dict` may read one each time it is asked for it.
         """
         ...
 
-    def reading(self) -> AbstractContextManager[LoadedModel]:
+    def reading(self) -> AbstractContextManager[Loaded]:
         """The model while the body uses it. Raises StartChanged at the end where what the body used need not have been
         what was digested: nothing that it made may be used then."""
         ...

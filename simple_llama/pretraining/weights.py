@@ -42,6 +42,15 @@ _NAME_SHOWN = 100  # characters of a tensor's name in a message
 
 @dataclass(frozen=True)
 class LoadedModel:
+    """A model's tensors on the CPU, or on disk: they may be read, or made, each time that one is asked for."""
+
+    state_dict: Mapping[str, torch.Tensor]  # by our parameter names
+    architecture: Architecture  # without dropout, which is a run's own
+    path: Path
+
+
+@dataclass(frozen=True)
+class WeightsFile:
     """What a weights file holds, on the CPU. The tensors may still be on disk: they are mapped, not read."""
 
     state_dict: dict[str, torch.Tensor]  # by upstream's parameter names
@@ -58,6 +67,9 @@ class LoadedModel:
             return Architecture.of(config, _vocab_size(self.state_dict))
         except UserError as error:
             raise UserError(f"{self.path}: config: {error}") from error
+
+
+Loaded = LoadedModel | WeightsFile
 
 
 def find_weights(path: str | os.PathLike[str]) -> Path:
@@ -80,7 +92,7 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     return max(files, key=lambda file: (files[file].st_mtime_ns, _by_number(file.name)))
 
 
-def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = None, mapped: bool = True) -> LoadedModel:
+def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = None, mapped: bool = True) -> WeightsFile:
     """Reads a weights file. It can run no code: only tensors, plain values and TrainingConfig are unpickled.
 
     Args:
@@ -108,13 +120,13 @@ def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = Non
     config, metadata = found["config"], found.get("metadata", {})
     if not isinstance(config, TrainingConfig) or not isinstance(metadata, dict):
         raise UserError(f"{path}: {_EXPECTED}, found a config of {type(config).__name__}")
-    return LoadedModel(_plain_state_dict(found["model_state_dict"], path), config, metadata, path)
+    return WeightsFile(_plain_state_dict(found["model_state_dict"], path), config, metadata, path)
 
 
 def build_model(
-    loaded: LoadedModel, dtype: torch.dtype, device: torch.device | str, dropout: float = 0.0
+    loaded: Loaded, dtype: torch.dtype, device: torch.device | str, dropout: float = 0.0
 ) -> LLaMaTransformer:
-    """The model of a weights file, with its own copy of the weights in `dtype` on `device`. Draws no random numbers.
+    """The loaded model, with its own copy of the weights in `dtype` on `device`. Draws no random numbers.
 
     Raises UserError as `check_weights` does.
     """
@@ -125,7 +137,7 @@ def build_model(
     return model
 
 
-def check_weights(loaded: LoadedModel, dtype: torch.dtype) -> None:
+def check_weights(loaded: Loaded, dtype: torch.dtype) -> None:
     """Raises UserError when tensors are missing, unexpected, of another shape than the config says, or not finite in
     `dtype`. Holds one converted tensor at a time."""
     _empty_model(loaded, dropout=0.0)
@@ -229,8 +241,8 @@ def _plain_state_dict(state_dict: Any, path: str | os.PathLike[str]) -> dict[str
     return plain
 
 
-def _empty_model(loaded: LoadedModel, dropout: float) -> LLaMaTransformer:
-    """The model that the file's config describes, without values; UserError where the file's tensors do not fit it."""
+def _empty_model(loaded: Loaded, dropout: float) -> LLaMaTransformer:
+    """The model of this architecture, without values; UserError where the tensors do not fit it."""
     architecture = replace(loaded.architecture, dropout=dropout)
     with torch.device("meta"):
         model = LLaMaTransformer(architecture)
@@ -246,8 +258,8 @@ def _check_finite(path: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Te
         raise UserError(f"{path}: expected finite weights in {dtype}, found inf or nan in {_some(broken)}")
 
 
-def _check_fit(model: LLaMaTransformer, loaded: LoadedModel) -> None:
-    """UserError naming the tensors that do not fit the model that the file's own config describes."""
+def _check_fit(model: LLaMaTransformer, loaded: Loaded) -> None:
+    """UserError naming the tensors that do not fit the model that the files' own config describes."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict.items()}
     problems = []

@@ -38,7 +38,7 @@ def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
         "batches": _batch_arithmetic(config, plan, pairs),
         "memory per rank (estimate)": _memory_table(config, config.reference, inputs, plan, ds_config),
         "checkpoints": _checkpoints(config, inputs, plan.steps_per_epoch),
-        "first pair (scored tokens in [[ ]])": _show_pair(inputs.tokenizer, pairs[0]),
+        "first pair (scored tokens in [[ ]])": _show_pair(inputs.chat.tokenizer, pairs[0]),
     }
     return "\n\n".join(f"== {title} ==\n{body}" for title, body in sections.items())
 

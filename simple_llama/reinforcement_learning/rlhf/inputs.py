@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import torch
-from tokenizers import Tokenizer
 from typing_extensions import Doc
 
 from simple_llama.cluster.distributed import Ranks, fail_together, require_same
@@ -17,13 +16,14 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.common.settings import PathText, Settings
 from simple_llama.dataset.tokenizer import load_tokenizer, token_count, tokenizer_digest
+from simple_llama.finetune.chat_format import ChatFormat, SimpleLLaMAChat
+from simple_llama.interop.open_start import open_start
 from simple_llama.ops.attention import ATTENTION_VERSION
 from simple_llama.ops.logprob import HEAD_VERSION
 from simple_llama.pretraining.architecture import Architecture
-from simple_llama.pretraining.config import identity_fields
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.start_file import StartFile
-from simple_llama.pretraining.weights import LoadedModel, build_model, check_weights, find_weights
+from simple_llama.pretraining.start_model import StartModel
+from simple_llama.pretraining.weights import Loaded, build_model, check_weights
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import reference_id
@@ -51,15 +51,15 @@ class InputsConfig(EngineConfig, DataConfig, ModelConfig):
 class Inputs:
     """Everything read from disk before the first computation."""
 
-    tokenizer: Tokenizer
+    chat: ChatFormat  # with its tokenizer
     data: RLDatasetLoader
-    start: StartFile  # the SFT model: start of the policy, and the reference
+    start: StartModel  # the SFT model: start of the policy, and the reference
     dtype: torch.dtype  # of the computing weights
     max_seq_len: int
     reference_id: dict  # what names the reference: weights, tokenizer, numerics
     compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
 
-    def build_model(self, start: LoadedModel, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
+    def build_model(self, start: Loaded, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
         """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory."""
         model = build_model(start, self.dtype, device, dropout=dropout)
         if self.compiled:
@@ -99,13 +99,13 @@ def load_inputs(config: InputsConfig, ranks: Ranks) -> Inputs:
 def _read_inputs(config: InputsConfig) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
-    tokenizer = load_tokenizer(config.tokenize_path)
-    start = StartFile(find_weights(config.model_path))
+    start = open_start(config.model_path)
+    chat = _chat_format(config)
     check_weights(start.load(), dtype)
     architecture = start.architecture
-    if token_count(tokenizer) > architecture.vocab_size:
+    if token_count(chat.tokenizer) > architecture.vocab_size:
         raise UserError(
-            f"{config.tokenize_path}: {token_count(tokenizer)} tokens, but the model {start.path} knows "
+            f"{config.tokenize_path}: {token_count(chat.tokenizer)} tokens, but the model {start.path} knows "
             f"{architecture.vocab_size}; "
             "expected the tokenizer that the model was trained with (tokenize_path)"
         )
@@ -117,21 +117,26 @@ def _read_inputs(config: InputsConfig) -> Inputs:
         )
     data = RLDatasetLoader(
         config.rlhf_dataset_path,
-        tokenizer,
+        chat,
         max_seq_len,
         val_share=config.val_share,
         seed=config.seed,
-        default_system=config.system_prompt,
     )
     numerics = {
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ATTENTION_VERSION,
         "head": HEAD_VERSION,
-        **{name: str(value) for name, value in identity_fields(start.config).items()},  # theta, eps, heads: not weights
+        **start.numerics,
+        **chat.identity,
         **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
-    identity = reference_id(start.digest, tokenizer_digest(config.tokenize_path), numerics)
-    return Inputs(tokenizer, data, start, dtype, max_seq_len, identity, config.compile)
+    identity = reference_id(start.digest, tokenizer_digest(chat.tokenizer), numerics)
+    return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile)
+
+
+def _chat_format(config: InputsConfig) -> ChatFormat:
+    """The format of the model's chats, with its tokenizer."""
+    return SimpleLLaMAChat(load_tokenizer(config.tokenize_path), config.system_prompt)
 
 
 def check_compiler(compiled: bool, device: str) -> None:

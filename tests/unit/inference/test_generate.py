@@ -16,7 +16,7 @@ from tiny_job import TINY
 
 VOCAB = 50
 PROMPT = [8, 21, 22, 6]
-NO_STOP = -1
+NO_STOP: frozenset[int] = frozenset()
 MLA = {"use_mla": True, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 16}
 
 
@@ -53,8 +53,8 @@ def test_it_ends_before_the_stop_id() -> None:
     model = tiny_model()
     tokens = by_full_forwards(model, 12)
     stop = list(dict.fromkeys(tokens))[3]
-    assert list(generate(model, PROMPT, 12, stop)) == tokens[: tokens.index(stop)]
-    assert list(generate(model, PROMPT, 12, tokens[0])) == []
+    assert list(generate(model, PROMPT, 12, {stop})) == tokens[: tokens.index(stop)]
+    assert list(generate(model, PROMPT, 12, {tokens[0]})) == []
 
 
 def test_it_respects_both_limits() -> None:

@@ -18,7 +18,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import (
-    LoadedModel,
+    WeightsFile,
     build_model,
     find_weights,
     load_weights,
@@ -43,9 +43,9 @@ def path(tmp_path: Path, state_dict: dict[str, torch.Tensor]) -> Path:
     return tmp_path / "model.pth"
 
 
-def _loaded(state_dict: dict[str, torch.Tensor]) -> LoadedModel:
+def _loaded(state_dict: dict[str, torch.Tensor]) -> WeightsFile:
     """As if read from some.pth."""
-    return LoadedModel(state_dict, CONFIG, {}, Path("some.pth"))
+    return WeightsFile(state_dict, CONFIG, {}, Path("some.pth"))
 
 
 def test_round_trip(path: Path, state_dict: dict[str, torch.Tensor]):
@@ -207,7 +207,7 @@ def test_build_model_refuses_weights_that_are_not_finite(state_dict: dict[str, t
 
 def test_architecture_of_a_file(state_dict: dict[str, torch.Tensor]):
     """The vocabulary is counted in the embeddings; the dropout of the file's own training is not a run's."""
-    loaded = LoadedModel(state_dict, replace(CONFIG, dropout=0.3), {}, Path("some.pth"))
+    loaded = WeightsFile(state_dict, replace(CONFIG, dropout=0.3), {}, Path("some.pth"))
     assert loaded.architecture == Architecture.of(CONFIG, 10)
     assert loaded.config.dropout == 0.3
     assert build_model(loaded, torch.float32, "cpu", dropout=0.2).architecture.dropout == 0.2
@@ -218,7 +218,7 @@ def test_build_model_checks_the_config(state_dict: dict[str, torch.Tensor]):
     config = TrainingConfig.__new__(TrainingConfig)
     config.__dict__.update(CONFIG.__dict__, n_heads=3)
     with pytest.raises(UserError, match=r"some.pth: config: n_embd: expected a multiple"):
-        build_model(LoadedModel(state_dict, config, {}, Path("some.pth")), torch.float32, "cpu")
+        build_model(WeightsFile(state_dict, config, {}, Path("some.pth")), torch.float32, "cpu")
 
 
 def test_find_weights(tmp_path: Path):

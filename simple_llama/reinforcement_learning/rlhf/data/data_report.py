@@ -1,6 +1,7 @@
 """What is said of a data set: one line of counts, and warnings, each once, with the first record and what to do.
 
-A pair that is kept and yet odd is counted in `KeptCount.noticed`, under a name of _ODD.
+A pair that is kept and yet odd is counted in `KeptCount.noticed`, under a name of _ODD or in the words of the chat
+format that saw it.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def warnings_of(count: KeptCount, unknown: Unknown | None = None, held_out: int 
     """What a person should know before training on the pairs. `held_out`: how many, where some are meant to be."""
     found = _much_dropped(count)
     for name, times in count.noticed.times.items():
-        said, way_out = _ODD[name]
-        found.append(f"{said} (pairs: {times:,}, first: {count.noticed.first[name]}); {way_out}")
+        said, way_out = _ODD.get(name, (name, ""))
+        found.append(f"{said} (pairs: {times:,}, first: {count.noticed.first[name]})" + (way_out and f"; {way_out}"))
     if unknown and unknown.scored_share > _MUCH_UNKNOWN:
         pairs_share = unknown.scored_pairs / count.kept
         found.append(

@@ -32,8 +32,8 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path
 from simple_llama.common.settings import WHOLE, Bounds, CountOrNone, PathText, Settings
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, data_files, read_records
-from simple_llama.dataset.tokenizer import SPECIAL_IDS
-from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, chat_segments, encode_texts, join_ids
+from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat
+from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.reinforcement_learning.rlhf.data.data_report import (
     BOTH_WAYS,
     LIKE_A_TURN,
@@ -81,10 +81,12 @@ class RLDatasetLoader:
 
     Args:
         path: a .json or .jsonl file (plain or .gz), or a folder of them, read in the order of their names.
+        chat: the chat format; a tokenizer means SimpleLLaMA's with it.
         max_seq_len: tokens; a pair is dropped when one of its chats is longer.
         val_share: share of the prompts (not of the pairs) held out, in [0, 0.5].
         seed: of the split; which pairs are trained on does not depend on the order or the amount of other data.
-        default_system: what "CUSTOM" stands for; it has to be the one that the start model was tuned with.
+        default_system: what "CUSTOM" stands for where `chat` is a tokenizer; it has to be the one that the start model
+            was tuned with. A chat format has its own.
 
     Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
     kept, dropped, ignored) and `warnings`; both are logged.
@@ -95,7 +97,7 @@ class RLDatasetLoader:
     def __init__(
         self,
         path: str | Path,
-        tokenizer: Tokenizer,
+        chat: ChatFormat | Tokenizer,
         max_seq_len: int,
         *,
         val_share: float,
@@ -104,11 +106,12 @@ class RLDatasetLoader:
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
-        self._tokenizer, self._options = tokenizer, ReadOptions(default_system)
+        self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
+        self._options = ReadOptions(self._chat.default_system)
         count, extra_keys = KeptCount(), Tally()
         with watchdog.patience("reading the data"):
             pairs, shares = self._read(path, max_seq_len, seed, count, extra_keys)
-            unknown = _unknown_tokens(pairs)
+            unknown = _unknown_tokens(pairs, self._chat.unknown_id)
         self.report = describe(count, extra_keys, unknown)
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
@@ -135,7 +138,7 @@ class RLDatasetLoader:
         try:
             records = (record for file in data_files(path) for record in read_records(file, faults))
             conversations = _read_conversations(records, self._options, count, extra_keys, faults)
-            found = _keep_usable(_tokenize(conversations, self._tokenizer), max_seq_len, seed, count)
+            found = _keep_usable(_tokenize(conversations, self._chat, count), max_seq_len, seed, count)
         except UserError as fault:  # of a whole file
             faults.add(fault)
         faults.end()
@@ -165,8 +168,9 @@ class RLDatasetLoader:
             wanted.setdefault(file, set()).add(record)
         for file, numbers in wanted.items():
             records = islice((record for record in read_records(file) if record.number in numbers), len(numbers))
-            conversations = _read_conversations(records, self._options, KeptCount(), Tally())
-            for conversation, pair in _tokenize(conversations, self._tokenizer):
+            count = KeptCount()
+            conversations = _read_conversations(records, self._options, count, Tally())
+            for conversation, pair in _tokenize(conversations, self._chat, count):
                 yield (file, conversation.record), (conversation, pair)
 
 
@@ -200,19 +204,17 @@ def _read_conversations(
 
 
 def _tokenize(
-    conversations: Iterable[Conversation], tokenizer: Tokenizer
+    conversations: Iterable[Conversation], chat: ChatFormat, count: KeptCount
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
-    """Adds token ids. Texts are tokenized in batches and each different text of a batch once."""
+    """Adds token ids, made in batches; counts what the chat format notes."""
     ahead = iter(conversations)
     while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
-        texts = (text for c in batch for text in ("\n\n", "\n", c.system, *c.users, *c.chosen, *c.rejected))
-        ids_of_text = encode_texts(tokenizer, texts)
-        for c in batch:
-            chosen_ids = join_ids(chat_segments(c.system, c.users, c.chosen), ids_of_text)
-            rejected_ids = join_ids(chat_segments(c.system, c.users, c.rejected), ids_of_text)
-            chosen_scored = len(ids_of_text[c.chosen[-1]]) + 1  # and <EOA>
-            rejected_scored = len(ids_of_text[c.rejected[-1]]) + 1
-            yield c, TokenizedPair.from_chats(chosen_ids, chosen_scored, rejected_ids, rejected_scored)
+        chats = [Chat(c.system, c.users, answers) for c in batch for answers in (c.chosen, c.rejected)]
+        encoded = chat.encode(chats)
+        for c, chosen, rejected in zip(batch, encoded[0::2], encoded[1::2], strict=True):
+            for note in dict.fromkeys(chosen.notes + rejected.notes):
+                count.noticed.add(note, f"{c.file}:{c.record}")
+            yield c, TokenizedPair.from_chats(chosen.ids, chosen.scored, rejected.ids, rejected.scored)
 
 
 def _keep_usable(
@@ -244,13 +246,15 @@ def _keep_usable(
     return kept.finish(), np.array(shares)
 
 
-def _unknown_tokens(pairs: PairSet) -> Unknown:
-    """Tokens <UNK> of pairs whose tokens lie in their order."""
+def _unknown_tokens(pairs: PairSet, unknown_id: int | None) -> Unknown:
+    """Tokens for what the tokenizer does not know, of pairs whose tokens lie in their order."""
+    if unknown_id is None:
+        return Unknown()
     places, counts_N2 = pairs.places, pairs.keys["counts"]
     starts_N = np.ascontiguousarray(places["start"])
     in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
     for first in range(0, len(pairs.tokens), _TOKENS_AT_ONCE):
-        found_U = first + np.flatnonzero(pairs.tokens[first : first + _TOKENS_AT_ONCE] == SPECIAL_IDS["<UNK>"])
+        found_U = first + np.flatnonzero(pairs.tokens[first : first + _TOKENS_AT_ONCE] == unknown_id)
         owners_U = np.searchsorted(starts_N, found_U, side="right") - 1
         np.add.at(in_chats_N, owners_U, 1)
         ends_U = starts_N[owners_U] + places["prefix"][owners_U]
@@ -281,7 +285,7 @@ def _held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:
     return shares_N < limit
 
 
-def _prompt_share(system: str, users: Sequence[str], seed: int) -> float:
+def _prompt_share(system: str | None, users: Sequence[str], seed: int) -> float:
     """Where the prompt stands in [0, 1), from a hash of the seed, the system prompt and the user turns."""
     key = json.dumps([seed, system, list(users)]).encode()
     return int.from_bytes(digest(key, size=6), "big") / 2**48  # 48 bits are exact in a float

@@ -60,7 +60,7 @@ class PairText(NamedTuple):
 class Conversation:
     """What a record says: a system prompt, user turns, and two answers to each of them."""
 
-    system: str
+    system: str | None  # None: no system message
     users: tuple[str, ...]
     chosen: tuple[str, ...]
     rejected: tuple[str, ...]
@@ -69,9 +69,9 @@ class Conversation:
 
     @property
     def text(self) -> PairText:
-        """Both chats, formatted."""
-        chosen_chat = format_chat(self.system, self.users, self.chosen)
-        rejected_chat = format_chat(self.system, self.users, self.rejected)
+        """Both chats in SimpleLLaMA's format."""
+        chosen_chat = format_chat(self.system or "", self.users, self.chosen)
+        rejected_chat = format_chat(self.system or "", self.users, self.rejected)
         return PairText(chosen_chat, self.chosen[-1] + "<EOA>", rejected_chat, self.rejected[-1] + "<EOA>")
 
 
@@ -87,7 +87,7 @@ class NeedsOption(UserError):
 class ReadOptions:
     """What readers leave to the caller; each format looks at those that it has a use for."""
 
-    default_system: str = DEFAULT_SYSTEM_PROMPT  # for "CUSTOM", and for formats without a system prompt
+    default_system: str | None = DEFAULT_SYSTEM_PROMPT  # for "CUSTOM", and for formats without a system prompt
     prefer: Literal["helpfulness", "safety"] | None = None  # the label of PKU-SafeRLHF that decides
     keep_unsafe: bool = False  # also pairs of PKU-SafeRLHF whose preferred answer is marked unsafe
     clean: Callable[[str], str] = str  # applied to each message of HH-RLHF and PKU-SafeRLHF before it is judged

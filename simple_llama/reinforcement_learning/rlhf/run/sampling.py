@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, gather_objects
 from simple_llama.common.logging import LOGGER
-from simple_llama.dataset.tokenizer import SPECIAL_IDS
+from simple_llama.finetune.chat_format import ChatFormat
 from simple_llama.inference.generate import generate
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
@@ -22,23 +20,25 @@ from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, appe
 
 
 def _answers(
-    model: LLaMaTransformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: LLaMaTransformer, chat: ChatFormat, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
-    """Decoded greedy answers to `prompts` (token ids that end with <SOA>), without dropout."""
+    """Decoded greedy answers to `prompts` (token ids, up to where an answer begins), without dropout."""
     with evaluating(model):
-        return [tokenizer.decode(list(_watched(model, ids, max_new_tokens))).strip() for ids in prompts]
+        return [chat.decode(list(_watched(model, chat, ids, max_new_tokens))) for ids in prompts]
 
 
-def _watched(model: LLaMaTransformer, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+def _watched(
+    model: LLaMaTransformer, chat: ChatFormat, prompt_ids: Sequence[int], max_new_tokens: int
+) -> Iterator[int]:
     """An answer's tokens; each token is a sign of life."""
     watchdog.beat("sample answers")
-    for token in generate(model, prompt_ids, max_new_tokens, SPECIAL_IDS["<EOA>"]):
+    for token in generate(model, prompt_ids, max_new_tokens, chat.stop_ids):
         yield token
         watchdog.beat("sample answers")
 
 
 def _sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
-    """The first `count` different prompts of `pairs` as token ids that end with <SOA>."""
+    """The first `count` different prompts of `pairs` as token ids, up to where an answer begins."""
     prompts: dict[tuple[int, ...], None] = {}
     for pair in pairs:
         if len(prompts) == count:
@@ -63,7 +63,7 @@ class Samples:
         self, inputs: Inputs, engine: Engine, config: EvaluationConfig, ranks: Ranks, folder: Path, writer: RunWriter
     ):
         """Args: folder: the run's, with its samples.jsonl."""
-        self.tokenizer, self.engine, self.ranks = inputs.tokenizer, engine, ranks
+        self.chat, self.engine, self.ranks = inputs.chat, engine, ranks
         self.prompts = _sample_prompts(inputs.data.validation, config.n_samples)
         self.most_tokens = config.sample_tokens
         self.folder, self.writer = folder, writer
@@ -74,7 +74,7 @@ class Samples:
             return
         ranks, together = self.ranks, self.engine.partitioned
         share = slice(None) if together else slice(ranks.rank, None, ranks.world_size)
-        mine = _answers(self.engine.model, self.tokenizer, self.prompts[share], self.most_tokens)
+        mine = _answers(self.engine.model, self.chat, self.prompts[share], self.most_tokens)
         gathered = gather_objects(mine, ranks, list[str])
         if ranks.is_main:
             parts = 1 if together else len(gathered)
@@ -82,7 +82,7 @@ class Samples:
 
     def write(self, step: int, now: list[str]) -> None:
         """Puts the answers after `step` steps beside the start model's: samples.jsonl, TensorBoard, the log."""
-        prompts = [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in self.prompts]
+        prompts = [self.chat.tokenizer.decode(ids, skip_special_tokens=False) for ids in self.prompts]
         append_samples(self.folder, step, prompts, now)
         start = first_answers(self.folder)
         for index, (prompt, after) in enumerate(zip(prompts, now, strict=True)):

@@ -16,8 +16,7 @@ from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_toget
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Count, CountOrNone, Settings
-from simple_llama.pretraining.start_file import StartChanged
-from simple_llama.pretraining.weights import save_weights
+from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
@@ -197,7 +196,7 @@ class Saves:
             "environment": environment(),
         }
         try:
-            merged = self.inputs.start.merged(weights)  # what is not trained keeps its fp32 values
+            self.inputs.start.export(path, weights, metadata)  # what is not trained keeps its values
         except StartChanged as changed:
             self.refused.append(path.name)
             LOGGER.warning(
@@ -208,7 +207,6 @@ class Saves:
                 at.done,
             )
             return False
-        save_weights(path, merged, self.inputs.start.config, metadata)
         self.refused.clear()  # the checkpoint is back, and this is the newest
         prune_exports(self.folder, self.settings.keep_exports, self.steps_per_epoch, at.done)
         return True

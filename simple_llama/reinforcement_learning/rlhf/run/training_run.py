@@ -22,7 +22,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
 from simple_llama.pretraining.llama_transformer import compiled_graphs
-from simple_llama.pretraining.weights import LoadedModel
+from simple_llama.pretraining.weights import Loaded
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
@@ -343,7 +343,7 @@ def _reference_values(
 
 
 def _build_policy(
-    config: PolicyConfig, inputs: Inputs, start: LoadedModel, loss_fn: PreferenceLoss, device: torch.device
+    config: PolicyConfig, inputs: Inputs, start: Loaded, loss_fn: PreferenceLoss, device: torch.device
 ) -> DPOPolicy:
     """The start model as a policy, with the weights that are to be trained marked."""
     model = inputs.build_model(start, device, dropout=config.dropout)

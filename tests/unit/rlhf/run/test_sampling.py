@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from simple_llama.dataset.tokenizer import load_tokenizer
+from simple_llama.finetune.chat_format import SimpleLLaMAChat
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -18,9 +18,9 @@ PROMPT = [8, 21, 22, 6]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The tiny job's tokenizer."""
-    return load_tokenizer(make_job(tmp_path_factory.mktemp("job")).folder / "tokenizer.json")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> SimpleLLaMAChat:
+    """With the tiny job's tokenizer."""
+    return SimpleLLaMAChat(load_tokenizer(make_job(tmp_path_factory.mktemp("job")).folder / "tokenizer.json"))
 
 
 def one_token_model(token: int, **shape: object) -> LLaMaTransformer:
@@ -38,29 +38,29 @@ def one_token_model(token: int, **shape: object) -> LLaMaTransformer:
 # === answers ===
 
 
-def test_answers_are_decoded_up_to_end_of_answer(tokenizer: Tokenizer) -> None:
+def test_answers_are_decoded_up_to_end_of_answer(chat: SimpleLLaMAChat) -> None:
     """A model whose every next token is " a": two tokens of text; whose every next token is <EOA>: no text."""
-    [letter] = tokenizer.encode(" a", add_special_tokens=False).ids
+    [letter] = chat.tokenizer.encode(" a", add_special_tokens=False).ids
     for token, expected in ((letter, "a a"), (7, "")):
-        assert _answers(one_token_model(token), tokenizer, [PROMPT, [6]], 2) == [expected, expected]
+        assert _answers(one_token_model(token), chat, [PROMPT, [6]], 2) == [expected, expected]
 
 
-def test_dropout_is_off_and_the_training_flag_is_kept(tokenizer: Tokenizer) -> None:
+def test_dropout_is_off_and_the_training_flag_is_kept(chat: SimpleLLaMAChat) -> None:
     """A model in training with dropout 0.9 answers as without; afterwards it is in training still."""
-    [letter] = tokenizer.encode(" a", add_special_tokens=False).ids
+    [letter] = chat.tokenizer.encode(" a", add_special_tokens=False).ids
     model = one_token_model(letter, dropout=0.9).train()
     dropped = []
     model.decoder_blocks[0].register_forward_hook(lambda module, _, __: dropped.append(module.training))
-    assert _answers(model, tokenizer, [PROMPT], 3) == ["a a a"]
+    assert _answers(model, chat, [PROMPT], 3) == ["a a a"]
     assert model.training and dropped == [False] * 3
 
 
-def test_each_token_is_a_sign_of_life(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_token_is_a_sign_of_life(chat: SimpleLLaMAChat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first token of each of two answers, and after each of three tokens: 2 * 4."""
     beats = []
     monkeypatch.setattr("simple_llama.cluster.watchdog.beat", beats.append)
-    [letter] = tokenizer.encode(" a", add_special_tokens=False).ids
-    _answers(one_token_model(letter), tokenizer, [PROMPT, [6]], 3)
+    [letter] = chat.tokenizer.encode(" a", add_special_tokens=False).ids
+    _answers(one_token_model(letter), chat, [PROMPT, [6]], 3)
     assert beats == ["sample answers"] * 8
 
 

@@ -14,14 +14,14 @@ import torch
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
-from simple_llama.pretraining.start_file import StartChanged
+from simple_llama.pretraining import start_file
+from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.pretraining.weights import load_weights, save_weights
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import run_steps, train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
-from simple_llama.reinforcement_learning.rlhf.run import saves
 from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun
 from tiny_job import TinyJob, make_job
@@ -180,7 +180,7 @@ def test_a_failed_export_loses_no_training(lora: TinyJob, ranks: Ranks, monkeypa
     """No room for the second `.pth`: the state of step 2 is there. Resumed, the run writes that file first, and ends
     with the files and weights of one that had room."""
     run_job(lora, ranks, run_name="room")
-    write, written = saves.save_weights, []
+    write, written = start_file.save_weights, []
 
     def fill(path: Path, *rest: Any) -> None:
         written.append(path)
@@ -188,7 +188,7 @@ def test_a_failed_export_loses_no_training(lora: TinyJob, ranks: Ranks, monkeypa
             raise UserError(f"cannot write {path}: No space left on device")
         write(path, *rest)
 
-    monkeypatch.setattr(saves, "save_weights", fill)
+    monkeypatch.setattr(start_file, "save_weights", fill)
     with pytest.raises(UserError, match="No space left"):
         run_job(lora, ranks)
     folder = lora.folder / "checkpoints" / "tiny"
