@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from simple_llama.common.errors import UserError
 _READ_BYTES = 1 << 20  # of a file digested at a time
 _MOST_JSON_BYTES = 64 << 20  # of a file of settings or facts: far above any honest one, far below a machine's memory
 _MOST_SHOWN = 200  # characters of a value shown in one message
+_MOST_NAME = 100  # characters of a name in a list of them
+_NAMES_SHOWN = 6  # names of such a list
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -133,6 +135,13 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # a whole number of thousands of digits, a nested list
         return f"a {type(value).__name__} too long to show"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def listed(items: Sequence[str]) -> str:
+    """The first few names, and how many more. Names in a file may hold anything: line breaks, terminal commands."""
+    few = [item if item.isprintable() else repr(item) for item in items[:_NAMES_SHOWN]]
+    more = f" and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
+    return ", ".join(item[:_MOST_NAME] for item in few) + more
 
 
 def brief(value: Any, most: int = _MOST_SHOWN) -> str:

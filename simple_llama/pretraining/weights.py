@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_path, open_file, shown
+from simple_llama.common.files import atomic_path, listed, open_file, shown
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.archives import read_archive
 from simple_llama.pretraining.config import TrainingConfig
@@ -35,9 +35,8 @@ _ORIGIN = (
     "and names of models are not taken"
 )
 _FOREIGN = {".safetensors": "safetensors", ".gguf": "GGUF"}  # files of other programs, by their ending
+_DIGESTED = 1 << 22  # numbers at a time
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of data-parallel wrappers
-_NAMES_SHOWN = 6  # of wrong tensors in a message
-_NAME_SHOWN = 100  # characters of a tensor's name in a message
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,8 @@ def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(state_dict):
         tensor = state_dict[name].detach()
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        state.update(tensor.to("cpu", torch.float32).contiguous().view(-1).numpy().data)
+        for piece in tensor.flatten().split(_DIGESTED):  # no fp32 copy of a whole tensor
+            state.update(piece.to("cpu", torch.float32).contiguous().numpy().data)
     return state.hexdigest()
 
 
@@ -236,7 +236,7 @@ def _plain_state_dict(state_dict: Any, path: str | os.PathLike[str]) -> dict[str
         while name.startswith(_WRAPPER_PREFIXES):
             name = name.split(".", 1)[1]
         if name in plain:
-            raise UserError(f"{path}: {_EXPECTED}, found {_some([name])} twice, with and without a wrapper's prefix")
+            raise UserError(f"{path}: {_EXPECTED}, found {listed([name])} twice, with and without a wrapper's prefix")
         plain[name] = tensor
     return plain
 
@@ -255,7 +255,7 @@ def _check_finite(path: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Te
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
     if not all(finite):
         broken = [name for name, good in zip(tensors, finite, strict=True) if not good]
-        raise UserError(f"{path}: expected finite weights in {dtype}, found inf or nan in {_some(broken)}")
+        raise UserError(f"{path}: expected finite weights in {dtype}, found inf or nan in {listed(broken)}")
 
 
 def _check_fit(model: LLaMaTransformer, loaded: Loaded) -> None:
@@ -264,21 +264,14 @@ def _check_fit(model: LLaMaTransformer, loaded: Loaded) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict.items()}
     problems = []
     if missing := sorted(expected.keys() - found.keys()):
-        problems.append(f"missing {_some(missing)}")
+        problems.append(f"missing {listed(missing)}")
     if unexpected := sorted(found.keys() - expected.keys()):
-        problems.append(f"unexpected {_some(unexpected)}")
+        problems.append(f"unexpected {listed(unexpected)}")
     misfits = [name for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]]
     if shapes := [f"{name} {found[name]} instead of {expected[name]}" for name in misfits]:
-        problems.append(f"wrong shapes: {_some(shapes)}")
+        problems.append(f"wrong shapes: {listed(shapes)}")
     if problems:
         raise UserError(f"{loaded.path}: expected the tensors that its config describes, found " + "; ".join(problems))
-
-
-def _some(items: list[str]) -> str:
-    """The first few items, and how many more. Names in a file may hold anything: line breaks, terminal commands."""
-    items = [item if item.isprintable() else repr(item) for item in items[:_NAMES_SHOWN]] + items[_NAMES_SHOWN:]
-    more = f" and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
-    return ", ".join(item[:_NAME_SHOWN] for item in items[:_NAMES_SHOWN]) + more
 
 
 if __name__ == "__main__":
