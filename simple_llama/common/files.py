@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from io import BufferedReader, TextIOWrapper
@@ -54,6 +55,30 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # gone after os.replace; the first error is the one to show
             temp.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temp folder beside `path`; with the files that the body wrote there it becomes `path` at the end, or leaves
+    no trace. Its name is like that of `atomic_path`.
+
+    UserError, naming `path`, for any OSError on the way, and where something lies at `path` that is no empty folder.
+    """
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp.mkdir()
+        yield temp
+        for file in temp.iterdir():
+            _fsync(file)
+        publish_folder(temp, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)  # gone after the renaming; made above, so nobody else's
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:

@@ -1,0 +1,204 @@
+"""Writes a model as a Hugging Face folder, whole or not at all, and tells such folders from all others.
+
+    config.json  model.safetensors  tokenizer.json ...  README.md       what transformers reads, and people
+    model-00001-of-00003.safetensors ...  model.safetensors.index.json  the weights, above 5 GB
+    simple_llama_run.json                                               its run and its files' names: written first
+
+Tensors go to the disk one at a time: beside those of the caller, no more than one is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import atomic_folder, json_bytes, read_json
+from simple_llama.interop.hf_names import NameMap, check_mappable, our_shapes, shapes_in, to_theirs
+from simple_llama.interop.model_card import model_card
+from simple_llama.pretraining.architecture import Architecture
+
+RUN_FILE = "simple_llama_run.json"
+_FORMAT = 1  # of RUN_FILE; a reader refuses others
+_MOST_SHARD_BYTES = 5 * 10**9  # of tensors in a file, as the Hub asks; one tensor may be larger
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' words
+_CARD, _CONFIG, _INDEX = "README.md", "config.json", "model.safetensors.index.json"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ExportForm:
+    """What a folder holds beside the values of its tensors."""
+
+    architecture: Architecture
+    names: NameMap
+    config: Mapping[str, Any]  # config.json
+    dtype: torch.dtype  # of the tensors
+    files: Mapping[str, bytes]  # others by name, as they are to be: tokenizer, chat template, generation settings
+
+
+def write_folder(
+    path: Path,
+    state_dict: Mapping[str, torch.Tensor],
+    form: ExportForm,
+    metadata: dict[str, Any],
+    before_publish: Callable[[], object] = lambda: None,
+    most_shard_bytes: int = _MOST_SHARD_BYTES,
+) -> None:
+    """Writes the model, whole or not at all. An export that lies at `path` is replaced, and nothing else is.
+
+    Args:
+        state_dict: by our names; each tensor is asked for once, so it may be read then.
+        metadata: JSON values only (TypeError otherwise); `export_metadata` gives them back.
+        before_publish: called when all is written; where it raises, nothing stays.
+
+    Raises UserError for a tensor that is not finite in the dtype, an architecture without such names, or a full disk.
+    """
+    check_mappable(form.architecture)
+    shards = _shards(shapes_in(form.architecture, form.names), form.dtype.itemsize, most_shard_bytes)
+    named = {_shard_name(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
+    texts = {_CONFIG: json_bytes(form.config), **form.files, _CARD: model_card(path.name, metadata).encode()}
+    if len(shards) > 1:
+        texts[_INDEX] = _index(named, form.dtype.itemsize)
+    about = {"format": _FORMAT, "files": sorted({*texts, *named}), "metadata": metadata}
+    with atomic_folder(path) as temp:
+        (temp / RUN_FILE).write_bytes(json_bytes(about))
+        for name, data in texts.items():
+            (temp / name).write_bytes(data)
+        tensors = _their_tensors(state_dict, form)
+        for name, shard in named.items():
+            with (temp / name).open("wb") as file:
+                _write_shard(file, shard, tensors, form.dtype, path)
+        before_publish()
+        old = _put_aside(path)
+    if old is not None:
+        delete_aside(old)
+
+
+def export_metadata(folder: Path) -> dict[str, Any]:
+    """What an export says of itself; nothing for a link, or what is none, or lacks one of its files."""
+    about = _about(folder)
+    whole = about is not None and all((folder / name).is_file() for name in about["files"])
+    return about["metadata"] if about is not None and whole else {}
+
+
+def holds_export_alone(folder: Path) -> bool:
+    """Whether a folder is an export, and a person keeps nothing else in it."""
+    return (about := _about(folder)) is not None and _holds_only(folder, {*about["files"], RUN_FILE})
+
+
+def delete_export(folder: Path) -> None:
+    """Deletes an export, unless there is more in its folder. Never an error."""
+    with contextlib.suppress(OSError):
+        if (old := _put_aside(folder)) is not None:
+            delete_aside(old)
+
+
+def delete_aside(folder: Path) -> None:
+    """Deletes an export under a temporary name, or what a killed process left of one, unless there is more in it. Never
+    an error."""
+    about = _about(folder)
+    own = [*(about["files"] if about else ()), RUN_FILE]  # last: what is left after a kill is still known
+    with contextlib.suppress(OSError):
+        if folder.is_dir() and not folder.is_symlink() and _holds_only(folder, set(own)):
+            for name in own:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def _put_aside(folder: Path) -> Path | None:
+    """Gives an export a temporary name, which no reader looks at; None, and nothing done, for all else."""
+    if not holds_export_alone(folder):
+        return None
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    folder.rename(aside)
+    return aside
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """RUN_FILE of a folder; None where there is none that can be believed."""
+    path = folder / RUN_FILE
+    if folder.is_symlink() or path.is_symlink():
+        return None
+    try:
+        found = read_json(path)
+    except UserError:
+        return None
+    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("metadata"), dict):
+        return None
+    files = found.get("files")
+    return found if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
+
+
+def _holds_only(folder: Path, names: set[str]) -> bool:
+    """Whether all that lies in a folder are plain files of these names."""
+    try:
+        return all(path.name in names and path.is_file() and not path.is_symlink() for path in folder.iterdir())
+    except OSError:  # not ours to read
+        return False
+
+
+def _shards(shapes: Shapes, itemsize: int, most_bytes: int) -> list[Shapes]:
+    """The tensors of each file, in order: as many as fit."""
+    shards: list[Shapes] = [{}]
+    room = most_bytes
+    for name, shape in shapes.items():
+        size = itemsize * torch.Size(shape).numel()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = most_bytes
+        shards[-1][name] = shape
+        room -= size
+    return shards
+
+
+def _shard_name(number: int, count: int) -> str:
+    """As transformers looks for it."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _index(named: Mapping[str, Shapes], itemsize: int) -> bytes:
+    """model.safetensors.index.json."""
+    size = sum(itemsize * torch.Size(shape).numel() for shard in named.values() for shape in shard.values())
+    places = {name: file for file, shard in named.items() for name in shard}
+    return json_bytes({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+
+
+def _their_tensors(state_dict: Mapping[str, torch.Tensor], form: ExportForm) -> Iterator[tuple[str, torch.Tensor]]:
+    """The family's tensors in the order of `shapes_in`, one of ours at a time."""
+    for name in our_shapes(form.architecture):
+        yield from to_theirs(name, state_dict[name].detach(), form.architecture, form.names).items()
+
+
+def _write_shard(
+    file: BufferedWriter, shard: Shapes, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, path: Path
+) -> None:
+    """A safetensors file: the header's length in 8 bytes, the header as JSON, the tensors' bytes in its order.
+
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shard.items():
+        begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    file.write(len(text).to_bytes(8, "little") + text)
+    for expected, shape in shard.items():
+        name, tensor = next(tensors)
+        assert (name, tuple(tensor.shape)) == (expected, shape), (name, tensor.shape, expected, shape)
+        rounded = tensor.to("cpu", dtype).contiguous()
+        if not rounded.isfinite().all():
+            raise UserError(f"cannot write {path}: {name} has numbers that are not finite in {dtype}; choose another")
+        file.write(rounded.view(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,79 @@
+"""The README.md of an exported model: what a run's metadata says, for people. No path of a machine goes into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- dpo
+---
+"""
+_SETTINGS = {  # of a run, by what they are called here
+    "loss_type": "loss",
+    "beta": "beta",
+    "epochs": "epochs",
+    "max_lr": "learning rate, at most",
+    "batch_size": "pairs a micro-batch on each rank",
+    "grad_accum_steps": "micro-batches a step",
+    "max_seq_len": "tokens of a chat, at most",
+    "seed": "seed",
+}
+_PACKAGES = ("torch", "deepspeed", "simple-llama-dpo", "git")
+
+
+def model_card(name: str, metadata: Mapping[str, Any]) -> str:
+    """The card of a run's export, or of a conversion, whose metadata has `source` alone.
+
+    Args:
+        name: of the folder.
+        metadata: as `Saves` makes it; what is missing is left out.
+    """
+    settings = metadata.get("dpo_config") or {}
+    facts = {
+        "start model": _last(settings.get("model_path") or metadata.get("source")),
+        "run": metadata.get("run"),
+        "optimizer steps": metadata.get("step"),
+        "epochs done": _short(metadata.get("epochs")),
+        "held-out loss at this step": _short(metadata.get("loss")),
+        "preference data": _last(settings.get("rlhf_dataset_path")),
+        **{words: _short(settings.get(key)) for key, words in _SETTINGS.items()},
+        **{package: (metadata.get("environment") or {}).get(package) for package in _PACKAGES},
+    }
+    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
+    if settings:
+        about = (
+            "Tuned by Direct Preference Optimization (Rafailov et al., arXiv:2305.18290) on pairs of a preferred and a "
+            "rejected answer."
+        )
+    else:
+        about = "Another form of the same model."
+    return "\n".join(
+        [
+            f"{_FRONT}# {_cell(name)}\n\n{about} The license is that of the start model.\n",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "\nAll settings are in `simple_llama_run.json`.\n",
+        ]
+    )
+
+
+def _last(path: Any) -> str | None:
+    """The last part of a path."""
+    return PurePath(str(path)).name if path else None
+
+
+def _short(value: Any) -> Any:
+    """A number with the digits that people read."""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _cell(value: Any) -> str:
+    """Text that cannot leave its place in the page."""
+    text = str(value).replace("|", "/").replace("`", "'").replace("<", "(").replace(">", ")")
+    return " ".join(text.split())
