@@ -22,7 +22,8 @@ import torch
 from benchmarks.workload import TOKENIZER, shares_prompt
 from simple_llama.common.errors import UserError
 from simple_llama.dataset.tokenizer import load_tokenizer
-from simple_llama.interop.hf_names import hf_config, to_hf
+from simple_llama.interop.hf_config import config_json
+from simple_llama.interop.hf_names import to_hf
 from simple_llama.pretraining.weights import WeightsFile
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 
@@ -253,7 +254,8 @@ def hf_model(start: WeightsFile, dtype: torch.dtype) -> Any:
     """LlamaForCausalLM with our weights in `dtype`; RoPE's frequencies stay fp32, as `from_pretrained` leaves them."""
     from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
-    model = LlamaForCausalLM(LlamaConfig(**hf_config(start.architecture)))
+    config = {**config_json(start.architecture, torch.float32), "use_cache": False}
+    model = LlamaForCausalLM(LlamaConfig.from_dict(config))
     model.load_state_dict(to_hf(start.state_dict, start.architecture), strict=True)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

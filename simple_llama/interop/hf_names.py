@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.rotary import LinearScaling
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -122,30 +120,6 @@ def from_hf(tensors: Tensors, architecture: Architecture, family: NameMap = LLAM
     }
 
 
-def hf_config(architecture: Architecture) -> dict[str, Any]:
-    """Arguments of transformers' LlamaConfig for the same architecture. UserError where it has none."""
-    check_mappable(architecture)
-    if architecture.qk_norm or architecture.qkv_bias != architecture.out_bias:
-        raise UserError("model: expected a LlamaForCausalLM, found norms of queries or biases of some projections")
-    return {
-        "vocab_size": architecture.vocab_size,
-        "hidden_size": architecture.width,
-        "intermediate_size": architecture.hidden_width,
-        "num_hidden_layers": architecture.layers,
-        "num_attention_heads": architecture.heads,
-        "num_key_value_heads": architecture.key_heads,
-        "head_dim": architecture.key_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": architecture.max_seq_len,
-        "rms_norm_eps": architecture.eps,
-        "rope_parameters": _rope_parameters(architecture),
-        "tie_word_embeddings": architecture.tied_head,
-        "attention_bias": architecture.qkv_bias,
-        "mlp_bias": architecture.ffwd_bias,
-        "use_cache": False,
-    }
-
-
 def _half_order(width: int) -> torch.Tensor:
     """Our row for each of their rows of a head (K,): the first of all pairs, then the second of all pairs."""
     return torch.cat((torch.arange(0, width, 2), torch.arange(1, width, 2)))
@@ -179,23 +153,6 @@ def _joined(parts: Sequence[torch.Tensor], architecture: Architecture) -> torch.
 def _reordered(tensor: torch.Tensor, order_K: torch.Tensor) -> torch.Tensor:
     """The rows of each head in another order."""
     return tensor.unflatten(0, (-1, len(order_K)))[:, order_K].flatten(0, 1)
-
-
-def _rope_parameters(architecture: Architecture) -> dict[str, Any]:
-    """LlamaConfig's dictionary of RoPE."""
-    theta, scaling = {"rope_theta": float(architecture.theta)}, architecture.rope_scaling
-    if scaling is None:
-        return {"rope_type": "default", **theta}
-    if isinstance(scaling, LinearScaling):
-        return {"rope_type": "linear", **theta, "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        **theta,
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.slow_turns,
-        "high_freq_factor": scaling.fast_turns,
-        "original_max_position_embeddings": scaling.trained_len,
-    }
 
 
 def check_mappable(architecture: Architecture) -> None:
