@@ -59,8 +59,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temp folder beside `path`; with the files that the body wrote there it becomes `path` at the end, or leaves
-    no trace. Its name is like that of `atomic_path`.
+    """Yield a temp folder beside `path`; with the files that the body wrote there it becomes `path` at the end, or
+    leaves no trace. Its name is like that of `atomic_path`.
 
     UserError, naming `path`, for any OSError on the way, and where something lies at `path` that is no empty folder.
     """

@@ -55,6 +55,11 @@ class StartModel(Protocol):
         """How the names of its exports end: ".pth", or nothing for a folder."""
         ...
 
+    @property
+    def export_dtype(self) -> torch.dtype:
+        """Of the tensors of its exports."""
+        ...
+
     def load(self) -> Loaded:
         """What the files hold now, for a look at it: its values are not checked. StartChanged where it differs openly.
 

@@ -23,7 +23,7 @@ from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
-_EXPORT_BYTES, _STATE_BYTES = 4, 12  # a weight: fp32; with AdamW's two moments
+_STATE_BYTES = 12  # a weight: fp32, with AdamW's two moments
 
 
 def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
@@ -102,11 +102,13 @@ def _checkpoints(config: RunConfig, inputs: Inputs, steps_per_epoch: int) -> str
     ends, between = count_saves(steps_per_epoch, config.epochs, config.save_interval)
     exports = ends + (min(between, config.keep_exports) if config.keep_exports else between)
     states = min(ends + between, config.keep_states)
-    export, state = (count / 2**30 for count in (_EXPORT_BYTES * sum(size), _STATE_BYTES * trained))
+    export_bytes = inputs.start.export_dtype.itemsize * sum(size)
+    export, state = (count / 2**30 for count in (export_bytes, _STATE_BYTES * trained))
+    kind = f"{inputs.start.export_suffix} files" if inputs.start.export_suffix else "Hugging Face folders"
     return "\n".join(
         [
             f"{ends + between} saves: {ends} at epochs' ends, {between} between (save_interval)",
-            f"{exports} .pth files stay (keep_exports), {export:.3f} GiB each, {exports * export:.3f} GiB",
+            f"{exports} {kind} stay (keep_exports), {export:.3f} GiB each, {exports * export:.3f} GiB",
             f"{states} states stay (keep_states), {state:.3f} GiB each, {states * state:.3f} GiB; one more in a save",
         ]
     )

@@ -1,14 +1,15 @@
-"""What a run leaves on disk: the state from which it resumes, and the `.pth` that upstream's inference loads.
+"""What a run leaves on disk: the state from which it resumes, and the weights in the form in which the model came.
 
     <ckpt_dir>/<run>/
         state/step_00000120/                           complete or absent: written beside, then renamed
             rank_00000.safetensors ...                 master weights and AdamW moments, by parameter name
             state.json                                 step, digests of the files and of itself, what the run depends on
         latest                                         name of the newest state, written when it is there
-        dpo_{epoch}E_{loss}L_{max_seq_len}MSQ.pth      fp32 weights, TrainingConfig, metadata: written last
+        dpo_{epoch}E_{loss}L_{max_seq_len}MSQ.pth      fp32 weights, TrainingConfig, metadata: written last; or
+        dpo_{epoch}E_{loss}L_{max_seq_len}MSQ/         a Hugging Face folder of a model that came as one, or as GGUF
 
 A parameter's state stands whole in one file, so a run may resume on another number of ranks, and nothing is a pickle.
-A state names its `.pth`: where a kill or a full disk left it out, the run that resumes writes it.
+A state names its export: where a kill or a full disk left it out, the run that resumes writes it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class StateFacts:
     """What state.json says of a run beside the digests of its files."""
 
     step: int  # optimizer steps done
-    weights: str  # file name of the exported `.pth`; "" where none was
+    weights: str  # name of the export; "" where none was
     loss: float | None  # the last held-out loss, or the last interval's where nothing is held out
     unfinished: bool  # whether an evaluation or a save is still due after `step`
     course: dict[str, Any]  # what a resumed run must share: settings, pairs a step, digests of data and reference

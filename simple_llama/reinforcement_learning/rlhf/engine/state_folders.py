@@ -19,11 +19,13 @@ from pathlib import Path
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import publish_folder
 from simple_llama.common.logging import LOGGER
+from simple_llama.interop.hf_export import RUN_FILE, delete_aside
 
 _STATE = re.compile(r"step_(\d{8,})(?:-(\d+))?")
 _TEMP_STATE = re.compile(r"\.step_\d{8,}(?:-\d+)?\.tmp")
 _TEMP = r"\.\d+\.[0-9a-f]+\.tmp"  # what `atomic_path` puts behind a name
 _TEMP_FILE = re.compile(rf"\.(?:latest|dpo_.*\.pth){_TEMP}")
+_TEMP_EXPORT = re.compile(rf"\.dpo_.*{_TEMP}")  # a folder
 _FILE = r"(?:state\.json|rank_\d{5,}\.safetensors)"
 _OWN_FILE = re.compile(rf"{_FILE}|\.{_FILE}{_TEMP}")
 
@@ -100,6 +102,8 @@ def has_checkpoints(folder: Path) -> bool:
     """
     if (folder / "latest").exists() or any(state.is_dir() for state in states(folder)):
         return True
+    if any(folder.glob(f"dpo_*/{RUN_FILE}")):
+        return True
     return any(folder.glob("dpo_*.pth")) and not any((folder / "state").glob(".step_*.tmp"))
 
 
@@ -148,6 +152,8 @@ def _delete_temps(folder: Path) -> None:
         if _TEMP_FILE.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             with contextlib.suppress(OSError):
                 path.unlink()
+        elif _TEMP_EXPORT.fullmatch(path.name):
+            delete_aside(path)
     if not (folder / "state").is_symlink():
         for path in (folder / "state").glob(".step_*.tmp"):
             if _TEMP_STATE.fullmatch(path.name):

@@ -1,8 +1,9 @@
-"""The `.pth` files of a run: how they are named, which ones are its own, and how many stay.
+"""The exports of a run: how they are named, which ones are its own, and how many stay.
 
     dpo_{epoch}E_{loss}L_{max_seq_len}MSQ.pth    dpo_{epoch}E_{max_seq_len}MSQ.pth, where no loss was measured
 
-No two steps of a run share a name, and no file is replaced but an export of the same step.
+Of a model that came as a folder they are folders, whose names have no ending. No two steps of a run share a name, and
+nothing is replaced but an export of the same step.
 """
 
 from __future__ import annotations
@@ -11,58 +12,61 @@ import contextlib
 import os
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from simple_llama.common.errors import UserError
-from simple_llama.pretraining.weights import load_weights
+from simple_llama.interop.hf_export import delete_export, holds_export_alone
+from simple_llama.pretraining.start_model import StartModel
 
 _LEAST_DIGITS = 4  # of an epoch
 
 
-def weights_name(step: int, steps_per_epoch: int, loss: float | None, max_seq_len: int) -> str:
-    """File name of the weights after `step` steps: dpo_2E_0.5312L_2048MSQ.pth.
+def weights_name(step: int, steps_per_epoch: int, loss: float | None, max_seq_len: int, suffix: str) -> str:
+    """Name of the weights after `step` steps: dpo_2E_0.5312L_2048MSQ.pth.
 
     Args:
         loss: measured after that step; None where none was.
     """
     measured = "" if loss is None else f"{loss:.4f}L_"
-    return f"dpo_{_epoch(step, steps_per_epoch)}E_{measured}{max_seq_len}MSQ.pth"
+    return f"dpo_{_epoch(step, steps_per_epoch)}E_{measured}{max_seq_len}MSQ{suffix}"
 
 
-def free_path(folder: Path, name: str, step: int) -> Path:
+def free_path(folder: Path, name: str, step: int, start: StartModel) -> Path:
     """Where the export of a step goes: to `name`, unless something else has it; then to a name that tells the step."""
-    stem = name.removesuffix(".pth")
+    stem = name.removesuffix(start.export_suffix)
     for number in count():
         more = "" if number == 0 else f"_step{step}" if number == 1 else f"_step{step}-{number}"
-        path = folder / f"{stem}{more}.pth"
-        if not os.path.lexists(path) or is_export(path, step):
+        path = folder / f"{stem}{more}{start.export_suffix}"
+        if not os.path.lexists(path) or (is_export(path, step, start) and _is_alone(path)):
             return path
     raise AssertionError
 
 
-def is_export(path: Path, step: int) -> bool:
-    """Whether a file is the export of a step, under the name that it was given."""
-    found = _metadata(path)
+def is_export(path: Path, step: int, start: StartModel) -> bool:
+    """Whether something is the whole export of a step, under the name that it was given."""
+    found = start.export_metadata(path)
     return found.get("step") == step and found.get("file", path.name) == path.name  # earlier versions' lack `file`
 
 
-def prune_exports(folder: Path, keep: int, steps_per_epoch: int, done: int) -> None:
+def prune_exports(folder: Path, keep: int, steps_per_epoch: int, done: int, start: StartModel) -> None:
     """Deletes exports of this run up to step `done` that end no epoch, but for the newest `keep`; 0: deletes none.
 
-    A file that was copied, renamed or put there by a person, or by an earlier version, is not looked upon as the run's.
+    What was copied, renamed or put there by a person, or by an earlier version, is not looked upon as the run's; nor is
+    a folder that a person keeps something in.
     """
     if not keep:
         return
     steps: dict[Path, int] = {}
-    for path in folder.glob("dpo_*.pth"):
-        found = _metadata(path)
+    for path in folder.glob(f"dpo_*{start.export_suffix}"):
+        found = start.export_metadata(path)
         step = found.get("step")
         own = found.get("run") == folder.name and found.get("file") == path.name
         if own and type(step) is int and step <= done and step % steps_per_epoch:
             steps[path] = step
     for path in sorted(steps, key=lambda path: steps[path], reverse=True)[keep:]:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if path.is_dir():
+            delete_export(path)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _epoch(step: int, steps_per_epoch: int) -> str:
@@ -78,9 +82,6 @@ def _epoch(step: int, steps_per_epoch: int) -> str:
     raise AssertionError
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """What a weights file says of itself; nothing for a link, or what is no weights file."""
-    try:
-        return {} if path.is_symlink() else load_weights(path).metadata
-    except UserError:
-        return {}
+def _is_alone(path: Path) -> bool:
+    """Whether an export may be replaced: a person keeps nothing in its folder."""
+    return not path.is_dir() or holds_export_alone(path)

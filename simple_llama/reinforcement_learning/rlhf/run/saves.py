@@ -57,7 +57,7 @@ class SavesConfig(Settings):
     ] = 0
     keep_states: Count = 2  # resumable states kept, newest first
     keep_exports: Annotated[
-        CountOrNone, Doc("newest .pth files kept of those that save_interval made; those of epochs' ends stay; 0: all")
+        CountOrNone, Doc("newest exports kept of those that save_interval made; those of epochs' ends stay; 0: all")
     ] = 0
 
 
@@ -91,7 +91,7 @@ def course_of(settings: dict[str, Any], pairs_per_step: int, inputs: Inputs) -> 
 class Saves:
     """The checkpoint folder of a run, and what every checkpoint says of it.
 
-    A state is on disk before its `.pth` is begun: where this fails, nothing that was trained is lost, and the run that
+    A state is on disk before its export is begun: where this fails, nothing that was trained is lost, and the run that
     resumes makes it.
     """
 
@@ -110,14 +110,14 @@ class Saves:
         """Args:
         course: see `course_of`.
         reference_values: what each state keeps of them; see `KeptValues`.
-        settings: all of the run, which go into the metadata of each `.pth`.
+        settings: all of the run, which go into the metadata of each export.
         check_lock: raises where another run has taken over the folder.
         """
         self.folder, self.engine, self.inputs, self.ranks = folder, engine, inputs, ranks
         self.course, self.settings, self.steps_per_epoch = course, settings, steps_per_epoch
         self.reference_values, self.check_lock = reference_values, check_lock
         self.newest: SavedState | None = None  # of those on disk that this run saved or loaded
-        self.newest_path = folder  # of an exported .pth, once there is one
+        self.newest_path = folder  # of an export, once there is one
         self.refused: list[str] = []  # exports that were due and could not be made; on rank 0
 
     def resume(self, saved: SavedState, measured: bool) -> Position:
@@ -125,26 +125,26 @@ class Saves:
 
         Args: measured: whether a loss was after the saved step.
         """
-        facts = saved.facts
+        facts, start = saved.facts, self.inputs.start
         self.newest, self.newest_path = saved, self.folder / facts.weights
         LOGGER.info("resumed from %s at step %d", saved.folder, facts.step)
         at = Position(facts.step, facts.unfinished, math.nan if facts.loss is None else facts.loss)
-        missing = bool(facts.weights) and self.ranks.is_main and not is_export(self.newest_path, facts.step)
+        missing = bool(facts.weights) and self.ranks.is_main and not is_export(self.newest_path, facts.step, start)
         if broadcast_object(missing, self.ranks):
             LOGGER.info("%s is missing; it is made from the state", self.newest_path)
             self._save(at, measured, facts.weights)
         return at
 
     def save(self, at: Position, measured: bool) -> None:
-        """Saves the state to resume from and exports the `.pth` (collective).
+        """Saves the state to resume from and exports the weights (collective).
 
         Args: measured: whether `at.last_loss` is of this step, and so belongs into the name.
         """
-        loss = at.last_loss if measured else None
-        self._save(at, measured, weights_name(at.done, self.steps_per_epoch, loss, self.inputs.max_seq_len))
+        loss, suffix = at.last_loss if measured else None, self.inputs.start.export_suffix
+        self._save(at, measured, weights_name(at.done, self.steps_per_epoch, loss, self.inputs.max_seq_len, suffix))
 
     def save_stopped(self, at: Position) -> None:
-        """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no `.pth`."""
+        """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no export."""
         if self.newest is None or self.newest.facts.step != at.done:
             with watchdog.patience(f"saving step {at.done}"):
                 self._write(at, "")
@@ -160,9 +160,9 @@ class Saves:
             )
 
     def _save(self, at: Position, measured: bool, name: str) -> None:
-        """The state, then the `.pth` of that name or, where something else has it, of one that tells the step."""
+        """The state, then the export of that name or, where something else has it, of one that tells the step."""
         with fail_together(self.ranks):
-            name = free_path(self.folder, name, at.done).name if self.ranks.is_main else ""
+            name = free_path(self.folder, name, at.done, self.inputs.start).name if self.ranks.is_main else ""
         name = broadcast_object(name, self.ranks)
         with watchdog.patience(f"saving step {at.done}"):
             weights = self._write(at, name)
@@ -173,7 +173,7 @@ class Saves:
             LOGGER.info("saved %s", self.newest_path)
 
     def _write(self, at: Position, name: str) -> dict[str, torch.Tensor]:
-        """Saves the state after `at.done` steps, which names its `.pth` ("": none); gives the weights (collective)."""
+        """Saves the state after `at.done` steps, which names its export ("": none); gives the weights (collective)."""
         loss = None if math.isnan(at.last_loss) else at.last_loss
         facts = StateFacts(at.done, name, loss, at.unfinished, self.course, self.reference_values)
         keep = self.settings.keep_states
@@ -183,7 +183,7 @@ class Saves:
         return weights
 
     def _export(self, weights: dict[str, torch.Tensor], path: Path, at: Position, measured: bool) -> bool:
-        """Writes a `.pth` and deletes what `keep_exports` does not keep. Gives False, and says so, where the start
+        """Exports, and deletes what `keep_exports` does not keep. Gives False, and says so, where the start
         checkpoint is needed and is not what it was: what is trained is in the state, so the run may go on."""
         metadata = {
             "run": self.folder.name,
@@ -208,7 +208,8 @@ class Saves:
             )
             return False
         self.refused.clear()  # the checkpoint is back, and this is the newest
-        prune_exports(self.folder, self.settings.keep_exports, self.steps_per_epoch, at.done)
+        keep = self.settings.keep_exports
+        prune_exports(self.folder, keep, self.steps_per_epoch, at.done, self.inputs.start)
         return True
 
     def last_good(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from simple_llama.common.errors import UserError
+from simple_llama.interop.hf_export import RUN_FILE
 from simple_llama.reinforcement_learning.rlhf.engine.state_folders import (
     begin_state,
     has_checkpoints,
@@ -178,3 +179,23 @@ def test_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:
     assert newest_run(tmp_path) == "a"
     os.utime(make_state(tmp_path / "killed", 1), (3000, 3000))  # before it wrote `latest`
     assert newest_run(tmp_path) == "killed"
+
+
+def test_half_written_exports_go_and_whole_ones_are_checkpoints(tmp_path: Path) -> None:
+    """A killed process's folder, of which it wrote a part, goes with the next save, unless a person keeps something in
+    it; a whole one is a checkpoint as a `.pth` is, a folder of other origin is none."""
+    run = tmp_path / "run"
+    facts = '{"format": 1, "files": ["config.json", "model.safetensors"], "metadata": {}}'
+    for name in (".dpo_1E_16MSQ.7.0a.tmp", ".dpo_2E_16MSQ.7.0a.tmp", "dpo_mine"):
+        (run / name).mkdir(parents=True)
+        (run / name / "config.json").write_text("{}")
+    assert not has_checkpoints(run)
+    for name in (".dpo_1E_16MSQ.7.0a.tmp", ".dpo_2E_16MSQ.7.0a.tmp"):
+        (run / name / RUN_FILE).write_text(facts)
+    (run / ".dpo_2E_16MSQ.7.0a.tmp" / "notes.txt").write_text("mine")
+    save(run, 1)
+    assert sorted(path.name for path in run.iterdir()) == [".dpo_2E_16MSQ.7.0a.tmp", "dpo_mine", "state"]
+    other = tmp_path / "other"
+    (other / "dpo_1E_16MSQ").mkdir(parents=True)
+    (other / "dpo_1E_16MSQ" / RUN_FILE).write_text(facts)
+    assert has_checkpoints(other)
