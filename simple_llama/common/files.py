@@ -181,6 +181,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         data = read_bytes(path, _MOST_JSON_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes, path: str | os.PathLike[str]) -> Any:
+    """The object in the bytes of a UTF-8 JSON file. UserError as of `read_json`."""
     try:
         text = data.decode("utf-8-sig")  # -sig: some editors put a byte order mark in front
         return json.loads(text, object_pairs_hook=_object)

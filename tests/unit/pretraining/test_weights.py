@@ -251,7 +251,7 @@ def test_other_forms_are_named_and_refused(tmp_path: Path, name: str, files: tup
         (tmp_path / "model" / file).touch()
     with pytest.raises(UserError, match=found) as error:
         find_weights(tmp_path / name)
-    for said in ("model_state_dict", "TrainingConfig", "start_model.py", "make demo", "Hugging Face", "not taken"):
+    for said in ("model_state_dict", "TrainingConfig", "start_model.py", "make demo", "Hugging Face", "not looked up"):
         assert said in str(error.value)
 
 

@@ -1,0 +1,187 @@
+"""A model in a folder as Hugging Face's libraries write it, held open for a run (a StartModel).
+
+Of such a folder only safetensors and JSON decide anything; no pickle in it is ever opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import listed, parse_json, read_bytes
+from simple_llama.interop.hf_config import HFModelConfig, config_json, read_hf_config
+from simple_llama.interop.hf_export import ExportForm, export_metadata, write_folder
+from simple_llama.interop.hf_names import NameMap, names_in, our_shapes, shapes_in, to_ours
+from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.weights import LoadedModel, weights_digest
+
+_MOST_BYTES = 256 << 20  # of a file beside the weights; tokenizers of a quarter million tokens take 20 MB
+_CONFIG = "config.json"
+_FILES = (  # that are read or go into an export unchanged
+    _CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "LICENSE",
+)
+_DERIVED = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")  # of old files: follows from config.json
+_EXPECTED = "expected a folder with a Hugging Face model (config.json, safetensors)"
+
+
+class HFFolder:
+    """A folder's model: its weights' files held open, its small files in memory."""
+
+    export_suffix = ""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens and digests the folder. UserError for a model that is not whole, not sound or not of a known family."""
+        self.path = Path(path)
+        self.files = dict(_small_files(self.path))  # by name, as they were found
+        source = self.path / _CONFIG
+        if _CONFIG not in self.files:
+            raise UserError(f"{path}: {_EXPECTED}, found no {_CONFIG}")
+        self.config = read_hf_config(parse_json(self.files[_CONFIG], source), str(source))
+        tensors = open_weights(self.path)
+        _check_fit(tensors, self.config, self.path)
+        self._tensors = _OurTensors(tensors, self.config)
+        self.names = list(self._tensors)
+        self.digest = weights_digest(self._tensors)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's shape."""
+        return self.config.architecture
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """Numbers of config.json that decide the output."""
+        return self.config.numerics
+
+    @property
+    def export_dtype(self) -> torch.dtype:
+        """That of the embeddings in the files; fp32 for fp64."""
+        [embeddings] = names_in("embeddings.weight", self.config.names)
+        dtype = self._tensors.theirs.dtype(embeddings)
+        return torch.float32 if dtype == torch.float64 else dtype
+
+    def load(self) -> LoadedModel:
+        """The model; each tensor is read, and compared with the first read, when it is asked for. StartChanged."""
+        self._tensors.theirs.check_sizes()
+        return LoadedModel(self._tensors, self.architecture, self.path)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[LoadedModel]:
+        """The model while the body uses it: no tensor that it gets is another one than was digested (StartChanged)."""
+        yield self.load()
+
+    def export(self, path: Path, trained: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+        """Writes a folder of this form, in the dtype of this one; see `write_folder`. StartChanged."""
+        form = ExportForm(
+            self.architecture,
+            self.config.names,
+            config_json(self.architecture, self.export_dtype, self.config.raw),
+            self.export_dtype,
+            {name: data for name, data in self.files.items() if name != _CONFIG},
+        )
+        write_folder(path, _Trained(trained, self._tensors), form, metadata)
+
+    def export_metadata(self, path: Path) -> dict[str, Any]:
+        """What an exported folder says of itself; nothing for what is none."""
+        return export_metadata(path)
+
+
+class _Trained(Mapping[str, torch.Tensor]):
+    """The trained tensors, and those of a start where a name is not among them."""
+
+    def __init__(self, trained: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]):
+        self.trained, self.start = trained, start
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.trained[name] if name in self.trained else self.start[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.start)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+class _OurTensors(Mapping[str, torch.Tensor]):
+    """The folder's tensors under our names and in our order of rows, each made when it is asked for."""
+
+    def __init__(self, theirs: SafetensorsFiles, config: HFModelConfig):
+        self.theirs, self.config = theirs, config
+        self._names = dict.fromkeys(our_shapes(config.architecture))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        parts = [self.theirs[their] for their in names_in(name, self.config.names)]
+        return to_ours(name, parts, self.config.architecture, self.config.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+def _small_files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """The files beside the weights that are there, by their names. UserError for one that cannot be read."""
+    for name in _FILES:
+        try:
+            yield name, read_bytes(folder / name, _MOST_BYTES)
+        except FileNotFoundError:
+            if os.path.lexists(folder / name):
+                raise UserError(f"{folder / name}: expected a file, found a broken link") from None
+        except OSError as error:
+            raise UserError(f"{folder / name}: expected a file, found: {error.strerror or error}") from error
+
+
+def _check_fit(tensors: SafetensorsFiles, config: HFModelConfig, path: Path) -> None:
+    """UserError where the files' tensors are not those that config.json describes."""
+    expected = shapes_in(config.architecture, config.names)
+    surplus = {name for name in tensors if name not in expected and not _DERIVED.fullmatch(name)}
+    if config.architecture.tied_head:
+        surplus -= _second_head(tensors, config.names, path)
+    problems = []
+    if missing := [name for name in expected if name not in tensors]:
+        problems.append(f"missing {listed(missing)}")
+    if surplus:
+        problems.append(f"unexpected {listed(sorted(surplus))}")
+    misfits = [name for name in expected if name in tensors and tensors.shape(name) != expected[name]]
+    if misfits:
+        shapes = [f"{name} {tensors.shape(name)} instead of {expected[name]}" for name in misfits]
+        problems.append(f"wrong shapes: {listed(shapes)}")
+    if problems:
+        raise UserError(f"{path}: expected the tensors that config.json describes, found {'; '.join(problems)}")
+
+
+def _second_head(tensors: SafetensorsFiles, family: NameMap, path: Path) -> set[str]:
+    """The name of a tied head that was written too. UserError where it is not the embeddings: which counts is not
+    guessed."""
+    [embeddings], [head] = names_in("embeddings.weight", family), names_in("final_linear.weight", family)
+    if head in tensors and embeddings in tensors and not tensors.same(head, embeddings):
+        raise UserError(
+            f"{path}: config.json says that the head is the embeddings (tie_word_embeddings), found {head} that "
+            f"differs from {embeddings}; set tie_word_embeddings to false, or take {head} out"
+        )
+    return {head}
