@@ -19,7 +19,7 @@ from simple_llama.common.files import listed, parse_json, read_bytes
 from simple_llama.interop.hf_config import HFModelConfig, config_json, read_hf_config
 from simple_llama.interop.hf_export import ExportForm, export_metadata, write_folder
 from simple_llama.interop.hf_names import NameMap, names_in, our_shapes, shapes_in, to_ours
-from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights
+from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights, weights_there
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.weights import LoadedModel, weights_digest
 
@@ -54,7 +54,7 @@ class HFFolder:
         self.files = dict(_small_files(self.path))  # by name, as they were found
         source = self.path / _CONFIG
         if _CONFIG not in self.files:
-            raise UserError(f"{path}: {_EXPECTED}, found no {_CONFIG}")
+            raise UserError(f"{path}: {_EXPECTED}, found no {_CONFIG} but {weights_there(self.path)}")
         self.config = read_hf_config(parse_json(self.files[_CONFIG], source), str(source))
         tensors = open_weights(self.path)
         _check_fit(tensors, self.config, self.path)
@@ -89,15 +89,18 @@ class HFFolder:
         """The model while the body uses it: no tensor that it gets is another one than was digested (StartChanged)."""
         yield self.load()
 
-    def export(self, path: Path, trained: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-        """Writes a folder of this form, in the dtype of this one; see `write_folder`. StartChanged."""
-        form = ExportForm(
-            self.architecture,
-            self.config.names,
-            config_json(self.architecture, self.export_dtype, self.config.raw),
-            self.export_dtype,
-            {name: data for name, data in self.files.items() if name != _CONFIG},
-        )
+    def export(
+        self,
+        path: Path,
+        trained: Mapping[str, torch.Tensor],
+        metadata: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Writes a folder of this form, in `dtype` or that of this one; see `write_folder`. StartChanged."""
+        dtype = dtype or self.export_dtype
+        config = config_json(self.architecture, dtype, self.config.raw)
+        files = {name: data for name, data in self.files.items() if name != _CONFIG}
+        form = ExportForm(self.architecture, self.config.names, config, dtype, files)
         write_folder(path, _Trained(trained, self._tensors), form, metadata)
 
     def export_metadata(self, path: Path) -> dict[str, Any]:

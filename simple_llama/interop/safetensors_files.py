@@ -192,7 +192,7 @@ def open_weights(folder: Path) -> SafetensorsFiles:
             f"{folder}: expected {single.name} or {index.name}, found both; take away which is not the model"
         )
     if not there:
-        raise UserError(f"{folder}: expected {single.name} or {index.name}, found {_others(folder)}")
+        raise UserError(f"{folder}: expected {single.name} or {index.name}, found {weights_there(folder)}")
     if there == [single]:
         return SafetensorsFiles([single])
     weight_map = _read_index(index)
@@ -227,18 +227,18 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _others(folder: Path) -> str:
-    """What stands in a folder in the place of its weights, and the way out."""
+def weights_there(folder: Path) -> str:
+    """What stands in a folder in the place of a whole model, in words, with the way out."""
     names = sorted(path.name for path in folder.iterdir())
     if "adapter_model.safetensors" in names or "adapter_config.json" in names:
         return "adapters alone (adapter_config.json); merge them into their base model first"
+    if others := [name for name in names if name.endswith((".safetensors", ".gguf", ".h5", ".msgpack"))]:
+        return listed(others)
     if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]:
         return (
             f"pickles alone ({listed(pickles)}), which can run code and are not read; "
             "save the model again as safetensors (save_pretrained with a recent transformers)"
         )
-    if others := [name for name in names if name.endswith((".safetensors", ".gguf", ".h5", ".msgpack"))]:
-        return listed(others)
     return "no weights"
 
 

@@ -229,6 +229,8 @@ def test_an_export_is_in_the_dtype_that_came(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    start.export(tmp_path / "exact", trained, {}, torch.float32)
+    assert HFFolder(tmp_path / "exact").digest == weights_digest(trained)
 
 
 # === Memory ===

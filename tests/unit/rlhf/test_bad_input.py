@@ -33,6 +33,7 @@ from bad_inputs import (
     parameters,
     states,
 )
+from bad_models import MODELS
 from simple_llama.cluster.console import _close_log
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
@@ -42,6 +43,7 @@ from simple_llama.reinforcement_learning.rlhf.apply_dpo import precompute_and_tr
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
+from tiny_hf import TinyHFJob, make_hf_job
 from tiny_job import TinyJob, make_job
 
 WORK: dict[str, Callable[..., object]] = {
@@ -117,6 +119,12 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
 
 
 @pytest.fixture(scope="module")
+def fresh_hf(tmp_path_factory: pytest.TempPathFactory) -> TinyHFJob:
+    """The tiny job of a Hugging Face folder before any run."""
+    return make_hf_job(tmp_path_factory.mktemp("fresh_hf") / "job")
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, fresh: TinyJob, ranks: Ranks) -> TinyJob:
     """The tiny job with its store, and a finished run `tiny` with two states."""
     job = TinyJob(tmp_path_factory.mktemp("trained") / "job")
@@ -175,6 +183,14 @@ def test_a_bad_input_ends_in_one_message(case: Case, tmp_path: Path, fresh: Tiny
     end_of(case, "precompute_ref", TinyJob(tmp_path / "job"), fresh, run)
 
 
+@named(MODELS)
+def test_a_broken_model_folder_ends_in_one_message(
+    case: Case, tmp_path: Path, fresh_hf: TinyHFJob, run: Command
+) -> None:
+    """Hugging Face folders: config.json, weights, shards. No pickle in them is opened."""
+    end_of(case, "precompute_ref", TinyHFJob(tmp_path / "job"), fresh_hf, run)
+
+
 @named(STATES)
 def test_a_bad_state_is_not_resumed_from(case: Case, tmp_path: Path, trained: TinyJob, run: Command) -> None:
     """Neither the run's checkpoints nor its logs change."""
@@ -216,9 +232,10 @@ def test_a_damaged_state_is_passed_over_for_an_older_one(tmp_path: Path, trained
 
 
 def test_the_table_is_as_long_as_it_should_be() -> None:
-    """At least 60 inputs, each with its own name."""
+    """At least 60 inputs, and 30 broken model folders beside them, each with its own name."""
     cases = DATASETS + SETTINGS + DEEPSPEED + TOKENIZERS + CHECKPOINTS + STATES + STORES
     assert len({case.name for case in cases}) >= 60
+    assert len({case.name for case in MODELS}) == len(MODELS) >= 30
 
 
 # === Secrets ===
