@@ -24,7 +24,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.rotary import LinearScaling, Llama3Scaling, RopeScaling
 
 _MOST_WIDTH = 1 << 20  # far above any model's
-_MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 4096, "num_attention_heads": 1 << 16, "head_dim": 1 << 16}
+_MOST = {"vocab_size": 1 << 24, "num_hidden_layers": 1000, "num_attention_heads": 1 << 16, "head_dim": 1 << 16}
 _MOST_TOKENS = 1 << 30  # of a sequence
 _LARGEST_FLOAT = 1e30
 _THETA = 10_000.0  # where a file has none
