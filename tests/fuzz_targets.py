@@ -32,6 +32,8 @@ from simple_llama.dataset.json_records import data_files, read_records
 from simple_llama.dataset.tokenizer import SPECIAL_IDS, load_tokenizer, token_count, tokenizer_digest
 from simple_llama.dataset.train_bpe import tokenizer_json, train_bpe
 from simple_llama.finetune.format_llm_prompt import encode_chat
+from simple_llama.interop.hf_folder import HFFolder
+from simple_llama.interop.hf_names import to_hf
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -50,6 +52,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
 from simple_llama.reinforcement_learning.rlhf.reference.shards import RECORD
+from tiny_hf import ARCHITECTURE, CONFIG, random_weights
 
 Target = Callable[[bytes, Path], None]
 SHARD = "rank_00000.safetensors"
@@ -206,6 +209,31 @@ def weights(data: bytes, folder: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == ["start.pth"]
 
 
+def hf_config(data: bytes, folder: Path) -> None:
+    """A config.json beside sound weights: refused, or a model that these weights fit."""
+    (folder / "config.json").write_bytes(data)
+    (folder / "model.safetensors").write_bytes(seeds("hf_weights")[0])
+    check_hf_folder(folder)
+
+
+def hf_weights(data: bytes, folder: Path) -> None:
+    """A model.safetensors beside a sound config.json: refused, or finite weights of the shapes that this says."""
+    (folder / "config.json").write_bytes(seeds("hf_config")[0])
+    (folder / "model.safetensors").write_bytes(data)
+    check_hf_folder(folder)
+
+
+def check_hf_folder(folder: Path) -> None:
+    """A folder is refused, or a model; nothing is written, no code is run."""
+    with refused():
+        start = HFFolder(folder)
+        with start.reading() as loaded:
+            check_weights(loaded, torch.float32)
+            model = build_model(loaded, torch.float32, "cpu")
+        assert all(weight.isfinite().all() for weight in model.parameters())
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
 TARGETS: dict[str, Target] = {
     target.__name__: target
     for target in (
@@ -218,6 +246,8 @@ TARGETS: dict[str, Target] = {
         state_tensors,
         store,
         weights,
+        hf_config,
+        hf_weights,
     )
 }
 
@@ -241,6 +271,8 @@ def seeds(name: str) -> tuple[bytes, ...]:
         "state_tensors": lambda: (sound_tensors(), sound_tensors(float("nan")), pickle.dumps(RunsCode())),
         "store": lambda: (sound_shard(), json.dumps(REFERENCE).encode(), pickle.dumps(RunsCode())),
         "weights": sound_weights,
+        "hf_config": lambda: (json.dumps(CONFIG).encode(),),
+        "hf_weights": lambda: (safetensors_bytes(to_hf(random_weights(), ARCHITECTURE)), pickle.dumps(RunsCode())),
     }[name]()
 
 

@@ -161,6 +161,9 @@ def _small_files(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _check_fit(tensors: SafetensorsFiles, config: HFModelConfig, path: Path) -> None:
     """UserError where the files' tensors are not those that config.json describes."""
+    said = f"{path}: expected the tensors that config.json describes, found"
+    if config.architecture.layers > len(tensors):  # not worth the time to name what is missing of thousands
+        raise UserError(f"{said} {len(tensors)} tensors for {config.architecture.layers} layers")
     expected = shapes_in(config.architecture, config.names)
     surplus = {name for name in tensors if name not in expected and not _DERIVED.fullmatch(name)}
     if config.architecture.tied_head:
@@ -175,7 +178,7 @@ def _check_fit(tensors: SafetensorsFiles, config: HFModelConfig, path: Path) -> 
         shapes = [f"{name} {tensors.shape(name)} instead of {expected[name]}" for name in misfits]
         problems.append(f"wrong shapes: {listed(shapes)}")
     if problems:
-        raise UserError(f"{path}: expected the tensors that config.json describes, found {'; '.join(problems)}")
+        raise UserError(f"{said} {'; '.join(problems)}")
 
 
 def _second_head(tensors: SafetensorsFiles, family: NameMap, path: Path) -> set[str]:

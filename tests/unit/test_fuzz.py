@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "fuzz" / "fuzz_inputs.py"
 KEYS = ["Template", "User", "Accepted", "Rejected", "format", "step", "files", "beta", "epochs", "run_name", "stage"]
 KEYS += ["zero_optimization", "bf16", "enabled", "model", "vocab", "merges", "added_tokens", "type", "weights", "loss"]
-EXAMPLES = {"loader": 60, "records": 60, "tokenizer": 40, "store": 60, "weights": 80}  # others: 100
+EXAMPLES = {"loader": 60, "records": 60, "tokenizer": 40, "store": 60, "weights": 80, "hf_config": 40}  # others: 100
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.none()
@@ -80,7 +80,7 @@ def inputs(name: str) -> st.SearchStrategy[bytes]:
     some = st.binary(max_size=64) | values.map(lambda value: json.dumps(value).encode()) | mutated(name)
     if name in ("loader", "records"):
         return some | messages()
-    if name in ("settings", "deepspeed", "tokenizer", "state_facts"):
+    if name in ("settings", "deepspeed", "tokenizer", "state_facts", "hf_config"):
         return some | changed_json(name)
     return some
 
@@ -113,7 +113,7 @@ def test_any_bytes_are_refused_or_sound(name: str, folder: Path) -> None:
     fuzz()
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "settings", "deepspeed", "weights"])
+@pytest.mark.parametrize("name", ["tokenizer", "settings", "deepspeed", "weights", "hf_config", "hf_weights"])
 def test_sound_files_are_read(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first seed is no error: else mutations would start from what is refused anyway."""
     monkeypatch.setattr("fuzz_targets.refused", contextlib.nullcontext)
