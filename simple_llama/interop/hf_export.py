@@ -33,7 +33,7 @@ _MOST_SHARD_BYTES = 5 * 10**9  # of tensors in a file, as the Hub asks; one tens
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' words
 _CARD, _CONFIG, _INDEX = "README.md", "config.json", "model.safetensors.index.json"
 
-Shapes = dict[str, tuple[int, ...]]
+_Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ def _holds_only(folder: Path, names: set[str]) -> bool:
         return False
 
 
-def _shards(shapes: Shapes, itemsize: int, most_bytes: int) -> list[Shapes]:
+def _shards(shapes: _Shapes, itemsize: int, most_bytes: int) -> list[_Shapes]:
     """The tensors of each file, in order: as many as fit."""
-    shards: list[Shapes] = [{}]
+    shards: list[_Shapes] = [{}]
     room = most_bytes
     for name, shape in shapes.items():
         size = itemsize * torch.Size(shape).numel()
@@ -167,7 +167,7 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _index(named: Mapping[str, Shapes], itemsize: int) -> bytes:
+def _index(named: Mapping[str, _Shapes], itemsize: int) -> bytes:
     """model.safetensors.index.json."""
     size = sum(itemsize * torch.Size(shape).numel() for shard in named.values() for shape in shard.values())
     places = {name: file for file, shard in named.items() for name in shard}
@@ -181,7 +181,7 @@ def _their_tensors(state_dict: Mapping[str, torch.Tensor], form: ExportForm) -> 
 
 
 def _write_shard(
-    file: BufferedWriter, shard: Shapes, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, path: Path
+    file: BufferedWriter, shard: _Shapes, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, path: Path
 ) -> None:
     """A safetensors file: the header's length in 8 bytes, the header as JSON, the tensors' bytes in its order.
 

@@ -79,9 +79,19 @@ class StartFile:
         self._check(loaded)
         return {name: trained.get(name, tensor) for name, tensor in loaded.state_dict.items()}
 
-    def export(self, path: Path, trained: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-        """Writes a weights file: the trained tensors, and the file's own fp32 values of the others. StartChanged."""
-        save_weights(path, self.merged(trained), self.config, metadata)
+    def export(
+        self,
+        path: Path,
+        trained: Mapping[str, torch.Tensor],
+        metadata: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Writes a weights file: the trained tensors, and the file's own of the others, as they are unless a dtype is
+        given. StartChanged."""
+        merged = self.merged(trained)
+        if dtype is not None:
+            merged = {name: tensor.to(dtype) for name, tensor in merged.items()}
+        save_weights(path, merged, self.config, metadata)
 
     def export_metadata(self, path: Path) -> dict[str, Any]:
         """What a weights file says of itself; nothing for a link, or what is no weights file."""

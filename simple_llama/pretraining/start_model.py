@@ -57,7 +57,7 @@ class StartModel(Protocol):
 
     @property
     def export_dtype(self) -> torch.dtype:
-        """Of the tensors of its exports."""
+        """Of the tensors of a run's exports."""
         ...
 
     def load(self) -> Loaded:
@@ -72,12 +72,19 @@ class StartModel(Protocol):
         what was digested: nothing that it made may be used then."""
         ...
 
-    def export(self, path: Path, trained: Mapping[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    def export(
+        self,
+        path: Path,
+        trained: Mapping[str, torch.Tensor],
+        metadata: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Writes the trained tensors, and the files' own where a name is not among them, in the form in which the
         model came, whole or not at all.
 
         Args:
             metadata: JSON values only (TypeError otherwise).
+            dtype: of all tensors; None: `export_dtype`.
 
         Raises StartChanged.
         """

@@ -184,12 +184,38 @@ def newest_state(folder: Path) -> SavedState:
     Raises UserError when there is none.
     """
     for candidate in states(folder):
-        problem, found = _check_state(candidate)
-        if not problem:
-            facts = StateFacts.from_json(found)
-            return SavedState(candidate, facts, found["files"], int(found["optimizer_steps"]))
-        LOGGER.warning("state %s is not used: %s", candidate, problem)
+        try:
+            return read_state(candidate)
+        except UserError as error:
+            LOGGER.warning("state %s is not used: %s", candidate, error)
     raise UserError(f"{folder}: expected a state to resume from (state/step_*), found no complete one")
+
+
+def read_state(candidate: Path) -> SavedState:
+    """A state whose files are all there and unchanged; UserError with what is wrong with another one."""
+    problem, found = _check_state(candidate)
+    if problem:
+        raise UserError(problem)
+    return SavedState(candidate, StateFacts.from_json(found), found["files"], int(found["optimizer_steps"]))
+
+
+class StateWeights(Mapping[str, torch.Tensor]):
+    """The fp32 master weights of a checked state by name, on the CPU, each read when it is asked for."""
+
+    def __init__(self, saved: SavedState):
+        self._places = {
+            parameter: saved.folder / file for file in saved.files for parameter in _parameters_in(saved.folder / file)
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._places[name], framework="pt") as file:
+            return file.get_tensor(f"{name}|weight")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _check_state(candidate: Path) -> tuple[str, dict[str, Any]]:
@@ -271,6 +297,13 @@ def _read_parameters(saved: SavedState) -> Iterator[tuple[str, dict[str, torch.T
     for name in saved.files:
         watchdog.beat(f"loading {name}")
         yield from _read_tensors(saved.folder / Path(name).name)
+
+
+def _parameters_in(path: Path) -> list[str]:
+    """Names of the parameters in one file of a checked state."""
+    with safe_open(path, framework="pt") as file:
+        keys = sorted(file.keys())
+    return list(dict.fromkeys(key.rpartition("|")[0] for key in keys))
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

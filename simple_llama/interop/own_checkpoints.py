@@ -1,0 +1,165 @@
+"""SimpleLLaMA checkpoints as Hugging Face's LlamaForCausalLM, and other models as SimpleLLaMA checkpoints.
+
+The first needs LoRA merged, and the tokenizer and chat format written out as transformers reads them; the second a
+TrainingConfig that says the architecture. Shapes: G key heads, D width, R rank of an update, O numbers that it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+
+import torch
+from tokenizers import Tokenizer
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import json_bytes
+from simple_llama.dataset.tokenizer import SPECIAL_IDS
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.config import TrainingConfig
+
+_LORA = "_lora_layer."
+_ATTENTION = "attention."
+_HEAD, _EMBEDDINGS = "final_linear.weight", "embeddings.weight"
+_MULTIPLE_OF = 256  # of the feed-forward width, where a model has no other: TrainingConfig's default
+TOKEN_IDS = {  # in config.json and generation_config.json
+    "bos_token_id": SPECIAL_IDS["<SOS>"],
+    "eos_token_id": SPECIAL_IDS["<EOA>"],
+    "pad_token_id": SPECIAL_IDS["<PAD>"],
+}
+_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}
+{%- else %}{% set system = "@" %}{% set turns = messages %}{% endif %}
+{{- '<SOT>' + system + '<EOT>' }}
+{%- for turn in turns %}
+{%- if turn['role'] == 'user' %}{{ '\\n\\n<SOU>' + turn['content'] + '<EOU>' }}
+{%- elif turn['role'] == 'assistant' %}{{ '\\n<SOA>' + turn['content'] + '<EOA>' }}
+{%- else %}{{ raise_exception('expected the roles system (first), user and assistant') }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '\\n<SOA>' }}{% endif %}"""
+
+
+class MergedLoRA(Mapping[str, torch.Tensor]):
+    """A model's tensors with its low-rank updates added to the projections they stand beside: the same function.
+
+    A tensor that has an update is made, in fp32, when it is asked for.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], architecture: Architecture):
+        """UserError for updates of latent attention, some of which stand behind a norm."""
+        if architecture.lora and architecture.latent:
+            raise UserError("lora: expected updates of multi-head attention, found such of MLA, which cannot be merged")
+        self._tensors, self._before = tensors, architecture
+        self.architecture = replace(architecture, lora=None)
+        self._names = dict.fromkeys(name for name in tensors if _LORA not in name)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor = self._tensors[name]
+        place, part, kind = name.rpartition(_ATTENTION)
+        if part and kind == "qkv_linear.weight":
+            return self._with_updates(tensor, place + part)
+        update = self._update(place + part, "o") if part and kind == "out.weight" else None
+        return tensor if update is None else tensor.float() + update
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _with_updates(self, qkv: torch.Tensor, attention: str) -> torch.Tensor:
+        """The rows of queries, keys and values, which stand key head by key head."""
+        architecture = self._before
+        key, value = architecture.key_width, architecture.value_width
+        queries = architecture.heads // architecture.key_heads * key
+        rows = {"q": slice(0, queries), "k": slice(queries, queries + key), "v": slice(queries + key, None)}
+        updates = {name: update for name in rows if (update := self._update(attention, name)) is not None}
+        if not updates:
+            return qkv
+        merged = qkv.to(torch.float32, copy=True).unflatten(0, (architecture.key_heads, queries + key + value))
+        for name, update_OD in updates.items():
+            merged[:, rows[name]] += update_OD.unflatten(0, (architecture.key_heads, -1))
+        return merged.flatten(0, 1)
+
+    def _update(self, attention: str, name: str) -> torch.Tensor | None:
+        """(O, D): alpha / rank * (a b)^T in fp32; None where the projection has no update."""
+        lora = self._before.lora
+        if lora is None or name not in lora.targets:
+            return None
+        a_DR, b_RO = (self._tensors[f"{attention}{name}{_LORA}lora_{half}"].float() for half in "ab")
+        return (lora.alpha / lora.rank * (a_DR @ b_RO)).T
+
+
+class UntiedHead(Mapping[str, torch.Tensor]):
+    """A model's tensors, the head beside the embeddings, which it is."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[_EMBEDDINGS].clone() if name == _HEAD else self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._tensors
+        yield _HEAD
+
+    def __len__(self) -> int:
+        return len(self._tensors) + 1
+
+
+def training_config(architecture: Architecture) -> TrainingConfig:
+    """The TrainingConfig of an architecture without a tied head. UserError, naming what differs, where none says it."""
+    a = architecture
+    nearest = int(4 * a.width * (2 / 3))  # what TrainingConfig rounds up
+    fitting = (m for m in (_MULTIPLE_OF, *range(1, a.hidden_width + 1)) if -(-nearest // m) * m == a.hidden_width)
+    config = TrainingConfig(
+        batch_size=1,
+        max_seq_len=a.max_seq_len,
+        tokens_per_update=a.max_seq_len,
+        n_embd=a.width,
+        n_heads=a.heads,
+        n_layers=a.layers,
+        multiple_of=next(fitting, _MULTIPLE_OF),
+        eps=a.eps,
+        theta=int(a.theta) if a.theta == int(a.theta) else a.theta,  # pyright: ignore[reportArgumentType] - as floats go
+    )
+    try:
+        said = Architecture.of(config, a.vocab_size)
+    except UserError as error:
+        raise UserError(f"a SimpleLLaMA checkpoint cannot be this model: {error}") from error
+    differing = {field.name: (getattr(said, field.name), getattr(a, field.name)) for field in fields(a)}
+    words = [f"{name} {there} (expected {ours})" for name, (ours, there) in differing.items() if ours != there]
+    if words:
+        raise UserError(f"a SimpleLLaMA checkpoint cannot say what this model has: {', '.join(words)}")
+    return config
+
+
+def tokenizer_files(tokenizer: Tokenizer, default_system: str, max_seq_len: int) -> dict[str, bytes]:
+    """Files by which transformers tokenizes and chats as SimpleLLaMA does: the tokenizer, its settings with the chat
+    format as a template, the settings of generation.
+
+    Args:
+        default_system: the system message of a chat that has none.
+    """
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<SOS>",
+        "eos_token": "<EOA>",
+        "pad_token": "<PAD>",
+        "unk_token": "<UNK>",
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _TEMPLATE.replace("@", _in_jinja(default_system)),
+    }
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json_bytes(settings),
+        "generation_config.json": json_bytes({**TOKEN_IDS, "do_sample": False}),
+    }
+
+
+def _in_jinja(text: str) -> str:
+    """Text as it stands between the double quotes of a string in a template."""
+    return text.encode("unicode_escape").decode("ascii").replace('"', '\\"')

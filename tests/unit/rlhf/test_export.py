@@ -1,0 +1,131 @@
+"""launch/export.py: any checkpoint, folder or state in another form or dtype, with what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.errors import UserError
+from simple_llama.interop.hf_export import export_metadata
+from simple_llama.interop.open_start import open_start
+from simple_llama.pretraining.weights import build_model, load_weights, save_weights
+from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.export import ExportConfig, export_model
+from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from tiny_hf import make_hf_folder
+from tiny_job import MLA, TinyJob, make_job
+
+IDS = torch.tensor([[8, 21, 22, 6, 30]])
+
+
+def logits(path: Path) -> torch.Tensor:
+    """Of the model at `path`, in fp32."""
+    with open_start(path).reading() as loaded, torch.no_grad():
+        return build_model(loaded, torch.float32, "cpu")(IDS)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
+    """A start model with updates that are not zero."""
+    job = make_job(tmp_path_factory.mktemp("lora"), use_lora=True, lora_rank=4, o_lora=True)
+    loaded = load_weights(job.folder / "start.pth")
+    weights = {name: tensor + 0.02 * ("lora_b" in name) for name, tensor in loaded.state_dict.items()}
+    save_weights(job.folder / "start.pth", weights, loaded.config, {})
+    return job
+
+
+@pytest.fixture(scope="module")
+def run(lora: TinyJob, ranks: Ranks) -> Path:
+    """The checkpoint folder of a run of two steps that trained the updates alone, saved after the second."""
+    few: dict[str, Any] = {"epochs": 1, "grad_accum_steps": 6, "eval_interval": 0, "n_samples": 0, "val_share": 0.0}
+    config = DPOConfig(**{**lora.settings, **few, "reference": "online", "trainable": "lora"})
+    return train(config, load_inputs(config, ranks), ranks).parent
+
+
+def test_a_checkpoint_as_a_folder_and_back(lora: TinyJob, tmp_path: Path) -> None:
+    """LoRA is merged, so logits are equal but for the order of sums; there and back the tensors are bit for bit."""
+    start, folder, back = lora.folder / "start.pth", tmp_path / "hf", tmp_path / "back.pth"
+    tokenizer = str(lora.folder / "tokenizer.json")
+    said = export_model(ExportConfig(str(start), str(folder), tokenize_path=tokenizer, system_prompt="Be kind."))
+    assert said == f"wrote {folder} from start.pth, LoRA merged"
+    assert torch.allclose(logits(folder), logits(start), atol=1e-4)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["eos_token_id"], config["dtype"]) == ("llama", 7, "float32")
+    assert "Be kind." in json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    assert export_metadata(folder)["source"] == "start.pth"
+    assert "| start model | start.pth |" in (folder / "README.md").read_text()
+    export_model(ExportConfig(str(folder), str(back)))
+    export_model(ExportConfig(str(start), str(tmp_path / "merged.pth")))
+    merged, there = load_weights(tmp_path / "merged.pth"), load_weights(back)
+    assert not merged.config.use_lora and merged.architecture == there.architecture
+    assert merged.state_dict.keys() == there.state_dict.keys()
+    assert all(torch.equal(tensor, there.state_dict[name]) for name, tensor in merged.state_dict.items())
+
+
+def test_a_state_is_exported_as_its_run_did(run: Path, tmp_path: Path) -> None:
+    """The newest state of a run, by the run's folder or its own: the tensors of the run's own export, LoRA merged, in
+    the dtype that is asked for. What was not trained comes from the start model."""
+    [exported] = run.glob("*.pth")
+    whole, out = tmp_path / "whole.pth", tmp_path / "bf16"
+    export_model(ExportConfig(str(exported), str(whole)))
+    said = export_model(ExportConfig(str(run / "state" / "step_00000002"), str(out), dtype="bfloat16"))
+    assert said == f"wrote {out} from step 2 of the run tiny, LoRA merged"
+    export_model(ExportConfig(str(run), str(tmp_path / "again.pth")))
+    expected, found = (load_weights(path).state_dict for path in (whole, tmp_path / "again.pth"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    tensors = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert torch.equal(tensors["model.norm.weight"], expected["norm.weight"].bfloat16())
+    about = export_metadata(out)
+    assert (about["run"], about["step"], about["dpo_config"]["trainable"]) == ("tiny", 2, "lora")
+    assert "file" not in about  # what a person makes is not the run's to delete
+
+
+def test_a_folder_keeps_what_it_is(tmp_path: Path) -> None:
+    """Another dtype and nothing else: tokenizer and settings byte for byte, and the keys of config.json."""
+    source, out = make_hf_folder(tmp_path / "in"), tmp_path / "out"
+    (source / "tokenizer.json").write_text('{"mine": 1}')
+    export_model(ExportConfig(str(source), str(out), dtype="bfloat16"))
+    there, here = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
+    assert (out / "tokenizer.json").read_text() == '{"mine": 1}' and here["dtype"] == "bfloat16"
+    assert all(
+        here[key] == value for key, value in there.items() if key not in ("dtype", "torch_dtype", "rope_scaling")
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name].bfloat16()) for name, tensor in after.items())
+
+
+def test_what_cannot_be_written_is_refused(lora: TinyJob, run: Path, tmp_path: Path) -> None:
+    """One message each, and nothing written."""
+    job = make_job(tmp_path / "mla", n_heads=4, **MLA)
+    other = make_job(tmp_path / "other", n_layers=1)
+    moved, damaged = tmp_path / "moved", tmp_path / "damaged"
+    for copy in (moved, damaged):
+        shutil.copytree(run / "state", copy / "state")
+    next((damaged / "state").glob("*/rank_*")).write_bytes(b"")
+    start, folder, out = str(lora.folder / "start.pth"), str(make_hf_folder(tmp_path / "hf")), str(tmp_path / "out")
+    cases: list[tuple[ExportConfig, str]] = [
+        (ExportConfig(start, start), "start.pth: expected nothing there yet"),
+        (ExportConfig(str(tmp_path / "none"), out), "expected a .pth file"),
+        (ExportConfig(str(job.folder / "start.pth"), out), "found MLA or LoRA"),
+        (ExportConfig(start, out), "bpe_8k.json: 8192 tokens, but the model knows"),
+        (ExportConfig(folder, out + ".pth"), r"cannot say what this model has: key_heads .*; leave out the .pth"),
+        (ExportConfig(str(moved), out), "moved: expected a config.json that says which model"),
+        (ExportConfig(str(moved), out, model_path=str(other.folder / "start.pth")), "not the model that the run"),
+        (ExportConfig(str(damaged), out, model_path=start), "found no complete one"),
+        (ExportConfig(str(next((damaged / "state").iterdir())), out, model_path=start), "a whole state, found: rank_0"),
+    ]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for config, said in cases:
+        with pytest.raises(UserError, match=said):
+            export_model(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
