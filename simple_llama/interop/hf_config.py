@@ -51,6 +51,7 @@ _ROPE_KEYS = {  # of a dictionary of RoPE, beside theta and type
 
 _ONLY_AS = {  # keys that change the mathematics, with the one value under which they do not
     "add_cross_attention": False,
+    "alibi": False,
     "attention_bias": False,  # of families that have no choice
     "attention_dropout": 0,
     "auto_map": {},  # code of the folder's own
@@ -61,6 +62,7 @@ _ONLY_AS = {  # keys that change the mathematics, with the one value under which
     "pruned_heads": {},
     "rope_interleaved": False,
     "tie_encoder_decoder": False,
+    "use_mrope": False,
 }
 # keys of files in use that do not change logits
 _HARMLESS = """
@@ -69,7 +71,7 @@ _HARMLESS = """
     return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss is_decoder
     chunk_size_feed_forward cross_attention_hidden_size finetuning_task task_specific_params problem_type
     id2label label2id num_labels name_or_path max_window_layers is_llama_config transformers.js_config
-    unsloth_fixed unsloth_version
+    unsloth_fixed unsloth_version gradient_checkpointing max_sequence_length
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups
     diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size encoder_repetition_penalty bad_words_ids num_return_sequences output_scores

@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from families import BETA, CONFIGS, VOCAB, pairs, reference, weights
 from golden.make_families import Computed, chats, computed_by, model_of, rows_of
 from simple_llama.interop.hf_config import HFModelConfig, config_json, read_hf_config
-from simple_llama.interop.hf_names import from_hf, shapes_in, to_hf
+from simple_llama.interop.hf_export import ExportForm, write_folder
+from simple_llama.interop.hf_folder import HFFolder
+from simple_llama.interop.hf_names import LLAMA, from_hf, shapes_in, to_hf
 from simple_llama.ops.attention import PackedLayout
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.weights import build_model
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
@@ -154,23 +157,50 @@ def test_live(family: str) -> None:
     assert_step(theirs, recorded(family))
 
 
+def make_folder(family: str, folder: Path) -> HFFolder:
+    """The family's model as a folder without a tokenizer, opened."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIGS[family]))
+    theirs = weights(family, shapes_in(config_of(family).architecture))
+    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
+    return HFFolder(folder)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_through_a_folder_and_back(family: str, tmp_path: Path) -> None:
+    """A folder's model computes the same (the rows of the short chats), and an export has every tensor bit for bit."""
+    start = make_folder(family, tmp_path / "in")
+    with start.reading() as loaded:
+        model = build_model(loaded, torch.float32, "cpu")
+    short = chats(pairs())[2:]
+    with torch.no_grad():
+        found = torch.cat([rows_of(model(torch.tensor([chat]))[0]) for chat in short])
+    assert_logits(found, recorded(family).logits[-len(found) :])
+    start.export(tmp_path / "out", dict(model.state_dict()), {})
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert HFFolder(tmp_path / "out").architecture == start.architecture
+
+
 @pytest.mark.parametrize("family", [*CONFIGS, "ours"])
 def test_live_export(family: str, tmp_path: Path) -> None:
-    """The other direction: a model of ours with random values, as a folder, is loaded by transformers and computes the
+    """The other direction: a model of ours with random values, exported, is loaded by transformers and computes the
     same; so is one that came as no folder (`ours`), as a LlamaForCausalLM."""
     transformers = pytest.importorskip("transformers")
-    found = CONFIGS["llama2" if family == "ours" else family]
-    architecture = read_hf_config(found, family).architecture
+    architecture = config_of("llama2" if family == "ours" else family).architecture
     torch.manual_seed(0)
-    ours = LLaMaTransformer(architecture)
+    ours, out = LLaMaTransformer(architecture), tmp_path / "out"
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    config = config_json(architecture, torch.float32, None if family == "ours" else found)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(to_hf(ours.state_dict(), architecture), tmp_path / "model.safetensors", {"format": "pt"})
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    if family == "ours":
+        form = ExportForm(architecture, LLAMA, config_json(architecture, torch.float32), torch.float32, {})
+        write_folder(out, ours.state_dict(), form, {})
+    else:
+        make_folder(family, tmp_path / "in").export(out, ours.state_dict(), {}, torch.float32)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()), report
-    assert theirs.config.architectures == found["architectures"]
+    assert type(theirs).__name__ == CONFIGS.get(family, CONFIGS["llama2"])["architectures"][0]
     ids = torch.randint(VOCAB, (1, 300), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert_logits(ours(ids), theirs(input_ids=ids).logits)

@@ -110,7 +110,7 @@ def test_files_of_each_family(found: dict[str, Any], changes: dict[str, Any]) ->
 
 
 def test_keys_without_effect_stay() -> None:
-    """What SmolLM2's file has beside the numbers is kept in an export."""
+    """What the files of SmolLM2 and Qwen2.5 have beside the numbers is kept in an export."""
     extra = {
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
         "_name_or_path": "somewhere",
@@ -119,6 +119,8 @@ def test_keys_without_effect_stay() -> None:
         "pad_token_id": 2,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
+        "use_mrope": False,
+        "eos_token_id": [0, 2],
     }
     found = {**LLAMA, **extra}
     out = config_json(read_hf_config(found, "").architecture, torch.bfloat16, found)
