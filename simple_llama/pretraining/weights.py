@@ -41,7 +41,10 @@ _WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of data-pa
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model's tensors on the CPU, or on disk: they may be read, or made, each time that one is asked for."""
+    """A model's tensors on the CPU, or on disk: they may be read, or made, each time that one is asked for.
+
+    Names and shapes are those of the architecture: whoever makes this has seen to it.
+    """
 
     state_dict: Mapping[str, torch.Tensor]  # by our parameter names
     architecture: Architecture  # without dropout, which is a run's own
@@ -140,8 +143,8 @@ def check_weights(loaded: Loaded, dtype: torch.dtype) -> None:
     """Raises UserError when tensors are missing, unexpected, of another shape than the config says, or not finite in
     `dtype`. Holds one converted tensor at a time."""
     _empty_model(loaded, dropout=0.0)
-    for name, tensor in loaded.state_dict.items():
-        _check_finite(loaded.path, dtype, {name: tensor.detach().to(dtype)})
+    for name in loaded.state_dict:
+        _check_finite(loaded.path, dtype, {name: loaded.state_dict[name].detach().to(dtype)})
 
 
 def save_weights(
@@ -246,7 +249,8 @@ def _empty_model(loaded: Loaded, dropout: float) -> LLaMaTransformer:
     architecture = replace(loaded.architecture, dropout=dropout)
     with torch.device("meta"):
         model = LLaMaTransformer(architecture)
-    _check_fit(model, loaded)
+    if isinstance(loaded, WeightsFile):
+        _check_fit(model, loaded)
     return model
 
 
@@ -258,8 +262,8 @@ def _check_finite(path: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Te
         raise UserError(f"{path}: expected finite weights in {dtype}, found inf or nan in {listed(broken)}")
 
 
-def _check_fit(model: LLaMaTransformer, loaded: Loaded) -> None:
-    """UserError naming the tensors that do not fit the model that the files' own config describes."""
+def _check_fit(model: LLaMaTransformer, loaded: WeightsFile) -> None:
+    """UserError naming the tensors that do not fit the model that the file's own config describes."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in loaded.state_dict.items()}
     problems = []
