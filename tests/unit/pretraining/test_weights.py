@@ -19,6 +19,7 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import (
     WeightsFile,
+    _check_finite,
     build_model,
     find_weights,
     load_weights,
@@ -203,6 +204,19 @@ def test_build_model_refuses_weights_that_are_not_finite(state_dict: dict[str, t
     state_dict["decoder_blocks.0.norm1.weight"][3] = value
     with pytest.raises(UserError, match=r"found inf or nan in decoder_blocks.0.norm1.weight"):
         build_model(_loaded(state_dict), torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, value: float) -> None:
+    """At the ends and within, of sizes around those of vectors, and of one that several threads share."""
+    for size in (1, 15, 16, 17, 33, 100_003):
+        for at in {0, size // 2, size - 1}:
+            tensor = torch.linspace(-1, 1, size).to(dtype)
+            _check_finite(Path("some.pth"), dtype, {"a": tensor})
+            tensor[at] = value
+            with pytest.raises(UserError, match="found inf or nan in b$"):
+                _check_finite(Path("some.pth"), dtype, {"a": torch.ones(2), "b": tensor})
 
 
 def test_architecture_of_a_file(state_dict: dict[str, torch.Tensor]):
