@@ -4,7 +4,7 @@
     model-00001-of-00003.safetensors ...  model.safetensors.index.json  the weights, above 5 GB
     simple_llama_run.json                                               its run and its files' names: written first
 
-Tensors go to the disk one at a time: beside those of the caller, no more than one is in memory.
+Tensors go to the disk one at a time: beside those of the caller, one and its rounded copy are in memory.
 """
 
 from __future__ import annotations
@@ -195,10 +195,21 @@ def _write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     file.write(len(text).to_bytes(8, "little") + text)
-    for expected, shape in shard.items():
-        name, tensor = next(tensors)
-        assert (name, tuple(tensor.shape)) == (expected, shape), (name, tensor.shape, expected, shape)
-        rounded = tensor.to("cpu", dtype).contiguous()
-        if not rounded.isfinite().all():
-            raise UserError(f"cannot write {path}: {name} has numbers that are not finite in {dtype}; choose another")
-        file.write(rounded.view(-1).view(torch.uint8).numpy().data)
+    for expected in shard.items():
+        _write_next(file, expected, tensors, dtype, path)
+
+
+def _write_next(
+    file: BufferedWriter,
+    expected: tuple[str, tuple[int, ...]],
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    path: Path,
+) -> None:
+    """The bytes of the next tensor, which is gone from memory when this returns."""
+    name, tensor = next(tensors)
+    assert (name, tuple(tensor.shape)) == expected, (name, tensor.shape, expected)
+    tensor = tensor.to("cpu", dtype).contiguous()
+    if not torch.stack(tensor.aminmax()).isfinite().all():  # both ends are nan where a number in it is
+        raise UserError(f"cannot write {path}: {name} has numbers that are not finite in {dtype}; choose another")
+    file.write(tensor.view(-1).view(torch.uint8).numpy().data)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,14 @@ def test_shards_hold_as_many_tensors_as_fit(tmp_path: Path, weights: dict[str, t
 
 
 class OneAtATime(Mapping[str, torch.Tensor]):
-    """A state dict that is read as it is asked for, and counts."""
+    """A state dict that is read as it is asked for, and looks on."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors, self.asked = tensors, []
+    def __init__(self, tensors: dict[str, torch.Tensor], look: Callable[[], object] = lambda: None):
+        self.tensors, self.asked, self.look = tensors, [], look
 
     def __getitem__(self, name: str) -> torch.Tensor:
         self.asked.append(name)
+        self.look()
         return self.tensors[name].clone()
 
     def __iter__(self) -> Iterator[str]:
@@ -122,6 +124,22 @@ def test_each_tensor_is_asked_for_once(tmp_path: Path, weights: dict[str, torch.
     lazy = OneAtATime(weights)
     write_folder(tmp_path / "out", lazy, FORM, RUN, most_shard_bytes=2000)
     assert sorted(lazy.asked) == sorted(weights)
+
+
+def test_what_a_killed_write_leaves_is_known(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """A copy of the folder at each tensor, as a kill there would leave it under a name that nobody reads: it is deleted
+    whole."""
+    left = []
+
+    def copy() -> None:
+        [temp] = tmp_path.glob(".out.*.tmp")
+        left.append(shutil.copytree(temp, tmp_path / "copies" / f"{len(left)}"))
+
+    write_folder(tmp_path / "out", OneAtATime(weights, copy), FORM, RUN, most_shard_bytes=2000)
+    assert len(left) == len(weights) and all(holds_export_alone(folder) for folder in left)
+    for folder in left:
+        delete_aside(folder)
+    assert list((tmp_path / "copies").iterdir()) == []
 
 
 def test_nothing_stays_of_an_export_that_fails(
