@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from simple_llama.common.errors import UserError
+from simple_llama.interop.hf_export import export_metadata
 from simple_llama.interop.hf_folder import HFFolder
 from simple_llama.interop.safetensors_files import INDEX, WEIGHTS
 from simple_llama.pretraining.start_file import StartFile
@@ -16,24 +17,33 @@ _HF_FILES = ("config.json", "adapter_config.json", "pytorch_model.bin", "pytorch
 
 
 def open_start(path: str | os.PathLike[str]) -> StartModel:
-    """The model at `path`: a `.pth`, a folder's newest one, or a Hugging Face folder. UserError for what is none."""
+    """The model at `path`: a `.pth`, or a Hugging Face folder; in a folder of such, the newest. UserError for none."""
     path = Path(path)
     if path.suffix == ".safetensors" and not path.is_dir():
         raise UserError(
             f"{path}: expected the folder of a Hugging Face model, found one of its files; give the folder, with its "
             "config.json"
         )
-    return HFFolder(path) if _is_hf_folder(path) else StartFile(find_weights(path))
+    folder = _hf_folder(path)
+    return HFFolder(folder) if folder else StartFile(find_weights(path))
 
 
-def _is_hf_folder(path: Path) -> bool:
-    """Whether a folder is, or was meant to be, a Hugging Face model's. A `.pth` in it counts more than anything but
-    weights as such a model has them: transformers' trainer leaves rng_state.pth beside those."""
+def _hf_folder(path: Path) -> Path | None:
+    """The Hugging Face folder that `path` is, or was meant to be, or the newest export in it, a run's folder.
+
+    A `.pth` in it counts more than anything but weights as such a model has them: transformers' trainer leaves
+    rng_state.pth beside those.
+    """
     try:
         names = {file.name for file in path.iterdir()} if path.is_dir() else set()
     except OSError:
-        return False  # find_weights says why
+        return None  # find_weights says why
     if not names.isdisjoint((WEIGHTS, INDEX)):
-        return True
+        return path
     kinds = {os.path.splitext(name)[1] for name in names}
-    return ".pth" not in kinds and (".safetensors" in kinds or not names.isdisjoint(_HF_FILES))
+    if ".pth" in kinds:
+        return None
+    exports = [path / name for name in names if not name.startswith(".") and export_metadata(path / name)]
+    if exports:
+        return max(exports, key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
+    return path if ".safetensors" in kinds or not names.isdisjoint(_HF_FILES) else None

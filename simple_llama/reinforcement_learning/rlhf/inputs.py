@@ -36,9 +36,13 @@ class ModelConfig(Settings):
     """Which model."""
 
     # === Model ===
-    model_path: Annotated[PathText, Doc("SFT checkpoint: a .pth file, or a folder whose newest .pth is taken")] = (
-        root_path("simple_llama", "finetune", "full_sft", "sft_checkpoints")
-    )
+    model_path: Annotated[
+        PathText,
+        Doc(
+            "the model to start from: a .pth file, a folder whose newest .pth is taken, or a Hugging Face folder "
+            "(config.json, safetensors)"
+        ),
+    ] = root_path("simple_llama", "finetune", "full_sft", "sft_checkpoints")
     tokenize_path: PathText = package_path("dataset", "bpe_8k.json")  # tokenizer JSON
 
 

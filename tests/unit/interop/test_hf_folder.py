@@ -142,6 +142,19 @@ def test_a_folder_with_a_pth_is_simplellamas_unless_it_has_the_weights_of_the_ot
     assert isinstance(open_start(folder), HFFolder)
 
 
+def test_of_a_run_folder_the_newest_export_is_taken(tmp_path: Path) -> None:
+    """A run's folder has its settings as config.json, states, and exports: the last one written, whatever its name."""
+    start = HFFolder(make_hf_folder(tmp_path / "model"))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / "state").mkdir()
+    for number, name in enumerate(("dpo_2E", "dpo_1E")):
+        start.export(run / name, random_weights(number), {"step": number})
+        os.utime(run / name, ns=(number, number))
+    assert open_start(run).path == run / "dpo_1E"
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [
