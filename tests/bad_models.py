@@ -289,5 +289,10 @@ MODELS = [
         lambda job: Start({"model_path": model(job) / WEIGHTS}),
         (f"model/{WEIGHTS}: expected the folder of a Hugging Face model",),
     ),
+    Case(
+        "config.json alone",
+        lambda job: Start({"model_path": model(job) / "config.json"}),
+        ("model/config.json: expected the folder of a Hugging Face model",),
+    ),
     Case("the name of a model", settings(model_path="org/model"), ("org/model: expected a .pth file", "not looked up")),
 ]

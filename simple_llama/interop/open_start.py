@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import listed
 from simple_llama.interop.hf_export import export_metadata
 from simple_llama.interop.hf_folder import HFFolder
 from simple_llama.interop.safetensors_files import INDEX, WEIGHTS
@@ -19,11 +20,14 @@ _HF_FILES = ("config.json", "adapter_config.json", "pytorch_model.bin", "pytorch
 def open_start(path: str | os.PathLike[str]) -> StartModel:
     """The model at `path`: a `.pth`, or a Hugging Face folder; in a folder of such, the newest. UserError for none."""
     path = Path(path)
-    if path.suffix == ".safetensors" and not path.is_dir():
+    if path.suffix in (".safetensors", ".json") and path.is_file():
         raise UserError(
-            f"{path}: expected the folder of a Hugging Face model, found one of its files; give the folder, with its "
-            "config.json"
+            f"{path}: expected the folder of a Hugging Face model, found a file; give its folder, with config.json "
+            "and the weights"
         )
+    if (snapshots := path / "snapshots").is_dir():  # as huggingface_hub keeps what it downloads
+        found = listed(sorted(f"snapshots/{each.name}" for each in snapshots.iterdir()))
+        raise UserError(f"{path}: expected one version of a model, found the folder of all; give one of {found}")
     folder = _hf_folder(path)
     return HFFolder(folder) if folder else StartFile(find_weights(path))
 

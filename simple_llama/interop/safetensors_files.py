@@ -229,7 +229,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def weights_there(folder: Path) -> str:
     """What stands in a folder in the place of a whole model, in words, with the way out."""
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"a folder that cannot be listed: {error.strerror or error}"
     if "adapter_model.safetensors" in names or "adapter_config.json" in names:
         return "adapters alone (adapter_config.json); merge them into their base model first"
     if others := [name for name in names if name.endswith((".safetensors", ".gguf", ".h5", ".msgpack"))]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from simple_llama.common.errors import UserError
 from simple_llama.interop.hf_config import read_hf_config
 from simple_llama.interop.hf_folder import HFFolder
-from simple_llama.interop.hf_names import shapes_in, to_hf
+from simple_llama.interop.hf_names import from_hf, shapes_in, to_hf
 from simple_llama.interop.open_start import open_start
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartChanged
@@ -172,12 +172,33 @@ def test_a_folder_that_lacks_its_files_says_what_it_needs(tmp_path: Path, names:
         open_start(tmp_path)
 
 
-def test_one_file_of_a_folder_is_not_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_one_file_of_a_folder_is_not_the_model(tmp_path: Path, name: str) -> None:
     """The folder is to be given."""
-    with pytest.raises(
-        UserError, match=r"model.safetensors: expected the folder of a Hugging Face model.*give the fol"
-    ):
-        open_start(make_hf_folder(tmp_path) / "model.safetensors")
+    with pytest.raises(UserError, match=rf"{name}: expected the folder of a Hugging Face model, .*give its folder"):
+        open_start(make_hf_folder(tmp_path) / name)
+
+
+def test_a_download_of_several_versions_is_not_one_model(tmp_path: Path) -> None:
+    """Which version is not guessed; each of them is a folder, whose files are links."""
+    files = make_hf_folder(tmp_path / "blobs")
+    version = tmp_path / "snapshots" / "3f1a"
+    version.mkdir(parents=True)
+    for file in files.iterdir():
+        (version / file.name).symlink_to(f"../../blobs/{file.name}")
+    with pytest.raises(UserError, match=r"found the folder of all; give one of snapshots/3f1a$"):
+        open_start(tmp_path)
+    assert open_start(version).digest == weights_digest(random_weights())
+
+
+def test_a_folder_that_transformers_wrote(tmp_path: Path) -> None:
+    """In shards, in bf16, with a tied head: the values that its model has. Live, where transformers is installed."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    start, tensors = open_start(tmp_path), from_hf(dict(model.state_dict()), ARCHITECTURE)
+    assert start.digest == weights_digest(tensors) and start.export_dtype == torch.bfloat16
 
 
 # === Held ===
