@@ -32,6 +32,7 @@ _FORMAT = 1  # of RUN_FILE; a reader refuses others
 _MOST_SHARD_BYTES = 5 * 10**9  # of tensors in a file, as the Hub asks; one tensor may be larger
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' words
 _CARD, _CONFIG, _INDEX = "README.md", "config.json", "model.safetensors.index.json"
+_TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 _Shapes = dict[str, tuple[int, ...]]
 
@@ -44,7 +45,7 @@ class ExportForm:
     names: NameMap
     config: Mapping[str, Any]  # config.json
     dtype: torch.dtype  # of the tensors
-    files: Mapping[str, bytes]  # others by name, as they are to be: tokenizer, chat template, generation settings
+    files: Mapping[str, bytes]  # others by name: tokenizer, chat template, generation settings
 
 
 def write_folder(
@@ -67,7 +68,8 @@ def write_folder(
     check_mappable(form.architecture)
     shards = _shards(shapes_in(form.architecture, form.names), form.dtype.itemsize, most_shard_bytes)
     named = {_shard_name(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
-    texts = {_CONFIG: json_bytes(form.config), **form.files, _CARD: model_card(path.name, metadata).encode()}
+    files = {**form.files, **_readable_by_older(form.files)}
+    texts = {_CONFIG: json_bytes(form.config), **files, _CARD: model_card(path.name, metadata).encode()}
     if len(shards) > 1:
         texts[_INDEX] = _index(named, form.dtype.itemsize)
     about = {"format": _FORMAT, "files": sorted({*texts, *named}), "metadata": metadata}
@@ -146,6 +148,27 @@ def _holds_only(folder: Path, names: set[str]) -> bool:
         return all(path.name in names and path.is_file() and not path.is_symlink() for path in folder.iterdir())
     except OSError:  # not ours to read
         return False
+
+
+def _readable_by_older(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """tokenizer_config.json as transformers 4.45 reads it too, where it is not so already.
+
+    Version 5 gives the class of all fast tokenizers a name that earlier ones lack, and the chat template a file of its
+    own that they do not look for; it reads both as they were, too.
+    """
+    try:
+        settings = json.loads(files.get(_TOKENIZER, b""))
+        template = files[_TEMPLATE].decode() if _TEMPLATE in files else None
+    except ValueError:  # not ours to mend
+        return {}
+    if not isinstance(settings, dict):
+        return {}
+    later = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        later["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if template is not None:
+        later.setdefault("chat_template", template)
+    return {} if later == settings else {_TOKENIZER: json_bytes(later)}
 
 
 def _shards(shapes: _Shapes, itemsize: int, most_bytes: int) -> list[_Shapes]:

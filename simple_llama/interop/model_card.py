@@ -9,9 +9,9 @@ from typing import Any
 _FRONT = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags:
+"""
+_TAGS = """tags:
 - dpo
----
 """
 _SETTINGS = {  # of a run, by what they are called here
     "loss_type": "loss",
@@ -45,7 +45,9 @@ def model_card(name: str, metadata: Mapping[str, Any]) -> str:
         **{package: (metadata.get("environment") or {}).get(package) for package in _PACKAGES},
     }
     rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
+    tags = ""
     if settings:
+        tags = _TAGS
         about = (
             "Tuned by Direct Preference Optimization (Rafailov et al., arXiv:2305.18290) on pairs of a preferred and a "
             "rejected answer."
@@ -54,7 +56,7 @@ def model_card(name: str, metadata: Mapping[str, Any]) -> str:
         about = "Another form of the same model."
     return "\n".join(
         [
-            f"{_FRONT}# {_cell(name)}\n\n{about} The license is that of the start model.\n",
+            f"{_FRONT}{tags}---\n# {_cell(name)}\n\n{about} The license is that of the start model.\n",
             "| | |",
             "|---|---|",
             *rows,

@@ -182,6 +182,33 @@ def test_an_export_is_replaced_and_nothing_else(tmp_path: Path, weights: dict[st
     assert export_metadata(path)["step"] == 4 and not holds_export_alone(path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "template", "expected"),
+    [
+        (
+            '{"tokenizer_class": "TokenizersBackend", "x": 1}',
+            None,
+            {"tokenizer_class": "PreTrainedTokenizerFast", "x": 1},
+        ),
+        ('{"x": 1}', b"{{ 2 }}", {"x": 1, "chat_template": "{{ 2 }}"}),
+        ('{"x":1, "chat_template": "{{ 3 }}"}', b"{{ 2 }}", None),
+        ('{"x":1, "tokenizer_class": "LlamaTokenizer"}', None, None),
+        ("[1]", b"{{ 2 }}", None),
+        ("{", None, None),
+        ("{}", b"\xff", None),
+    ],
+)
+def test_tokenizers_of_version_5_load_in_4(
+    tmp_path: Path, weights: dict[str, torch.Tensor], settings: str, template: bytes | None, expected: dict | None
+) -> None:
+    """The class by its older name, the template in the older place; a file that needs neither stays byte for byte."""
+    files = {"tokenizer_config.json": settings.encode(), **({"chat_template.jinja": template} if template else {})}
+    write_folder(tmp_path / "out", weights, replace(FORM, files=files), RUN)
+    written = (tmp_path / "out" / "tokenizer_config.json").read_bytes()
+    assert written == files["tokenizer_config.json"] if expected is None else json.loads(written) == expected
+    assert template is None or (tmp_path / "out" / "chat_template.jinja").read_bytes() == template
+
+
 def test_exports_are_told_from_other_folders(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
     """No link, no folder of other origin, none that lost a file, none with facts of another kind."""
     path = tmp_path / "out"
