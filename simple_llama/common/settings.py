@@ -21,9 +21,10 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
 import tyro
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import brief, read_json, shown
+from simple_llama.common.files import brief, read_bytes, read_json, shown
 
 WHOLE = 2**31 - 1  # the largest whole number of a setting
+_MOST_TEXT = 1 << 20  # bytes of a file with a setting's text
 _MOST_UNKNOWN = 5  # unknown settings of a file that are named
 
 
@@ -51,6 +52,11 @@ class Bounds(NamedTuple):
 
 class FilePath:
     """Marks text that names a file or folder: never empty."""
+
+
+class TextOrFile:
+    """Marks text for which a command line or a `--config` may give @FILE: the text in it, without its last line's
+    end, is then the setting."""
 
 
 Count = Annotated[int, Bounds(1, WHOLE)]  # at least one
@@ -154,7 +160,31 @@ def parse_settings(
     args, found, source = _split(argv)
     below = _typed_settings(kind, base or {}, base_source)
     default = kind(**{**below, **_typed_settings(kind, found, source)})
-    return tyro.cli(kind, args=args, default=default, description=description)
+    return _with_texts(tyro.cli(kind, args=args, default=default, description=description), below)
+
+
+def _with_texts(settings: SomeSettings, below: Mapping[str, Any]) -> SomeSettings:
+    """Settings with the texts of the files that they name by @FILE; what stands `below` is text already."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    changes = {}
+    for name, hint in hints.items():
+        if any(isinstance(extra, TextOrFile) for extra in getattr(hint, "__metadata__", ())):
+            text = getattr(settings, name)
+            if text.startswith("@") and text != below.get(name):
+                changes[name] = _text_of(name, text[1:])
+    values = {field.name: getattr(settings, field.name) for field in _declared(type(settings))}
+    return type(settings)(**{**values, **changes})
+
+
+def _text_of(name: str, path: str) -> str:
+    """The text in a UTF-8 file."""
+    try:
+        text = read_bytes(path, _MOST_TEXT).decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{name}: cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: {path}: expected UTF-8 text, found other bytes") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _split(argv: Sequence[str] | None) -> tuple[list[str], Any, str]:

@@ -14,7 +14,7 @@ from simple_llama.common.files import digest, read_bytes
 # fmt: off
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>")
 # fmt: on
-MOST_BYTES = 256 << 20  # of a tokenizer's file; vocabularies of a quarter million tokens take 20 MB
+_MOST_BYTES = 256 << 20  # of a tokenizer's file; vocabularies of a quarter million tokens take 20 MB
 # of text as people write it: no controls, no planes without characters; real tokenizers lack some of these
 _TEXT_BYTES = (9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
 SPECIAL_IDS = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
@@ -27,7 +27,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises UserError when the file is no tokenizer or its special tokens are not the ids 0-9.
     """
     try:
-        data = read_bytes(path, MOST_BYTES)
+        data = read_bytes(path, _MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: expected a tokenizer JSON file, found {error.strerror}") from None
     tokenizer = parse_tokenizer(data, path)
@@ -98,7 +98,7 @@ def token_count(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
-def is_simple_llama(tokenizer: Tokenizer) -> bool:
+def _is_simple_llama(tokenizer: Tokenizer) -> bool:
     """Whether a tokenizer has SimpleLLaMA's ten special tokens in their places."""
     return isinstance(tokenizer.model, models.BPE) and not _other_special_token(tokenizer)
 
@@ -137,7 +137,7 @@ def tokenizer_digest(tokenizer: Tokenizer | str | Path) -> str:
     if "merges" in model:  # one is written "a b" or ["a", "b"], depending on the library's version
         model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     added = [token for token in saved["added_tokens"] if token["content"] not in SPECIAL_IDS]
-    if is_simple_llama(loaded):
+    if _is_simple_llama(loaded):
         parts = [model["vocab"], model["merges"], saved["pre_tokenizer"], saved["normalizer"]]
         parts += [plain] if (plain := [token for token in added if not token["special"]]) else []
     else:

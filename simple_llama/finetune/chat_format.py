@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
+from simple_llama.common.errors import UserError
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
 from simple_llama.finetune.format_llm_prompt import (
     DEFAULT_SYSTEM_PROMPT,
@@ -35,6 +36,14 @@ class EncodedChat(NamedTuple):
     ids: Sequence[int]
     scored: int  # of the last ids
     notes: tuple[str, ...] = ()  # what is to be counted and said of it, in a few words
+
+
+class UnsayableChat(UserError):
+    """A chat that a format cannot say: the one at `index` of those that were to be encoded."""
+
+    def __init__(self, message: str, index: int):
+        super().__init__(message)
+        self.index = index
 
 
 class ChatFormat(Protocol):
@@ -66,7 +75,7 @@ class ChatFormat(Protocol):
         ...
 
     def encode(self, chats: Sequence[Chat]) -> list[EncodedChat]:
-        """Token ids of whole chats. UserError for a chat that the format cannot say."""
+        """Token ids of whole chats. UnsayableChat for one that the format cannot say."""
         ...
 
     def encode_prompt(self, chat: Chat) -> list[int]:

@@ -19,6 +19,7 @@ from simple_llama.common.files import listed, parse_json, read_bytes
 from simple_llama.interop.hf_config import HFModelConfig, config_json, read_hf_config
 from simple_llama.interop.hf_export import ExportForm, export_metadata, write_folder
 from simple_llama.interop.hf_names import NameMap, names_in, our_shapes, shapes_in, to_ours
+from simple_llama.interop.hf_tokenizer import load_hf_tokenizer
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights, weights_there
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.weights import LoadedModel, weights_digest
@@ -55,6 +56,9 @@ class HFFolder:
         source = self.path / _CONFIG
         if _CONFIG not in self.files:
             raise UserError(f"{path}: {_EXPECTED}, found no {_CONFIG} but {weights_there(self.path)}")
+        self.own_tokenizer = None
+        if "tokenizer.json" in self.files:
+            self.own_tokenizer = load_hf_tokenizer(self.files, self.path)
         self.config = read_hf_config(parse_json(self.files[_CONFIG], source), str(source))
         tensors = open_weights(self.path)
         _check_fit(tensors, self.config, self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import parse_json, shown
+from simple_llama.common.files import parse_json, read_bytes, shown
 from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.dataset.tokenizer import parse_tokenizer, unknown_id
 
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -27,6 +28,8 @@ TOKENIZER_FILES = (
 )
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_BESIDE = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+_MOST_BYTES = 256 << 20  # of a file; tokenizers of a quarter million tokens take 20 MB
 _MOST_TEMPLATE = 1 << 20  # characters
 
 
@@ -52,9 +55,36 @@ def load_hf_tokenizer(files: Mapping[str, bytes], source: Path) -> OwnTokenizer:
         named,
         frozenset(_stops(tokenizer, named, _object(files, "generation_config.json", source), source)),
         unknown,
-        {name: files[name] for name in TOKENIZER_FILES if name in files},
+        {name: files[name] for name in _TOKENIZER_FILES if name in files},
         str(source),
     )
+
+
+def tokenizer_at(path: str | Path) -> OwnTokenizer | None:
+    """The tokenizer in a folder, or a tokenizer.json with a tokenizer_config.json or chat template beside it; None for
+    any other path: that of SimpleLLaMA's stands alone. UserError as of `load_hf_tokenizer`."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path != folder and not any((folder / name).exists() for name in _BESIDE):
+        return None
+    files = {}
+    for name in _TOKENIZER_FILES:
+        place = path if name == "tokenizer.json" and path != folder else folder / name
+        with contextlib.suppress(FileNotFoundError):
+            files[name] = _read(place)
+    if "tokenizer.json" not in files:
+        raise UserError(f"{path}: expected a tokenizer.json, or a folder with one, found a folder without")
+    return load_hf_tokenizer(files, folder)
+
+
+def _read(path: Path) -> bytes:
+    """A whole file. FileNotFoundError where there is none, UserError where it cannot be read."""
+    try:
+        return read_bytes(path, _MOST_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: expected a file, found: {error.strerror or error}") from error
 
 
 def _object(files: Mapping[str, bytes], name: str, source: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from simple_llama.pretraining.weights import WeightsFile, load_weights, save_wei
 class StartFile:
     """A weights file, its descriptor, and what its tensors were when it was read first."""
 
-    export_suffix, export_dtype = ".pth", torch.float32
+    export_suffix, export_dtype, own_tokenizer = ".pth", torch.float32, None
 
     def __init__(self, path: str | os.PathLike[str]):
         """Opens, reads and digests the file. UserError as of `load_weights`."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from simple_llama.common.errors import UserError
+from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.weights import Loaded
 
@@ -48,6 +49,11 @@ class StartModel(Protocol):
     @property
     def numerics(self) -> Mapping[str, str]:
         """What else decides its output: numbers that are not weights."""
+        ...
+
+    @property
+    def own_tokenizer(self) -> OwnTokenizer | None:
+        """What came with the model; None where its tokenizer is a file of its own."""
         ...
 
     @property

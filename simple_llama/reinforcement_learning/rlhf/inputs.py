@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,8 +16,10 @@ from simple_llama.cluster.distributed import Ranks, fail_together, require_same
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.common.settings import PathText, Settings
-from simple_llama.dataset.tokenizer import load_tokenizer, token_count, tokenizer_digest
-from simple_llama.finetune.chat_format import ChatFormat, SimpleLLaMAChat
+from simple_llama.dataset.tokenizer import token_count, tokenizer_digest
+from simple_llama.finetune.chat_config import ChatConfig, own_chat, simple_llama_chat
+from simple_llama.finetune.chat_format import ChatFormat
+from simple_llama.interop.hf_tokenizer import tokenizer_at
 from simple_llama.interop.open_start import open_start
 from simple_llama.ops.attention import ATTENTION_VERSION
 from simple_llama.ops.logprob import HEAD_VERSION
@@ -43,11 +46,14 @@ class ModelConfig(Settings):
             "(config.json, safetensors)"
         ),
     ] = root_path("simple_llama", "finetune", "full_sft", "sft_checkpoints")
-    tokenize_path: PathText = package_path("dataset", "bpe_8k.json")  # tokenizer JSON
+    tokenize_path: Annotated[
+        PathText,
+        Doc("tokenizer JSON; left at its default, a Hugging Face or GGUF model has its own; a folder: the one in it"),
+    ] = package_path("dataset", "bpe_8k.json")
 
 
 @dataclass(frozen=True)
-class InputsConfig(EngineConfig, DataConfig, ModelConfig):
+class InputsConfig(EngineConfig, DataConfig, ChatConfig, ModelConfig):
     """What decides the inputs: the model's and the tokenizer's files, the data, and how the model is computed."""
 
 
@@ -104,13 +110,14 @@ def _read_inputs(config: InputsConfig) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     start = open_start(config.model_path)
-    chat = _chat_format(config)
+    chat = _chat_format(config, start)
     check_weights(start.load(), dtype)
     architecture = start.architecture
     if token_count(chat.tokenizer) > architecture.vocab_size:
+        own = start.own_tokenizer if _is_shipped(Path(config.tokenize_path)) else None
         raise UserError(
-            f"{config.tokenize_path}: {token_count(chat.tokenizer)} tokens, but the model {start.path} knows "
-            f"{architecture.vocab_size}; "
+            f"{own.source if own else config.tokenize_path}: {token_count(chat.tokenizer)} tokens, but the model "
+            f"{start.path} knows {architecture.vocab_size}; "
             "expected the tokenizer that the model was trained with (tokenize_path)"
         )
     max_seq_len = config.max_seq_len or architecture.max_seq_len
@@ -138,9 +145,19 @@ def _read_inputs(config: InputsConfig) -> Inputs:
     return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile)
 
 
-def _chat_format(config: InputsConfig) -> ChatFormat:
-    """The format of the model's chats, with its tokenizer."""
-    return SimpleLLaMAChat(load_tokenizer(config.tokenize_path), config.system_prompt)
+def _chat_format(config: InputsConfig, start: StartModel) -> ChatFormat:
+    """The format of the model's chats, with its tokenizer: its own where `tokenize_path` is left at its default."""
+    if start.own_tokenizer and _is_shipped(Path(config.tokenize_path)):
+        return own_chat(start.own_tokenizer, config)
+    if own := tokenizer_at(config.tokenize_path):
+        return own_chat(own, config)
+    return simple_llama_chat(config.tokenize_path, config)
+
+
+def _is_shipped(path: Path) -> bool:
+    """Whether a path is the default of `tokenize_path`, in this checkout or in the one where a run was started."""
+    default = Path(package_path("dataset", "bpe_8k.json"))
+    return path.parts[-3:] == default.parts[-3:]
 
 
 def check_compiler(compiled: bool, device: str) -> None:

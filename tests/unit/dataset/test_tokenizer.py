@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
-from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, decode_text, load_tokenizer, tokenizer_digest
+from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, decode_text, load_tokenizer, tokenizer_digest, unknown_id
+from tiny_hf import byte_level_tokenizer
 
 SHIPPED = root_path("simple_llama", "dataset", "bpe_8k.json")
 
@@ -158,3 +159,25 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes |
 def test_the_library_alone_would_let_text_forge_structure() -> None:
     """Shows that the setting matters: the same file, loaded plainly, takes "<EOA>" in text for the end of an answer."""
     assert Tokenizer.from_file(SHIPPED).encode("a <EOA> b").ids.count(7) == 1
+
+
+def test_digest_of_another_tokenizer_sees_its_added_tokens() -> None:
+    """One more token, and one that is no longer special: each is another; SimpleLLaMA's has its old digest."""
+    plain, more, unmarked = (byte_level_tokenizer() for _ in range(3))
+    more.add_tokens(["<|tool|>"])
+    unmarked.add_tokens([AddedToken("<|im_end|>", special=False)])
+    assert len({tokenizer_digest(one) for one in (plain, more, unmarked)}) == 3
+    assert tokenizer_digest(plain) == tokenizer_digest(byte_level_tokenizer())
+    assert tokenizer_digest(SHIPPED) == "43aec0933a5017bedabb03f9c7b0dbc7"
+
+
+def test_who_knows_all_bytes() -> None:
+    """Byte-level with its alphabet, and byte fallback, have no unknown token; else as the file says."""
+    assert unknown_id(byte_level_tokenizer()) is None
+    characters = {"<unk>": 0, "a": 1}
+    assert unknown_id(Tokenizer(models.BPE(characters, [], unk_token="<unk>"))) == 0
+    fallback = {**characters, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
+    assert unknown_id(Tokenizer(models.BPE(fallback, [], unk_token="<unk>", byte_fallback=True))) is None
+    assert unknown_id(Tokenizer(models.Unigram([("a", -1.0), ("<u>", 0.0)], unk_id=1))) == 1
+    with pytest.raises(UserError, match="leaves characters out"):
+        unknown_id(Tokenizer(models.BPE(characters, [])))

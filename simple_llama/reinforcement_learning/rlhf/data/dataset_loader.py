@@ -32,7 +32,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path
 from simple_llama.common.settings import WHOLE, Bounds, CountOrNone, PathText, Settings
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, data_files, read_records
-from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat
+from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat, UnsayableChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.reinforcement_learning.rlhf.data.data_report import (
     BOTH_WAYS,
@@ -69,9 +69,6 @@ class DataConfig(Settings):
         package_path("reinforcement_learning", "rl_dataset")
     )
     max_seq_len: CountOrNone = 0  # tokens; longer chats are dropped, both sides of the pair; 0: the model's own limit
-    system_prompt: Annotated[
-        str, Doc('what "CUSTOM" in a record\'s Template stands for: the prompt that the SFT used')
-    ] = DEFAULT_SYSTEM_PROMPT
     val_share: Annotated[float, _HELD_OUT] = 0.05  # share of prompts held out for evaluation, in [0, 0.5]
     seed: Annotated[int, Bounds(0, WHOLE)] = 42  # of the shuffle and the validation split
 
@@ -210,7 +207,11 @@ def _tokenize(
     ahead = iter(conversations)
     while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
         chats = [Chat(c.system, c.users, answers) for c in batch for answers in (c.chosen, c.rejected)]
-        encoded = chat.encode(chats)
+        try:
+            encoded = chat.encode(chats)
+        except UnsayableChat as error:
+            unsaid = batch[error.index // 2]
+            raise UserError(f"{unsaid.file}:{unsaid.record}: {error}") from error
         for c, chosen, rejected in zip(batch, encoded[0::2], encoded[1::2], strict=True):
             for note in dict.fromkeys(chosen.notes + rejected.notes):
                 count.noticed.add(note, f"{c.file}:{c.record}")

@@ -24,6 +24,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from simple_llama.finetune.chat_config import ChatConfig
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, encode_chat, encode_prompt
 from simple_llama.reinforcement_learning.rlhf.data import dataset_loader
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
@@ -661,7 +662,7 @@ def test_validation_share_out_of_range_is_refused(tmp_path: Path, tokenizer: Tok
 def test_settings_are_bounded() -> None:
     """Of single values, at once."""
     assert Path(DataConfig().rlhf_dataset_path).parts[-3:] == ("simple_llama", "reinforcement_learning", "rl_dataset")
-    assert (DataConfig().system_prompt, DataConfig().val_share, DataConfig().seed) == (DEFAULT_SYSTEM_PROMPT, 0.05, 42)
+    assert (ChatConfig().system_prompt, DataConfig().val_share, DataConfig().seed) == (DEFAULT_SYSTEM_PROMPT, 0.05, 42)
     with pytest.raises(UserError, match=r"val_share: expected a number from 0\.0 to 0\.5, found 0\.51"):
         DataConfig(val_share=0.51)
     with pytest.raises(UserError, match="max_seq_len: expected a number from 0 to 2147483647, found -1"):

@@ -1,0 +1,117 @@
+"""Ids of rendered chats in which no message can spell a token that the template alone may put in.
+
+Where no message does, the rendering is tokenized at once: the ids are those of transformers by construction. Else it is
+cut at the template's own tokens, and what stands between them is tokenized as text behind a special token, as the
+tokenizer would do: by a copy of it that knows no added token but marks, one for each way to take in white space.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer
+
+from simple_llama.common.errors import UserError
+from simple_llama.finetune.skeleton import Pieces, Token
+
+_MARKS = "\ufdd2\ufdd3\ufdd4\ufdd5"  # noncharacters: no text has a use for them
+
+
+class PieceIds(NamedTuple):
+    """Ids of a rendering, and where among them the template's own tokens stand."""
+
+    ids: list[int]
+    at: list[int]
+    is_cut: bool  # some message spells an added token
+
+
+class PieceTokenizer:
+    """Tokenizes pieces; `structure` are the tokens that templates alone put in, by id."""
+
+    def __init__(self, tokenizer: Tokenizer, unknown_id: int | None):
+        """Args: unknown_id: of the token for what the tokenizer does not know, which any text may hold."""
+        self.tokenizer = tokenizer
+        added: Mapping[int, AddedToken] = tokenizer.get_added_tokens_decoder()
+        self.structure = {number: token for number, token in added.items() if number != unknown_id}
+        self._spelled = re.compile("|".join(re.escape(token.content) for token in added.values()) or "(?!)")
+        self._text_tokenizer: Tokenizer | None = None  # made when a message first spells a token
+
+    def encode(self, batch: Sequence[Pieces]) -> list[PieceIds]:
+        """Ids of each."""
+        whole = [pieces for pieces in batch if not any(map(self._spelled.search, pieces.messages))]
+        encodings = iter(self.tokenizer.encode_batch_fast([p.text for p in whole], add_special_tokens=False))
+        left, found = iter(whole), []
+        waiting = next(left, None)
+        for pieces in batch:
+            ids = None
+            if pieces is waiting:
+                ids, waiting = next(encodings).ids, next(left, None)
+            found.append(self._checked(pieces, ids))
+        return found
+
+    def _checked(self, pieces: Pieces, ids: list[int] | None) -> PieceIds:
+        """These ids, where their added tokens are the template's; else those of the pieces cut apart."""
+        if ids is not None:
+            at = [place for place, number in enumerate(ids) if number in self.structure]
+            expected = [part.id for segment in pieces.segments for part in segment if isinstance(part, Token)]
+            if [ids[place] for place in at] == expected:
+                return PieceIds(ids, at, False)
+        return self.cut(pieces)
+
+    def cut(self, pieces: Pieces, behind_a_token: bool = False) -> PieceIds:
+        """Ids of pieces, each stretch between the template's tokens as text.
+
+        Args:
+            behind_a_token: as if a token stood before the first one.
+        """
+        tokens = [part for segment in pieces.segments for part in segment if isinstance(part, Token)]
+        texts = [_marked(pieces.segments[0])]
+        for message, segment in zip(pieces.messages, pieces.segments[1:], strict=True):
+            texts += [message, _marked(segment)]
+        marked = _MARKS[0] * behind_a_token + "".join(texts)
+        if sum(map(marked.count, _MARKS)) != len(tokens) + behind_a_token:
+            raise UserError("expected text, found one of the noncharacters U+FDD2 to U+FDD5; take it out")
+        tokenizer = self._of_text()
+        marks = {tokenizer.token_to_id(mark) for mark in _MARKS}
+        ids = tokenizer.encode(marked, add_special_tokens=False).ids[behind_a_token:]
+        at = [place for place, number in enumerate(ids) if number in marks]
+        assert len(at) == len(tokens)
+        for place, token in zip(at, tokens, strict=True):
+            ids[place] = token.id
+        return PieceIds(ids, at, True)
+
+    def _of_text(self) -> Tokenizer:
+        """The tokenizer without its added tokens: their spellings are texts like others, and marks are the tokens."""
+        if self._text_tokenizer is None:
+            saved = json.loads(self.tokenizer.to_str())
+            _hide(saved["model"], {token.content for token in self.structure.values()})
+            saved["added_tokens"] = []
+            saved["post_processor"] = None
+            made = Tokenizer.from_str(json.dumps(saved))
+            made.add_special_tokens(
+                [
+                    AddedToken(mark, lstrip=bool(number & 1), rstrip=bool(number & 2), normalized=False, special=True)
+                    for number, mark in enumerate(_MARKS)
+                ]
+            )
+            self._text_tokenizer = made
+        return self._text_tokenizer
+
+
+def _marked(segment: Sequence[str | Token]) -> str:
+    """A segment with marks in the tokens' places."""
+    return "".join(part if isinstance(part, str) else _MARKS[part.lstrip + 2 * part.rstrip] for part in segment)
+
+
+def _hide(model: dict[str, Any], contents: set[str]) -> None:
+    """Renames a vocabulary's entries that a text could otherwise reach; what merges make is text, and stays."""
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram: pieces with their scores
+        model["vocab"] = [[f"\ufdd6{n}" if one[0] in contents else one[0], one[1]] for n, one in enumerate(vocab)]
+        return
+    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges", [])]
+    hidden = contents - {"".join(merge) for merge in merges} - {part for merge in merges for part in merge}
+    model["vocab"] = {f"\ufdd6{number}" if text in hidden else text: number for text, number in vocab.items()}

@@ -1,0 +1,127 @@
+"""A process that renders chat templates: a template is a program of a stranger's, so it runs sandboxed, where its time
+and memory are bounded by the system. `templates.TemplateRenderer` starts it; it needs jinja2 alone.
+
+First line of its input: {"template": text, "variables": {...}, "date": text or null}, answered by a line {"reads": the
+names that the template reads} or {"error": ...}. Each further line is a list of [messages, whether an answer is asked
+for], and each of these answered by a line {"text": ...} or {"error": ...}. jinja2 computes constants when it compiles,
+so that is done here too.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+CPU_SECONDS = 2.0  # of one rendering: some ten thousand times that of an honest one
+_MEMORY = 1 << 30  # bytes of address space
+_MOST_CHARACTERS = 1 << 20  # of a rendering, beside eight times the messages
+_MOST_SAID = 500  # characters of an error
+_FIXED_DAY = datetime(2024, 7, 26)  # what a template that asks for the date is told; the day of Llama 3's own fallback
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which some templates mark answers: its body alone."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The body of the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """As transformers renders chat templates."""
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    made.filters["tojson"] = _to_json
+    made.globals["raise_exception"] = _raise
+    return made
+
+
+def _asks_whether_date_is_known(tree: nodes.Template) -> bool:
+    """Whether a template has a fallback of its own for `strftime_now`."""
+    return any(
+        isinstance(test.node, nodes.Name) and test.node.name == "strftime_now" and test.name == "defined"
+        for test in tree.find_all(nodes.Test)
+    )
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """jinja2's own would escape for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise(message: str) -> None:
+    """What templates call for a chat that they do not take."""
+    raise TemplateError(message)
+
+
+def _open(first: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The compiled template (None where there is none), and what is said of it."""
+    try:
+        jinja = _environment()
+        tree, date = jinja.parse(first["template"]), first["date"]
+        if date is not None:
+            jinja.globals["strftime_now"] = lambda form: date
+        elif not _asks_whether_date_is_known(tree):
+            jinja.globals["strftime_now"] = _FIXED_DAY.strftime
+        reads = sorted(find_undeclared_variables(jinja.parse(first["template"])) - {"raise_exception"})
+        return jinja.from_string(first["template"]), {"reads": reads}
+    except Exception as error:  # noqa: BLE001 - as in _render
+        return None, {"error": _words(error)}
+
+
+def _render(template: Any, variables: dict[str, Any], messages: list[dict[str, str]], asked: bool) -> dict[str, Any]:
+    """One rendering. What a template may do to end it has no bound but the process's, so every exception is caught."""
+    try:
+        text = template.render(messages=messages, add_generation_prompt=asked, tools=None, documents=None, **variables)
+    except Exception as error:  # noqa: BLE001
+        return {"error": _words(error)}
+    most = _MOST_CHARACTERS + 8 * sum(len(message["content"]) for message in messages)
+    if len(text) > most:
+        return {"error": f"it wrote {len(text):,} characters, more than {most:,}"}
+    return {"text": text}
+
+
+def _words(error: Exception) -> str:
+    """What went wrong: in the template's own words, where it raised it."""
+    if isinstance(error, TemplateSyntaxError):
+        return f"{(error.message or '')[:_MOST_SAID]}, line {error.lineno}"
+    kind = "" if type(error) is TemplateError else f"{type(error).__name__}: "
+    return f"{kind}{error}"[:_MOST_SAID]
+
+
+def _answer(said: dict[str, Any]) -> None:
+    """Sends one line, and starts the clock of what comes next."""
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # of this process's own time; its signal ends it
+    print(json.dumps(said), flush=True)
+
+
+def main() -> None:
+    """Answers until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    first = json.loads(sys.stdin.readline())
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    template, said = _open(first)
+    _answer(said)
+    for line in sys.stdin:
+        for messages, asked in json.loads(line):
+            _answer(_render(template, first["variables"], messages, asked))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Chat templates (Jinja), checked here and rendered in a process of their own: see render_worker.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import listed
+from simple_llama.finetune import render_worker
+
+Messages = Sequence[Mapping[str, str]]  # of one chat: {"role": ..., "content": ...}
+_OURS = frozenset(("messages", "add_generation_prompt", "tools", "documents"))  # given by us, at each rendering
+_DATE, _CLOCK = "date_string", "strftime_now"
+
+
+class Rendering(NamedTuple):
+    """What a template made of a chat: a text, or why there is none."""
+
+    text: str = ""
+    error: str = ""
+
+
+class TemplateRenderer:
+    """One template with what it reads beside the messages; the process starts with the first rendering.
+
+    Args:
+        named: the tokenizer's special tokens by their names ("bos_token").
+        given: what the user sets (`chat_template_kwargs`).
+        source: what the template is of, for errors.
+
+    Raises UserError for a template that cannot be compiled, and for a `given` name that it does not read.
+    """
+
+    def __init__(self, template: str, named: Mapping[str, str], given: Mapping[str, Any], source: str):
+        self._first = {"template": template, "variables": {**named, **given}, "date": given.get(_DATE)}
+        self._process: subprocess.Popen[str] | None = None
+        said = self._start()
+        if "reads" not in said:
+            raise UserError(f"{source}: expected a chat template (Jinja), found: {said['error']}")
+        known = {_DATE if name == _CLOCK else name for name in said["reads"]} - _OURS - set(named)
+        if unknown := sorted(set(given) - known):
+            few = listed(sorted(known)) or "nothing"
+            raise UserError(
+                f"chat_template_kwargs: expected names that the chat template of {source} reads ({few}), found "
+                f"{listed(unknown)}; leave it out"
+            )
+
+    def render(self, chats: Sequence[tuple[Messages, bool]]) -> list[Rendering]:
+        """The text of each chat; True asks for the prompt of a further answer behind it.
+
+        A rendering that takes too much time or memory ends its process, and is an error like those of the template.
+        """
+        found: list[Rendering] = []
+        while len(found) < len(chats):
+            found += self._render(chats[len(found) :])
+        return found
+
+    def _render(self, chats: Sequence[tuple[Messages, bool]]) -> list[Rendering]:
+        """The first of these: all of them, or up to one that ended the process."""
+        if self._process is None:
+            self._start()
+        self._send(chats)
+        found: list[Rendering] = []
+        while len(found) < len(chats) and self._process:
+            found.append(Rendering(**self._receive()))
+        return found
+
+    def _start(self) -> dict[str, Any]:
+        """Starts the process; what it says of the template."""
+        command = [sys.executable, str(Path(render_worker.__file__))]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._process, self._end = process, weakref.finalize(self, _end, process)
+        self._send(self._first)
+        return self._receive()
+
+    def _send(self, said: Any) -> None:
+        """A line to the process, which reads all of it before it answers."""
+        assert self._process and self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it ended: no answer will come
+            self._process.stdin.write(json.dumps(said) + "\n")
+            self._process.stdin.flush()
+
+    def _receive(self) -> dict[str, Any]:
+        """Its next answer; where it ended without one, why."""
+        assert self._process and self._process.stdout
+        line = self._process.stdout.readline()
+        if line.endswith("\n"):
+            return json.loads(line)
+        self._process = None
+        self._end()
+        return {"error": f"it took more than {render_worker.CPU_SECONDS:g} s, or too much memory, to be rendered"}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a process that renders."""
+    process.kill()
+    with contextlib.suppress(BrokenPipeError):  # of what it had not read
+        process.communicate()
