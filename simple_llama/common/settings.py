@@ -160,10 +160,10 @@ def parse_settings(
     args, found, source = _split(argv)
     below = _typed_settings(kind, base or {}, base_source)
     default = kind(**{**below, **_typed_settings(kind, found, source)})
-    return _with_texts(tyro.cli(kind, args=args, default=default, description=description), below)
+    return with_texts(tyro.cli(kind, args=args, default=default, description=description), below)
 
 
-def _with_texts(settings: SomeSettings, below: Mapping[str, Any]) -> SomeSettings:
+def with_texts(settings: SomeSettings, below: Mapping[str, Any]) -> SomeSettings:
     """Settings with the texts of the files that they name by @FILE; what stands `below` is text already."""
     hints = get_type_hints(type(settings), include_extras=True)
     changes = {}

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
 from simple_llama.common.paths import package_path
-from simple_llama.common.settings import PathText, Settings
+from simple_llama.common.settings import PathText, Settings, TextOrFile, with_texts
 from simple_llama.dataset.tokenizer import load_tokenizer, token_count
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.interop.hf_config import config_json
@@ -58,7 +59,9 @@ class ExportConfig(Settings):
     # === What the source does not say ===
     model_path: str = ""  # the model that a run started from; empty: where the run found it
     tokenize_path: str = ""  # tokenizer of a SimpleLLaMA checkpoint; empty: the run's, or the shipped one
-    system_prompt: str = ""  # of its chats without one; empty: the run's, or the default
+    system_prompt: Annotated[
+        str, TextOrFile(), Doc("that of its chats that have none, or @FILE with it; empty: the run's, or the default")
+    ] = ""
 
 
 class _Source(NamedTuple):
@@ -76,7 +79,7 @@ def export_model(config: ExportConfig) -> str:
     Raises UserError where something lies there already, for a source that is none, and for a model that the wanted
     form cannot say.
     """
-    output = Path(config.output)
+    config, output = with_texts(config, {}), Path(config.output)
     if os.path.lexists(output):
         raise UserError(f"{output}: expected nothing there yet; choose another --output, or move it away")
     source = _open_source(config)

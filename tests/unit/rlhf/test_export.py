@@ -23,6 +23,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from tiny_hf import make_hf_folder
 from tiny_job import MLA, TinyJob, make_job
 
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 IDS = torch.tensor([[8, 21, 22, 6, 30]])
 
 
@@ -54,12 +55,14 @@ def test_a_checkpoint_as_a_folder_and_back(lora: TinyJob, tmp_path: Path) -> Non
     """LoRA is merged, so logits are equal but for the order of sums; there and back the tensors are bit for bit."""
     start, folder, back = lora.folder / "start.pth", tmp_path / "hf", tmp_path / "back.pth"
     tokenizer = str(lora.folder / "tokenizer.json")
-    said = export_model(ExportConfig(str(start), str(folder), tokenize_path=tokenizer, system_prompt="Be kind."))
+    (tmp_path / "system.txt").write_text("Be kind.\n")
+    system = f"@{tmp_path / 'system.txt'}"
+    said = export_model(ExportConfig(str(start), str(folder), tokenize_path=tokenizer, system_prompt=system))
     assert said == f"wrote {folder} from start.pth, LoRA merged"
     assert torch.allclose(logits(folder), logits(start), atol=1e-4)
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["eos_token_id"], config["dtype"]) == ("llama", 7, "float32")
-    assert "Be kind." in json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    assert '"Be kind."' in json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
     assert export_metadata(folder)["source"] == "start.pth"
     assert "| start model | start.pth |" in (folder / "README.md").read_text()
     export_model(ExportConfig(str(folder), str(back)))
@@ -92,10 +95,12 @@ def test_a_state_is_exported_as_its_run_did(run: Path, tmp_path: Path) -> None:
 def test_a_folder_keeps_what_it_is(tmp_path: Path) -> None:
     """Another dtype and nothing else: tokenizer and settings byte for byte, and the keys of config.json."""
     source, out = make_hf_folder(tmp_path / "in"), tmp_path / "out"
-    (source / "tokenizer.json").write_text('{"mine": 1}')
+    with (source / "tokenizer.json").open("a") as file:
+        file.write("\n \n")
     export_model(ExportConfig(str(source), str(out), dtype="bfloat16"))
     there, here = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
-    assert (out / "tokenizer.json").read_text() == '{"mine": 1}' and here["dtype"] == "bfloat16"
+    assert here["dtype"] == "bfloat16"
+    assert all((out / name).read_bytes() == (source / name).read_bytes() for name in FILES)
     assert all(
         here[key] == value for key, value in there.items() if key not in ("dtype", "torch_dtype", "rope_scaling")
     )
