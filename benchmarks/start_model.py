@@ -15,10 +15,12 @@ import tyro
 from simple_llama.cluster.console import set_up_log
 from simple_llama.cluster.distributed import close_ranks, init_ranks, leave
 from simple_llama.common.paths import root_path
-from simple_llama.dataset.tokenizer import load_tokenizer
+from simple_llama.dataset.ascii_text import Spelling
+from simple_llama.dataset.tokenizer import SPECIAL_IDS, load_tokenizer
 from simple_llama.finetune.full_sft.sft import Chat, SFTConfig, finetune
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ def make_start_model(wanted: StartModel) -> float:
     """Trains and saves the model; returns its last mean loss (nats a token)."""
     tokenizer = load_tokenizer(wanted.tokenizer)
     data = RLDatasetLoader(wanted.data, tokenizer, wanted.max_seq_len, val_share=wanted.val_share, seed=wanted.seed)
-    chats = [Chat(told.system or "", told.users, told.chosen) for told in data.conversations(data.train)]
+    speller = Speller(Spelling(tokenizer, SPECIAL_IDS["<UNK>"]))
+    told = map(speller.spelled, data.conversations(data.train))
+    chats = [Chat(said.system or "", said.users, said.chosen) for said in told]
     model_config = TrainingConfig(
         n_embd=wanted.n_embd, n_layers=wanted.n_layers, n_heads=wanted.n_heads, max_seq_len=wanted.max_seq_len
     )

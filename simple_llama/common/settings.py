@@ -59,6 +59,12 @@ class TextOrFile:
     end, is then the setting."""
 
 
+class Before(NamedTuple):
+    """Marks a setting that came later: how runs that were started before it go on."""
+
+    value: Any
+
+
 Count = Annotated[int, Bounds(1, WHOLE)]  # at least one
 CountOrNone = Annotated[int, Bounds(0, WHOLE)]  # 0 switches something off
 PathText = Annotated[str, FilePath()]
@@ -123,6 +129,13 @@ def path_defaults(kind: type[Settings]) -> dict[str, str]:
     """The settings of `kind` that name a file or folder, with their defaults."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: field.default for field in _declared(kind) if _is_path(hints[field.name])}
+
+
+def values_before(kind: type[Settings]) -> dict[str, Any]:
+    """The settings of `kind` that came later, as runs that were started before them go on."""
+    hints = get_type_hints(kind, include_extras=True)
+    extras = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in _declared(kind)}
+    return {name: extra.value for name, found in extras.items() for extra in found if isinstance(extra, Before)}
 
 
 def known_settings(kind: type[Settings], found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -129,3 +129,13 @@ class SimpleLLaMAChat:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer."""
         return self.tokenizer.decode(list(ids)).strip()
+
+
+def about_system(chat: ChatFormat) -> str:
+    """Which system prompt chats without one of their own get, in words for the log."""
+    if chat.default_system is None:
+        return 'no system message for "CUSTOM": what the chat template then does by itself'
+    words = f'"CUSTOM" stands for {chat.default_system!r}'
+    if isinstance(chat, SimpleLLaMAChat) and chat.default_system == DEFAULT_SYSTEM_PROMPT:
+        words += "; models that the original SimpleLLaMA tuned have seen another: give theirs with --system_prompt"
+    return words

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from simple_llama.finetune.chat_format import about_system
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
@@ -35,6 +36,7 @@ def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
         "config": json.dumps(asdict(replace(config, max_seq_len=inputs.max_seq_len)), indent=2),
         "DeepSpeed": json.dumps(ds_config, indent=2),
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
+        "system prompt": about_system(inputs.chat),
         "batches": _batch_arithmetic(config, plan, pairs),
         "memory per rank (estimate)": _memory_table(config, config.reference, inputs, plan, ds_config),
         "checkpoints": _checkpoints(config, inputs, plan.steps_per_epoch),

@@ -14,11 +14,12 @@ from typing_extensions import Doc
 
 from simple_llama.cluster.distributed import Ranks, fail_together, require_same
 from simple_llama.common.errors import UserError
+from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.common.settings import PathText, Settings
 from simple_llama.dataset.tokenizer import token_count, tokenizer_digest
 from simple_llama.finetune.chat_config import ChatConfig, own_chat, simple_llama_chat
-from simple_llama.finetune.chat_format import ChatFormat
+from simple_llama.finetune.chat_format import ChatFormat, about_system
 from simple_llama.interop.hf_tokenizer import tokenizer_at
 from simple_llama.interop.open_start import open_start
 from simple_llama.ops.attention import ATTENTION_VERSION
@@ -99,6 +100,7 @@ def load_inputs(config: InputsConfig, ranks: Ranks) -> Inputs:
     """
     with fail_together(ranks):
         inputs = _read_inputs(config)
+    LOGGER.info("system prompt: %s", about_system(inputs.chat))
     require_same("package versions", versions(), ranks)
     require_same("settings", asdict(config), ranks)
     require_same("data set (digest)", inputs.data_digest, ranks)
@@ -132,6 +134,8 @@ def _read_inputs(config: InputsConfig) -> Inputs:
         max_seq_len,
         val_share=config.val_share,
         seed=config.seed,
+        ascii_text=config.ascii_text,
+        max_unknown=config.max_unknown,
     )
     numerics = {
         "dtype": str(dtype).removeprefix("torch."),

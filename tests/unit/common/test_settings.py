@@ -12,6 +12,7 @@ from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.settings import (
+    Before,
     Bounds,
     Count,
     PathText,
@@ -19,6 +20,7 @@ from simple_llama.common.settings import (
     _settings_from_dict,
     parse_settings,
     peek_settings,
+    values_before,
     with_absolute_paths,
 )
 
@@ -48,6 +50,7 @@ class BakeryConfig(ShopConfig, OvenConfig):
     """A command."""
 
     open: bool = False  # whether it is
+    counted: Annotated[bool, Before(False), Doc("whether it counts what it bakes")] = True
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,7 @@ def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "folder": str(tmp_path / "shop"),
         "share": 0.1,
         "open": False,
+        "counted": True,
     }
     assert with_absolute_paths(BakeryConfig(folder="/a/b"))["folder"] == "/a/b"
 
@@ -140,3 +144,9 @@ def test_help_is_the_comment_or_the_doc(capsys: pytest.CaptureFixture[str]) -> N
         parse_settings(BakeryConfig, ["--help"], "Bakes.")
     shown = capsys.readouterr().out
     assert "degrees" in shown and "of the till" in shown and "whether it is" in shown and "Bakes." in shown
+
+
+def test_settings_that_came_later_stand_as_they_were_before() -> None:
+    """Of one field in five; by default it is another."""
+    assert values_before(BakeryConfig) == {"counted": False} and BakeryConfig().counted
+    assert values_before(OvenConfig) == {}

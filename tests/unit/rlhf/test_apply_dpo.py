@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.weights import load_weights
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
@@ -142,6 +143,32 @@ def test_resume_refuses_another_reference_and_other_settings(job, ranks):
     write_pairs(job.folder / "pairs.jsonl", range(25))
     with pytest.raises(UserError, match="cannot resume: data"):
         run_job(job, ranks, resume=True)
+
+
+def test_a_run_from_before_ascii_text_goes_on_with_its_tokens(job, ranks):
+    """A tokenizer without the bytes of an apostrophe, which stands in every prompt: the run's config.json knows of no
+    such setting, and its data are found unchanged. Spelled in ASCII they are others."""
+    path = job.folder / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    known = {token: number for token, number in saved["model"]["vocab"].items() if token not in ("\u00e2", "\u0122")}
+    path.write_text(json.dumps({**saved, "model": {**saved["model"], "vocab": known}}))
+    pairs = job.folder / "pairs.jsonl"
+    pairs.write_text(pairs.read_text().replace('"User": ["', '"User": ["it\u2019s '))
+    run_job(job, ranks, epochs=1, ascii_text=False)
+    for folder in ("checkpoints", "runs"):
+        file = job.folder / folder / "tiny" / "config.json"
+        settings = json.loads(file.read_text())
+        assert settings.pop("ascii_text") is False and settings.pop("max_unknown") == 0.05
+        file.write_text(json.dumps(settings))
+    again = [f"--ckpt_dir={job.folder / 'checkpoints'}", "--run_name=tiny", "--resume"]
+    for flags in ([], ["--ascii_text"]):
+        config = parse_config([*again, *flags])
+        inputs = load_inputs(config, ranks)
+        assert (inputs.data.report.count("<UNK>"), inputs.data.report.count("in ASCII")) == (
+            (0, 1) if flags else (1, 0)
+        )
+        with pytest.raises(UserError, match="cannot resume: data was") if flags else nullcontext():
+            train(config, inputs, ranks)
 
 
 def test_another_model_is_refused_before_its_log_probs_are_asked_for(job, ranks):

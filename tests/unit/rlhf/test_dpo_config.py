@@ -63,6 +63,21 @@ def test_a_run_to_resume_gives_its_settings(tmp_path):
     assert parse_config([folder, "--run_name=a", "--no-resume"]).beta == 0.5
 
 
+def test_a_run_from_before_a_setting_goes_on_without_it(tmp_path):
+    """It kept its text as it was, whatever the tokenizer knew of it. A run that has the setting, a new run, and one
+    that asks for it have what they say."""
+    (tmp_path / "a").mkdir()
+    kept = tmp_path / "a" / "config.json"
+    kept.write_text("{}")
+    resumed = [f"--ckpt_dir={tmp_path}", "--run_name=a", "--resume"]
+    before = parse_config(resumed)
+    assert (before.ascii_text, before.max_unknown) == (False, 1.0)
+    assert parse_config([*resumed, "--ascii_text"]).ascii_text
+    kept.write_text(json.dumps({"ascii_text": True, "max_unknown": 0.2}))
+    assert (parse_config(resumed).ascii_text, parse_config(resumed).max_unknown) == (True, 0.2)
+    assert parse_config([]).ascii_text and not parse_config(["--no_ascii_text"]).ascii_text
+
+
 def test_profile_steps_in_a_file_and_as_flags(tmp_path, capsys):
     """Two numbers behind the flag, a list in the file; flags win."""
     path = tmp_path / "config.json"

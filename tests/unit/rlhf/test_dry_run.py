@@ -52,18 +52,20 @@ def sections(report: str) -> dict[str, str]:
 
 
 def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs) -> None:
-    """Seven parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
+    """Eight parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
     found = sections(describe(config, inputs, 3))
     assert list(found) == [
         "config",
         "DeepSpeed",
         "data",
+        "system prompt",
         "batches",
         "memory per rank (estimate)",
         "checkpoints",
         "first pair (scored tokens in [[ ]])",
     ]
     assert json.loads(found["config"])["system_prompt"] == "Be kind."
+    assert found["system prompt"] == "\"CUSTOM\" stands for 'Be kind.'"
     assert json.loads(found["DeepSpeed"])["train_batch_size"] == 24
 
 

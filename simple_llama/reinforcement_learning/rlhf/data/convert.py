@@ -7,7 +7,6 @@ UserError; one that holds no usable pair is dropped and counted by reason.
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Literal
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write
 from simple_llama.common.logging import LOGGER
+from simple_llama.dataset.ascii_text import ascii_text
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, read_records
 from simple_llama.reinforcement_learning.rlhf.data.data_report import LIKE_A_TURN, warnings_of
 from simple_llama.reinforcement_learning.rlhf.data.readers import (
@@ -30,20 +30,6 @@ from simple_llama.reinforcement_learning.rlhf.data.readers import (
 )
 
 _FORMATS = ("HH-RLHF", "PKU-SafeRLHF")  # of the inputs
-# the typographic characters that Unicode's own decomposition does not turn into ASCII
-_ASCII_FORMS = {
-    "\u2018": "'",
-    "\u2019": "'",
-    "\u201c": '"',
-    "\u201d": '"',
-    "\u2010": "-",
-    "\u2011": "-",
-    "\u2012": "-",
-    "\u2013": "-",
-    "\u2014": " - ",
-    "\u2022": "*",
-    "\u00d7": "x",
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,7 @@ class _Conversion:
 
     def to_ascii(self, text: str) -> str:
         """A message in ASCII; characters without an ASCII form are counted and gone."""
-        form, removed = _ascii_text(text)
+        form, removed = ascii_text(text)
         self.removed_characters += removed
         return form.strip()
 
@@ -150,17 +136,6 @@ def _convert_record(record: Record, options: ReadOptions, done: _Conversion) -> 
             done.count.noticed.add(LIKE_A_TURN, record.origin)
         if found == "HH-RLHF":
             done.carriage_returns += any("\r" in record.fields[side] for side in READERS[found].keys)
-
-
-def _ascii_text(text: str) -> tuple[str, int]:
-    """`text` in ASCII, and how many characters had no ASCII form. Accents go: an e with an acute accent becomes e."""
-    spelled, removed = [], 0
-    for character in text if not text.isascii() else ():
-        decomposed = unicodedata.normalize("NFKD", _ASCII_FORMS.get(character, character))
-        form = decomposed.encode("ascii", "ignore").decode()
-        removed += not form and not unicodedata.combining(character)  # an accent belongs to the letter before it
-        spelled.append(form)
-    return (text if text.isascii() else "".join(spelled)), removed
 
 
 def _serialized(pairs: Sequence[Conversation], as_list: bool) -> bytes:

@@ -6,9 +6,12 @@ format that saw it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
+from simple_llama.common.errors import UserError
 from simple_llama.dataset.json_records import KeptCount, Tally
+from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
 BOTH_WAYS, LIKE_A_TURN = "both ways round", "like a turn"
 _ODD = {  # what is said of it, and what to do
@@ -21,6 +24,7 @@ _ODD = {  # what is said of it, and what to do
 _MUCH_DROPPED = 0.1  # of the pairs
 _FEW_HELD_OUT = 20  # pairs
 _MUCH_UNKNOWN = 0.01  # of the scored tokens
+_SPELL = "make the data with launch/prepare_data.py --ascii_only, or take a tokenizer that knows all bytes"
 _WAYS_OUT = {"too long": "raise max_seq_len, if the model allows it"}  # of pairs that are dropped for a reason
 
 
@@ -35,11 +39,15 @@ class Unknown(NamedTuple):
     scored_first: str = ""
 
 
-def describe(count: KeptCount, extra_keys: Tally, unknown: Unknown) -> str:
-    """One line: kept and dropped pairs, ignored keys, characters that the tokenizer does not know."""
+def describe(count: KeptCount, extra_keys: Tally, unknown: Unknown, speller: Speller) -> str:
+    """One line: kept and dropped pairs, ignored keys, characters that the tokenizer does not know and what became of
+    them."""
     line = count.summary()
     for key, times in extra_keys.times.items():
         line += f"; ignored key {key} (records: {times:,}, first: {extra_keys.first[key]})"
+    if speller.characters:
+        line += f"; {speller.characters:,} characters that the tokenizer does not know are spelled in ASCII"
+        line += f" (pairs: {speller.pairs:,}, first: {speller.first}; --no_ascii_text leaves them)"
     if unknown.tokens:
         line += f"; {unknown.tokens:,} bytes that the tokenizer does not know became <UNK>"
         line += f" (pairs: {unknown.pairs:,}, first: {unknown.first})"
@@ -57,8 +65,7 @@ def warnings_of(count: KeptCount, unknown: Unknown | None = None, held_out: int 
         found.append(
             f"{unknown.scored_share:.1%} of the scored answer tokens are <UNK>, in {pairs_share:.1%} of the pairs "
             f"(first: {unknown.scored_first}): the tokenizer does not know what stands there, and the model learns to "
-            "write <UNK>; make the data with launch/prepare_data.py --ascii_only, or take a tokenizer that knows all "
-            "bytes"
+            f"write <UNK>; {_SPELL}"
         )
     if held_out is not None and held_out < _FEW_HELD_OUT:
         found.append(
@@ -66,6 +73,17 @@ def warnings_of(count: KeptCount, unknown: Unknown | None = None, held_out: int 
             "set it to 0"
         )
     return found
+
+
+def check_unknown(path: str | Path, unknown: Unknown, most: float, ascii_text: bool) -> None:
+    """UserError where more than the share `most` of the scored tokens are <UNK>."""
+    if unknown.scored_share > most:
+        way = "" if ascii_text else "leave out --no_ascii_text, "
+        raise UserError(
+            f"{path}: expected at most {most:.1%} of the scored answer tokens to be <UNK> (max_unknown), found "
+            f"{unknown.scored_share:.1%} (first: {unknown.scored_first}): the tokenizer does not know what stands "
+            f"there, and the model would learn to write <UNK>; {way}{_SPELL}; max_unknown allows more"
+        )
 
 
 def _much_dropped(count: KeptCount) -> list[str]:

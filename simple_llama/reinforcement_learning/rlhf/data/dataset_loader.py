@@ -30,7 +30,8 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path
-from simple_llama.common.settings import WHOLE, Bounds, CountOrNone, PathText, Settings
+from simple_llama.common.settings import WHOLE, Before, Bounds, CountOrNone, PathText, Settings
+from simple_llama.dataset.ascii_text import Spelling
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, data_files, read_records
 from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat, UnsayableChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
@@ -38,6 +39,7 @@ from simple_llama.reinforcement_learning.rlhf.data.data_report import (
     BOTH_WAYS,
     LIKE_A_TURN,
     Unknown,
+    check_unknown,
     describe,
     warnings_of,
 )
@@ -51,13 +53,15 @@ from simple_llama.reinforcement_learning.rlhf.data.readers import (
     format_of,
     holds_a_turn,
 )
+from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
 FORMATS: tuple[str, ...] = ("Template",)  # what the records of a data set may be, of READERS
 _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
 _TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 
-_HELD_OUT = Bounds(0.0, 0.5)
+_HELD_OUT, _SHARE = Bounds(0.0, 0.5), Bounds(0.0, 1.0)
+_MOST_UNKNOWN = 0.05  # of the scored tokens: a person who wants more says so
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class DataConfig(Settings):
         package_path("reinforcement_learning", "rl_dataset")
     )
     max_seq_len: CountOrNone = 0  # tokens; longer chats are dropped, both sides of the pair; 0: the model's own limit
+    ascii_text: Annotated[
+        bool, Before(False), Doc("spell in ASCII what the tokenizer does not know: typographic marks, accents")
+    ] = True
+    max_unknown: Annotated[
+        float, _SHARE, Before(1.0), Doc("share of the scored tokens that may be <UNK>; more is refused; in [0, 1]")
+    ] = _MOST_UNKNOWN
     val_share: Annotated[float, _HELD_OUT] = 0.05  # share of prompts held out for evaluation, in [0, 0.5]
     seed: Annotated[int, Bounds(0, WHOLE)] = 42  # of the shuffle and the validation split
 
@@ -82,13 +92,16 @@ class RLDatasetLoader:
         max_seq_len: tokens; a pair is dropped when one of its chats is longer.
         val_share: share of the prompts (not of the pairs) held out, in [0, 0.5].
         seed: of the split; which pairs are trained on does not depend on the order or the amount of other data.
+        ascii_text: whether characters that the tokenizer does not know are spelled in ASCII where that can be done. It
+            acts on token ids alone: conversations, and which prompts are held out, stay as they are.
+        max_unknown: share of the scored tokens that may be <UNK>, in [0, 1].
         default_system: what "CUSTOM" stands for where `chat` is a tokenizer; it has to be the one that the start model
             was tuned with. A chat format has its own.
 
     Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
     kept, dropped, ignored) and `warnings`; both are logged.
     Raises UserError (file, record, key, expected, found; of the first ten faulty records, with their number) for
-    malformed data and when no training pair is left. Beats the watchdog while it reads.
+    malformed data, too many <UNK>, and when no training pair is left. Beats the watchdog while it reads.
     """
 
     def __init__(
@@ -99,19 +112,23 @@ class RLDatasetLoader:
         *,
         val_share: float,
         seed: int,
+        ascii_text: bool = True,
+        max_unknown: float = _MOST_UNKNOWN,
         default_system: str = DEFAULT_SYSTEM_PROMPT,
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
         self._options = ReadOptions(self._chat.default_system)
-        count, extra_keys = KeptCount(), Tally()
+        self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
+        count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
         with watchdog.patience("reading the data"):
-            pairs, shares = self._read(path, max_seq_len, seed, count, extra_keys)
+            pairs, shares = self._read(path, max_seq_len, seed, count, extra_keys, speller)
             unknown = _unknown_tokens(pairs, self._chat.unknown_id)
-        self.report = describe(count, extra_keys, unknown)
+        self.report = describe(count, extra_keys, unknown, speller)
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
+        check_unknown(path, unknown, max_unknown, ascii_text)
         held_out = _held_out_prompts(shares, val_share)
         trained = int(np.count_nonzero(~held_out))
         self.warnings = warnings_of(count, unknown, len(pairs) - trained if val_share else None)
@@ -128,14 +145,14 @@ class RLDatasetLoader:
             )
 
     def _read(
-        self, path: str | Path, max_seq_len: int, seed: int, count: KeptCount, extra_keys: Tally
+        self, path: str | Path, max_seq_len: int, seed: int, count: KeptCount, extra_keys: Tally, speller: Speller
     ) -> tuple[PairSet, np.ndarray]:
         """The usable pairs and where their prompts stand (see `_prompt_share`); one UserError for all faults."""
         faults = Faults()
         try:
             records = (record for file in data_files(path) for record in read_records(file, faults))
             conversations = _read_conversations(records, self._options, count, extra_keys, faults)
-            found = _keep_usable(_tokenize(conversations, self._chat, count), max_seq_len, seed, count)
+            found = _keep_usable(_tokenize(conversations, self._chat, speller, count), max_seq_len, seed, count)
         except UserError as fault:  # of a whole file
             faults.add(fault)
         faults.end()
@@ -167,7 +184,7 @@ class RLDatasetLoader:
             records = islice((record for record in read_records(file) if record.number in numbers), len(numbers))
             count = KeptCount()
             conversations = _read_conversations(records, self._options, count, Tally())
-            for conversation, pair in _tokenize(conversations, self._chat, count):
+            for conversation, pair in _tokenize(conversations, self._chat, Speller(self._spelling), count):
                 yield (file, conversation.record), (conversation, pair)
 
 
@@ -201,12 +218,13 @@ def _read_conversations(
 
 
 def _tokenize(
-    conversations: Iterable[Conversation], chat: ChatFormat, count: KeptCount
+    conversations: Iterable[Conversation], chat: ChatFormat, speller: Speller, count: KeptCount
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
-    """Adds token ids, made in batches; counts what the chat format notes."""
+    """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
     ahead = iter(conversations)
     while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
-        chats = [Chat(c.system, c.users, answers) for c in batch for answers in (c.chosen, c.rejected)]
+        spelled = map(speller.spelled, batch)
+        chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
         try:
             encoded = chat.encode(chats)
         except UnsayableChat as error:

@@ -28,7 +28,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write_json, read_json, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import is_checkout, root_path
-from simple_llama.common.settings import PathText, Settings, known_settings, path_defaults
+from simple_llama.common.settings import PathText, Settings, known_settings, path_defaults, values_before
 from simple_llama.reinforcement_learning.rlhf.engine.state_folders import has_checkpoints, newest_run
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
 
@@ -210,7 +210,7 @@ def settings_to_resume(config: FolderConfig, kind: type[Settings]) -> tuple[dict
 
     Of the checkpoint folder, which all hosts share; earlier versions kept them in the log folder alone. Without any
     only the run's name and "", and nothing where there is no run. What is no setting of `kind` any more is left out,
-    as `say_settings` says.
+    as `say_settings` says; a setting that came later stands as it was before (`values_before`).
     """
     try:
         name = config.run_name or newest_run(Path(config.ckpt_dir))
@@ -220,7 +220,7 @@ def settings_to_resume(config: FolderConfig, kind: type[Settings]) -> tuple[dict
     own = {key: value for key, value in known_settings(kind, found)[0].items() if key not in _ONCE}
     if path is None:
         return {"run_name": name}, ""
-    own = {**_without_moved(kind, own), "run_name": name, "ckpt_dir": config.ckpt_dir}
+    own = {**values_before(kind), **_without_moved(kind, own), "run_name": name, "ckpt_dir": config.ckpt_dir}
     if path.parent == Path(config.log_dir) / name:
         own["log_dir"] = config.log_dir
     return own, str(path)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from simple_llama.common.errors import UserError
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.finetune.format_llm_prompt import format_chat
-from simple_llama.reinforcement_learning.rlhf.data.convert import PrepareConfig, _ascii_text, prepare
+from simple_llama.reinforcement_learning.rlhf.data.convert import PrepareConfig, prepare
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 
 
@@ -255,13 +255,6 @@ def test_ascii_only_spells_characters_out_and_counts_the_rest(tmp_path: Path) ->
     assert (pairs[0]["User"], pairs[0]["Accepted"], pairs[0]["Rejected"]) == (["it's"], ["cafe..."], ["no"])
     assert report.endswith("; removed 2 characters without an ASCII form")
     assert "1 with an empty answer" in report
-
-
-def test_ascii_text() -> None:
-    """A combining accent goes with its letter and is not counted."""
-    assert _ascii_text("plain\n") == ("plain\n", 0)
-    assert _ascii_text("\u201cA\u2014b\u201d\u00a0e\u0301") == ('"A - b" e', 0)
-    assert _ascii_text("\u4f60a") == ("a", 1)
 
 
 def test_hh_dev_file(tmp_path: Path, shared_dir: Path) -> None:

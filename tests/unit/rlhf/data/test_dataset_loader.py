@@ -62,6 +62,9 @@ def load(path: Path, tokenizer: Tokenizer, max_seq_len: int = 512, **settings: A
     return RLDatasetLoader(path, tokenizer, max_seq_len, **{"val_share": 0.0, "seed": 0, **settings})
 
 
+AS_IT_IS: dict[str, Any] = {"ascii_text": False, "max_unknown": 1.0}  # text that the tokenizer does not know
+
+
 def origins(pairs: PairSet) -> list[str]:
     """`file:record` of each pair."""
     return [pairs.origin(i) for i in range(len(pairs))]
@@ -420,7 +423,7 @@ def test_bytes_beyond_the_tokenizer_are_counted(tmp_path: Path, shared_dir: Path
     """The original tokenizer knows ASCII only: an apostrophe in the prefix is 3 bytes, an accent in an answer 2."""
     original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
     path = written(tmp_path, record("plain"), record("it\u2019s", "caf\u00e9", "tea"))
-    loader = load(path, original)
+    loader = load(path, original, **AS_IT_IS)
     assert loader.report.endswith(
         f"; 5 bytes that the tokenizer does not know became <UNK> (pairs: 1, first: {path}:2)"
     )
@@ -433,8 +436,69 @@ def test_unknown_bytes_are_found_wherever_they_are(
     monkeypatch.setattr(dataset_loader, "_TOKENS_AT_ONCE", 5)
     original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
     path = written(tmp_path, record("a"), record("b", "\u00e9"), record("c"), record("\u00e9 d \u00e9"))
-    report = load(path, original).report
+    report = load(path, original, **AS_IT_IS).report
     assert report.endswith(f"; 6 bytes that the tokenizer does not know became <UNK> (pairs: 2, first: {path}:2)")
+
+
+def test_what_the_tokenizer_does_not_know_is_spelled_in_ascii(tmp_path: Path, shared_dir: Path) -> None:
+    """The tokens are those of the text typed in ASCII, in every place, and the text of a record stays what it is. Of
+    record 2 the prompt counts once: 1, with 1 in the system prompt, 2 in the chosen and 1 in the rejected answer: 5.
+    Nothing is <UNK> but the snowman, which has no form: 3 bytes."""
+    original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
+    curly = record("it\u2019s", "\u201ca\u201d", "caf\u00e9", Template=["A\u2014B"])
+    typed = record("it's", '"a"', "cafe", Template=["A - B"])
+    path = written(tmp_path, record(), curly, record("\u2603"))
+    loader = load(path, original)
+    assert loader.report == (
+        f"kept 3 of 3 pairs; 5 characters that the tokenizer does not know are spelled in ASCII (pairs: 1, first: "
+        f"{path}:2; --no_ascii_text leaves them); 3 bytes that the tokenizer does not know became <UNK> (pairs: 1, "
+        f"first: {path}:3)"
+    )
+    by_hand = load(written(tmp_path, record(), typed, record("\u2603"), name="typed.json"), original, ascii_text=False)
+    assert loader.pairs.keys.tobytes() == by_hand.pairs.keys.tobytes()
+    assert loader.pairs.tokens.tolist() == by_hand.pairs.tokens.tolist()
+    found = loader.conversations(loader.train)[1]
+    assert (found.system, found.users, found.chosen) == ("A\u2014B", ("it\u2019s",), ("\u201ca\u201d",))
+
+
+def test_spelling_leaves_plain_pairs_the_split_and_whole_tokenizers_alone(
+    tmp_path: Path, tokenizer: Tokenizer, shared_dir: Path
+) -> None:
+    """Of 40 pairs with an apostrophe in every second prompt, with and without spelling: the plain ones have the same
+    digests, and the same prompts are held out. A tokenizer with all bytes makes the same tokens either way."""
+    original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
+    path = written(tmp_path, *(record("it\u2019s " * (n % 2) + str(n)) for n in range(40)))
+    spelled, raw = (load(path, original, val_share=0.3, ascii_text=switch) for switch in (True, False))
+    assert origins(spelled.validation) == origins(raw.validation) and 0 < len(raw.validation) < 40
+    digests = [{loader.pairs.origin(n): loader.pairs[n].digest for n in range(40)} for loader in (spelled, raw)]
+    same = {origin for origin in digests[0] if digests[0][origin] == digests[1][origin]}
+    assert same == {f"{path}:{n}" for n in range(1, 41, 2)}
+    whole = [load(path, tokenizer, ascii_text=switch) for switch in (True, False)]
+    assert whole[0].pairs.digest == whole[1].pairs.digest and whole[0].report == "kept 40 of 40 pairs"
+
+
+def test_pairs_that_spell_the_same_are_one(tmp_path: Path, shared_dir: Path) -> None:
+    """Answers that differ in their apostrophes alone are identical; a pair with curly quotes came before in ASCII."""
+    original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
+    path = written(
+        tmp_path, record("a", "it's", "no"), record("a", "it\u2019s", "no"), record("b", "it's", "it\u2019s")
+    )
+    assert load(path, original).report.startswith("kept 1 of 3 pairs (1 duplicate, 1 identical);")
+    assert load(path, original, **AS_IT_IS).report.startswith("kept 3 of 3 pairs;")
+
+
+def test_too_many_unknown_tokens_are_refused(tmp_path: Path, shared_dir: Path) -> None:
+    """Scored: 2 snowmen of 3 bytes behind the tokenizer's space and <EOA>, 8 tokens, and "a" and <EOA>, 2: 60.0 % are
+    <UNK>. That very share may be allowed. Where spelling was switched off, that is named first."""
+    original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
+    path = written(tmp_path, record("Q", "\u2603\u2603", "a"))
+    found = "60.0% (first: " + f"{path}:1): the tokenizer does not know what stands there"
+    with pytest.raises(UserError, match=r"expected at most 5\.0% of the scored") as refused:
+        load(path, original)
+    assert found in str(refused.value) and "no_ascii_text" not in str(refused.value)
+    with pytest.raises(UserError, match=r"leave out --no_ascii_text, make the data .* bytes; max_unknown allows more$"):
+        load(path, original, max_unknown=0.59, ascii_text=False)
+    assert len(load(path, original, max_unknown=0.6).train) == 1
 
 
 # === the watchdog ===
@@ -536,13 +600,15 @@ def test_a_share_of_unknown_tokens_is_said_in_words(tmp_path: Path, shared_dir: 
     prompt, or 2 bytes among 400 scored tokens, are no warning."""
     original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
     path = written(tmp_path, record("\u00e9", "a b", "c"), record("Q", "\u00e9", "c"))
-    assert [(pair.chosen_scored, pair.rejected_scored) for pair in load(path, original).train] == [(3, 2), (4, 2)]
-    [warning] = warned(path, original)
+    assert [(pair.chosen_scored, pair.rejected_scored) for pair in load(path, original, **AS_IT_IS).train] == [
+        (3, 2),
+        (4, 2),
+    ]
+    [warning] = warned(path, original, **AS_IT_IS)
     assert warning.startswith("18.2% of the scored answer tokens are <UNK>, in 50.0% of the pairs (first: record 2)")
     assert "prepare_data.py --ascii_only" in warning
-    assert (
-        warned(written(tmp_path, record("\u00e9"), record("Q", "a " * 400 + "\u00e9")), original, max_seq_len=999) == []
-    )
+    few = written(tmp_path, record("\u00e9"), record("Q", "a " * 400 + "\u00e9"))
+    assert warned(few, original, max_seq_len=999, ascii_text=False) == []
 
 
 def test_few_held_out_pairs_are_a_warning(tmp_path: Path, tokenizer: Tokenizer) -> None:
