@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bad_inputs import Case, RunsCode, Spoil, Start
+from tiny_hf import TEMPLATE as CHATML
+from tiny_hf import byte_level_tokenizer
 from tiny_job import TinyJob
 
 Tensors = dict[str, torch.Tensor]
@@ -134,6 +136,18 @@ def overlap(found: dict[str, Any]) -> None:
     found[NORM].update(shape=[33], data_offsets=[start - 4, end])
 
 
+def another_tokenizer(job: TinyJob) -> None:
+    """A tokenizer of more tokens than the model has rows."""
+    found = byte_level_tokenizer()
+    found.add_tokens([f"<extra_{number}>" for number in range(9)])
+    found.save(str(model(job) / "tokenizer.json"))
+
+
+def template(text: Any) -> Spoil:
+    """Another chat template."""
+    return values("tokenizer_config.json", chat_template=text)
+
+
 def settings(*wrong: Spoil, **changes: object) -> Spoil:
     """Spoiled so, and started with other settings."""
 
@@ -147,6 +161,7 @@ def settings(*wrong: Spoil, **changes: object) -> Spoil:
 
 NOT_SOUND = f"model/{WEIGHTS}: expected a safetensors file, found one that is not sound"
 DESCRIBED = "model: expected the tensors that config.json describes, found"
+TAKEN = "model: expected a chat that the chat template takes, found: "
 NAN = torch.full((32,), torch.nan)
 MODELS = [
     # === config.json ===
@@ -192,6 +207,11 @@ MODELS = [
     Case("an odd width of heads", config(head_dim=7), ("model/config.json: rope_width: expected an even number",)),
     Case("eps below 0", config(rms_norm_eps=-1e-5), ("model/config.json: rms_norm_eps: expected a positive number",)),
     Case("a tied head that is a word", config(tie_word_embeddings="yes"), ("tie_word_embeddings: expected true or",)),
+    Case(
+        "a window shorter than a sequence",
+        settings(config(model_type="mistral", architectures=None, sliding_window=64), max_seq_len=128),
+        ("max_seq_len: expected at most the model's 64 tokens",),
+    ),
     # === What config.json says, and what the weights are ===
     Case("a tied flag without its weight", config(tie_word_embeddings=False), (DESCRIBED, f"missing {HEAD}")),
     Case(
@@ -282,6 +302,99 @@ MODELS = [
     Case("an index of nothing", file(INDEX, b"{}"), (f"model: expected {WEIGHTS} or {INDEX}, found both",)),
     Case(
         "an index that is a list", settings(file(WEIGHTS, None), file(INDEX, b"[]")), (f"model/{INDEX}: expected an",)
+    ),
+    # === Its tokenizer and chat template ===
+    Case("no tokenizer.json", file("tokenizer.json", None), ("model: expected a tokenizer.json, found none",)),
+    Case(
+        "a tokenizer that was cut",
+        file("tokenizer.json", lambda content: content[:-9]),
+        ("model/tokenizer.json: expected a tokenizer JSON file, found: EOF",),
+    ),
+    Case(
+        "a tokenizer that is a pickle",
+        file("tokenizer.json", pickle.dumps({})),
+        ("model/tokenizer.json: expected a tokenizer JSON file, found: 'utf-8'",),
+    ),
+    Case(
+        "a tokenizer behind a pipe",
+        made("tokenizer.json", os.mkfifo),
+        ("model/tokenizer.json: expected a file", "pipe"),
+    ),
+    Case("a tokenizer of another model", another_tokenizer, ("model: 309 tokens, but the model", "knows 300")),
+    Case(
+        "a token with another id",
+        values("tokenizer_config.json", added_tokens_decoder={"9": {"content": "<|im_end|>"}}),
+        ("tokenizer_config.json: added_tokens_decoder: expected the id that <|im_end|> has",),
+    ),
+    Case(
+        "an end token of another model",
+        values("tokenizer_config.json", eos_token="<|eot_id|>"),
+        ("tokenizer_config.json: eos_token: expected a token of tokenizer.json",),
+    ),
+    Case(
+        "a stop id of another model",
+        values("generation_config.json", eos_token_id=128009),
+        ("generation_config.json: eos_token_id: expected ids of tokens", "128009"),
+    ),
+    Case(
+        "tokenizer_config.json as a list",
+        file("tokenizer_config.json", b"[]"),
+        ("model/tokenizer_config.json: expected a JSON object, found []",),
+    ),
+    Case("no chat template", template(None), ("model: expected a chat template (chat_template.jinja",)),
+    Case(
+        "a template that is no Jinja",
+        template("{% for m in messages %}{{ m"),
+        ("model: expected a chat template (Jinja), found: unexpected end",),
+    ),
+    Case(
+        "a template that calls out",
+        template("{{ cycler.__init__.__globals__.os.mkdir('ran') }}" + CHATML),
+        (TAKEN, "SecurityError"),
+    ),
+    Case("a template that reads classes", template("{{ ''.__class__.__mro__ }}" + CHATML), (TAKEN, "SecurityError")),
+    Case(
+        "a template without end",
+        template("{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}"),
+        (TAKEN, "Range too big"),
+    ),
+    Case(
+        "a template that fills the memory",
+        template(
+            "{% set ns = namespace(x='x') %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}"
+        ),
+        (TAKEN, "MemoryError"),
+    ),
+    Case(
+        "a template that calls itself",
+        template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+        (TAKEN, "RecursionError"),
+    ),
+    Case(
+        "a template that leaves answers out",
+        template(CHATML.replace("message['content']", "message['role']")),
+        ("model: expected a chat template that writes every message once, in order",),
+    ),
+    Case(
+        "a template that shouts",
+        template(CHATML.replace("message['content']", "message['content'] | upper")),
+        ("model: expected a chat template that writes every message once, in order",),
+    ),
+    Case(
+        "a template that ends in text",
+        template(CHATML.replace("<|im_end|>", "[END]")),
+        ("model: expected a chat template that ends an answer with a token", "[END]"),
+    ),
+    Case("a template that refuses all", template("{{ raise_exception('not me') }}"), (TAKEN, "not me")),
+    Case(
+        "a template in other bytes",
+        file("chat_template.jinja", b"\xff\xfe"),
+        ("model/chat_template.jinja: expected UTF-8 text",),
+    ),
+    Case(
+        "several templates, none by default",
+        template([{"name": "rag", "template": CHATML}]),
+        ('tokenizer_config.json: chat_template: expected one named "default"',),
     ),
     # === The path ===
     Case(

@@ -26,6 +26,7 @@ from simple_llama.ops.attention import ATTENTION_VERSION
 from simple_llama.ops.logprob import HEAD_VERSION
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import Loaded, build_model, check_weights
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader
@@ -151,7 +152,12 @@ def _read_inputs(config: InputsConfig) -> Inputs:
 
 def _chat_format(config: InputsConfig, start: StartModel) -> ChatFormat:
     """The format of the model's chats, with its tokenizer: its own where `tokenize_path` is left at its default."""
-    if start.own_tokenizer and _is_shipped(Path(config.tokenize_path)):
+    if _is_shipped(Path(config.tokenize_path)) and not isinstance(start, StartFile):
+        if start.own_tokenizer is None:
+            raise UserError(
+                f"{start.path}: expected a tokenizer.json, found none; save the model's tokenizer again with "
+                "transformers (AutoTokenizer, save_pretrained), or say with --tokenize_path where it is"
+            )
         return own_chat(start.own_tokenizer, config)
     if own := tokenizer_at(config.tokenize_path):
         return own_chat(own, config)

@@ -93,9 +93,10 @@ def test_a_tied_head_that_was_written_too(tmp_path: Path) -> None:
     folder = make_hf_folder(tmp_path)
     change_weights(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDINGS].clone()}))
     assert HFFolder(folder).names == list(random_weights())
-    change_weights(folder, lambda tensors: tensors[HEAD].add_(1))
-    with pytest.raises(UserError, match=r"the head is the embeddings .tie_word_embeddings., found lm_head.weight that"):
-        HFFolder(folder)
+    for change in (lambda head: head + 1, lambda head: head.flatten(), lambda head: head.double()):
+        change_weights(folder, lambda tensors, change=change: tensors.update({HEAD: change(tensors[EMBEDDINGS])}))
+        with pytest.raises(UserError, match=r"the head is the embeddings .tie_word_embeddings., found lm_head.weight"):
+            HFFolder(folder)
 
 
 def test_frequencies_of_old_files_are_passed_over(tmp_path: Path) -> None:
@@ -107,6 +108,13 @@ def test_frequencies_of_old_files_are_passed_over(tmp_path: Path) -> None:
     change_weights(folder, lambda tensors: tensors.update({f"{name}_x": torch.ones(4)}))
     with pytest.raises(UserError, match=rf"unexpected {name}_x$"):
         HFFolder(folder)
+
+
+def test_an_export_of_fp64_is_in_fp32(tmp_path: Path) -> None:
+    """No computation is in fp64, and no export."""
+    folder = make_hf_folder(tmp_path)
+    change_weights(folder, lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
+    assert HFFolder(folder).export_dtype == torch.float32
 
 
 def test_wrong_tensors_are_told_by_the_names_of_the_files(tmp_path: Path) -> None:

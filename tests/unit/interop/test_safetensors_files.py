@@ -99,6 +99,14 @@ def test_a_length_that_is_not_the_tables_is_refused(tmp_path: Path, length: int)
         SafetensorsFiles([write(tmp_path / "x.safetensors", {"a": ENTRY}, bytes(8), length)])
 
 
+def test_a_table_longer_than_any_is_not_read(tmp_path: Path) -> None:
+    """26 MiB of it: far more than the tensors of any model need."""
+    path = write(tmp_path / "x.safetensors", b"{", length=26 << 20)
+    os.truncate(path, 27 << 20)
+    with pytest.raises(UserError, match=r"its table claims 27,262,976 bytes of the file's 28,311,552"):
+        SafetensorsFiles([path])
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
