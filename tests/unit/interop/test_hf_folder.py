@@ -93,7 +93,7 @@ def test_a_tied_head_that_was_written_too(tmp_path: Path) -> None:
     folder = make_hf_folder(tmp_path)
     change_weights(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDINGS].clone()}))
     assert HFFolder(folder).names == list(random_weights())
-    for change in (lambda head: head + 1, lambda head: head.flatten(), lambda head: head.double()):
+    for change in (lambda head: head + 1, lambda head: head.flatten().clone(), lambda head: head.double()):
         change_weights(folder, lambda tensors, change=change: tensors.update({HEAD: change(tensors[EMBEDDINGS])}))
         with pytest.raises(UserError, match=r"the head is the embeddings .tie_word_embeddings., found lm_head.weight"):
             HFFolder(folder)
