@@ -5,6 +5,7 @@ Shapes: L layers, S rows of room, T rows at hand, H query heads, G key heads, K 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,3 +34,18 @@ class KVCache:
         self.keys_LSGK[layer, self.length : end] = k_TGK
         self.values_LSGV[layer, self.length : end] = v_TGV
         return attend_suffix(q_THK, self.keys_LSGK[layer, :end], self.values_LSGV[layer, :end], scale)
+
+
+def attend_cached(
+    q_THK: torch.Tensor,
+    k_TGK: torch.Tensor,
+    v_TGV: torch.Tensor,
+    *,
+    caches: Sequence[KVCache],
+    lengths: Sequence[int],
+    layer: int,
+    scale: float,
+) -> torch.Tensor:
+    """`KVCache.attend` of several sequences, whose new rows stand one after the other; returns (T, H, V)."""
+    parts = zip(caches, q_THK.split(lengths), k_TGK.split(lengths), v_TGV.split(lengths), strict=True)
+    return torch.cat([cache.attend(q, k, v, layer=layer, scale=scale) for cache, q, k, v in parts])

@@ -5,6 +5,7 @@ Shapes: B sequences, T packed rows (or tokens of a sequence), D width, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from simple_llama.ops.linear import Linear
 from simple_llama.ops.machine import cpu_emulates_bf16
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.attention_blocks import MLA, Attend, MHSelfAttention
-from simple_llama.pretraining.kv_cache import KVCache
+from simple_llama.pretraining.kv_cache import KVCache, attend_cached
 from simple_llama.pretraining.layers import FeedForward, RMSNorm, TiedEmbedding
 from simple_llama.pretraining.rotary import Rotation, rotation
 
@@ -122,16 +123,26 @@ class LLaMaTransformer(nn.Module):
 
         Fills the cache. UserError when it has no room left.
         """
-        start, end = cache.length, cache.length + tokens_T.shape[0]
-        if end > cache.room:
-            raise UserError(f"generation: expected at most {cache.room} tokens (new_cache), found {end}")
-        by = self._rotation(torch.arange(start, end, device=tokens_T.device))
-        x_TD = self.embeddings(tokens_T)
+        return self.decode_together([tokens_T], [cache])[0]
+
+    @torch.no_grad()
+    def decode_together(self, tokens: Sequence[torch.Tensor], caches: Sequence[KVCache]) -> torch.Tensor:
+        """`decode` of B sequences, which may have any lengths: logits (B, V). One GEMM serves the rows of all."""
+        lengths = [len(tokens_T) for tokens_T in tokens]
+        for cache, length in zip(caches, lengths, strict=True):
+            if (end := cache.length + length) > cache.room:
+                raise UserError(f"generation: expected at most {cache.room} tokens (new_cache), found {end}")
+        device = tokens[0].device
+        places = [torch.arange(c.length, c.length + length) for c, length in zip(caches, lengths, strict=True)]
+        by = self._rotation(torch.cat(places).to(device))
+        x_TD = self.embeddings(torch.cat(list(tokens)))
         for layer, block in enumerate(self.decoder_blocks):
-            call = block.forward if self.compiled else block  # one row a call: compiling would not pay
-            x_TD = call(x_TD, by, partial(cache.attend, layer=layer))
-        cache.length = end
-        return self._head(self.norm(x_TD[-1:]))[0]
+            call = block.forward if self.compiled else block  # a row a sequence: compiling would not pay
+            x_TD = call(x_TD, by, partial(attend_cached, caches=caches, lengths=lengths, layer=layer))
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.length += length
+        last_B = torch.tensor(lengths, device=device).cumsum(0) - 1
+        return self._head(self.norm(x_TD[last_B]))
 
     @property
     def _head(self) -> nn.Embedding | Linear:

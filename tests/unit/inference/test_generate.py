@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.inference.generate import generate
+from simple_llama.inference.generate import generate, generate_together
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -84,3 +85,58 @@ def test_dropout_is_refused() -> None:
     """In training the answer would be another each time."""
     with pytest.raises(AssertionError, match="dropout"):
         next(generate(tiny_model().train(), PROMPT, 1, NO_STOP))
+
+
+# === several at once ===
+
+PROMPTS = [PROMPT, [9, 6], [8, 30, 31, 32, 33, 34, 6], [40]]
+
+
+def together(model: LLaMaTransformer, prompts: list[list[int]], count: int, stop_ids: set[int]) -> list[list[int]]:
+    """Each prompt's answer, with the token that ended it."""
+    columns = zip(*generate_together(model, prompts, count, stop_ids), strict=True)
+    return [[token for token in column if token is not None] for column in columns]
+
+
+def grouped_model() -> LLaMaTransformer:
+    """Two key heads for four query heads, a tied head."""
+    config = TrainingConfig(batch_size=1, tokens_per_update=512, **TINY)
+    architecture = replace(Architecture.of(config, VOCAB), key_heads=2, tied_head=True)
+    model = LLaMaTransformer(architecture).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model", [tiny_model(), tiny_model(**MLA), grouped_model()], ids=["mha", "mla", "grouped and tied"]
+)
+def test_together_is_one_by_one(model: LLaMaTransformer) -> None:
+    """Prompts of 4, 2, 7 and 1 tokens: twelve tokens of each are those of `generate`, and the answers differ."""
+    alone = [list(generate(model, ids, 12, NO_STOP)) for ids in PROMPTS]
+    assert len({tuple(answer) for answer in alone}) > 1
+    assert together(model, PROMPTS, 12, set()) == alone
+
+
+def test_an_answer_that_has_ended_leaves_the_others_alone() -> None:
+    """The first answer's fourth different token stops: it is the last one of the answers that have it; each is its own
+    answer up to there."""
+    model = tiny_model()
+    alone = [list(generate(model, ids, 12, NO_STOP)) for ids in PROMPTS]
+    stop = list(dict.fromkeys(alone[0]))[3]
+    expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in alone]
+    assert len({len(answer) for answer in expected}) > 1
+    assert together(model, PROMPTS, 12, {stop}) == expected
+
+
+def test_each_has_the_models_length_limit() -> None:
+    """In a model of 8 tokens, prompts of 4, 8 and 1 tokens get 4, 0 and 5 of the 5 that are asked for."""
+    model = tiny_model(max_seq_len=8)
+    found = list(generate_together(model, [PROMPT, [*PROMPT, *PROMPT], [40]], 5, NO_STOP))
+    assert [[token is not None for token in step] for step in found] == [[True, False, True]] * 4 + [
+        [False, False, True]
+    ]
+    assert list(generate_together(model, [], 5, NO_STOP)) == []
+    with pytest.raises(UserError, match="max_seq_len = 8 tokens, found 9"):
+        list(generate_together(model, [PROMPT, [*PROMPT, *PROMPT, 6]], 5, NO_STOP))

@@ -98,6 +98,12 @@ class PairSet(Sequence[TokenizedPair]):
         return self.places["prefix"] + self.places["rejected"]
 
     @property
+    def longer_is_chosen(self) -> float:
+        """Share of pairs whose chosen answer has more tokens, ties one half: what a rule that reads nothing scores."""
+        chosen, rejected = self.keys["counts"].T
+        return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+
+    @property
     def digest(self) -> bytes:
         """16 bytes over the digests of all pairs in order."""
         return digest(self.keys["digest"].tobytes())

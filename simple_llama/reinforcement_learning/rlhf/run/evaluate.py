@@ -5,6 +5,7 @@ Shapes: B pairs of a micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -34,6 +35,15 @@ class EvaluationConfig(Settings):
         int, Bounds(0, 64), Doc("validation prompts that are answered at each evaluation; 0: none")
     ] = 4
     sample_tokens: Annotated[int, Bounds(1, 65536)] = 64  # tokens of a sample answer, at most
+
+
+def accuracy_interval(accuracy: float, pairs: int) -> tuple[float, float]:
+    """Where the accuracy over all possible pairs lies with 95 % confidence (Wilson's score interval, 1927)."""
+    z = 1.959964
+    middle = accuracy + z * z / (2 * pairs)
+    half = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
+    scale = 1 + z * z / pairs
+    return (middle - half) / scale, (middle + half) / scale
 
 
 def evaluate(

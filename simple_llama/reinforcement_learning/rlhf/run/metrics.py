@@ -23,6 +23,7 @@ _SUMMED = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "logps/accuracies",
     *TOTALS,
 )
 
@@ -59,7 +60,7 @@ def _pair_statistics(out: PolicyOutput) -> torch.Tensor:
     A tie of the rewards counts one half in the accuracy: a policy that equals its reference scores 0.5.
     """
     margins_B = out.rewards_B2[:, 0] - out.rewards_B2[:, 1]
-    right_B = (margins_B > 0).double() + 0.5 * (margins_B == 0)
+    right_B = _share_right(out.rewards_B2)
     columns = torch.stack(
         [
             out.losses_B.double(),
@@ -69,9 +70,16 @@ def _pair_statistics(out: PolicyOutput) -> torch.Tensor:
             margins_B.double(),
             out.logps_B2[:, 0].double(),
             out.logps_B2[:, 1].double(),
+            _share_right(out.logps_B2),
             torch.ones_like(right_B),
             torch.zeros_like(right_B),
             torch.zeros_like(right_B),
         ]
     )
     return columns.sum(dim=1)
+
+
+def _share_right(values_B2: torch.Tensor) -> torch.Tensor:
+    """1 where the chosen answer has the larger value, 0 where the rejected one has, one half in a tie (fp64)."""
+    chosen_B, rejected_B = values_B2[:, 0], values_B2[:, 1]
+    return (chosen_B > rejected_B).double() + 0.5 * (chosen_B == rejected_B)

@@ -269,10 +269,10 @@ class TrainingRun:
             shown = progress(parts, total=len(mine), desc="evaluate", ranks=ranks)
             ref_logps = self.reference.logps
             values = evaluate(self.engine.logps, self.loss_fn, ref_logps, self.held_out, shown, ranks.device)
+            values["eval_longer_is_chosen"] = self.held_out.longer_is_chosen
             self.at.last_loss = values["eval_loss"]
-            self.writer.scalars(step, values)
             log_line(f"evaluation at step {step}", values, "eval_")
-        self.samples.take(step)
+            self.writer.scalars(step, {**values, **self.samples.take(step)})
 
     def save(self) -> None:
         """A checkpoint of where the run stands (collective)."""

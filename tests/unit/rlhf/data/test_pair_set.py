@@ -37,6 +37,8 @@ def test_arrays_by_hand() -> None:
     assert pairs.rows.tolist() == [3 + 1 + 2, 2 + 0 + 1, 2 + 3 + 0]
     assert (pairs.chosen_len.tolist(), pairs.rejected_len.tolist()) == ([5, 3, 6], [6, 4, 3])
     assert pairs.keys["counts"].tolist() == [[2, 3], [1, 2], [3, 1]]
+    assert pairs.longer_is_chosen == pytest.approx(1 / 3)  # shorter, shorter, longer
+    assert pairs.select([0, 2]).longer_is_chosen == 0.5
     assert pairs.keys["digest"].tobytes() == b"".join(pair.digest for pair in PAIRS)
     assert [pairs.origin(i) for i in range(3)] == ["a.json:1", "b.json:1", "a.json:7"]
 

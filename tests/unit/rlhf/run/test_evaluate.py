@@ -17,7 +17,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval, evaluate
 from tiny_job import TINY
 
 VOCAB = 20
@@ -58,9 +58,9 @@ def by_hand(model: LLaMaTransformer, pairs: Sequence[TokenizedPair]) -> dict[str
         chosen, rejected = (BETA * (sum_ - ref) for sum_, ref in zip(sums, REFERENCE[pair.digest], strict=True))
         right = 1.0 if chosen > rejected else 0.0
         loss = math.log1p(math.exp(rejected - chosen))
-        rows.append((loss, chosen, rejected, right, chosen - rejected, *sums))
+        rows.append((loss, chosen, rejected, right, chosen - rejected, *sums, float(sums[0] > sums[1])))
     names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-    names = (*names, "logps/chosen", "logps/rejected")
+    names = (*names, "logps/chosen", "logps/rejected", "logps/accuracies")
     columns = zip(*rows, strict=True)
     means = {f"eval_{name}": sum(column) / len(rows) for name, column in zip(names, columns, strict=True)}
     return {**means, "eval_pairs": len(rows)}
@@ -71,7 +71,7 @@ def by_hand(model: LLaMaTransformer, pairs: Sequence[TokenizedPair]) -> dict[str
 def test_means_equal_a_loop_over_whole_chats(
     model: LLaMaTransformer, ranks: Ranks, micro_batches: list[tuple[int, ...]]
 ) -> None:
-    """Any order and grouping, also with an empty micro-batch: the same eight numbers to fp32's 1e-5, of 3 pairs."""
+    """Any order and grouping, also with an empty micro-batch: the same nine numbers to fp32's 1e-5, of 3 pairs."""
     found = evaluate(
         partial(pair_logps, model), PreferenceLoss("sigmoid", BETA), reference, PAIRS, micro_batches, ranks.device
     )
@@ -100,3 +100,12 @@ def test_an_empty_micro_batch_still_makes_its_forward(model: LLaMaTransformer, r
 
     evaluate(logps, PreferenceLoss(), reference, PAIRS, [(0, 1), (2,), ()], ranks.device)
     assert sizes == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "pairs", "expected"),
+    [(0.5, 100, (0.4038, 0.5962)), (1.0, 10, (0.7225, 1.0)), (0.0, 10, (0.0, 0.2775)), (50 / 54, 54, (0.8245, 0.9708))],
+)
+def test_interval_of_an_accuracy(accuracy: float, pairs: int, expected: tuple[float, float]) -> None:
+    """Wilson's, z = 1.96. Of 10 right of 10: 10 / (10 + 3.8415) = 0.7225. Of half of 100: 0.5 -+ 0.0962."""
+    assert accuracy_interval(accuracy, pairs) == pytest.approx(expected, abs=1e-4)

@@ -34,7 +34,10 @@ def statistics(out: PolicyOutput) -> dict[str, float]:
 
 
 def test_statistics_of_three_pairs_by_hand() -> None:
-    """Margins 2, 0 and -4: right, tied (one half) and wrong, 1.5 in all; the other entries are column sums."""
+    """Margins 2, 0 and -4: right, tied (one half) and wrong, 1.5 in all; the other entries are column sums.
+
+    Of the log-probs the chosen one is the larger in all three.
+    """
     assert statistics(three_pairs()) == {
         "loss": 1.75,
         "rewards/chosen": 2.0,
@@ -43,6 +46,7 @@ def test_statistics_of_three_pairs_by_hand() -> None:
         "rewards/margins": -2.0,
         "logps/chosen": -90.0,
         "logps/rejected": -121.0,
+        "logps/accuracies": 3.0,
         "pairs": 3.0,
         "tokens": 0.0,
         "useful_flops": 0.0,
@@ -52,6 +56,12 @@ def test_statistics_of_three_pairs_by_hand() -> None:
 def test_a_policy_that_equals_its_reference_scores_one_half() -> None:
     """All rewards 0: four ties are 2 of 4."""
     assert statistics(output([0.0] * 4, [[0.0, 0.0]] * 4, [[0.0, 0.0]] * 4))["rewards/accuracies"] == 2.0
+
+
+def test_the_raw_preference_reads_log_probs_alone() -> None:
+    """Larger, equal, smaller: 1.5 of 3, while the rewards say all wrong."""
+    out = output([0.0] * 3, [[-1.0, -2.0], [-3.0, -3.0], [-5.0, -4.0]], [[0.0, 1.0]] * 3)
+    assert (statistics(out)["logps/accuracies"], statistics(out)["rewards/accuracies"]) == (1.5, 0.0)
 
 
 def test_sums_are_fp64() -> None:
@@ -78,6 +88,7 @@ def test_means_over_pairs_and_totals(ranks: Ranks) -> None:
         "rewards/margins": -0.25,
         "logps/chosen": -23.0,
         "logps/rejected": -31.0,
+        "logps/accuracies": 1.0,
         "pairs": 4.0,
         "tokens": 10.0,
         "useful_flops": 8e9,

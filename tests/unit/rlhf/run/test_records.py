@@ -27,7 +27,7 @@ from simple_llama.reinforcement_learning.rlhf.run.records import (
 from tiny_job import make_job
 
 OF_PAIRS = {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
-OF_PAIRS |= {"logps/chosen", "logps/rejected"}
+OF_PAIRS |= {"logps/chosen", "logps/rejected", "logps/accuracies"}
 OF_STEPS = {"grad_norm", "learning_rate", "epoch"}
 OF_STEPS |= {f"perf/{name}" for name in ("pairs_per_second", "tokens_per_second", "mfu", "step_time_s")}
 OF_STEPS |= {f"perf/{name}" for name in ("comm_time_s", "comm_mb", "peak_memory_gb")}
@@ -208,12 +208,14 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_names_of_a_whole_run_are_the_documented_ones(tmp_path: Path, ranks: Ranks) -> None:
     """One epoch of two steps: the tags of the training steps, the same means under eval_, how many pairs they are of,
-    and the sample page; metrics.jsonl has the same names."""
+    what a rule without a model scores, the sample answers in numbers, and their page; metrics.jsonl has the same."""
     job = make_job(tmp_path, pairs=12)
     changes = {"epochs": 1, "batch_size": 4, "grad_accum_steps": 2, "n_samples": 1, "sample_tokens": 1}
     config = DPOConfig(**{**job.settings, **changes, "reference": "online"})
     train(config, load_inputs(config, ranks), ranks)
-    documented = OF_PAIRS | OF_STEPS | {f"eval_{name}" for name in OF_PAIRS} | {"eval_pairs"}
+    documented = OF_PAIRS | OF_STEPS | {f"eval_{name}" for name in OF_PAIRS}
+    documented |= {"eval_pairs", "eval_longer_is_chosen"}
+    documented |= {f"samples/{name}" for name in ("repeated_trigrams", "tokens", "ended")}
     tags = board(tmp_path / "runs" / "tiny").Tags()
     assert set(tags["scalars"]) == documented
     assert tags["tensors"] == ["samples/prompt_0/text_summary"]

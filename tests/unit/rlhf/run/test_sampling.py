@@ -11,7 +11,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, _sample_page, _sample_prompts
+from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, _sample_page, _sample_prompts, _shares
 from tiny_job import TINY, make_job
 
 PROMPT = [8, 21, 22, 6]
@@ -38,11 +38,11 @@ def one_token_model(token: int, **shape: object) -> LLaMaTransformer:
 # === answers ===
 
 
-def test_answers_are_decoded_up_to_end_of_answer(chat: SimpleLLaMAChat) -> None:
-    """A model whose every next token is " a": two tokens of text; whose every next token is <EOA>: no text."""
+def test_answers_end_with_the_stop_token(chat: SimpleLLaMAChat) -> None:
+    """A model whose every next token is " a": two tokens, the most; whose every next token is <EOA>: that one."""
     [letter] = chat.tokenizer.encode(" a", add_special_tokens=False).ids
-    for token, expected in ((letter, "a a"), (7, "")):
-        assert _answers(one_token_model(token), chat, [PROMPT, [6]], 2) == [expected, expected]
+    for token, expected in ((letter, [letter] * 2), (7, [7])):
+        assert _answers(one_token_model(token), chat.stop_ids, [PROMPT, [6]], 2) == [expected, expected]
 
 
 def test_dropout_is_off_and_the_training_flag_is_kept(chat: SimpleLLaMAChat) -> None:
@@ -51,17 +51,25 @@ def test_dropout_is_off_and_the_training_flag_is_kept(chat: SimpleLLaMAChat) -> 
     model = one_token_model(letter, dropout=0.9).train()
     dropped = []
     model.decoder_blocks[0].register_forward_hook(lambda module, _, __: dropped.append(module.training))
-    assert _answers(model, chat, [PROMPT], 3) == ["a a a"]
+    assert _answers(model, chat.stop_ids, [PROMPT], 3) == [[letter] * 3]
     assert model.training and dropped == [False] * 3
 
 
 def test_each_token_is_a_sign_of_life(chat: SimpleLLaMAChat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first token of each of two answers, and after each of three tokens: 2 * 4."""
+    """Before the first tokens of two answers that are made together, and after each of three: 4."""
     beats = []
     monkeypatch.setattr("simple_llama.cluster.watchdog.beat", beats.append)
     [letter] = chat.tokenizer.encode(" a", add_special_tokens=False).ids
-    _answers(one_token_model(letter), chat, [PROMPT, [6]], 3)
-    assert beats == ["sample answers"] * 8
+    _answers(one_token_model(letter), chat.stop_ids, [PROMPT, [6]], 3)
+    assert beats == ["sample answers"] * 4
+
+
+def test_prompts_are_answered_together_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for 10 tokens: 4 and 5 together, 6 apart, 12 alone though it is too long, 1 and 2; the order stays."""
+    monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.run.sampling._MOST_CACHED", 10)
+    lengths = [4, 5, 6, 12, 1, 2]
+    assert [lengths[share] for share in _shares(lengths)] == [[4, 5], [6], [12], [1, 2]]
+    assert list(_shares([])) == []
 
 
 # === prompts and pages ===

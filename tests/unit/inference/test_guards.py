@@ -1,0 +1,32 @@
+"""Guards of language, by hand."""
+
+from __future__ import annotations
+
+from simple_llama.inference.guards import count_language, language_metrics
+
+STOP = {7}
+
+
+def test_three_answers_by_hand() -> None:
+    """1 2 1 2 1 2 <stop>: trigrams 121 212 121 212, two repeated. 1 2 3: one trigram. <stop>: nothing.
+
+    Repeated: 2 of 5 trigrams; tokens (6 + 3 + 0) / 3; two of three ended by themselves.
+    """
+    sums = count_language([[1, 2, 1, 2, 1, 2, 7], [1, 2, 3], [7]], STOP)
+    assert language_metrics(sums) == {
+        "samples/repeated_trigrams": 2 / 5,
+        "samples/tokens": 3.0,
+        "samples/ended": 2 / 3,
+    }
+
+
+def test_sums_of_shares_add_up() -> None:
+    """Two ranks' sums are those of all answers; the same trigram in two answers is no repetition."""
+    answers = [[1, 2, 3, 7], [1, 2, 3, 1, 2, 3], [4], []]
+    parts = count_language(answers[:1], STOP) + count_language(answers[1:], STOP)
+    assert parts.tolist() == count_language(answers, STOP).tolist() == [4, 10, 5, 1, 1]
+
+
+def test_no_answers_are_no_division_by_zero() -> None:
+    """A rank without a prompt."""
+    assert set(language_metrics(count_language([], STOP)).values()) == {0.0}
