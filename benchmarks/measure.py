@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import gc
 import importlib.metadata
+import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,6 +108,53 @@ def _resident_kib(field: str) -> int:
     """A size of this process from /proc/self/status."""
     lines = read_lines("/proc/self/status")
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+class PeakMemory:
+    """Most memory that this process's children and theirs hold at once, while the body runs: `peak_gib`.
+
+    A sum of proportional set sizes, in which a page that several share counts once; looked at every half second.
+    """
+
+    def __init__(self) -> None:
+        self.peak_gib = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            self.peak_gib = max(self.peak_gib, sum(map(_pss_kib, _descendants(os.getpid()))) / 2**20)
+
+
+def _descendants(root: int) -> set[int]:
+    """Processes that descend from `root`, itself left out."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):  # gone meanwhile
+                # "pid (name) state parent ...", where the name may hold anything
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    level = {root}
+    while level := {pid for pid, parent in parents.items() if parent in level}:
+        found |= level
+    return found
+
+
+def _pss_kib(pid: int) -> int:
+    """A process's proportional set size; 0 where it is gone."""
+    try:
+        return next(int(line.split()[1]) for line in read_lines(f"/proc/{pid}/smaps_rollup") if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return 0
 
 
 def profile_shares(way: Way, device: torch.device, most: int = 12) -> str:

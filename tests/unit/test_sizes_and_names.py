@@ -19,10 +19,11 @@ ENTRIES = {
     # exit statuses
     "simple_llama.reinforcement_learning.rlhf.command": {"BUG", "MISTAKE", "INTERRUPTED"},
     "simple_llama.cluster.watchdog": {"LOST"},
-    # making a tokenizer, and the two ends of asking a model, for programs that use the package
+    # making a tokenizer, and asking a model token by token, for programs that use the package
     "simple_llama.dataset.train_bpe": {"BPEConfig", "train_bpe", "tokenizer_json"},
     "simple_llama.dataset.tokenizer": {"decode_text"},
     "simple_llama.finetune.format_llm_prompt": {"encode_prompt"},
+    "simple_llama.inference.generate": {"generate"},
 }
 
 

@@ -1,14 +1,16 @@
-"""What a second demo keeps and what it replaces."""
+"""What a second demo keeps and what it replaces; where its model is found."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import demo
 from simple_llama.cluster.lock import FolderLock
 from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 
 
 @pytest.fixture
@@ -70,3 +72,44 @@ def test_clear_refuses_a_demo_that_still_trains(tmp_path: Path) -> None:
         demo.clear(tmp_path / "checkpoints", tmp_path / "runs")
     assert (tmp_path / "checkpoints" / "lock").exists()
     lock.release()
+
+
+# === The model ===
+
+
+class Installed:
+    """An installed package, as importlib.metadata finds it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def locate_file(self, name: str) -> Path:
+        """Where a file of it lies."""
+        return self.folder / name
+
+
+def test_the_model_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file in the package, where it is there and can be read; else nothing, and the small model runs."""
+    file = tmp_path / demo.MODEL_FILE
+    reader: list[Any] = [None]
+    monkeypatch.setattr(demo, "distribution", lambda name: Installed(tmp_path))
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: reader[0])
+    assert demo.packaged_model() is None
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    assert demo.packaged_model() is None  # no package that reads it
+    reader[0] = object()
+    assert demo.packaged_model() == file
+    monkeypatch.undo()
+    monkeypatch.setattr(demo, "PACKAGE", "no-such-package-anywhere")
+    assert demo.packaged_model() is None
+
+
+@pytest.mark.parametrize("config", [demo.REAL, demo.TINY], ids=["real", "tiny"])
+def test_settings_are_ones_that_a_run_takes(config: dict[str, Any]) -> None:
+    """No unknown name, all in bounds; both write below demo/ alone, under names of their own."""
+    parsed = DPOConfig(**config)
+    assert {Path(parsed.ckpt_dir).parent, Path(parsed.ref_cache_dir).parent, Path(parsed.log_dir).parent} == {
+        demo.FOLDER
+    }
+    assert demo.REAL["run_name"] != demo.TINY["run_name"]
