@@ -80,7 +80,7 @@ TINY: dict[str, Any] = {
     "max_lr": 5e-4,  # a model of a few million weights needs far larger steps than the default for billions
     "min_lr": 1e-5,
     "eval_interval": 10,
-    "n_samples": 16,
+    "n_samples": 4,
     "sample_tokens": 48,
 }
 REAL_NOTE = (

@@ -92,7 +92,7 @@ def _answers(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
 
 def _one_line(text: str) -> str:
     """Text whose line breaks are seen as " / ", without what a terminal would obey."""
-    parts = " / ".join(part for part in text.splitlines() if part.strip())
+    parts = " / ".join(part for part in text.strip().splitlines() if part.strip())
     return "".join(letter if letter.isprintable() else "?" for letter in parts)
 
 
