@@ -156,7 +156,7 @@ def test_of_a_run_folder_the_newest_export_is_taken(tmp_path: Path) -> None:
     run.mkdir()
     (run / "config.json").write_text("{}")
     (run / "state").mkdir()
-    for number, name in enumerate(("dpo_2E", "dpo_1E")):
+    for number, name in enumerate(("dpo_2E", "dpo_1E", ".dpo_3E.1.tmp")):
         start.export(run / name, random_weights(number), {"step": number})
         os.utime(run / name, ns=(number, number))
     assert open_start(run).path == run / "dpo_1E"
@@ -246,6 +246,9 @@ def test_files_changed_in_place_are_refused(tmp_path: Path, change: Callable[[Pa
     folder = make_hf_folder(tmp_path / "model")
     start = HFFolder(folder)
     change(folder / "model.safetensors")
+    if change is not overwrite:
+        with pytest.raises(StartChanged, match=r"it had [\d,]+ bytes, now 4,096"):
+            start.load()
     with (
         pytest.raises(StartChanged, match=r"model.safetensors: the start model has changed"),
         start.reading() as loaded,
