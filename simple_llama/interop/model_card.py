@@ -41,7 +41,7 @@ def model_card(name: str, metadata: Mapping[str, Any]) -> str:
         "epochs done": _short(metadata.get("epochs")),
         "held-out loss at this step": _short(metadata.get("loss")),
         "preference data": _last(settings.get("rlhf_dataset_path")),
-        **{words: _short(settings.get(key)) for key, words in _SETTINGS.items()},
+        **{words: _short(settings.get(key) or None) for key, words in _SETTINGS.items()},  # 0: what the model has
         **{package: (metadata.get("environment") or {}).get(package) for package in _PACKAGES},
     }
     rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
