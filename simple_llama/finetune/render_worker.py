@@ -1,10 +1,10 @@
 """A process that renders chat templates: a template is a program of a stranger's, so it runs sandboxed, where its time
 and memory are bounded by the system. `templates.TemplateRenderer` starts it; it needs jinja2 alone.
 
-First line of its input: {"template": text, "variables": {...}, "date": text or null}, answered by a line {"reads": the
-names that the template reads} or {"error": ...}. Each further line is a list of [messages, whether an answer is asked
-for], and each of these answered by a line {"text": ...} or {"error": ...}. jinja2 computes constants when it compiles,
-so that is done here too.
+First line of its input: {"template": text, "variables": {...}, "date": text or null, "cpu_seconds": of one rendering},
+answered by a line {"reads": the names that the template reads} or {"error": ...}. Each further line is a list of
+[messages, whether an answer is asked for], and each of these answered by a line {"text": ...} or {"error": ...}.
+jinja2 computes constants when it compiles, so that is done here too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_SECONDS = 2.0  # of one rendering: some ten thousand times that of an honest one
 _MEMORY = 1 << 30  # bytes of address space
 _MOST_CHARACTERS = 1 << 20  # of a rendering, beside eight times the messages
 _MOST_SAID = 500  # characters of an error
@@ -77,7 +76,7 @@ def _open(first: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             jinja.globals["strftime_now"] = lambda form: date
         elif not _asks_whether_date_is_known(tree):
             jinja.globals["strftime_now"] = _FIXED_DAY.strftime
-        reads = sorted(find_undeclared_variables(jinja.parse(first["template"])) - {"raise_exception"})
+        reads = sorted(find_undeclared_variables(_environment().parse(first["template"])))  # names of no global
         return jinja.from_string(first["template"]), {"reads": reads}
     except Exception as error:  # noqa: BLE001 - as in _render
         return None, {"error": _words(error)}
@@ -103,9 +102,9 @@ def _words(error: Exception) -> str:
     return f"{kind}{error}"[:_MOST_SAID]
 
 
-def _answer(said: dict[str, Any]) -> None:
+def _answer(said: dict[str, Any], cpu_seconds: float) -> None:
     """Sends one line, and starts the clock of what comes next."""
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # of this process's own time; its signal ends it
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # of this process's own time; its signal ends it
     print(json.dumps(said), flush=True)
 
 
@@ -115,12 +114,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     first = json.loads(sys.stdin.readline())
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    seconds = first["cpu_seconds"]
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     template, said = _open(first)
-    _answer(said)
+    _answer(said, seconds)
     for line in sys.stdin:
         for messages, asked in json.loads(line):
-            _answer(_render(template, first["variables"], messages, asked))
+            _answer(_render(template, first["variables"], messages, asked), seconds)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from simple_llama.common.files import listed
 from simple_llama.finetune import render_worker
 
 Messages = Sequence[Mapping[str, str]]  # of one chat: {"role": ..., "content": ...}
+_AT_ONCE = 64  # chats in a line to the process, which holds all of them
 _OURS = frozenset(("messages", "add_generation_prompt", "tools", "documents"))  # given by us, at each rendering
+_CPU_SECONDS = 2.0  # of one rendering: some ten thousand times that of an honest one
 _DATE, _CLOCK = "date_string", "strftime_now"
 
 
@@ -34,12 +36,27 @@ class TemplateRenderer:
         named: the tokenizer's special tokens by their names ("bos_token").
         given: what the user sets (`chat_template_kwargs`).
         source: what the template is of, for errors.
+        cpu_seconds: that one rendering may take.
 
     Raises UserError for a template that cannot be compiled, and for a `given` name that it does not read.
     """
 
-    def __init__(self, template: str, named: Mapping[str, str], given: Mapping[str, Any], source: str):
-        self._first = {"template": template, "variables": {**named, **given}, "date": given.get(_DATE)}
+    def __init__(
+        self,
+        template: str,
+        named: Mapping[str, str],
+        given: Mapping[str, Any],
+        source: str,
+        *,
+        cpu_seconds: float = _CPU_SECONDS,
+    ):
+        self._seconds = cpu_seconds
+        self._first = {
+            "template": template,
+            "variables": {**named, **given},
+            "date": given.get(_DATE),
+            "cpu_seconds": cpu_seconds,
+        }
         self._process: subprocess.Popen[str] | None = None
         said = self._start()
         if "reads" not in said:
@@ -59,7 +76,7 @@ class TemplateRenderer:
         """
         found: list[Rendering] = []
         while len(found) < len(chats):
-            found += self._render(chats[len(found) :])
+            found += self._render(chats[len(found) :][:_AT_ONCE])
         return found
 
     def _render(self, chats: Sequence[tuple[Messages, bool]]) -> list[Rendering]:
@@ -97,7 +114,7 @@ class TemplateRenderer:
             return json.loads(line)
         self._process = None
         self._end()
-        return {"error": f"it took more than {render_worker.CPU_SECONDS:g} s, or too much memory, to be rendered"}
+        return {"error": f"it took more than {self._seconds:g} s, or too much memory, to be rendered"}
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -1,0 +1,111 @@
+"""Rendering of templates: bounded in time and memory, sandboxed; what they may read; the date."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from simple_llama.common.errors import UserError
+from simple_llama.finetune.templates import TemplateRenderer
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def rendered(template: str, given: dict[str, Any] | None = None) -> str:
+    """A chat of one message, or the error."""
+    [found] = TemplateRenderer(template, {"bos_token": "<s>"}, given or {}, "model").render([(HI, True)])
+    return found.text or f"error: {found.error}"
+
+
+def test_what_templates_see() -> None:
+    """Messages, whether an answer is asked for, named tokens, tojson without HTML, blocks cut out of lines, generation
+    blocks, and loop controls."""
+    assert rendered("{{ bos_token }}{{ messages[0].content }}{{ add_generation_prompt }}") == "<s>HiTrue"
+    assert rendered("{{ {'a': '<\u00e9>'} | tojson }}") == '{"a": "<\u00e9>"}'
+    assert rendered("{% for m in messages %}\n    {% if true %}\nx\n    {% endif %}\n{% endfor %}") == "x\n"
+    assert rendered("{% generation %}{{ messages[0].content }}{% endgeneration %}") == "Hi"
+    assert rendered("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "SecurityError: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append'"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ raise_exception('roles must alternate') }}", "error: roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}", "RecursionError"),
+        ("{{ messages[0].content.ljust(10 ** 12) }}", "MemoryError"),
+        ("{{ messages[0].content * 1000000 }}", "it wrote 2,000,000 characters, more than 1,048,592"),
+    ],
+)
+def test_errors_of_a_rendering(template: str, words: str) -> None:
+    """Said in the template's words where it raises them; 1,048,592 = 2**20 + 8 * len("Hi")."""
+    assert words in rendered(template)
+
+
+def test_renderings_without_end_are_ended() -> None:
+    """Nested loops, and a macro that calls itself twice: each ends after the CPU time that a rendering may take, and
+    the chats behind it are rendered still."""
+    template = (
+        "{% macro f(n) %}{% if n < 60 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}{% endmacro %}"
+        "{% if messages[0].content == 'calls' %}{{ f(0) }}{% elif messages[0].content == 'loops' %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% else %}fine{% endif %}"
+    )
+    renderer = TemplateRenderer(template, {}, {}, "model", cpu_seconds=0.1)
+    chats = [([{"role": "user", "content": text}], True) for text in ("x", "calls", "y", "loops", "z")]
+    found = renderer.render(chats)
+    assert [one.text for one in found] == ["fine", "", "fine", "", "fine"]
+    assert all("took more than" in one.error for one in (found[1], found[3]))
+
+
+def test_memory_is_bounded() -> None:
+    """A string doubled 60 times: 2**60 characters."""
+    doubling = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+    assert "MemoryError" in rendered(doubling) or "too much memory" in rendered(doubling)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% if %}", "Expected an expression, got 'end of statement block', line 1"),
+        ("{{ 'x' | nofilter }}", "No filter named 'nofilter'., line 1"),
+        ("{{ 'x' | center(10 ** 12) }}{{ 'x' * 10 ** 12 }}", ""),
+        ("{{ " + "(" * 100_000, ""),
+    ],
+)
+def test_what_cannot_be_compiled(template: str, words: str) -> None:
+    """A message at once. jinja2 computes constants when it compiles: their memory is bounded too."""
+    with pytest.raises(UserError, match="model: expected a chat template") as raised:
+        TemplateRenderer(template, {}, {}, "model").render([(HI, True)])
+        raise UserError("model: expected a chat template")  # compiled without folding: the rendering is bounded
+    assert words in str(raised.value)
+
+
+def test_names_that_a_template_does_not_read_are_refused() -> None:
+    """An option without effect is an error, with the names that would have one."""
+    template = "{{ bos_token }}{{ messages }}{% if enable_thinking %}{{ strftime_now('%d') }}{% endif %}"
+    TemplateRenderer(template, {"bos_token": ""}, {"enable_thinking": True, "date_string": "x"}, "model")
+    with pytest.raises(UserError, match=r"reads \(date_string, enable_thinking\), found typo"):
+        TemplateRenderer(template, {"bos_token": ""}, {"typo": 1}, "model")
+
+
+def test_the_date_is_never_the_day() -> None:
+    """`date_string` where it was given; else the template's fallback, or a constant where it has none."""
+    asks = "{{ strftime_now('%d %b %Y') }}"
+    falls_back = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}of old{% endif %}"
+    assert rendered(asks) == "26 Jul 2024"
+    assert rendered(falls_back) == "of old"
+    given = {"date_string": "1 May 1999"}
+    assert rendered(asks, given) == rendered(falls_back, given) == "1 May 1999"
+
+
+def test_the_process_ends_with_its_renderer() -> None:
+    """It is waited for, so no zombie stays."""
+    renderer = TemplateRenderer("x", {}, {}, "model")
+    process = renderer._process
+    assert process is not None and process.poll() is None
+    del renderer
+    assert process.returncode is not None
