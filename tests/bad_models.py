@@ -160,6 +160,7 @@ def settings(*wrong: Spoil, **changes: object) -> Spoil:
 
 
 NOT_SOUND = f"model/{WEIGHTS}: expected a safetensors file, found one that is not sound"
+ROLES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
 DESCRIBED = "model: expected the tensors that config.json describes, found"
 TAKEN = "model: expected a chat that the chat template takes, found: "
 NAN = torch.full((32,), torch.nan)
@@ -395,6 +396,16 @@ MODELS = [
         "several templates, none by default",
         template([{"name": "rag", "template": CHATML}]),
         ('tokenizer_config.json: chat_template: expected one named "default"',),
+    ),
+    Case(
+        "a template without a place for a system prompt",
+        settings(template(ROLES), system_prompt="Be kind."),
+        ("model: expected no system message", "no system", "leave --system_prompt out"),
+    ),
+    Case(
+        "an option that no template reads",
+        settings(chat_template_kwargs='{"enable_thinking": true}'),
+        ("chat_template_kwargs: expected names that the chat template of", "reads (nothing), found enable_thinking"),
     ),
     # === The path ===
     Case(

@@ -81,8 +81,8 @@ class TemplateRenderer:
 
     def _render(self, chats: Sequence[tuple[Messages, bool]]) -> list[Rendering]:
         """The first of these: all of them, or up to one that ended the process."""
-        if self._process is None:
-            self._start()
+        if self._process is None and "reads" not in (said := self._start()):
+            return [Rendering(**said)]
         self._send(chats)
         found: list[Rendering] = []
         while len(found) < len(chats) and self._process:
