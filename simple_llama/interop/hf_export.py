@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -53,7 +53,6 @@ def write_folder(
     state_dict: Mapping[str, torch.Tensor],
     form: ExportForm,
     metadata: dict[str, Any],
-    before_publish: Callable[[], object] = lambda: None,
     most_shard_bytes: int = _MOST_SHARD_BYTES,
 ) -> None:
     """Writes the model, whole or not at all. An export that lies at `path` is replaced, and nothing else is.
@@ -61,9 +60,9 @@ def write_folder(
     Args:
         state_dict: by our names; each tensor is asked for once, so it may be read then.
         metadata: JSON values only (TypeError otherwise); `export_metadata` gives them back.
-        before_publish: called when all is written; where it raises, nothing stays.
 
-    Raises UserError for a tensor that is not finite in the dtype, an architecture without such names, or a full disk.
+    Raises UserError for a tensor that is not finite in the dtype, an architecture without such names, or a full disk;
+    where this or reading a tensor fails, nothing stays.
     """
     check_mappable(form.architecture)
     shards = _shards(shapes_in(form.architecture, form.names), form.dtype.itemsize, most_shard_bytes)
@@ -81,7 +80,6 @@ def write_folder(
         for name, shard in named.items():
             with (temp / name).open("wb") as file:
                 _write_shard(file, shard, tensors, form.dtype, path)
-        before_publish()
         old = _put_aside(path)
     if old is not None:
         delete_aside(old)

@@ -155,7 +155,7 @@ def test_nothing_stays_of_an_export_that_fails(
         raise UserError("changed")
 
     with pytest.raises(UserError, match="changed"):
-        write_folder(path, weights, FORM, RUN, changed)
+        write_folder(path, OneAtATime(weights, changed), FORM, RUN)
     with pytest.raises(TypeError):
         write_folder(path, weights, FORM, {"run": object()})
     full = OSError(28, "No space left on device")
