@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ import torch
 import tyro
 
 from benchmarks.measure import RESULTS, record, table
+from benchmarks.rank_jobs import run_ranks
 from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, init_ranks, leave
 from simple_llama.common.paths import root_path
 from simple_llama.ops.machine import peak_memory_gb, synchronize
@@ -136,19 +135,7 @@ def run_job(bench: Bench, job: Job) -> dict[str, Measured]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps({"bench": asdict(bench), "job": job._asdict()}))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "benchmarks.bench_scale", "--worker", str(path)]
-        place = {"WORLD_SIZE": job.world, "LOCAL_WORLD_SIZE": job.world, "MASTER_ADDR": "127.0.0.1"}
-        processes = []
-        for rank in range(job.world):
-            variables = {**place, "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-            environment = os.environ | {name: str(value) for name, value in variables.items()}
-            processes.append(subprocess.Popen(command, env=environment, cwd=root_path()))
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            raise SystemExit(f"a rank of {job.world} failed")
+        run_ranks("benchmarks.bench_scale", ["--worker", str(path)], job.world)
         found = json.loads((Path(folder) / "found.json").read_text())
     return {name: Measured(**numbers) for name, numbers in found.items()}
 

@@ -99,12 +99,12 @@ def peak_gib(way: Way, device: torch.device) -> float:
         return peak_extra_bytes(way, device) / 2**30
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have left for reuse goes back to the system
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (man 5 proc)
-    before = _resident_kib("VmRSS")
+    before = resident_kib("VmRSS")
     way()
-    return (_resident_kib("VmHWM") - before) / 2**20
+    return (resident_kib("VmHWM") - before) / 2**20
 
 
-def _resident_kib(field: str) -> int:
+def resident_kib(field: str) -> int:
     """A size of this process from /proc/self/status."""
     lines = read_lines("/proc/self/status")
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -1,6 +1,7 @@
 """TRL's DPOTrainer on our weights and our pairs: the only file that imports the peers (benchmarks/requirements.txt).
 
-It is TRL's own code that is timed, as a single process without DDP or DeepSpeed: the real `train()`, which hands
+It is TRL's own code that is timed, as a single process without DDP or DeepSpeed (`train_folder`: under DDP where a
+launcher started several): the real `train()`, which hands
 control back after each optimizer step, and the real `_precompute_ref_logps`. Two things are taken out before the clock
 starts: tokenization (pairs are token ids already; a subclass returns the dataset as it is, since TRL 1.16 accepts text
 only), and for training the reference pass (log-probs come with the pairs).
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,7 +84,9 @@ class Peer:
             folder: for what the trainer writes (nothing, without checkpoints).
         """
         with plain_process():
-            self.trainer = make_trainer(start, pairs, ref_logps_B2, settings, device, folder)
+            quiet()
+            model = hf_model(start, SETTINGS[settings.numerics].weights).to(device)
+            self.trainer = make_trainer(model, our_tokenizer(), pairs, ref_logps_B2, settings, device, folder)
         accelerator = self.trainer.accelerator
         assert accelerator.num_processes == 1 and "NO" in str(accelerator.distributed_type), accelerator.state
         self.shared_state = dict(shared_state())
@@ -181,7 +185,8 @@ def hand_back(stepped: SteppedPeer) -> Any:
 
 
 def make_trainer(
-    start: WeightsFile,
+    model: Any,
+    tokenizer: Any,
     pairs: Sequence[TokenizedPair],
     ref_logps_B2: np.ndarray | None,
     settings: TrlSettings,
@@ -189,9 +194,8 @@ def make_trainer(
     folder: str,
 ) -> Any:
     """A DPOTrainer as its users have it, at its fastest: no logs, no checkpoints, no recomputation, fused AdamW."""
-    quiet()
     import trl  # pyright: ignore[reportMissingImports]
-    from transformers import PreTrainedTokenizerFast, PrinterCallback  # pyright: ignore[reportMissingImports]
+    from transformers import PrinterCallback  # pyright: ignore[reportMissingImports]
 
     class PreparedDPOTrainer(trl.DPOTrainer):
         """Takes pairs that are token ids already, with their reference log-probs."""
@@ -202,16 +206,60 @@ def make_trainer(
         def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(TOKENIZER), pad_token="<PAD>")
-    tokenizer.eos_token = "<EOA>"
     trainer = PreparedDPOTrainer(
-        model=hf_model(start, SETTINGS[settings.numerics].weights).to(device),
+        model=model,
         args=dpo_arguments(settings, device, folder),
         train_dataset=as_dataset(pairs, ref_logps_B2),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def train_folder(
+    folder: str, pairs: Sequence[TokenizedPair], ref_logps_B2: np.ndarray, settings: TrlSettings, output: str
+) -> tuple[list[float], list[float]]:
+    """A whole `train()` of the model in a Hugging Face folder on a CPU, by this process of those that were started.
+
+    Returns when each step ended (s of the clock) and the loss of each micro-batch of this process.
+    """
+    quiet()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # pyright: ignore[reportMissingImports]
+
+    ends: list[float] = []
+    losses: list[torch.Tensor] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            ends.append(time.perf_counter())
+
+    dtype = SETTINGS[settings.numerics].weights
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=settings.attention)
+    model.config.use_cache = False
+    tokenizer, cpu = AutoTokenizer.from_pretrained(folder), torch.device("cpu")
+    with nullcontext() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else plain_process():
+        trainer = make_trainer(model, tokenizer, pairs, ref_logps_B2, settings, cpu, output)
+        trainer.add_callback(Clock())
+        compute_loss = trainer.compute_loss
+
+        def recorded(*args: Any, **options: Any) -> Any:
+            loss = compute_loss(*args, **options)
+            losses.append(loss.detach())
+            return loss
+
+        trainer.compute_loss = recorded
+        trainer.train()
+    assert len(losses) == settings.accumulate * len(ends), (len(losses), len(ends))
+    return ends, [float(loss) for loss in losses]
+
+
+def our_tokenizer() -> Any:
+    """SimpleLLaMA's tokenizer as transformers has tokenizers."""
+    from transformers import PreTrainedTokenizerFast  # pyright: ignore[reportMissingImports]
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(TOKENIZER), pad_token="<PAD>")
+    tokenizer.eos_token = "<EOA>"
+    return tokenizer
 
 
 def dpo_arguments(settings: TrlSettings, device: torch.device, folder: str) -> Any:
@@ -238,6 +286,8 @@ def dpo_arguments(settings: TrlSettings, device: torch.device, folder: str) -> A
         gradient_checkpointing=False,
         bf16=SETTINGS[settings.numerics].autocast,
         use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" and "WORLD_SIZE" in os.environ else None,
+        ddp_find_unused_parameters=False,  # its default looks for some in every step
         dataloader_num_workers=0,
         dataloader_pin_memory=device.type == "cuda",
         logging_strategy="no",

@@ -1,0 +1,87 @@
+"""The bench on a real model: its arithmetic by hand, and the pairs that all ways train on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_real
+from benchmarks.bench_real import OURS, BenchReal, Measured, Way, check, make_steps, run_job, speeds, together
+from simple_llama.common.errors import UserError
+from simple_llama.interop.open_start import open_start
+from tiny_hf import TinyHFJob, make_hf_job
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TinyHFJob:
+    """24 pairs of one turn and a model of Hugging Face's form."""
+    return make_hf_job(tmp_path_factory.mktemp("job"))
+
+
+def bench_of(job: TinyHFJob, **changes: Any) -> BenchReal:
+    """Two counted steps of 6 pairs."""
+    sizes = {"pairs_per_step": 6, "batch_size": 3, "steps": 2}
+    return BenchReal(**{"model": str(job.model), "data": str(job.folder / "pairs.jsonl"), **sizes, **changes})
+
+
+def test_a_turn_is_as_slow_as_its_slowest_process() -> None:
+    """Times are the largest of each step, losses the mean of equal shares, memory the sum."""
+    found = together([Measured([1.0, 4.0], [0.5, 0.25], 2.0), Measured([3.0, 2.0], [0.75, 0.75], 1.5)])
+    assert found == Measured([3.0, 4.0], [0.625, 0.5], 3.5)
+
+
+def test_speeds_by_hand() -> None:
+    """16 pairs in a median step of 4 s are 4 pairs/s; TRL's 10 s are 1.6, and 2.5 times as long."""
+    found = {
+        Way(OURS, 2): Measured([3.0, 4.0, 9.0], [0.6931, 0.5], 1.25),
+        Way("autocast", 2): Measured([10.0, 8.0, 12.0], [0.6931, 0.5], 7.0),
+    }
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in speeds(BenchReal("model"), found).splitlines()[2:]
+    ]
+    assert rows == [
+        ["ours, bf16, 2 processes", "4.00", "4.00 s (3.00-9.00)", "-", "1.25", "0.6931, 0.5000"],
+        ["TRL, autocast, 2 processes", "1.60", "10.00 s (8.00-12.00)", "2.50x", "7.00", "0.6931, 0.5000"],
+    ]
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    """24 pairs are 8 for each of 3 processes, but not for 2."""
+    check(BenchReal("model", pairs_per_step=24, processes=(1, 3)))
+    with pytest.raises(UserError, match="expected a multiple of 2 processes x batch_size 8, found 24"):
+        check(BenchReal("model", pairs_per_step=24))
+
+
+def test_all_ways_have_the_same_steps(job: TinyHFJob) -> None:
+    """Three steps of 6 of the 24 pairs, none twice, the same ones again; one pair more a step would be too many."""
+    start = open_start(job.model)
+    steps, again = (make_steps(bench_of(job), start) for _ in range(2))
+    digests = [[pair.digest for pair in step] for step in steps]
+    assert [len(step) for step in steps] == [6, 6, 6] and len({name for step in digests for name in step}) == 18
+    assert digests == [[pair.digest for pair in step] for step in again]
+    with pytest.raises(UserError, match="expected 27 pairs with one prompt, found 24"):
+        make_steps(bench_of(job, pairs_per_step=9), start)
+
+
+def test_a_process_finds_its_job(job: TinyHFJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `run_job` writes is what `work` reads, each process having its share of the cores; here one stands in."""
+
+    def stand_in(module: str, arguments: list[str], world: int, variables: dict[str, Any]) -> None:
+        assert (module, arguments[:3], variables) == (
+            "benchmarks.bench_real",
+            ["--model", str(job.model), "--worker"],
+            {"OMP_NUM_THREADS": 2},
+        )
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            bench_real.work(Path(arguments[3]))
+
+    monkeypatch.setattr(bench_real, "run_ranks", stand_in)
+    [found] = run_job(bench_of(job), Way(bench_real.REFERENCE, 1), str(tmp_path))
+    assert 0.05 < found.peak_gib < 64 and found.losses == []
+    assert (tmp_path / "pairs.txt").read_text().startswith("0.0 M weights, 18 pairs of pairs.jsonl: prompt ")
+    assert json.loads((tmp_path / "job.json").read_text())["way"] == {"name": "reference", "world": 1}
