@@ -51,14 +51,14 @@ COMMON: dict[str, Any] = {
     "log_dir": str(FOLDER / "runs"),
     "device": "cpu",
     "seed": 42,
-    "batch_size": 8,
-    "grad_accum_steps": 1,
     "keep_states": 1,
 }
 REAL: dict[str, Any] = {
     **COMMON,
     "run_name": "demo",
     "val_share": 0.25,
+    "batch_size": 4,  # a rank's; with more, two ranks would not fit into 8 GiB on every CPU
+    "grad_accum_steps": 2,
     "max_seq_len": 136,  # leaves the longer half of the pairs out: minutes, not a coffee break
     "epochs": 1,
     "warmup_iterations": 2,
@@ -75,6 +75,8 @@ TINY: dict[str, Any] = {
     **TINY_SPLIT,
     "run_name": "demo-tiny",
     "model_path": str(START),
+    "batch_size": 8,
+    "grad_accum_steps": 1,
     "epochs": 2,
     "warmup_iterations": 8,
     "max_lr": 5e-4,  # a model of a few million weights needs far larger steps than the default for billions

@@ -31,7 +31,7 @@ def report(folder: Path, sample_tokens: int) -> str:
     return "\n".join(
         [
             "",
-            *_answers(samples[0], samples[-1]),
+            *_answers(samples[0], samples[-1], sample_tokens),
             f"{pairs} held-out pairs (split by prompt), {last['step']} optimizer steps",
             "",
             *_preferences(first, last, pairs),
@@ -74,13 +74,15 @@ def _language(first: dict[str, float], last: dict[str, float]) -> list[str]:
     return [_row("", "before", "after"), *rows]
 
 
-def _answers(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
+def _answers(first: dict[str, Any], last: dict[str, Any], most_tokens: int) -> list[str]:
     """The first prompts with both answers side by side."""
     found = []
     triples = zip(first["prompts"], first["answers"], last["answers"], strict=True)
     for number, (prompt, before, after) in enumerate(list(triples)[:_SHOWN], 1):
         question = _USER.search(prompt)
-        found += [f"--- held-out prompt {number} of {_SHOWN}, fixed in advance"]
+        found += [
+            f"--- held-out prompt {number} of {_SHOWN}, fixed in advance; answers of at most {most_tokens} tokens"
+        ]
         found += textwrap.wrap(_one_line(question[1] if question else prompt), 2 * _COLUMN + 3)
         found += ["", _line("BEFORE", "AFTER")]
         columns = [textwrap.wrap(_one_line(text), _COLUMN) or ["(nothing)"] for text in (before, after)]

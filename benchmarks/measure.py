@@ -113,7 +113,7 @@ def resident_kib(field: str) -> int:
 class PeakMemory:
     """Most memory that this process's children and theirs hold at once, while the body runs: `peak_gib`.
 
-    A sum of proportional set sizes, in which a page that several share counts once; looked at every half second.
+    A sum of proportional set sizes, in which a page that several share counts once; looked at every second.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.5):
+        while not self._over.wait(1.0):
             self.peak_gib = max(self.peak_gib, sum(map(_pss_kib, _descendants(os.getpid()))) / 2**20)
 
 
