@@ -54,7 +54,7 @@ def run(folder: Path, bench: Bench, config: str, capacity: int) -> list[dict[str
     """Trains with that bound; gives the metrics of each step."""
     name = f"{config}_{capacity}"
     settings: dict[str, Any] = {
-        **demo.CONFIG,
+        **demo.TINY,
         "model_path": str(folder / "start.pth"),
         "deepspeed_config": root_path("ds_configs", f"{config}.json"),
         "run_name": name,
