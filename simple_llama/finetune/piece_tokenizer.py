@@ -37,11 +37,12 @@ class PieceTokenizer:
         added: Mapping[int, AddedToken] = tokenizer.get_added_tokens_decoder()
         self.structure = {number: token for number, token in added.items() if number != unknown_id}
         self._spelled = re.compile("|".join(re.escape(token.content) for token in added.values()) or "(?!)")
+        self._starts = {token.content[:2] for token in added.values()}  # few, where tokens may be a thousand
         self._text_tokenizer: Tokenizer | None = None  # made when a message first spells a token
 
     def encode(self, batch: Sequence[Pieces]) -> list[PieceIds]:
         """Ids of each."""
-        whole = [pieces for pieces in batch if not any(map(self._spelled.search, pieces.messages))]
+        whole = [pieces for pieces in batch if not any(map(self._spells, pieces.messages))]
         encodings = iter(self.tokenizer.encode_batch_fast([p.text for p in whole], add_special_tokens=False))
         left, found = iter(whole), []
         waiting = next(left, None)
@@ -51,6 +52,10 @@ class PieceTokenizer:
                 ids, waiting = next(encodings).ids, next(left, None)
             found.append(self._checked(pieces, ids))
         return found
+
+    def _spells(self, message: str) -> bool:
+        """Whether a message spells an added token."""
+        return any(start in message for start in self._starts) and bool(self._spelled.search(message))
 
     def _checked(self, pieces: Pieces, ids: list[int] | None) -> PieceIds:
         """These ids, where their added tokens are the template's; else those of the pieces cut apart."""

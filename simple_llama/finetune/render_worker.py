@@ -111,7 +111,9 @@ def _answer(said: dict[str, Any], cpu_seconds: float) -> None:
 def main() -> None:
     """Answers until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = _MEMORY if allowed == resource.RLIM_INFINITY else min(_MEMORY, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     first = json.loads(sys.stdin.readline())
     seconds = first["cpu_seconds"]
