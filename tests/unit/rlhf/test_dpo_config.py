@@ -181,6 +181,7 @@ def test_each_setting_has_one_owner():
     assert len(declared) == len(set(declared)) == len(fields(DPOConfig))
     assert [owner.__name__ for owner in reversed(owners)] == [
         "ModelConfig",
+        "ChatConfig",
         "DataConfig",
         "PolicyConfig",
         "BatchConfig",
