@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_real --model SmolLM2-135M-Instruct
 
-The folder's own chat template makes the token ids of both. Ours is what a run does: DeepSpeed ZeRO-2, bf16 with fp32
-masters. TRL (benchmarks/requirements.txt) computes in bf16 (weights and AdamW too) and under autocast (fp32 weights),
-on several processes under DDP. References are computed once, by ours in bf16, and given to all.
+The folder's own chat template makes the token ids of both; launch/export.py makes a folder of a .gguf. Ours is what a
+run does: DeepSpeed ZeRO-2, bf16 with fp32 masters. TRL (benchmarks/requirements.txt) computes in bf16 (weights and
+AdamW too) and under autocast (fp32 weights), on several processes under DDP. References are computed once, by ours in
+bf16, and given to all.
 
 Each way is started by itself, makes a step that is not counted and some that are, and ends: its memory is its own. The
 ways take turns, round after round. A step is all from one update to the next, for one process or several the same

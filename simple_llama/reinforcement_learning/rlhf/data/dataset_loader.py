@@ -5,10 +5,12 @@
 The format stands in readers.py. Records are read, tokenized some hundreds at a time and forgotten: what stays is a
 PairSet, and where each pair's text is.
 
+Characters that the tokenizer does not know are tokenized in their ASCII spelling, where they have one (speller.py).
+
 Refused (UserError, nothing is trained): no JSON, no UTF-8, a missing key or one that stands twice, another type,
-unequal lists, a blank message. Dropped and counted: chats of more than `max_seq_len` tokens (the pair, never one side
-of it), pairs whose two chats are the same tokens or score the same ones, pairs that came before. Other keys are ignored
-and counted. Kept, counted and warned of: what data_report.py names.
+unequal lists, a blank message, too many <UNK>. Dropped and counted: chats of more than `max_seq_len` tokens (the pair,
+never one side of it), pairs whose two chats are the same tokens or score the same ones, pairs that came before. Other
+keys are ignored and counted. Kept, counted and warned of: what data_report.py names.
 """
 
 from __future__ import annotations
