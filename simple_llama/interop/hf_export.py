@@ -48,6 +48,22 @@ class ExportForm:
     files: Mapping[str, bytes]  # others by name: tokenizer, chat template, generation settings
 
 
+class TrainedOver(Mapping[str, torch.Tensor]):
+    """The trained tensors, and those of a start where a name is not among them."""
+
+    def __init__(self, trained: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]):
+        self.trained, self.start = trained, start
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.trained[name] if name in self.trained else self.start[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.start)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
 def write_folder(
     path: Path,
     state_dict: Mapping[str, torch.Tensor],

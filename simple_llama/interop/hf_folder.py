@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import listed, parse_json, read_bytes
+from simple_llama.common.files import parse_json, read_bytes
 from simple_llama.interop.hf_config import HFModelConfig, config_json, read_hf_config
-from simple_llama.interop.hf_export import ExportForm, export_metadata, write_folder
-from simple_llama.interop.hf_names import NameMap, names_in, our_shapes, shapes_in, to_ours
+from simple_llama.interop.hf_export import ExportForm, TrainedOver, export_metadata, write_folder
+from simple_llama.interop.hf_names import NameMap, check_shapes, names_in
 from simple_llama.interop.hf_tokenizer import load_hf_tokenizer
+from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights, weights_there
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.weights import LoadedModel, weights_digest
@@ -60,9 +61,9 @@ class HFFolder:
         if "tokenizer.json" in self.files:
             self.own_tokenizer = load_hf_tokenizer(self.files, self.path)
         self.config = read_hf_config(parse_json(self.files[_CONFIG], source), str(source))
-        tensors = open_weights(self.path)
-        _check_fit(tensors, self.config, self.path)
-        self._tensors = _OurTensors(tensors, self.config)
+        self._files = open_weights(self.path)
+        _check_fit(self._files, self.config, self.path)
+        self._tensors = OurTensors(self._files, self.architecture, self.config.names)
         self.names = list(self._tensors)
         self.digest = weights_digest(self._tensors)
 
@@ -80,12 +81,12 @@ class HFFolder:
     def export_dtype(self) -> torch.dtype:
         """That of the embeddings in the files; fp32 for fp64."""
         [embeddings] = names_in("embeddings.weight", self.config.names)
-        dtype = self._tensors.theirs.dtype(embeddings)
+        dtype = self._files.dtype(embeddings)
         return torch.float32 if dtype == torch.float64 else dtype
 
     def load(self) -> LoadedModel:
         """The model; each tensor is read, and compared with the first read, when it is asked for. StartChanged."""
-        self._tensors.theirs.check_sizes()
+        self._files.check_sizes()
         return LoadedModel(self._tensors, self.architecture, self.path)
 
     @contextlib.contextmanager
@@ -105,50 +106,11 @@ class HFFolder:
         config = config_json(self.architecture, dtype, self.config.raw)
         files = {name: data for name, data in self.files.items() if name != _CONFIG}
         form = ExportForm(self.architecture, self.config.names, config, dtype, files)
-        write_folder(path, _Trained(trained, self._tensors), form, metadata)
+        write_folder(path, TrainedOver(trained, self._tensors), form, metadata)
 
     def export_metadata(self, path: Path) -> dict[str, Any]:
         """What an exported folder says of itself; nothing for what is none."""
         return export_metadata(path)
-
-
-class _Trained(Mapping[str, torch.Tensor]):
-    """The trained tensors, and those of a start where a name is not among them."""
-
-    def __init__(self, trained: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]):
-        self.trained, self.start = trained, start
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.trained[name] if name in self.trained else self.start[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.start)
-
-    def __len__(self) -> int:
-        return len(self.start)
-
-
-class _OurTensors(Mapping[str, torch.Tensor]):
-    """The folder's tensors under our names and in our order of rows, each made when it is asked for."""
-
-    def __init__(self, theirs: SafetensorsFiles, config: HFModelConfig):
-        self.theirs, self.config = theirs, config
-        self._names = dict.fromkeys(our_shapes(config.architecture))
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        parts = [self.theirs[their] for their in names_in(name, self.config.names)]
-        return to_ours(name, parts, self.config.architecture, self.config.names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
 
 def _small_files(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -165,24 +127,14 @@ def _small_files(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _check_fit(tensors: SafetensorsFiles, config: HFModelConfig, path: Path) -> None:
     """UserError where the files' tensors are not those that config.json describes."""
-    said = f"{path}: expected the tensors that config.json describes, found"
-    if config.architecture.layers > len(tensors):  # not worth the time to name what is missing of thousands
-        raise UserError(f"{said} {len(tensors)} tensors for {config.architecture.layers} layers")
-    expected = shapes_in(config.architecture, config.names)
-    surplus = {name for name in tensors if name not in expected and not _DERIVED.fullmatch(name)}
+    passed = {name for name in tensors if _DERIVED.fullmatch(name)}
     if config.architecture.tied_head:
-        surplus -= _second_head(tensors, config.names, path)
-    problems = []
-    if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"missing {listed(missing)}")
-    if surplus:
-        problems.append(f"unexpected {listed(sorted(surplus))}")
-    misfits = [name for name in expected if name in tensors and tensors.shape(name) != expected[name]]
-    if misfits:
-        shapes = [f"{name} {tensors.shape(name)} instead of {expected[name]}" for name in misfits]
-        problems.append(f"wrong shapes: {listed(shapes)}")
-    if problems:
-        raise UserError(f"{said} {'; '.join(problems)}")
+        passed |= _second_head(tensors, config.names, path)
+    shapes = {name: tensors.shape(name) for name in tensors if name not in passed}
+    try:
+        check_shapes(shapes, config.architecture, config.names, _CONFIG)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _second_head(tensors: SafetensorsFiles, family: NameMap, path: Path) -> set[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import listed
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 
@@ -99,6 +100,29 @@ def shapes_in(architecture: Architecture, family: NameMap = LLAMA) -> dict[str, 
         theirs = to_theirs(name, torch.empty(shape, device="meta"), architecture, family)
         shapes |= {their: tuple(part.shape) for their, part in theirs.items()}
     return shapes
+
+
+def check_shapes(found: Mapping[str, Sequence[int]], architecture: Architecture, family: NameMap, source: str) -> None:
+    """UserError where the shapes found, by the family's names, are not all those of `shapes_in`.
+
+    Args:
+        source: what describes the model, for the message.
+    """
+    said = f"expected the tensors that {source} describes, found"
+    if architecture.layers > len(found):  # not worth the time to name what is missing of thousands
+        raise UserError(f"{said} {len(found)} tensors for {architecture.layers} layers")
+    expected = shapes_in(architecture, family)
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"missing {listed(missing)}")
+    if surplus := sorted(found.keys() - expected.keys()):
+        problems.append(f"unexpected {listed(surplus)}")
+    misfits = [name for name in expected if name in found and tuple(found[name]) != expected[name]]
+    if misfits:
+        shapes = [f"{name} {tuple(found[name])} instead of {expected[name]}" for name in misfits]
+        problems.append(f"wrong shapes: {listed(shapes)}")
+    if problems:
+        raise UserError(f"{said} {'; '.join(problems)}")
 
 
 def to_hf(state_dict: Tensors, architecture: Architecture, family: NameMap = LLAMA) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import listed
+from simple_llama.interop.gguf_file import GGUFFile
 from simple_llama.interop.hf_export import export_metadata
 from simple_llama.interop.hf_folder import HFFolder
 from simple_llama.interop.safetensors_files import INDEX, WEIGHTS
@@ -18,8 +19,13 @@ _HF_FILES = ("config.json", "adapter_config.json", "pytorch_model.bin", "pytorch
 
 
 def open_start(path: str | os.PathLike[str]) -> StartModel:
-    """The model at `path`: a `.pth`, or a Hugging Face folder; in a folder of such, the newest. UserError for none."""
+    """The model at `path`: a `.pth` or `.gguf`, or a Hugging Face folder; in a run's folder, its newest export.
+
+    UserError for none.
+    """
     path = Path(path)
+    if path.suffix == ".gguf" and path.exists() and not path.is_dir():
+        return GGUFFile(path)
     if path.suffix in (".safetensors", ".json") and path.is_file():
         raise UserError(
             f"{path}: expected the folder of a Hugging Face model, found a file; give its folder, with config.json "

@@ -1,17 +1,13 @@
 """Safetensors files held open: tensors are read when they are asked for, and only the bytes that were read first count.
 
-A file is read with `pread` into new memory, never mapped: one that somebody cuts cannot end the process (SIGBUS), and
-no more of it is in memory than the tensor that is in use. Nothing in a file is trusted: its table has to account for
-every byte behind it exactly once.
+Nothing in a file is trusted: its table has to account for every byte behind it exactly once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import struct
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +15,14 @@ from typing import Any, NamedTuple
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import listed, open_file, parse_json, read_json, shown
-from simple_llama.pretraining.start_model import StartChanged
+from simple_llama.common.files import listed, parse_json, read_json, shown
+from simple_llama.interop.held_file import HeldFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LENGTH = struct.Struct("<Q")  # of the table, in front of it
 _MOST_TABLE_BYTES = 25 << 20  # a tensor's entry takes about 100 bytes
 _MOST_DIMENSIONS = 8
 _MOST_SHARDS = 1000  # each is held open
-_READ_BYTES = 64 << 20  # that are asked of the system at a time: it gives less than 2 GiB
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPECTED = "expected a safetensors file"
 
@@ -41,37 +36,18 @@ class _Entry(NamedTuple):
     size: int  # bytes
 
 
-class _File:
-    """One safetensors file, its descriptor and its table."""
+class _File(HeldFile):
+    """One safetensors file and its table."""
 
     def __init__(self, path: Path):
         """Opens the file and reads its table. UserError for a file that is not sound."""
-        self.path = path
-        try:
-            with open_file(path) as file:
-                self._descriptor = os.dup(file.fileno())
-        except OSError as error:
-            raise UserError(f"{path}: {_EXPECTED}, found: {error.strerror or error}") from error
-        weakref.finalize(self, os.close, self._descriptor)
-        self.size = os.fstat(self._descriptor).st_size
+        super().__init__(path, _EXPECTED)
         try:
             self.entries = self._table()
         except UserError as error:
             raise UserError(f"{path}: {_EXPECTED}, found one that is not sound: {error}") from error
         except OSError as error:
             raise UserError(f"{path}: {_EXPECTED}, found: {error.strerror or error}") from error
-
-    def read_into(self, memory: memoryview, start: int) -> None:
-        """Fills `memory` from `start` on. OSError where the file ends before, too."""
-        while memory:
-            count = os.preadv(self._descriptor, [memory[:_READ_BYTES]], start)
-            if not count:
-                raise OSError(0, "it is shorter than it was")
-            memory, start = memory[count:], start + count
-
-    def current_size(self) -> int:
-        """Bytes of the file now. OSError on a network file system, after another host deleted it."""
-        return os.fstat(self._descriptor).st_size
 
     def _table(self) -> dict[str, _Entry]:
         """The tensors by name. UserError for a table that does not say what each byte is, once."""
@@ -111,7 +87,6 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
         """Opens the files and reads their tables. UserError for a file that is not sound, or a tensor in two files."""
         self._files = [_File(path) for path in paths]
         self._owners: dict[str, _File] = {}
-        self._digests: dict[str, bytes] = {}  # of a tensor's bytes, when it was read first
         for file in self._files:
             for name in file.entries:
                 if name in self._owners:
@@ -124,16 +99,7 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         file = self._owners[name]
         entry = file.entries[name]
-        raw = torch.empty(entry.size, dtype=torch.uint8)
-        memory = raw.numpy().data
-        try:
-            file.read_into(memory, entry.start)
-        except OSError as error:
-            raise self._changed(file, error.strerror or str(error)) from error
-        found = hashlib.blake2b(memory, digest_size=16).digest()
-        if self._digests.setdefault(name, found) != found:
-            raise self._changed(file, f"tensor {shown(name)} differs")
-        return raw.view(entry.dtype).view(entry.shape)
+        return file.tensor_bytes(name, entry.start, entry.size).view(entry.dtype).view(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._owners)
@@ -159,7 +125,7 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
             return False
         for each in (name, other):
             self[each]
-        return self._digests[name] == self._digests[other]
+        return self._owners[name].digests[name] == self._owners[other].digests[other]
 
     def file_of(self, name: str) -> Path:
         """Where a tensor lies."""
@@ -168,16 +134,7 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
     def check_sizes(self) -> None:
         """Raises StartChanged where a file is longer or shorter than it was."""
         for file in self._files:
-            try:
-                size = file.current_size()
-            except OSError as error:
-                raise self._changed(file, error.strerror or str(error)) from error
-            if size != file.size:
-                raise self._changed(file, f"it had {file.size:,} bytes, now {size:,}")
-
-    def _changed(self, file: _File, how: str) -> StartChanged:
-        """The error, saying how it shows."""
-        return StartChanged(f"{file.path}: the start model has changed since this run read it first: {how}")
+            file.check_size()
 
 
 def open_weights(folder: Path) -> SafetensorsFiles:

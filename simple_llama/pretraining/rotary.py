@@ -46,13 +46,13 @@ class Rotation(NamedTuple):
 def rotation(positions_T: torch.Tensor, width: int, theta: float, scaling: RopeScaling | None = None) -> Rotation:
     """Angles position * theta^(-2i / width) of pair i, or as `scaling` has it; in fp32 whatever the model's dtype."""
     pair_twice = torch.arange(0, width, 2, device=positions_T.device).float()
-    frequencies = _scaled(1.0 / theta ** (pair_twice / width), scaling)
+    frequencies = stretched(1.0 / theta ** (pair_twice / width), scaling)
     angles = torch.outer(positions_T.float(), frequencies).unsqueeze(1)
     cos, sin = angles.cos(), angles.sin()
     return Rotation(cos, sin, torch.complex(cos, sin))
 
 
-def _scaled(frequencies: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
+def stretched(frequencies: torch.Tensor, scaling: RopeScaling | None) -> torch.Tensor:
     """The frequencies (radians a position) as they were stretched."""
     if scaling is None:
         return frequencies

@@ -1,0 +1,70 @@
+"""A file of a model, held open for a run: only the bytes that were read first count.
+
+It is read with `pread` into new memory, never mapped: one that somebody cuts cannot end the process (SIGBUS), and no
+more of it is in memory than the tensor that is in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from pathlib import Path
+
+import torch
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import open_file, shown
+from simple_llama.pretraining.start_model import StartChanged
+
+_READ_BYTES = 64 << 20  # that are asked of the system at a time: it gives less than 2 GiB
+
+
+class HeldFile:
+    """A file's descriptor, and digests of what was read through it."""
+
+    def __init__(self, path: Path, expected: str):
+        """Opens the file. UserError, which begins with the path and `expected`, where it cannot be opened."""
+        self.path = path
+        try:
+            with open_file(path) as file:
+                self._descriptor = os.dup(file.fileno())
+        except OSError as error:
+            raise UserError(f"{path}: {expected}, found: {error.strerror or error}") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+        self.digests: dict[str, bytes] = {}  # of a tensor's bytes, when it was read first
+
+    def read_into(self, memory: memoryview, start: int) -> None:
+        """Fills `memory` from `start` on. OSError where the file ends before, too."""
+        while memory:
+            count = os.preadv(self._descriptor, [memory[:_READ_BYTES]], start)
+            if not count:
+                raise OSError(0, "it is shorter than it was")
+            memory, start = memory[count:], start + count
+
+    def tensor_bytes(self, name: str, start: int, size: int) -> torch.Tensor:
+        """A tensor's bytes (size,) in memory of their own. StartChanged where they are not those of the first time."""
+        raw = torch.empty(size, dtype=torch.uint8)
+        memory = raw.numpy().data
+        try:
+            self.read_into(memory, start)
+        except OSError as error:
+            raise self._changed(error.strerror or str(error)) from error
+        found = hashlib.blake2b(memory, digest_size=16).digest()
+        if self.digests.setdefault(name, found) != found:
+            raise self._changed(f"tensor {shown(name)} differs")
+        return raw
+
+    def check_size(self) -> None:
+        """Raises StartChanged where the file is longer or shorter than it was."""
+        try:
+            size = os.fstat(self._descriptor).st_size
+        except OSError as error:  # on a network file system, after another host deleted it
+            raise self._changed(error.strerror or str(error)) from error
+        if size != self.size:
+            raise self._changed(f"it had {self.size:,} bytes, now {size:,}")
+
+    def _changed(self, how: str) -> StartChanged:
+        """The error, saying how it shows."""
+        return StartChanged(f"{self.path}: the start model has changed since this run read it first: {how}")
