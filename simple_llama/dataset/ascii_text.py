@@ -39,6 +39,7 @@ _FORMS = {
 }
 _LONG_DASH = "\u2014"
 _BETWEEN_WORDS = re.compile(f"(?<=\\S) ?{_LONG_DASH} ?(?=\\S)")
+_BEYOND_ASCII = re.compile("[^\\x00-\\x7f]")
 _SELECTORS = range(0xFE00, 0xFE10)  # choose the form of the character before them
 
 
@@ -71,26 +72,25 @@ class Spelling:
     def __init__(self, tokenizer: Tokenizer, unknown_id: int | None) -> None:
         """Args: unknown_id: of the unknown token; None: the tokenizer knows all bytes."""
         self._tokenizer, self._unknown_id = tokenizer, unknown_id
-        self._forms: dict[str, str] = {}  # of the characters beyond ASCII that were met
+        self._forms: dict[int, str] = {}  # by code, of the characters beyond ASCII that were met
 
     def spell(self, text: str) -> tuple[str, int]:
         """(the text as it is to be tokenized, how many of its characters changed). Text of which nothing would be left
         stays as it is."""
         if self._unknown_id is None or text.isascii():
             return text, 0
-        changed = sum(self._form(character) != character for character in text)
+        changed = sum(self._form(character) != character for character in _BEYOND_ASCII.findall(text))
         if not changed:
             return text, 0
         spaced = _BETWEEN_WORDS.sub(" - ", text) if self._form(_LONG_DASH) != _LONG_DASH else text
-        spelled = "".join(map(self._form, spaced))
+        spelled = spaced.translate(self._forms)
         return (spelled, changed) if spelled.strip() else (text, 0)
 
     def _form(self, character: str) -> str:
-        """What is written for a character."""
-        if character.isascii():
-            return character
-        if character not in self._forms:
-            known = self._unknown_id not in self._tokenizer.encode(character, add_special_tokens=False).ids
-            form = None if known else _ascii_form(character)
-            self._forms[character] = character if form is None else form
-        return self._forms[character]
+        """What is written for a character beyond ASCII."""
+        code = ord(character)
+        if code not in self._forms:
+            unknown = self._unknown_id in self._tokenizer.encode(character, add_special_tokens=False).ids
+            form = _ascii_form(character) if unknown else None
+            self._forms[code] = character if form is None else form
+        return self._forms[code]
