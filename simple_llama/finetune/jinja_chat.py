@@ -148,6 +148,11 @@ class JinjaChat:
         for skeleton in skeletons:
             if pieces := align(skeleton, rendering.text, messages):
                 return pieces
+        if chat.system is not None and not chat.system.strip():
+            raise UserError(
+                f"{self._source}: expected a system message with text, or none, as the chat template tells them apart, "
+                "found an empty one; CUSTOM in a record's Template means none where no --system_prompt is given"
+            )
         raise UserError(
             f"{self._source}: expected a chat template that writes messages as they are, found one that changes what "
             f"stands in this chat, whose last user message begins with {shown(chat.users[-1][:60])}; take out of the "

@@ -139,6 +139,8 @@ def test_system_messages() -> None:
     moved = form(TEMPLATES["Mistral 0.3"])
     assert spelled(moved, Chat("S", ["a", "b"], ["c", "d"]))[0] == "<s>[INST] a[/INST] c</s>[INST] S\n\nb[/INST]"
     assert form(CHATML + PROMPT, system="S").default_system == "S"
+    with pytest.raises(UnsayableChat, match="found an empty one"):
+        moved.encode([Chat("", ["a"], ["b"])])
 
 
 @pytest.mark.parametrize(
