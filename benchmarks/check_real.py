@@ -125,7 +125,7 @@ def _files(run: Path) -> dict[str, str]:
 @torch.no_grad()
 def _compare_text(export: Path) -> bool:
     """Whether transformers writes another text than we do, beyond ties."""
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     start = HFFolder(export)
     assert start.own_tokenizer is not None
