@@ -1,4 +1,4 @@
-"""A rank that makes two optimizer steps under each of many DeepSpeed files, for tests/unit/rlhf/engine/test_ds_keys.py.
+"""A rank that makes two optimizer steps under each of many DeepSpeed files; plain_steps.py has what they are held to.
 
 Started like a launch script. `<ckpt_dir>/cases.json` has (name, DeepSpeed file, changed settings, `twice`) of each;
 rank 0 leaves what came out in `<ckpt_dir>/steps.pt`: the fields of a `Steps` by name.

@@ -14,15 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ours import PlainLoop
-from settings_steps import State, Steps, flat, plan_of, step
+from plain_steps import Case, Plain, as_json, difference, plain_steps
+from settings_steps import Steps
 from simple_llama.cluster.distributed import Ranks, _own_cores
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.ds_keys import _ALLOWED, _Count
-from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
-from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.run.step import portions
-from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy
+from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from tiny_job import TinyJob, free_port, make_job, run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -30,8 +27,6 @@ CLIP = 0.5  # far below the norm of the first gradients, 631
 ROUNDING = 2**-8  # a bf16 sum of two ranks' bf16 gradients: three roundings of 2^-9, which do not all point one way
 STAGE, BF16, COMMUNICATION = "zero_optimization.stage", "bf16.enabled", "communication_data_type"
 OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-Case = dict[str, Any]  # values by dotted key; `reduce_once` is a setting of ours
-Plain = tuple[list[float], list[State]]  # norms before the clip and states of two steps
 
 
 def values(path: str) -> tuple[Any, ...]:
@@ -71,19 +66,6 @@ CASES = dict(cases())
 RESUMED = {name for name in CASES if "once" in name or "offload" in name or ":" not in name}
 
 
-def as_json(case: Case) -> dict[str, Any]:
-    """A DeepSpeed file's content."""
-    content: dict[str, Any] = {}
-    for path, value in case.items():
-        *sections, name = path.split(".")
-        at = content
-        for section in sections:
-            at = at.setdefault(section, {})
-        at[name] = value
-    content.pop("reduce_once", None)
-    return content
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
     return make_job(tmp_path_factory.mktemp("settings"), n_layers=1)
@@ -119,26 +101,6 @@ def plain(job: TinyJob, ranks: Ranks) -> Iterator[dict[bool, Plain]]:
     torch.set_num_threads(max(1, len(_own_cores()) // 2))  # as many as a rank gets: sums rounded alike
     yield {dtype == torch.bfloat16: plain_steps(config, replace(inputs, dtype=dtype)) for dtype in DTYPES}
     torch.set_num_threads(threads)
-
-
-def plain_steps(config: DPOConfig, inputs: Inputs) -> Plain:
-    """Two steps on the micro-batches of both ranks, whose weights are halved: ZeRO divides by the number of ranks."""
-    device = torch.device("cpu")
-    with inputs.start.reading() as start:
-        policy = _build_policy(config, inputs, start, PreferenceLoss.of(config), device)
-        loop = PlainLoop(policy, start, config, device)
-    plan, norms, states = plan_of(config, inputs, 2), [], []
-    for index in range(2):
-        both = [portions(plan.step(index), rank, inputs.data.train) for rank in range(2)]
-        norms.append(step(loop, [part._replace(weight=part.weight / 2) for of_rank in both for part in of_rank]))
-        moments = loop.optimizer.state
-        states.append(flat({"weight": master.detach(), **moments[master]} for master in loop.masters.values()))
-    return norms, states
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference, in units of the expected norm."""
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.dist
