@@ -126,8 +126,8 @@ def _read_inputs(config: InputsConfig) -> Inputs:
     max_seq_len = config.max_seq_len or architecture.max_seq_len
     if max_seq_len > architecture.max_seq_len:
         raise UserError(
-            f"max_seq_len: expected at most the model's {architecture.max_seq_len} tokens ({start.path}; a shorter sliding window counts), "
-            f"found {config.max_seq_len}"
+            f"max_seq_len: expected at most the model's {architecture.max_seq_len} tokens ({start.path}; a sliding "
+            f"window counts), found {config.max_seq_len}"
         )
     data = RLDatasetLoader(
         config.rlhf_dataset_path,
