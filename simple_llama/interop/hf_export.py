@@ -153,7 +153,12 @@ def _about(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("metadata"), dict):
         return None
     files = found.get("files")
-    return found if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
+    return found if isinstance(files, list) and all(map(_is_plain_name, files)) else None
+
+
+def _is_plain_name(name: Any) -> bool:
+    """Whether something is the name of a file in its folder: what is to be deleted lies nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and name == os.path.basename(name)
 
 
 def _holds_only(folder: Path, names: set[str]) -> bool:

@@ -249,6 +249,22 @@ def test_what_is_deleted_is_an_export(tmp_path: Path, weights: dict[str, torch.T
         assert not temp.exists()
 
 
+@pytest.mark.parametrize("name", ["../kept.txt", "{folder}/kept.txt", "..", ""])
+def test_nothing_beside_an_export_is_deleted(tmp_path: Path, name: str) -> None:
+    """A folder that names what lies elsewhere, as somebody else may have made it, is no export."""
+    kept, folder = tmp_path / "kept.txt", tmp_path / "dpo"
+    kept.write_text("kept")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    files = ["config.json", name.format(folder=tmp_path)]
+    (folder / RUN_FILE).write_text(json.dumps({"format": 1, "files": files, "metadata": {"step": 1}}))
+    assert not holds_export_alone(folder)
+    delete_export(folder)
+    delete_aside(folder)
+    assert kept.read_text() == "kept"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", RUN_FILE]
+
+
 def test_the_card_says_what_the_run_was(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
     """Names of files without their folders, numbers as people read them, and no markup from a name."""
     settings = {
