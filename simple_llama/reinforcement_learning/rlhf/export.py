@@ -83,6 +83,7 @@ def export_model(config: ExportConfig) -> str:
     if os.path.lexists(output):
         raise UserError(f"{output}: expected nothing there yet; choose another --output, or move it away")
     source = _open_source(config)
+    _check_used(config, source, output)
     dtype = None if config.dtype == "source" else getattr(torch, config.dtype)
     if isinstance(source.start, StartFile):
         written = _from_own(config, source.start, source, output, dtype)
@@ -116,6 +117,20 @@ def _open_source(config: ExportConfig) -> _Source:
         "environment": environment(),
     }
     return _Source(start, StateWeights(saved), metadata, settings)
+
+
+def _check_used(config: ExportConfig, source: _Source, output: Path) -> None:
+    """UserError for a setting that has no effect on what is written."""
+    chats = isinstance(source.start, StartFile) and output.suffix != _PTH
+    of_chats = "a SimpleLLaMA checkpoint that becomes a folder"
+    used = {
+        "model_path": ("run" in source.metadata, "a state or the folder of a run"),
+        "tokenize_path": (chats, of_chats),
+        "system_prompt": (chats, of_chats),
+    }
+    for name, (has_effect, wanted) in used.items():
+        if getattr(config, name) and not has_effect:
+            raise UserError(f"{name}: expected {wanted}, found {config.source}, where it has no effect; leave it out")
 
 
 def _state_at(path: Path) -> SavedState | None:

@@ -18,6 +18,7 @@ from simple_llama.interop.open_start import open_start
 from simple_llama.pretraining.weights import build_model, load_weights, save_weights
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import StateWeights, newest_state
 from simple_llama.reinforcement_learning.rlhf.export import ExportConfig, export_model
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from tiny_hf import make_hf_folder
@@ -92,6 +93,20 @@ def test_a_state_is_exported_as_its_run_did(run: Path, tmp_path: Path) -> None:
     assert "file" not in about  # what a person makes is not the run's to delete
 
 
+def test_a_state_that_goes_while_it_is_read(run: Path, tmp_path: Path) -> None:
+    """A live run deletes old states: the message names the state, not the disk that is written to."""
+    shutil.copytree(run, tmp_path / "live")
+    saved = newest_state(tmp_path / "live")
+    weights = StateWeights(saved)
+    shutil.rmtree(saved.folder)
+    name = next(iter(weights))
+    assert name in weights and "other" not in weights  # without a look at the disk
+    with pytest.raises(
+        UserError, match="rank_00000.safetensors: expected a whole state, found: .*; a run that goes on"
+    ):
+        _ = weights[name]
+
+
 def test_a_folder_keeps_what_it_is(tmp_path: Path) -> None:
     """Another dtype and nothing else: tokenizer and settings byte for byte, and the keys of config.json."""
     source, out = make_hf_folder(tmp_path / "in"), tmp_path / "out"
@@ -128,6 +143,12 @@ def test_what_cannot_be_written_is_refused(lora: TinyJob, run: Path, tmp_path: P
         (ExportConfig(str(moved), out, model_path=str(other.folder / "start.pth")), "not the model that the run"),
         (ExportConfig(str(damaged), out, model_path=start), "found no complete one"),
         (ExportConfig(str(next((damaged / "state").iterdir())), out, model_path=start), "a whole state, found: rank_0"),
+        (
+            ExportConfig(folder, out, tokenize_path=folder),
+            "tokenize_path: expected a SimpleLLaMA checkpoint .* no effect",
+        ),
+        (ExportConfig(start, out + ".pth", system_prompt="Hi"), "system_prompt: expected a SimpleLLaMA checkpoint"),
+        (ExportConfig(folder, out, model_path=start), "model_path: expected a state or the folder of a run"),
     ]
     before = sorted(path.name for path in tmp_path.iterdir())
     for config, said in cases:

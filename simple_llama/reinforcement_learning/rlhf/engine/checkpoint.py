@@ -200,7 +200,10 @@ def read_state(candidate: Path) -> SavedState:
 
 
 class StateWeights(Mapping[str, torch.Tensor]):
-    """The fp32 master weights of a checked state by name, on the CPU, each read when it is asked for."""
+    """The fp32 master weights of a checked state by name, on the CPU, each read when it is asked for.
+
+    UserError where the state is gone by then.
+    """
 
     def __init__(self, saved: SavedState):
         self._places = {
@@ -208,8 +211,18 @@ class StateWeights(Mapping[str, torch.Tensor]):
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._places[name], framework="pt") as file:
-            return file.get_tensor(f"{name}|weight")
+        place = self._places[name]
+        try:
+            with safe_open(place, framework="pt") as file:
+                return file.get_tensor(f"{name}|weight")
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{place}: expected a whole state, found: {error}; a run that goes on deletes old states: export the "
+                "newest again"
+            ) from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # the mixin would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
