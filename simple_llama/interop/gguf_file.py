@@ -58,13 +58,16 @@ class GGUFFile:
         trained: Mapping[str, torch.Tensor],
         metadata: dict[str, Any],
         dtype: torch.dtype | None = None,
+        tokenizer: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Writes a Hugging Face folder in `dtype`, or fp32; see `write_folder`. StartChanged."""
+        """Writes a Hugging Face folder in `dtype`, or fp32, with the tokenizer's files or its own; see `write_folder`.
+        StartChanged."""
         dtype = dtype or self.export_dtype
         found = {**self._config.raw, **token_ids(self._container.metadata)}
         config = config_json(self.architecture, dtype, found)
-        files = self.own_tokenizer.files if self.own_tokenizer else {}
-        form = ExportForm(self.architecture, LLAMA, config, dtype, files)
+        if tokenizer is None:
+            tokenizer = self.own_tokenizer.files if self.own_tokenizer else {}
+        form = ExportForm(self.architecture, LLAMA, config, dtype, tokenizer)
         write_folder(path, TrainedOver(trained, self._tensors), form, metadata)
 
     def export_metadata(self, path: Path) -> dict[str, Any]:

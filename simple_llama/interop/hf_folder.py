@@ -19,7 +19,7 @@ from simple_llama.common.files import parse_json, read_bytes
 from simple_llama.interop.hf_config import HFModelConfig, config_json, read_hf_config
 from simple_llama.interop.hf_export import ExportForm, TrainedOver, export_metadata, write_folder
 from simple_llama.interop.hf_names import NameMap, check_shapes, names_in
-from simple_llama.interop.hf_tokenizer import load_hf_tokenizer
+from simple_llama.interop.hf_tokenizer import TOKENIZER_FILES, load_hf_tokenizer
 from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights, weights_there
 from simple_llama.pretraining.architecture import Architecture
@@ -100,11 +100,15 @@ class HFFolder:
         trained: Mapping[str, torch.Tensor],
         metadata: dict[str, Any],
         dtype: torch.dtype | None = None,
+        tokenizer: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Writes a folder of this form, in `dtype` or that of this one; see `write_folder`. StartChanged."""
+        """Writes a folder of this form, in `dtype` or that of this one, with the tokenizer's files or its own; see
+        `write_folder`. StartChanged."""
         dtype = dtype or self.export_dtype
         config = config_json(self.architecture, dtype, self.config.raw)
         files = {name: data for name, data in self.files.items() if name != _CONFIG}
+        if tokenizer is not None:
+            files = {name: data for name, data in files.items() if name not in TOKENIZER_FILES} | dict(tokenizer)
         form = ExportForm(self.architecture, self.config.names, config, dtype, files)
         write_folder(path, TrainedOver(trained, self._tensors), form, metadata)
 

@@ -14,7 +14,7 @@ from simple_llama.common.files import parse_json, read_bytes, shown
 from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.dataset.tokenizer import parse_tokenizer, unknown_id
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -55,7 +55,7 @@ def load_hf_tokenizer(files: Mapping[str, bytes], source: Path) -> OwnTokenizer:
         named,
         frozenset(_stops(tokenizer, named, _object(files, "generation_config.json", source), source)),
         unknown,
-        {name: files[name] for name in _TOKENIZER_FILES if name in files},
+        {name: files[name] for name in TOKENIZER_FILES if name in files},
         str(source),
     )
 
@@ -68,7 +68,7 @@ def tokenizer_at(path: str | Path) -> OwnTokenizer | None:
     if path != folder and not any((folder / name).exists() for name in _BESIDE):
         return None
     files = {}
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         place = path if name == "tokenizer.json" and path != folder else folder / name
         with contextlib.suppress(FileNotFoundError):
             files[name] = _read(place)

@@ -85,9 +85,10 @@ class StartFile:
         trained: Mapping[str, torch.Tensor],
         metadata: dict[str, Any],
         dtype: torch.dtype | None = None,
+        tokenizer: Mapping[str, bytes] | None = None,
     ) -> None:
         """Writes a weights file: the trained tensors, and the file's own of the others, as they are unless a dtype is
-        given. StartChanged."""
+        given. It holds no tokenizer. StartChanged."""
         merged = self.merged(trained)
         if dtype is not None:
             merged = {name: tensor.to(dtype) for name, tensor in merged.items()}

@@ -22,6 +22,7 @@ from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.interop.hf_config import config_json
 from simple_llama.interop.hf_export import ExportForm, write_folder
 from simple_llama.interop.hf_names import LLAMA
+from simple_llama.interop.hf_tokenizer import tokenizer_at
 from simple_llama.interop.open_start import open_start
 from simple_llama.interop.own_checkpoints import (
     TOKEN_IDS,
@@ -40,6 +41,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     newest_state,
     read_state,
 )
+from simple_llama.reinforcement_learning.rlhf.inputs import is_shipped
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 
 _PTH = ".pth"
@@ -58,7 +60,7 @@ class ExportConfig(Settings):
 
     # === What the source does not say ===
     model_path: str = ""  # the model that a run started from; empty: where the run found it
-    tokenize_path: str = ""  # tokenizer of a SimpleLLaMA checkpoint; empty: the run's, or the shipped one
+    tokenize_path: str = ""  # tokenizer to go with a folder; empty: the run's, the model's own, or the shipped one
     system_prompt: Annotated[
         str, TextOrFile(), Doc("that of its chats that have none, or @FILE with it; empty: the run's, or the default")
     ] = ""
@@ -90,7 +92,8 @@ def export_model(config: ExportConfig) -> str:
     elif output.suffix == _PTH:
         written = _to_own(source, output, dtype)
     else:
-        source.start.export(output, source.trained, source.metadata, dtype)
+        tokenizer = _given_tokenizer(config, source)
+        source.start.export(output, source.trained, source.metadata, dtype, tokenizer)
         written = ""
     return f"wrote {output} from {source.metadata['source']}{written}"
 
@@ -121,12 +124,11 @@ def _open_source(config: ExportConfig) -> _Source:
 
 def _check_used(config: ExportConfig, source: _Source, output: Path) -> None:
     """UserError for a setting that has no effect on what is written."""
-    chats = isinstance(source.start, StartFile) and output.suffix != _PTH
-    of_chats = "a SimpleLLaMA checkpoint that becomes a folder"
+    folder = output.suffix != _PTH
     used = {
         "model_path": ("run" in source.metadata, "a state or the folder of a run"),
-        "tokenize_path": (chats, of_chats),
-        "system_prompt": (chats, of_chats),
+        "tokenize_path": (folder, "a folder as output"),
+        "system_prompt": (folder and isinstance(source.start, StartFile), "a SimpleLLaMA checkpoint, and a folder"),
     }
     for name, (has_effect, wanted) in used.items():
         if getattr(config, name) and not has_effect:
@@ -174,6 +176,15 @@ def _from_own(config: ExportConfig, start: StartFile, source: _Source, output: P
         form = ExportForm(architecture, LLAMA, settings, dtype, _tokenizer_files(config, source, architecture))
         write_folder(output, merged, form, source.metadata)
     return ", LoRA merged" if start.architecture.lora else ""
+
+
+def _given_tokenizer(config: ExportConfig, source: _Source) -> Mapping[str, bytes] | None:
+    """The files of a tokenizer that is not what came with the model; None where that is the one."""
+    path = config.tokenize_path or source.settings.get("tokenize_path")
+    if not path or is_shipped(Path(path)):
+        return None
+    own = tokenizer_at(path)
+    return own.files if own else _tokenizer_files(config, source, source.start.architecture)
 
 
 def _tokenizer_files(config: ExportConfig, source: _Source, architecture: Architecture) -> dict[str, bytes]:

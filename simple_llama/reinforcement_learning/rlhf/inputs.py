@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from simple_llama.finetune.chat_config import ChatConfig, own_chat, simple_llama
 from simple_llama.finetune.chat_format import ChatFormat, about_system
 from simple_llama.interop.hf_tokenizer import tokenizer_at
 from simple_llama.interop.open_start import open_start
+from simple_llama.interop.own_checkpoints import tokenizer_files
 from simple_llama.ops.attention import ATTENTION_VERSION
 from simple_llama.ops.logprob import HEAD_VERSION
 from simple_llama.pretraining.architecture import Architecture
@@ -70,6 +72,7 @@ class Inputs:
     max_seq_len: int
     reference_id: dict  # what names the reference: weights, tokenizer, numerics
     compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
+    given_tokenizer: Mapping[str, bytes] | None = None  # files of `tokenize_path` for exports; None: the model's own
 
     def build_model(self, start: Loaded, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
         """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory."""
@@ -113,11 +116,11 @@ def _read_inputs(config: InputsConfig) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     start = open_start(config.model_path)
-    chat = _chat_format(config, start)
+    chat, given_tokenizer = _chat_format(config, start)
     check_weights(start.load(), dtype)
     architecture = start.architecture
     if token_count(chat.tokenizer) > architecture.vocab_size:
-        own = start.own_tokenizer if _is_shipped(Path(config.tokenize_path)) else None
+        own = start.own_tokenizer if is_shipped(Path(config.tokenize_path)) else None
         raise UserError(
             f"{own.source if own else config.tokenize_path}: {token_count(chat.tokenizer)} tokens, but the model "
             f"{start.path} knows {architecture.vocab_size}; "
@@ -147,24 +150,26 @@ def _read_inputs(config: InputsConfig) -> Inputs:
         **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
     identity = reference_id(start.digest, tokenizer_digest(chat.tokenizer), numerics)
-    return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile)
+    return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer)
 
 
-def _chat_format(config: InputsConfig, start: StartModel) -> ChatFormat:
-    """The format of the model's chats, with its tokenizer: its own where `tokenize_path` is left at its default."""
-    if _is_shipped(Path(config.tokenize_path)) and not isinstance(start, StartFile):
+def _chat_format(config: InputsConfig, start: StartModel) -> tuple[ChatFormat, Mapping[str, bytes] | None]:
+    """The format of the model's chats, with its tokenizer: its own where `tokenize_path` is left at its default. And
+    the files of one that was given, for exports that are folders."""
+    if is_shipped(Path(config.tokenize_path)) and not isinstance(start, StartFile):
         if start.own_tokenizer is None:
             raise UserError(
                 f"{start.path}: expected a tokenizer.json, found none; save the model's tokenizer again with "
                 "transformers (AutoTokenizer, save_pretrained), or say with --tokenize_path where it is"
             )
-        return own_chat(start.own_tokenizer, config)
+        return own_chat(start.own_tokenizer, config), None
     if own := tokenizer_at(config.tokenize_path):
-        return own_chat(own, config)
-    return simple_llama_chat(config.tokenize_path, config)
+        return own_chat(own, config), own.files
+    chat = simple_llama_chat(config.tokenize_path, config)
+    return chat, tokenizer_files(chat.tokenizer, chat.default_system or "", start.architecture.max_seq_len)
 
 
-def _is_shipped(path: Path) -> bool:
+def is_shipped(path: Path) -> bool:
     """Whether a path is the default of `tokenize_path`, in this checkout or in the one where a run was started."""
     default = Path(package_path("dataset", "bpe_8k.json"))
     return path.parts[-3:] == default.parts[-3:]

@@ -143,10 +143,7 @@ def test_what_cannot_be_written_is_refused(lora: TinyJob, run: Path, tmp_path: P
         (ExportConfig(str(moved), out, model_path=str(other.folder / "start.pth")), "not the model that the run"),
         (ExportConfig(str(damaged), out, model_path=start), "found no complete one"),
         (ExportConfig(str(next((damaged / "state").iterdir())), out, model_path=start), "a whole state, found: rank_0"),
-        (
-            ExportConfig(folder, out, tokenize_path=folder),
-            "tokenize_path: expected a SimpleLLaMA checkpoint .* no effect",
-        ),
+        (ExportConfig(start, out + ".pth", tokenize_path=start), "tokenize_path: expected a folder as output"),
         (ExportConfig(start, out + ".pth", system_prompt="Hi"), "system_prompt: expected a SimpleLLaMA checkpoint"),
         (ExportConfig(folder, out, model_path=start), "model_path: expected a state or the folder of a run"),
     ]

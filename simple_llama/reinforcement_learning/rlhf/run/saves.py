@@ -196,7 +196,8 @@ class Saves:
             "environment": environment(),
         }
         try:
-            self.inputs.start.export(path, weights, metadata)  # what is not trained keeps its values
+            # what is not trained keeps its values
+            self.inputs.start.export(path, weights, metadata, tokenizer=self.inputs.given_tokenizer)
         except StartChanged as changed:
             self.refused.append(path.name)
             LOGGER.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from simple_llama.interop.open_start import open_start
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import StateWeights, newest_state
+from simple_llama.reinforcement_learning.rlhf.export import ExportConfig, export_model
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from tiny_hf import TinyHFJob, make_hf_job
 
@@ -67,6 +69,23 @@ def test_what_went_in_comes_out(job: TinyHFJob, last: Path) -> None:
     assert (about["run"], about["file"], about["epochs"]) == ("tiny", last.name, 2.0)
     finished = json.loads((job.folder / "runs" / "tiny" / "finished.json").read_text())
     assert finished == {"step": 4, "weights": str(last)}
+
+
+def test_a_given_tokenizer_goes_into_the_exports(ranks: Ranks, tmp_path: Path) -> None:
+    """It and its template are what was trained with; of the model's own none stays. So do exports of the state."""
+    job, given = make_hf_job(tmp_path, pairs=12), tmp_path / "given"
+    given.mkdir()
+    shutil.copy(job.model / "tokenizer.json", given)
+    settings = json.loads((job.model / "tokenizer_config.json").read_text())
+    settings["chat_template"] += "{# another #}"
+    (given / "tokenizer_config.json").write_text(json.dumps(settings))
+    last = run_job(job, ranks, tokenize_path=str(given), epochs=1, save_interval=0, val_share=0.0)
+    export_model(ExportConfig(str(last.parent), str(tmp_path / "out")))
+    export_model(ExportConfig(str(job.model), str(tmp_path / "other"), tokenize_path=str(given)))
+    for folder in (last, tmp_path / "out", tmp_path / "other"):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (folder / name).read_bytes() == (given / name).read_bytes(), folder
+        assert not (folder / "generation_config.json").exists() and open_start(folder).own_tokenizer is not None
 
 
 def test_a_failed_export_is_made_by_the_run_that_resumes(
