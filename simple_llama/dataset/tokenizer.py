@@ -98,8 +98,16 @@ def token_count(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
-def _is_simple_llama(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer has SimpleLLaMA's ten special tokens in their places."""
+def is_simple_llama(tokenizer: Tokenizer | Path) -> bool:
+    """Whether a tokenizer, or that in a file, has SimpleLLaMA's ten special tokens in their places.
+
+    UserError for a file that is none.
+    """
+    if isinstance(tokenizer, Path):
+        try:
+            tokenizer = parse_tokenizer(read_bytes(tokenizer, _MOST_BYTES), tokenizer)
+        except OSError as error:
+            raise UserError(f"{tokenizer}: expected a tokenizer JSON file, found {error.strerror}") from None
     return isinstance(tokenizer.model, models.BPE) and not _other_special_token(tokenizer)
 
 
@@ -137,7 +145,7 @@ def tokenizer_digest(tokenizer: Tokenizer | str | Path) -> str:
     if "merges" in model:  # one is written "a b" or ["a", "b"], depending on the library's version
         model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     added = [token for token in saved["added_tokens"] if token["content"] not in SPECIAL_IDS]
-    if _is_simple_llama(loaded):
+    if is_simple_llama(loaded):
         parts = [model["vocab"], model["merges"], saved["pre_tokenizer"], saved["normalizer"]]
         parts += [plain] if (plain := [token for token in added if not token["special"]]) else []
     else:

@@ -18,7 +18,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.common.settings import PathText, Settings
-from simple_llama.dataset.tokenizer import token_count, tokenizer_digest
+from simple_llama.dataset.tokenizer import is_simple_llama, token_count, tokenizer_digest
 from simple_llama.finetune.chat_config import ChatConfig, own_chat, simple_llama_chat
 from simple_llama.finetune.chat_format import ChatFormat, about_system
 from simple_llama.interop.hf_tokenizer import tokenizer_at
@@ -163,10 +163,18 @@ def _chat_format(config: InputsConfig, start: StartModel) -> tuple[ChatFormat, M
                 "transformers (AutoTokenizer, save_pretrained), or say with --tokenize_path where it is"
             )
         return own_chat(start.own_tokenizer, config), None
-    if own := tokenizer_at(config.tokenize_path):
+    own = None if _is_simple_llama_file(config, start) else tokenizer_at(config.tokenize_path)
+    if own:
         return own_chat(own, config), own.files
     chat = simple_llama_chat(config.tokenize_path, config)
     return chat, tokenizer_files(chat.tokenizer, chat.default_system or "", start.architecture.max_seq_len)
+
+
+def _is_simple_llama_file(config: InputsConfig, start: StartModel) -> bool:
+    """Whether a `.pth` is given a file with SimpleLLaMA's tokenizer: its format is then SimpleLLaMA's, whatever else
+    lies beside that file."""
+    path = Path(config.tokenize_path)
+    return isinstance(start, StartFile) and path.is_file() and is_simple_llama(path)
 
 
 def is_shipped(path: Path) -> bool:

@@ -83,6 +83,16 @@ def test_simple_llama_has_its_own_format(ranks: Ranks, tmp_path: Path) -> None:
             inputs(job, ranks, **changes)
 
 
+def test_what_lies_beside_simple_llama_s_tokenizer_does_not_count(ranks: Ranks, tmp_path: Path) -> None:
+    """A `.pth` was always trained in SimpleLLaMA's format: such a run resumes, and finds its store."""
+    job = make_job(tmp_path)
+    before = inputs(job, ranks)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
+    found = inputs(job, ranks)
+    assert isinstance(found.chat, SimpleLLaMAChat)
+    assert (found.reference_id, found.data_digest) == (before.reference_id, before.data_digest)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
