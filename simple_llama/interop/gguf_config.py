@@ -126,14 +126,14 @@ def _config_json(found: Mapping[str, Any], container: GGUFContainer) -> dict[str
             raise UserError(f"expected a matrix {key}, found {container.shape(key) if key in container else 'none'}")
     sizes = {theirs: found[key] for theirs, key in _WHOLE.items() if key in found}
     for theirs, value in sizes.items():
-        if type(value) is not int:  # a list: another for each layer
-            raise UserError(f"llama.{_WHOLE[theirs]}: expected a whole number, found {shown(value)}")
+        if type(value) is not int or value < 1:  # a list: another for each layer
+            raise UserError(f"llama.{_WHOLE[theirs]}: expected a whole number from 1 on, found {shown(value)}")
     vocabulary = container.shape(_EMBEDDINGS)[0]
     if found.get("vocab_size", vocabulary) != vocabulary:
         raise UserError(
             f"llama.vocab_size: expected {vocabulary}, the rows of {_EMBEDDINGS}, found {shown(found['vocab_size'])}"
         )
-    width = sizes.get("head_dim", sizes["hidden_size"] // max(1, sizes["num_attention_heads"]))
+    width = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
     for key in ("attention.value_length", "rope.dimension_count"):
         if found.get(key, width) != width:
             raise UserError(f"llama.{key}: expected {width}, the width of a head, found {shown(found[key])}")

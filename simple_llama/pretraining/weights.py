@@ -32,7 +32,7 @@ _EXPECTED = "expected a SimpleLLaMA checkpoint: a torch.save file with `model_st
 _ORIGIN = (
     "A checkpoint is a torch.save file (.pth) with `model_state_dict` and `config` (a pickled TrainingConfig), as "
     "SimpleLLaMA's SFT and benchmarks/start_model.py (`make demo-tiny`) write it. A run may also start from a Hugging "
-    "Face folder (config.json, safetensors); names of models are not looked up"
+    "Face folder (config.json, safetensors) or a .gguf file; names of models are not looked up"
 )
 _FOREIGN = {".safetensors": "safetensors", ".gguf": "GGUF"}  # files of other programs, by their ending
 _DIGESTED = 1 << 22  # numbers at a time

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from bad_gguf import GGUF
 from bad_inputs import (
     CHECKPOINTS,
     DATASETS,
@@ -43,6 +44,7 @@ from simple_llama.reinforcement_learning.rlhf.apply_dpo import precompute_and_tr
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
+from tiny_gguf import TinyGGUFJob, make_gguf_job
 from tiny_hf import TinyHFJob, make_hf_job
 from tiny_job import TinyJob, make_job
 
@@ -125,6 +127,12 @@ def fresh_hf(tmp_path_factory: pytest.TempPathFactory) -> TinyHFJob:
 
 
 @pytest.fixture(scope="module")
+def fresh_gguf(tmp_path_factory: pytest.TempPathFactory) -> TinyGGUFJob:
+    """The tiny job of a GGUF file before any run."""
+    return make_gguf_job(tmp_path_factory.mktemp("fresh_gguf") / "job")
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, fresh: TinyJob, ranks: Ranks) -> TinyJob:
     """The tiny job with its store, and a finished run `tiny` with two states."""
     job = TinyJob(tmp_path_factory.mktemp("trained") / "job")
@@ -189,6 +197,14 @@ def test_a_broken_model_folder_ends_in_one_message(
 ) -> None:
     """Hugging Face folders: config.json, weights, shards. No pickle in them is opened."""
     end_of(case, "precompute_ref", TinyHFJob(tmp_path / "job"), fresh_hf, run)
+
+
+@named(GGUF)
+def test_a_broken_gguf_file_ends_in_one_message(
+    case: Case, tmp_path: Path, fresh_gguf: TinyGGUFJob, run: Command
+) -> None:
+    """Keys, tensors, tokenizers and templates; no code in a template runs."""
+    end_of(case, "precompute_ref", TinyGGUFJob(tmp_path / "job"), fresh_gguf, run)
 
 
 @named(STATES)
