@@ -12,7 +12,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -111,17 +111,19 @@ def resident_kib(field: str) -> int:
 
 
 class PeakMemory:
-    """Most memory that this process's children and theirs hold at once, while the body runs: `peak_gib`.
+    """Most memory at once, while the body runs, of the children that it starts and of theirs: `peak_gib`.
 
     A sum of proportional set sizes, in which a page that several share counts once; looked at every second.
     """
 
     def __init__(self) -> None:
         self.peak_gib = 0.0
+        self._others: set[int] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
+        self._others = _descendants(os.getpid())
         self._thread.start()
         return self
 
@@ -131,11 +133,11 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._over.wait(1.0):
-            self.peak_gib = max(self.peak_gib, sum(map(_pss_kib, _descendants(os.getpid()))) / 2**20)
+            self.peak_gib = max(self.peak_gib, sum(map(_pss_kib, _descendants(os.getpid(), self._others))) / 2**20)
 
 
-def _descendants(root: int) -> set[int]:
-    """Processes that descend from `root`, itself left out."""
+def _descendants(root: int, but: Collection[int] = ()) -> set[int]:
+    """Processes that descend from `root`, itself left out, and those in `but` with what descends from them."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -144,7 +146,7 @@ def _descendants(root: int) -> set[int]:
                 parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
     found: set[int] = set()
     level = {root}
-    while level := {pid for pid, parent in parents.items() if parent in level}:
+    while level := {pid for pid, parent in parents.items() if parent in level and pid not in but}:
         found |= level
     return found
 

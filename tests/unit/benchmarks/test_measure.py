@@ -12,9 +12,14 @@ PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!
 
 
 def test_the_memory_of_a_childs_child_is_seen() -> None:
-    """A process whose child holds 100 MiB: both are counted, this process is not."""
-    with PeakMemory() as memory, subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE) as process:
+    """A process whose child holds 100 MiB: both are counted; this process and a child that was there before are not."""
+    with (
+        subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE) as earlier,
+        PeakMemory() as memory,
+        subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE) as process,
+    ):
         memory._over.wait(2)
-        assert process.stdin
-        process.stdin.close()
+        for child in (process, earlier):
+            assert child.stdin
+            child.stdin.close()
     assert 0.1 < memory.peak_gib < 0.2
