@@ -58,11 +58,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(
+    path: str | os.PathLike[str], publishing: contextlib.AbstractContextManager[object] | None = None
+) -> Iterator[Path]:
     """Yield a temp folder beside `path`; with the files that the body wrote there it becomes `path` at the end, or
     leaves no trace. Its name is like that of `atomic_path`.
 
     UserError, naming `path`, for any OSError on the way, and where something lies at `path` that is no empty folder.
+
+    Args:
+        publishing: entered when all is on the disk, for no longer than the folder needs to get its name.
     """
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -72,7 +77,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temp
         for file in temp.iterdir():
             _fsync(file)
-        publish_folder(temp, path)
+        _fsync_folder(temp)
+        with publishing or contextlib.nullcontext():
+            publish_folder(temp, path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another place"

@@ -88,7 +88,7 @@ def write_folder(
     if len(shards) > 1:
         texts[_INDEX] = _index(named, form.dtype.itemsize)
     about = {"format": _FORMAT, "files": sorted({*texts, *named}), "metadata": metadata}
-    with atomic_folder(path) as temp:
+    with atomic_folder(path, _making_room(path)) as temp:
         (temp / RUN_FILE).write_bytes(json_bytes(about))
         for name, data in texts.items():
             (temp / name).write_bytes(data)
@@ -96,9 +96,6 @@ def write_folder(
         for name, shard in named.items():
             with (temp / name).open("wb") as file:
                 _write_shard(file, shard, tensors, form.dtype, path)
-        old = _put_aside(path)
-    if old is not None:
-        delete_aside(old)
 
 
 def export_metadata(folder: Path) -> dict[str, Any]:
@@ -130,6 +127,25 @@ def delete_aside(folder: Path) -> None:
             for name in own:
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def _making_room(folder: Path) -> Iterator[None]:
+    """An export makes room for the one that gets its name in the body: back where that fails, else deleted.
+
+    A folder cannot be renamed over another, so for a moment neither has the name: the run that resumes after a kill
+    there makes it from the state.
+    """
+    aside = _put_aside(folder)
+    try:
+        yield
+    except BaseException:
+        if aside is not None:
+            with contextlib.suppress(OSError):
+                aside.rename(folder)
+        raise
+    if aside is not None:
+        delete_aside(aside)
 
 
 def _put_aside(folder: Path) -> Path | None:

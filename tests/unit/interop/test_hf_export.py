@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from simple_llama.common import files
 from simple_llama.common.errors import UserError
 from simple_llama.interop import hf_export
 from simple_llama.interop.hf_export import (
@@ -180,6 +181,29 @@ def test_an_export_is_replaced_and_nothing_else(tmp_path: Path, weights: dict[st
             write_folder(tmp_path / name, weights, FORM, RUN)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link", "out"]
     assert export_metadata(path)["step"] == 4 and not holds_export_alone(path)
+
+
+def test_an_export_lies_there_until_the_next_one_is_on_the_disk(
+    tmp_path: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each fsync of a file the old one is whole; where the new one cannot get the name, the old one gets it back."""
+    path, seen, fsync = tmp_path / "out", [], files._fsync
+    write_folder(path, weights, FORM, RUN)
+
+    def look(file: Path) -> None:
+        seen.append((file.name, export_metadata(path).get("step")))
+        fsync(file)
+
+    monkeypatch.setattr(files, "_fsync", look)
+    write_folder(path, weights, FORM, {**RUN, "step": 4})
+    steps = dict(seen)
+    assert steps.pop(tmp_path.name) == 4 and steps.keys() > {"model.safetensors", "config.json", RUN_FILE}
+    assert {steps[name] for name in steps if not name.endswith(".tmp")} == {3}
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(files, "publish_folder", lambda *args: (_ for _ in ()).throw(full))
+    with pytest.raises(UserError, match="No space left"):
+        write_folder(path, weights, FORM, {**RUN, "step": 5})
+    assert export_metadata(path)["step"] == 4 and [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
