@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -19,3 +20,15 @@ class OwnTokenizer:
     unknown_id: int | None  # of the token for what it does not know; None: it knows all bytes
     files: Mapping[str, bytes]  # to go into an export unchanged
     source: str  # the files, for errors
+
+    @property
+    def token_ids(self) -> dict[str, Any]:
+        """The ids of special tokens that config.json has, which transformers generates by: None for a token that the
+        tokenizer lacks, since there a missing key would mean LLaMA's own."""
+        first, pad = (self.tokenizer.token_to_id(self.named.get(name, "")) for name in ("bos_token", "pad_token"))
+        stops = sorted(self.stop_ids)
+        return {
+            "bos_token_id": first,
+            "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+            "pad_token_id": pad,
+        }

@@ -21,10 +21,16 @@ from simple_llama.finetune.piece_tokenizer import PieceIds, PieceTokenizer
 from simple_llama.finetune.skeleton import Pieces, Skeleton, Token, align, placeholder, read_skeleton, written
 from simple_llama.finetune.templates import Messages, Rendering, TemplateRenderer
 
+TEMPLATE_KEY = "chat_template"
 _CUT = "messages spell tokens of the tokenizer, and are read as text"
 _PLAIN = "messages spell what the chat template marks turns with, which is plain text: nothing can keep them apart"
 _APART = "the tokens of a whole chat do not begin with those of its prompt, so the answer is tokenized apart"
 _STRIPPED = "the chat template takes white space from the ends of messages"
+
+
+def template_digest(template: str) -> str:
+    """What a format's identity says of its template, under TEMPLATE_KEY."""
+    return digest(template.encode()).hex()
 
 
 class _Form(NamedTuple):
@@ -59,7 +65,7 @@ class JinjaChat:
         assert own.template is not None
         self.tokenizer: Tokenizer = own.tokenizer
         self.default_system, self.unknown_id, self._source = system, own.unknown_id, own.source
-        self.identity = {"chat_template": digest(own.template.encode()).hex()}
+        self.identity = {TEMPLATE_KEY: template_digest(own.template)}
         if given:
             self.identity["chat_template_kwargs"] = json_bytes(dict(sorted(given.items()))).decode()
         self._score_tail = score_tail

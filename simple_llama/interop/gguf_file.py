@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.interop.gguf_config import read_gguf_config
 from simple_llama.interop.gguf_container import GGUFContainer
 from simple_llama.interop.gguf_tokenizer import read_gguf_tokenizer, token_ids
@@ -58,16 +59,15 @@ class GGUFFile:
         trained: Mapping[str, torch.Tensor],
         metadata: dict[str, Any],
         dtype: torch.dtype | None = None,
-        tokenizer: Mapping[str, bytes] | None = None,
+        tokenizer: OwnTokenizer | None = None,
     ) -> None:
-        """Writes a Hugging Face folder in `dtype`, or fp32, with the tokenizer's files or its own; see `write_folder`.
-        StartChanged."""
+        """Writes a Hugging Face folder in `dtype`, or fp32, with the tokenizer's files and ids or its own; see
+        `write_folder`. StartChanged."""
         dtype = dtype or self.export_dtype
         found = {**self._config.raw, **token_ids(self._container.metadata)}
-        config = config_json(self.architecture, dtype, found)
-        if tokenizer is None:
-            tokenizer = self.own_tokenizer.files if self.own_tokenizer else {}
-        form = ExportForm(self.architecture, LLAMA, config, dtype, tokenizer)
+        config = {**config_json(self.architecture, dtype, found), **(tokenizer.token_ids if tokenizer else {})}
+        tokenizer = tokenizer or self.own_tokenizer
+        form = ExportForm(self.architecture, LLAMA, config, dtype, tokenizer.files if tokenizer else {})
         write_folder(path, TrainedOver(trained, self._tensors), form, metadata)
 
     def export_metadata(self, path: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +34,20 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  
 _CARD, _CONFIG, _INDEX = "README.md", "config.json", "model.safetensors.index.json"
 _TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
-_Shapes = dict[str, tuple[int, ...]]
+
+class _Tensor(NamedTuple):
+    """A tensor of a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+_Tensors = dict[str, _Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,14 @@ class ExportForm:
     config: Mapping[str, Any]  # config.json
     dtype: torch.dtype  # of the tensors
     files: Mapping[str, bytes]  # others by name: tokenizer, chat template, generation settings
+    dtypes: Mapping[str, torch.dtype] = field(
+        default_factory=dict
+    )  # of tensors that have another, by the family's name
+
+    def of_tensors(self) -> dict[str, _Tensor]:
+        """All tensors by the family's names, in the order in which they are written."""
+        shapes = shapes_in(self.architecture, self.names)
+        return {name: _Tensor(shape, self.dtypes.get(name, self.dtype)) for name, shape in shapes.items()}
 
 
 class TrainedOver(Mapping[str, torch.Tensor]):
@@ -81,12 +102,12 @@ def write_folder(
     where this or reading a tensor fails, nothing stays.
     """
     check_mappable(form.architecture)
-    shards = _shards(shapes_in(form.architecture, form.names), form.dtype.itemsize, most_shard_bytes)
+    shards = _shards(form.of_tensors(), most_shard_bytes)
     named = {_shard_name(number, len(shards)): shard for number, shard in enumerate(shards, 1)}
     files = {**form.files, **_readable_by_older(form.files)}
     texts = {_CONFIG: json_bytes(form.config), **files, _CARD: model_card(path.name, metadata).encode()}
     if len(shards) > 1:
-        texts[_INDEX] = _index(named, form.dtype.itemsize)
+        texts[_INDEX] = _index(named)
     about = {"format": _FORMAT, "files": sorted({*texts, *named}), "metadata": metadata}
     with atomic_folder(path, _making_room(path)) as temp:
         (temp / RUN_FILE).write_bytes(json_bytes(about))
@@ -95,7 +116,7 @@ def write_folder(
         tensors = _their_tensors(state_dict, form)
         for name, shard in named.items():
             with (temp / name).open("wb") as file:
-                _write_shard(file, shard, tensors, form.dtype, path)
+                _write_shard(file, shard, tensors, path)
 
 
 def export_metadata(folder: Path) -> dict[str, Any]:
@@ -206,17 +227,16 @@ def _readable_by_older(files: Mapping[str, bytes]) -> dict[str, bytes]:
     return {} if later == settings else {_TOKENIZER: json_bytes(later)}
 
 
-def _shards(shapes: _Shapes, itemsize: int, most_bytes: int) -> list[_Shapes]:
+def _shards(tensors: _Tensors, most_bytes: int) -> list[_Tensors]:
     """The tensors of each file, in order: as many as fit."""
-    shards: list[_Shapes] = [{}]
+    shards: list[_Tensors] = [{}]
     room = most_bytes
-    for name, shape in shapes.items():
-        size = itemsize * torch.Size(shape).numel()
-        if size > room and shards[-1]:
+    for name, tensor in tensors.items():
+        if tensor.size > room and shards[-1]:
             shards.append({})
             room = most_bytes
-        shards[-1][name] = shape
-        room -= size
+        shards[-1][name] = tensor
+        room -= tensor.size
     return shards
 
 
@@ -225,9 +245,9 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _index(named: Mapping[str, _Shapes], itemsize: int) -> bytes:
+def _index(named: Mapping[str, _Tensors]) -> bytes:
     """model.safetensors.index.json."""
-    size = sum(itemsize * torch.Size(shape).numel() for shard in named.values() for shape in shard.values())
+    size = sum(tensor.size for shard in named.values() for tensor in shard.values())
     places = {name: file for file, shard in named.items() for name in shard}
     return json_bytes({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
 
@@ -239,7 +259,7 @@ def _their_tensors(state_dict: Mapping[str, torch.Tensor], form: ExportForm) -> 
 
 
 def _write_shard(
-    file: BufferedWriter, shard: _Shapes, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, path: Path
+    file: BufferedWriter, shard: _Tensors, tensors: Iterator[tuple[str, torch.Tensor]], path: Path
 ) -> None:
     """A safetensors file: the header's length in 8 bytes, the header as JSON, the tensors' bytes in its order.
 
@@ -247,27 +267,25 @@ def _write_shard(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shard.items():
-        begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    for name, tensor in shard.items():
+        begin, end = end, end + tensor.size
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     file.write(len(text).to_bytes(8, "little") + text)
-    for expected in shard.items():
-        _write_next(file, expected, tensors, dtype, path)
+    for name, expected in shard.items():
+        _write_next(file, name, expected, tensors, path)
 
 
 def _write_next(
-    file: BufferedWriter,
-    expected: tuple[str, tuple[int, ...]],
-    tensors: Iterator[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
-    path: Path,
+    file: BufferedWriter, name: str, expected: _Tensor, tensors: Iterator[tuple[str, torch.Tensor]], path: Path
 ) -> None:
     """The bytes of the next tensor, which is gone from memory when this returns."""
-    name, tensor = next(tensors)
-    assert (name, tuple(tensor.shape)) == expected, (name, tensor.shape, expected)
-    tensor = tensor.to("cpu", dtype).contiguous()
+    found, tensor = next(tensors)
+    assert (found, tuple(tensor.shape)) == (name, expected.shape), (found, tensor.shape, name, expected)
+    tensor = tensor.to("cpu", expected.dtype).contiguous()
     if not torch.stack(tensor.aminmax()).isfinite().all():  # both ends are nan where a number in it is
-        raise UserError(f"cannot write {path}: {name} has numbers that are not finite in {dtype}; choose another")
+        raise UserError(
+            f"cannot write {path}: {name} has numbers that are not finite in {expected.dtype}; choose another"
+        )
     file.write(tensor.view(-1).view(torch.uint8).numpy().data)

@@ -16,9 +16,10 @@ import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import parse_json, read_bytes
+from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.interop.hf_config import HFModelConfig, config_json, read_hf_config
 from simple_llama.interop.hf_export import ExportForm, TrainedOver, export_metadata, write_folder
-from simple_llama.interop.hf_names import NameMap, check_shapes, names_in
+from simple_llama.interop.hf_names import NameMap, check_shapes, names_in, shapes_in
 from simple_llama.interop.hf_tokenizer import TOKENIZER_FILES, load_hf_tokenizer
 from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights, weights_there
@@ -53,6 +54,7 @@ class HFFolder:
     def __init__(self, path: str | os.PathLike[str]):
         """Opens and digests the folder. UserError for a model that is not whole, not sound or not of a known family."""
         self.path = Path(path)
+        there = _which(self.path)
         self.files = dict(_small_files(self.path))  # by name, as they were found
         source = self.path / _CONFIG
         if _CONFIG not in self.files:
@@ -62,6 +64,8 @@ class HFFolder:
             self.own_tokenizer = load_hf_tokenizer(self.files, self.path)
         self.config = read_hf_config(parse_json(self.files[_CONFIG], source), str(source))
         self._files = open_weights(self.path)
+        if _which(self.path) != there or dict(_small_files(self.path)) != self.files:
+            raise UserError(f"{path}: expected one model, found that it was replaced while it was read; start again")
         _check_fit(self._files, self.config, self.path)
         self._tensors = OurTensors(self._files, self.architecture, self.config.names)
         self.names = list(self._tensors)
@@ -81,8 +85,12 @@ class HFFolder:
     def export_dtype(self) -> torch.dtype:
         """That of the embeddings in the files; fp32 for fp64."""
         [embeddings] = names_in("embeddings.weight", self.config.names)
-        dtype = self._files.dtype(embeddings)
-        return torch.float32 if dtype == torch.float64 else dtype
+        return self._dtypes()[embeddings]
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor of an export, by the family's names: norms may be fp32 beside matrices in bf16."""
+        found = {name: self._files.dtype(name) for name in shapes_in(self.architecture, self.config.names)}
+        return {name: torch.float32 if dtype == torch.float64 else dtype for name, dtype in found.items()}
 
     def load(self) -> LoadedModel:
         """The model; each tensor is read, and compared with the first read, when it is asked for. StartChanged."""
@@ -100,21 +108,32 @@ class HFFolder:
         trained: Mapping[str, torch.Tensor],
         metadata: dict[str, Any],
         dtype: torch.dtype | None = None,
-        tokenizer: Mapping[str, bytes] | None = None,
+        tokenizer: OwnTokenizer | None = None,
     ) -> None:
-        """Writes a folder of this form, in `dtype` or that of this one, with the tokenizer's files or its own; see
-        `write_folder`. StartChanged."""
+        """Writes a folder of this form, in `dtype` or each tensor in its own, with the tokenizer's files and ids or
+        its own; see `write_folder`. StartChanged."""
+        dtypes = self._dtypes() if dtype is None else {}
         dtype = dtype or self.export_dtype
         config = config_json(self.architecture, dtype, self.config.raw)
         files = {name: data for name, data in self.files.items() if name != _CONFIG}
         if tokenizer is not None:
-            files = {name: data for name, data in files.items() if name not in TOKENIZER_FILES} | dict(tokenizer)
-        form = ExportForm(self.architecture, self.config.names, config, dtype, files)
+            config |= tokenizer.token_ids
+            files = {name: data for name, data in files.items() if name not in TOKENIZER_FILES} | dict(tokenizer.files)
+        form = ExportForm(self.architecture, self.config.names, config, dtype, files, dtypes)
         write_folder(path, TrainedOver(trained, self._tensors), form, metadata)
 
     def export_metadata(self, path: Path) -> dict[str, Any]:
         """What an exported folder says of itself; nothing for what is none."""
         return export_metadata(path)
+
+
+def _which(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:  # reading it says why
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _small_files(folder: Path) -> Iterator[tuple[str, bytes]]:

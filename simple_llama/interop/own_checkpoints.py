@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import json_bytes
+from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
+from simple_llama.interop.hf_tokenizer import load_hf_tokenizer
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 
@@ -22,7 +25,7 @@ _LORA = "_lora_layer."
 _ATTENTION = "attention."
 _HEAD, _EMBEDDINGS = "final_linear.weight", "embeddings.weight"
 _MULTIPLE_OF = 256  # of the feed-forward width, where a model has no other: TrainingConfig's default
-TOKEN_IDS = {  # in config.json and generation_config.json
+_TOKEN_IDS = {  # in generation_config.json
     "bos_token_id": SPECIAL_IDS["<SOS>"],
     "eos_token_id": SPECIAL_IDS["<EOA>"],
     "pad_token_id": SPECIAL_IDS["<PAD>"],
@@ -136,12 +139,13 @@ def training_config(architecture: Architecture) -> TrainingConfig:
     return config
 
 
-def tokenizer_files(tokenizer: Tokenizer, default_system: str, max_seq_len: int) -> dict[str, bytes]:
-    """Files by which transformers tokenizes and chats as SimpleLLaMA does: the tokenizer, its settings with the chat
-    format as a template, the settings of generation.
+def tokenizer_for_others(tokenizer: Tokenizer, default_system: str, max_seq_len: int, source: Path) -> OwnTokenizer:
+    """SimpleLLaMA's, whose files let transformers tokenize and chat as SimpleLLaMA does: the tokenizer, its settings
+    with the chat format as a template, the settings of generation.
 
     Args:
         default_system: the system message of a chat that has none.
+        source: of the tokenizer, for errors.
     """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -153,11 +157,12 @@ def tokenizer_files(tokenizer: Tokenizer, default_system: str, max_seq_len: int)
         "clean_up_tokenization_spaces": False,
         "chat_template": _TEMPLATE.replace("@", _in_jinja(default_system)),
     }
-    return {
+    files = {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": json_bytes(settings),
-        "generation_config.json": json_bytes({**TOKEN_IDS, "do_sample": False}),
+        "generation_config.json": json_bytes({**_TOKEN_IDS, "do_sample": False}),
     }
+    return load_hf_tokenizer(files, source)
 
 
 def _in_jinja(text: str) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import open_file
+from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.pretraining.config import identity_fields
 from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.pretraining.weights import WeightsFile, load_weights, save_weights, weights_digest
@@ -85,7 +86,7 @@ class StartFile:
         trained: Mapping[str, torch.Tensor],
         metadata: dict[str, Any],
         dtype: torch.dtype | None = None,
-        tokenizer: Mapping[str, bytes] | None = None,
+        tokenizer: OwnTokenizer | None = None,
     ) -> None:
         """Writes a weights file: the trained tensors, and the file's own of the others, as they are unless a dtype is
         given. It holds no tokenizer. StartChanged."""

@@ -84,15 +84,15 @@ class StartModel(Protocol):
         trained: Mapping[str, torch.Tensor],
         metadata: dict[str, Any],
         dtype: torch.dtype | None = None,
-        tokenizer: Mapping[str, bytes] | None = None,
+        tokenizer: OwnTokenizer | None = None,
     ) -> None:
         """Writes the trained tensors, and the files' own where a name is not among them, in the form in which the
         model came, whole or not at all.
 
         Args:
             metadata: JSON values only (TypeError otherwise).
-            dtype: of all tensors; None: `export_dtype`.
-            tokenizer: files by name, of the one that was trained with; None: what came with the model. A .pth has none.
+            dtype: of all tensors; None: each as it came, `export_dtype` most of them.
+            tokenizer: the one that was trained with; None: what came with the model. A .pth has none.
 
         Raises StartChanged.
         """

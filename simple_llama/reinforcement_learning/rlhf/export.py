@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import ChainMap
 from collections.abc import Mapping
@@ -15,36 +16,28 @@ from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
-from simple_llama.common.paths import package_path
 from simple_llama.common.settings import PathText, Settings, TextOrFile, with_texts
-from simple_llama.dataset.tokenizer import load_tokenizer, token_count
-from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
+from simple_llama.dataset.tokenizer import tokenizer_digest
 from simple_llama.interop.hf_config import config_json
-from simple_llama.interop.hf_export import ExportForm, write_folder
-from simple_llama.interop.hf_names import LLAMA
-from simple_llama.interop.hf_tokenizer import tokenizer_at
+from simple_llama.interop.hf_export import ExportForm, export_metadata, write_folder
+from simple_llama.interop.hf_names import LLAMA, check_mappable
 from simple_llama.interop.open_start import open_start
-from simple_llama.interop.own_checkpoints import (
-    TOKEN_IDS,
-    MergedLoRA,
-    UntiedHead,
-    tokenizer_files,
-    training_config,
-)
-from simple_llama.pretraining.architecture import Architecture
+from simple_llama.interop.own_checkpoints import MergedLoRA, UntiedHead, training_config
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
-from simple_llama.pretraining.weights import check_weights, save_weights
+from simple_llama.pretraining.weights import WeightsFile, check_weights, save_weights
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateWeights,
     newest_state,
     read_state,
 )
-from simple_llama.reinforcement_learning.rlhf.inputs import is_shipped
+from simple_llama.reinforcement_learning.rlhf.export_tokenizer import Asked, Trained, tokenizer_of
+from simple_llama.reinforcement_learning.rlhf.run.exports import may_be_a_runs
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 
 _PTH = ".pth"
+_OF_A_RUN = ("run", "step", "epochs", "loss", "dpo_config", "reference", "tokenizer")  # metadata that stays true
 
 
 @dataclass(frozen=True)
@@ -70,9 +63,19 @@ class _Source(NamedTuple):
     """What is to be written."""
 
     start: StartModel
-    trained: Mapping[str, torch.Tensor]  # by our names; empty where no run is
+    trained: Mapping[str, torch.Tensor]  # by our names; empty where it is no state
     metadata: dict[str, Any]
-    settings: Mapping[str, Any]  # of the run; empty where none is
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is a run's start model with what a state says."""
+        return bool(self.trained)
+
+    @property
+    def tokenizer(self) -> Trained:
+        """What is known of the tokenizer that it was trained with, where none came with the weights themselves."""
+        apart = self.is_state or isinstance(self.start, StartFile)
+        return Trained.of(self.metadata if apart else {})
 
 
 def export_model(config: ExportConfig) -> str:
@@ -84,15 +87,21 @@ def export_model(config: ExportConfig) -> str:
     config, output = with_texts(config, {}), Path(config.output)
     if os.path.lexists(output):
         raise UserError(f"{output}: expected nothing there yet; choose another --output, or move it away")
+    if may_be_a_runs(output):
+        raise UserError(
+            f"{output}: expected a name that the run in {output.parent} gives to none of its exports, which it may "
+            "replace or delete, found dpo_...; choose another --output"
+        )
     source = _open_source(config)
     _check_used(config, source, output)
     dtype = None if config.dtype == "source" else getattr(torch, config.dtype)
+    asked = Asked(config.tokenize_path, config.system_prompt)
     if isinstance(source.start, StartFile):
-        written = _from_own(config, source.start, source, output, dtype)
+        written = _from_own(source.start, source, output, dtype, asked)
     elif output.suffix == _PTH:
         written = _to_own(source, output, dtype)
     else:
-        tokenizer = _given_tokenizer(config, source)
+        tokenizer = tokenizer_of(asked, source.tokenizer, source.start)
         source.start.export(output, source.trained, source.metadata, dtype, tokenizer)
         written = ""
     return f"wrote {output} from {source.metadata['source']}{written}"
@@ -104,31 +113,47 @@ def _open_source(config: ExportConfig) -> _Source:
     saved = _state_at(path)
     if saved is None:
         start = open_start(path)
-        check_weights(start.load(), start.export_dtype)
-        return _Source(start, {}, {"source": start.path.name, "environment": environment()}, {})
+        loaded = start.load()
+        check_weights(loaded, start.export_dtype)
+        found = loaded.metadata if isinstance(loaded, WeightsFile) else export_metadata(start.path)
+        return _Source(start, {}, {**_of_a_run(found), **_about(start.path.name)})
     run = saved.folder.parent.parent
     settings = _settings_of(run)
     start = open_start(_start_path(config, settings, run))
     if saved.facts.course["reference"]["weights"] != start.digest:
         raise UserError(f"{start.path}: not the model that the run {run.name} started from; give that as --model_path")
     metadata = {
-        "source": f"step {saved.facts.step} of the run {run.name}",
+        **_about(f"step {saved.facts.step} of the run {run.name}"),
         "run": run.name,
         "step": saved.facts.step,
         "dpo_config": settings,
         "reference": saved.facts.course["reference"],
-        "environment": environment(),
     }
-    return _Source(start, StateWeights(saved), metadata, settings)
+    return _Source(start, StateWeights(saved), metadata)
+
+
+def _about(source: str) -> dict[str, Any]:
+    """Metadata of whatever is written here. Without a `file` a run might take it for an export of its own."""
+    return {"source": source, "file": "", "environment": environment()}
+
+
+def _of_a_run(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the metadata of a run's export says that is true of another form of it; nothing of others'."""
+    found = {key: metadata[key] for key in _OF_A_RUN if key in metadata}
+    try:
+        json.dumps(found)
+    except (TypeError, ValueError):  # another program's
+        return {}
+    return found
 
 
 def _check_used(config: ExportConfig, source: _Source, output: Path) -> None:
     """UserError for a setting that has no effect on what is written."""
     folder = output.suffix != _PTH
     used = {
-        "model_path": ("run" in source.metadata, "a state or the folder of a run"),
+        "model_path": (source.is_state, "a state or the folder of a run"),
         "tokenize_path": (folder, "a folder as output"),
-        "system_prompt": (folder and isinstance(source.start, StartFile), "a SimpleLLaMA checkpoint, and a folder"),
+        "system_prompt": (folder, "a SimpleLLaMA checkpoint, and a folder as output"),
     }
     for name, (has_effect, wanted) in used.items():
         if getattr(config, name) and not has_effect:
@@ -162,7 +187,7 @@ def _start_path(config: ExportConfig, settings: Mapping[str, Any], run: Path) ->
     return path
 
 
-def _from_own(config: ExportConfig, start: StartFile, source: _Source, output: Path, dtype: torch.dtype | None) -> str:
+def _from_own(start: StartFile, source: _Source, output: Path, dtype: torch.dtype | None, asked: Asked) -> str:
     """A SimpleLLaMA checkpoint, LoRA merged, as one or as a LlamaForCausalLM with its tokenizer and chat template."""
     merged = MergedLoRA(start.merged(source.trained), start.architecture)
     dtype = dtype or torch.float32
@@ -172,33 +197,13 @@ def _from_own(config: ExportConfig, start: StartFile, source: _Source, output: P
         save_weights(output, {name: merged[name].to(dtype) for name in merged}, own, source.metadata)
     else:
         architecture = merged.architecture
-        settings = config_json(architecture, dtype, TOKEN_IDS)
-        form = ExportForm(architecture, LLAMA, settings, dtype, _tokenizer_files(config, source, architecture))
+        check_mappable(architecture)
+        tokenizer = tokenizer_of(asked, source.tokenizer, start)
+        assert tokenizer is not None  # a .pth holds none
+        settings = config_json(architecture, dtype, tokenizer.token_ids)
+        form = ExportForm(architecture, LLAMA, settings, dtype, tokenizer.files)
         write_folder(output, merged, form, source.metadata)
     return ", LoRA merged" if start.architecture.lora else ""
-
-
-def _given_tokenizer(config: ExportConfig, source: _Source) -> Mapping[str, bytes] | None:
-    """The files of a tokenizer that is not what came with the model; None where that is the one."""
-    path = config.tokenize_path or source.settings.get("tokenize_path")
-    if not path or is_shipped(Path(path)):
-        return None
-    own = tokenizer_at(path)
-    return own.files if own else _tokenizer_files(config, source, source.start.architecture)
-
-
-def _tokenizer_files(config: ExportConfig, source: _Source, architecture: Architecture) -> dict[str, bytes]:
-    """The tokenizer and chat format of a SimpleLLaMA checkpoint."""
-    found = source.settings.get
-    path = config.tokenize_path or found("tokenize_path") or package_path("dataset", "bpe_8k.json")
-    tokenizer = load_tokenizer(path)
-    if token_count(tokenizer) > architecture.vocab_size:
-        raise UserError(
-            f"{path}: {token_count(tokenizer)} tokens, but the model knows {architecture.vocab_size}; give the "
-            "tokenizer that it was trained with as --tokenize_path"
-        )
-    system = config.system_prompt or found("system_prompt") or DEFAULT_SYSTEM_PROMPT
-    return tokenizer_files(tokenizer, system, architecture.max_seq_len)
 
 
 def _to_own(source: _Source, output: Path, dtype: torch.dtype | None) -> str:
@@ -213,5 +218,9 @@ def _to_own(source: _Source, output: Path, dtype: torch.dtype | None) -> str:
     tensors: Mapping[str, torch.Tensor] = ChainMap(*both)
     if start.architecture.tied_head:
         tensors = UntiedHead(tensors)
-    save_weights(output, {name: tensors[name].to(dtype or torch.float32) for name in tensors}, own, source.metadata)
-    return ", the head a copy of the embeddings" if start.architecture.tied_head else ""
+    metadata = dict(source.metadata)
+    if start.own_tokenizer and not source.is_state:
+        metadata["tokenizer"] = tokenizer_digest(start.own_tokenizer.tokenizer)
+    save_weights(output, {name: tensors[name].to(dtype or torch.float32) for name in tensors}, own, metadata)
+    head = ", the head a copy of the embeddings" if start.architecture.tied_head else ""
+    return head + source.tokenizer.where_it_lies(start)

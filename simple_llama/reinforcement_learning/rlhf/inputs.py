@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +17,13 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.common.settings import PathText, Settings
+from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.dataset.tokenizer import is_simple_llama, token_count, tokenizer_digest
 from simple_llama.finetune.chat_config import ChatConfig, own_chat, simple_llama_chat
 from simple_llama.finetune.chat_format import ChatFormat, about_system
 from simple_llama.interop.hf_tokenizer import tokenizer_at
 from simple_llama.interop.open_start import open_start
-from simple_llama.interop.own_checkpoints import tokenizer_files
+from simple_llama.interop.own_checkpoints import tokenizer_for_others
 from simple_llama.ops.attention import ATTENTION_VERSION
 from simple_llama.ops.logprob import HEAD_VERSION
 from simple_llama.pretraining.architecture import Architecture
@@ -72,7 +72,7 @@ class Inputs:
     max_seq_len: int
     reference_id: dict  # what names the reference: weights, tokenizer, numerics
     compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
-    given_tokenizer: Mapping[str, bytes] | None = None  # files of `tokenize_path` for exports; None: the model's own
+    given_tokenizer: OwnTokenizer | None = None  # of `tokenize_path`, for exports; None: the model's own
 
     def build_model(self, start: Loaded, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
         """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory."""
@@ -153,9 +153,9 @@ def _read_inputs(config: InputsConfig) -> Inputs:
     return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer)
 
 
-def _chat_format(config: InputsConfig, start: StartModel) -> tuple[ChatFormat, Mapping[str, bytes] | None]:
+def _chat_format(config: InputsConfig, start: StartModel) -> tuple[ChatFormat, OwnTokenizer | None]:
     """The format of the model's chats, with its tokenizer: its own where `tokenize_path` is left at its default. And
-    the files of one that was given, for exports that are folders."""
+    one that was given, for exports that are folders."""
     if is_shipped(Path(config.tokenize_path)) and not isinstance(start, StartFile):
         if start.own_tokenizer is None:
             raise UserError(
@@ -163,18 +163,25 @@ def _chat_format(config: InputsConfig, start: StartModel) -> tuple[ChatFormat, M
                 "transformers (AutoTokenizer, save_pretrained), or say with --tokenize_path where it is"
             )
         return own_chat(start.own_tokenizer, config), None
-    own = None if _is_simple_llama_file(config, start) else tokenizer_at(config.tokenize_path)
-    if own:
-        return own_chat(own, config), own.files
-    chat = simple_llama_chat(config.tokenize_path, config)
-    return chat, tokenizer_files(chat.tokenizer, chat.default_system or "", start.architecture.max_seq_len)
-
-
-def _is_simple_llama_file(config: InputsConfig, start: StartModel) -> bool:
-    """Whether a `.pth` is given a file with SimpleLLaMA's tokenizer: its format is then SimpleLLaMA's, whatever else
-    lies beside that file."""
     path = Path(config.tokenize_path)
-    return isinstance(start, StartFile) and path.is_file() and is_simple_llama(path)
+    own = given_tokenizer(path, start)
+    if own:
+        return own_chat(own, config), own
+    chat = simple_llama_chat(config.tokenize_path, config)
+    if isinstance(start, StartFile):
+        return chat, None
+    system, most = chat.default_system or "", start.architecture.max_seq_len
+    return chat, tokenizer_for_others(chat.tokenizer, system, most, path)
+
+
+def given_tokenizer(path: Path, start: StartModel) -> OwnTokenizer | None:
+    """The tokenizer at `tokenize_path` and its chat template; None for one whose format is SimpleLLaMA's.
+
+    Of a `.pth` that is the format of a file with SimpleLLaMA's tokenizer, whatever else lies beside it.
+    """
+    if isinstance(start, StartFile) and path.is_file() and is_simple_llama(path):
+        return None
+    return tokenizer_at(path)
 
 
 def is_shipped(path: Path) -> bool:

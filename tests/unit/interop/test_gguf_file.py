@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +212,10 @@ def test_an_export_is_a_hugging_face_folder(tmp_path: Path, path: Path) -> None:
     assert out.own_tokenizer.tokenizer.to_str() == start.own_tokenizer.tokenizer.to_str()
     assert out.own_tokenizer.template == start.own_tokenizer.template
     assert out.own_tokenizer.named == start.own_tokenizer.named and out.own_tokenizer.stop_ids == {2}
+    named = {"bos_token": "<|endoftext|>"}
+    start.export(tmp_path / "given", {}, {}, tokenizer=replace(out.own_tokenizer, named=named, files={}))
+    given = json.loads((tmp_path / "given" / "config.json").read_text())
+    assert (given["bos_token_id"], given["eos_token_id"], given["pad_token_id"]) == (0, 2, None)
     start.export(tmp_path / "half", {}, {}, torch.bfloat16)
     assert HFFolder(tmp_path / "half").export_dtype == torch.bfloat16
 

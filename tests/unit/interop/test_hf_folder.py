@@ -14,10 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simple_llama.common.errors import UserError
+from simple_llama.interop import hf_folder
 from simple_llama.interop.hf_config import read_hf_config
 from simple_llama.interop.hf_folder import HFFolder
 from simple_llama.interop.hf_names import from_hf, shapes_in, to_hf
+from simple_llama.interop.hf_tokenizer import tokenizer_at
 from simple_llama.interop.open_start import open_start
+from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.pretraining.weights import build_model, check_weights, weights_digest
@@ -275,6 +278,58 @@ def test_an_export_is_in_the_dtype_that_came(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     start.export(tmp_path / "exact", trained, {}, torch.float32)
     assert HFFolder(tmp_path / "exact").digest == weights_digest(trained)
+
+
+def test_each_tensor_of_an_export_has_the_dtype_that_it_came_in(tmp_path: Path) -> None:
+    """Norms in fp32 beside matrices in bf16; --dtype is that of all. The sizes that the index says are the files'."""
+    folder = make_hf_folder(tmp_path / "model")
+    change_weights(folder, lambda found: found.update({n: t.bfloat16() for n, t in found.items() if "norm" not in n}))
+    start, trained = HFFolder(folder), random_weights(9)
+    start.export(tmp_path / "out", trained, {})
+    start.export(tmp_path / "half", trained, {}, torch.bfloat16)
+    before, after, half = (
+        load_file(path / "model.safetensors") for path in (folder, tmp_path / "out", tmp_path / "half")
+    )
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert torch.equal(after["model.norm.weight"], trained["norm.weight"])
+    assert torch.equal(after[EMBEDDINGS], trained["embeddings.weight"].bfloat16())
+
+
+def test_ids_in_config_json_are_those_of_the_tokenizer_that_goes_along(tmp_path: Path) -> None:
+    """<|im_start|> is 1, <|endoftext|> 0, <|im_end|> 2; another tokenizer ends at two, and names no padding."""
+    start = HFFolder(make_hf_folder(tmp_path / "model"))
+    other = make_hf_folder(tmp_path / "other")
+    settings = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    start.export(tmp_path / "own", {}, {})
+    start.export(tmp_path / "out", {}, {}, tokenizer=tokenizer_at(other))
+    own, out = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("own", "out"))
+    assert (own["bos_token_id"], own["eos_token_id"], "pad_token_id" in own) == (1, 2, False)
+    assert (out["bos_token_id"], out["eos_token_id"], out["pad_token_id"]) == (0, [0, 2], None)
+    assert HFFolder(tmp_path / "out").architecture == start.architecture
+
+
+@pytest.mark.parametrize("part", ["folder", "tokenizer_config.json"])
+def test_a_folder_that_is_replaced_while_it_is_opened(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of one model beside the config or the tokenizer of another are no model."""
+    folder, other = make_hf_folder(tmp_path / "model"), make_hf_folder(tmp_path / "other", seed=8)
+    (other / "tokenizer_config.json").write_text("{}")
+
+    def replace_and_open(path: Path) -> SafetensorsFiles:
+        if part == "folder":
+            folder.rename(tmp_path / "old")
+            other.rename(folder)
+        else:
+            (other / part).rename(folder / part)
+        return open_weights(path)
+
+    monkeypatch.setattr(hf_folder, "open_weights", replace_and_open)
+    with pytest.raises(UserError, match="model: expected one model, found that it was replaced while it was read"):
+        HFFolder(folder)
 
 
 # === Memory ===

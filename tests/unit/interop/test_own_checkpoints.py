@@ -17,7 +17,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.finetune.chat_format import Chat, SimpleLLaMAChat
-from simple_llama.interop.own_checkpoints import MergedLoRA, UntiedHead, tokenizer_files, training_config
+from simple_llama.interop.own_checkpoints import MergedLoRA, UntiedHead, tokenizer_for_others, training_config
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -129,7 +129,7 @@ def test_chats_have_the_same_ids_in_transformers(default: str) -> None:
     """The template's text, tokenized at once as transformers does, gives the ids of our format; whole chats and those
     that are to be answered."""
     ours = SimpleLLaMAChat(load_tokenizer(package_path("dataset", "bpe_8k.json")), default)
-    files = tokenizer_files(ours.tokenizer, default, 64)
+    files = tokenizer_for_others(ours.tokenizer, default, 64, Path("ours")).files
     settings = json.loads(files["tokenizer_config.json"])
     theirs = Tokenizer.from_str(files["tokenizer.json"].decode())
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(settings["chat_template"])
@@ -155,7 +155,9 @@ def messages(chat: Chat, answers: Sequence[str]) -> list[dict[str, str]]:
 def test_files_tell_what_ends_an_answer(tmp_path: Path) -> None:
     """<EOA> is id 7; <PAD> 2; no merges are lost."""
     tokenizer = load_tokenizer(package_path("dataset", "bpe_8k.json"))
-    files = tokenizer_files(tokenizer, "x", 64)
+    own = tokenizer_for_others(tokenizer, "x", 64, Path("ours"))
+    files = own.files
+    assert own.token_ids == {"bos_token_id": 0, "eos_token_id": 7, "pad_token_id": 2}
     generation, settings = (json.loads(files[name]) for name in ("generation_config.json", "tokenizer_config.json"))
     assert (generation["eos_token_id"], generation["pad_token_id"], settings["model_max_length"]) == (7, 2, 64)
     assert settings["eos_token"] == "<EOA>"

@@ -90,7 +90,7 @@ def test_a_state_is_exported_as_its_run_did(run: Path, tmp_path: Path) -> None:
     assert torch.equal(tensors["model.norm.weight"], expected["norm.weight"].bfloat16())
     about = export_metadata(out)
     assert (about["run"], about["step"], about["dpo_config"]["trainable"]) == ("tiny", 2, "lora")
-    assert "file" not in about  # what a person makes is not the run's to delete
+    assert about["file"] == ""  # what a person makes is not the run's to delete
 
 
 def test_a_state_that_goes_while_it_is_read(run: Path, tmp_path: Path) -> None:
@@ -135,6 +135,7 @@ def test_what_cannot_be_written_is_refused(lora: TinyJob, run: Path, tmp_path: P
     start, folder, out = str(lora.folder / "start.pth"), str(make_hf_folder(tmp_path / "hf")), str(tmp_path / "out")
     cases: list[tuple[ExportConfig, str]] = [
         (ExportConfig(start, start), "start.pth: expected nothing there yet"),
+        (ExportConfig(start, str(run / "dpo_mine")), "dpo_mine: expected a name that the run in .*tiny gives to none"),
         (ExportConfig(str(tmp_path / "none"), out), "expected a .pth file"),
         (ExportConfig(str(job.folder / "start.pth"), out), "found MLA or LoRA"),
         (ExportConfig(start, out), "bpe_8k.json: 8192 tokens, but the model knows"),

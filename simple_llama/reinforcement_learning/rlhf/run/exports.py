@@ -13,6 +13,7 @@ import os
 from itertools import count
 from pathlib import Path
 
+from simple_llama.cluster.lock import NAME as LOCK_NAME
 from simple_llama.interop.hf_export import delete_export, holds_export_alone
 from simple_llama.pretraining.start_model import StartModel
 
@@ -38,6 +39,13 @@ def free_path(folder: Path, name: str, step: int, start: StartModel) -> Path:
         if not os.path.lexists(path) or (is_export(path, step, start) and _is_alone(path)):
             return path
     raise AssertionError
+
+
+def may_be_a_runs(path: Path) -> bool:
+    """Whether a run might take what a person puts there for its own: a name of an export, in the folder of a run."""
+    return path.name.startswith("dpo_") and any(
+        os.path.lexists(path.parent / name) for name in ("state", "latest", LOCK_NAME)
+    )
 
 
 def is_export(path: Path, step: int, start: StartModel) -> bool:

@@ -19,7 +19,13 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import save_weights
-from simple_llama.reinforcement_learning.rlhf.run.exports import free_path, is_export, prune_exports, weights_name
+from simple_llama.reinforcement_learning.rlhf.run.exports import (
+    free_path,
+    is_export,
+    may_be_a_runs,
+    prune_exports,
+    weights_name,
+)
 
 CONFIG = TrainingConfig(n_embd=8, n_heads=2, n_layers=1, multiple_of=8, max_seq_len=16)
 MODEL = LLaMaTransformer(Architecture.of(CONFIG, 11))
@@ -89,6 +95,18 @@ def test_no_file_is_replaced_but_the_steps_own(tmp_path: Path) -> None:
     path.symlink_to("nowhere")
     (tmp_path / "dpo_1E_0.5000L_16MSQ_step3.pth").mkdir()
     assert free_path(tmp_path, name, 3, FILES).name == "dpo_1E_0.5000L_16MSQ_step3-2.pth"
+
+
+def test_what_a_person_exports_is_no_runs(tmp_path: Path) -> None:
+    """`launch/export.py` says that no run gave it its name; where a run might, it writes nothing."""
+    name = "dpo_1E_0.5000L_16MSQ.pth"
+    path = export(tmp_path / name, 3, file="")
+    assert not is_export(path, 3, FILES) and free_path(tmp_path, name, 3, FILES) != path
+    assert not may_be_a_runs(path)
+    for there in ("state", "latest", "lock"):
+        (tmp_path / there).touch()
+        assert may_be_a_runs(path) and may_be_a_runs(tmp_path / "dpo_mine") and not may_be_a_runs(tmp_path / "mine")
+        (tmp_path / there).unlink()
 
 
 def test_keep_exports_deletes_the_runs_own_alone(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_a_given_tokenizer_goes_into_the_exports(ranks: Ranks, tmp_path: Path) -
     shutil.copy(job.model / "tokenizer.json", given)
     settings = json.loads((job.model / "tokenizer_config.json").read_text())
     settings["chat_template"] += "{# another #}"
+    settings["bos_token"] = "<|endoftext|>"  # 0; the model's is 1
     (given / "tokenizer_config.json").write_text(json.dumps(settings))
     last = run_job(job, ranks, tokenize_path=str(given), epochs=1, save_interval=0, val_share=0.0)
     export_model(ExportConfig(str(last.parent), str(tmp_path / "out")))
@@ -86,6 +87,8 @@ def test_a_given_tokenizer_goes_into_the_exports(ranks: Ranks, tmp_path: Path) -
         for name in ("tokenizer.json", "tokenizer_config.json"):
             assert (folder / name).read_bytes() == (given / name).read_bytes(), folder
         assert not (folder / "generation_config.json").exists() and open_start(folder).own_tokenizer is not None
+        config = json.loads((folder / "config.json").read_text())
+        assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [0, 2, 2], folder
 
 
 def test_a_failed_export_is_made_by_the_run_that_resumes(
