@@ -14,7 +14,7 @@ from simple_llama.common.files import digest, read_bytes
 # fmt: off
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>")
 # fmt: on
-_MOST_BYTES = 256 << 20  # of a tokenizer's file; vocabularies of a quarter million tokens take 20 MB
+MOST_BYTES = 256 << 20  # of a file beside a model's weights; tokenizers of a quarter million tokens take 20 MB
 # of text as people write it: no controls, no planes without characters; real tokenizers lack some of these
 _TEXT_BYTES = (9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
 SPECIAL_IDS = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
@@ -27,7 +27,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises UserError when the file is no tokenizer or its special tokens are not the ids 0-9.
     """
     try:
-        data = read_bytes(path, _MOST_BYTES)
+        data = read_bytes(path, MOST_BYTES)
     except OSError as error:
         raise UserError(f"{path}: expected a tokenizer JSON file, found {error.strerror}") from None
     tokenizer = parse_tokenizer(data, path)
@@ -105,7 +105,7 @@ def is_simple_llama(tokenizer: Tokenizer | Path) -> bool:
     """
     if isinstance(tokenizer, Path):
         try:
-            tokenizer = parse_tokenizer(read_bytes(tokenizer, _MOST_BYTES), tokenizer)
+            tokenizer = parse_tokenizer(read_bytes(tokenizer, MOST_BYTES), tokenizer)
         except OSError as error:
             raise UserError(f"{tokenizer}: expected a tokenizer JSON file, found {error.strerror}") from None
     return isinstance(tokenizer.model, models.BPE) and not _other_special_token(tokenizer)
@@ -135,19 +135,18 @@ def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def tokenizer_digest(tokenizer: Tokenizer | str | Path) -> str:
-    """Hex digest of all that decides which ids a text becomes; the file's layout and library version do not count.
+    """Hex digest of what decides which ids a text becomes; the file's layout and library version do not count.
 
-    Of SimpleLLaMA's the special tokens are given, and what it does with unknown bytes.
+    Of SimpleLLaMA's, added tokens do not count, as in the names of older stores: the ten special ones are given, and
+    what others do to a text shows in its ids, by which a store finds a pair.
     """
     loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     saved = json.loads(loaded.to_str())
     model = saved["model"]
     if "merges" in model:  # one is written "a b" or ["a", "b"], depending on the library's version
         model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    added = [token for token in saved["added_tokens"] if token["content"] not in SPECIAL_IDS]
     if is_simple_llama(loaded):
         parts = [model["vocab"], model["merges"], saved["pre_tokenizer"], saved["normalizer"]]
-        parts += [plain] if (plain := [token for token in added if not token["special"]]) else []
     else:
         parts = [model, saved["pre_tokenizer"], saved["normalizer"], saved["added_tokens"]]
     return digest(json.dumps(parts, sort_keys=True).encode()).hex()
