@@ -8,6 +8,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import shown
+
+_MOST_TEMPLATE = 1 << 20  # characters
+
 
 @dataclass(frozen=True)
 class OwnTokenizer:
@@ -32,3 +37,12 @@ class OwnTokenizer:
             "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
             "pad_token_id": pad,
         }
+
+
+def checked_template(found: Any, place: str) -> str | None:
+    """A chat template, or None where there is none. UserError naming `place` for what is no template."""
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"{place}: expected a text, found {shown(found)}")
+    if found is not None and len(found) > _MOST_TEMPLATE:
+        raise UserError(f"{place}: expected at most {_MOST_TEMPLATE:,} characters, found more")
+    return found

@@ -17,6 +17,7 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import parse_json, read_bytes
 from simple_llama.dataset.own_tokenizer import OwnTokenizer
+from simple_llama.dataset.tokenizer import MOST_BYTES
 from simple_llama.interop.hf_config import HFModelConfig, config_json, read_hf_config
 from simple_llama.interop.hf_export import ExportForm, TrainedOver, export_metadata, write_folder
 from simple_llama.interop.hf_names import NameMap, check_shapes, names_in, shapes_in
@@ -26,22 +27,8 @@ from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weight
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.weights import LoadedModel, weights_digest
 
-_MOST_BYTES = 256 << 20  # of a file beside the weights; tokenizers of a quarter million tokens take 20 MB
 _CONFIG = "config.json"
-_FILES = (  # that are read or go into an export unchanged
-    _CONFIG,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "LICENSE",
-)
+_FILES = (_CONFIG, *TOKENIZER_FILES, "LICENSE")  # that are read or go into an export unchanged
 _DERIVED = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")  # of old files: follows from config.json
 _EXPECTED = "expected a folder with a Hugging Face model (config.json, safetensors)"
 
@@ -59,10 +46,10 @@ class HFFolder:
         source = self.path / _CONFIG
         if _CONFIG not in self.files:
             raise UserError(f"{path}: {_EXPECTED}, found no {_CONFIG} but {weights_there(self.path)}")
+        self.config = read_hf_config(parse_json(self.files[_CONFIG], source), str(source))
         self.own_tokenizer = None
         if "tokenizer.json" in self.files:
-            self.own_tokenizer = load_hf_tokenizer(self.files, self.path)
-        self.config = read_hf_config(parse_json(self.files[_CONFIG], source), str(source))
+            self.own_tokenizer = load_hf_tokenizer(self.files, self.path, self.architecture.vocab_size)
         self._files = open_weights(self.path)
         if _which(self.path) != there or dict(_small_files(self.path)) != self.files:
             raise UserError(f"{path}: expected one model, found that it was replaced while it was read; start again")
@@ -140,7 +127,7 @@ def _small_files(folder: Path) -> Iterator[tuple[str, bytes]]:
     """The files beside the weights that are there, by their names. UserError for one that cannot be read."""
     for name in _FILES:
         try:
-            yield name, read_bytes(folder / name, _MOST_BYTES)
+            yield name, read_bytes(folder / name, MOST_BYTES)
         except FileNotFoundError:
             if os.path.lexists(folder / name):
                 raise UserError(f"{folder / name}: expected a file, found a broken link") from None

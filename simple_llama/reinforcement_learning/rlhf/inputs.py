@@ -181,7 +181,7 @@ def given_tokenizer(path: Path, start: StartModel) -> OwnTokenizer | None:
     """
     if isinstance(start, StartFile) and path.is_file() and is_simple_llama(path):
         return None
-    return tokenizer_at(path)
+    return tokenizer_at(path, start.architecture.vocab_size)
 
 
 def is_shipped(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,15 @@ def test_tokenizer_alone() -> None:
 
 
 def test_named_tokens_and_stops() -> None:
-    """tokenizer_config.json goes before special_tokens_map.json; a token may be an object; eos is 2, and 0 of the
-    generation config."""
+    """A named token may be an object; eos is 2, and 0 of the generation config."""
     own = load_hf_tokenizer(
         files(
-            tokenizer_config={"eos_token": {"content": "<|im_end|>"}, "bos_token": None},
-            special_tokens_map={"eos_token": "<|endoftext|>", "bos_token": "<|im_start|>"},
+            tokenizer_config={"eos_token": {"content": "<|im_end|>"}, "bos_token": None, "image_token": "<|im_start|>"},
             generation_config={"eos_token_id": [0]},
         ),
         HERE,
     )
-    assert own.named == {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    assert own.named == {"eos_token": "<|im_end|>", "image_token": "<|im_start|>"}
     assert own.stop_ids == {0, 2}
 
 
@@ -55,14 +54,6 @@ def test_places_of_the_template() -> None:
     assert load_hf_tokenizer({**found, "chat_template.jinja": b"{{ x }}\n"}, HERE).template == "{{ x }}\n"
 
 
-def test_tokens_of_the_config_alone_are_added() -> None:
-    """The next id is 300; known ones stay as tokenizer.json has them."""
-    added = {"300": {"content": "<|tool|>", "special": True}, "2": {"content": "<|im_end|>", "special": False}}
-    own = load_hf_tokenizer(files(tokenizer_config={"added_tokens_decoder": added}), HERE)
-    assert own.tokenizer.encode("<|tool|>", add_special_tokens=False).ids == [300]
-    assert own.tokenizer.get_added_tokens_decoder()[2].special
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -72,7 +63,11 @@ def test_tokens_of_the_config_alone_are_added() -> None:
         ({"generation_config": {"eos_token_id": [999]}}, "expected ids of tokens of tokenizer.json, found 999"),
         ({"generation_config": {"eos_token_id": "2"}}, "expected ids of tokens of tokenizer.json, found '2'"),
         ({"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}}, "2, found 7"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"7": {}}}}, "expected content, found None"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"7": {}}}}, "expected a token's text, or an object with"),
+        ({"tokenizer_config": {"extra_special_tokens": 3}}, "extra_special_tokens: expected a list of tokens, found 3"),
+        ({"tokenizer_config": {"extra_special_tokens": [3]}}, "extra_special_tokens: expected a token's text"),
+        ({"added_tokens": {"<|im_end|>": 7}}, "added_tokens.json: expected the id that <|im_end|> has"),
+        ({"added_tokens": {"<|im_end|>": "2"}}, "added_tokens.json: expected tokens with their ids, found '2'"),
         ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "expected an object of ids"),
         ({"tokenizer_config": {"chat_template": 3}}, "chat_template: expected a text, found 3"),
         ({"tokenizer_config": {"chat_template": [{"name": "a", "template": "b"}]}}, 'one named "default"'),
@@ -81,8 +76,8 @@ def test_tokens_of_the_config_alone_are_added() -> None:
 )
 def test_files_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
     """One message that names the file."""
-    with pytest.raises(UserError, match=words.replace("(", "\\(")) as raised:
-        load_hf_tokenizer(files(**changes), HERE)
+    with pytest.raises(UserError, match=re.escape(words)) as raised:
+        load_hf_tokenizer(files(**changes), HERE, rows=300)
     assert str(raised.value).startswith("model/")
 
 

@@ -52,6 +52,22 @@ def test_a_system_prompt_that_was_given(hf_job: TinyHFJob, ranks: Ranks) -> None
     assert plain.reference_id == told.reference_id and plain.data_digest != told.data_digest
 
 
+def test_another_bos_token_makes_other_pairs(hf_job: TinyHFJob, ranks: Ranks, tmp_path: Path) -> None:
+    """Two starts of one template that writes bos_token: no pair of the one has the name of one of the other's, so
+    neither finds the other's log-probs in the store that they share."""
+    names = []
+    for bos in ("<|endoftext|>", "<|im_end|>"):
+        folder = tmp_path / bos.strip("<|>")
+        shutil.copytree(hf_job.model, folder)
+        said = json.loads((folder / "tokenizer_config.json").read_text())
+        said |= {"bos_token": bos, "chat_template": "{{ bos_token }}" + said["chat_template"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+        found = inputs(hf_job, ranks, tokenize_path=str(folder))
+        assert first_prompt(found).startswith(bos + "<|im_start|>user")
+        names.append((found.reference_id, {key.tobytes() for key in found.data.pairs.keys}))
+    assert names[0][0] == names[1][0] and names[0][1].isdisjoint(names[1][1])
+
+
 def test_a_given_tokenizer_goes_before_the_model_s(hf_job: TinyHFJob, ranks: Ranks, tmp_path: Path) -> None:
     """A folder with another template, or the tokenizer.json in it. The default of another checkout is no such path."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
