@@ -2,7 +2,7 @@
 
 `tokenizer.ggml.model` says what it is: gpt2, a byte-level BPE, where `tokenizer.ggml.pre` names the rule that splits a
 text before the merges; llama, SentencePiece's BPE, where scores order the merges. Which tokens are special is in
-`tokenizer.ggml.token_type`.
+`tokenizer.ggml.token_type`. A file that has the whole tokenizer.json (`tokenizer.huggingface.json`) says it itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import json_bytes, shown
-from simple_llama.dataset.own_tokenizer import OwnTokenizer
+from simple_llama.common.logging import LOGGER
+from simple_llama.dataset.own_tokenizer import OwnTokenizer, checked_template
 from simple_llama.dataset.tokenizer import parse_tokenizer, unknown_id
 
 _KEY = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
-_MOST_TEMPLATE = 1 << 20  # characters
+_WHOLE = "tokenizer.huggingface.json"
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # token types
 _NAMED = {  # special tokens by the names that templates and tokenizer_config.json use
     "bos_token": "bos_token_id",
@@ -102,15 +103,8 @@ def token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 def _own_tokenizer(metadata: Mapping[str, Any], path: Path) -> OwnTokenizer:
     vocabulary = _vocabulary(metadata)
-    kind = metadata[f"{_KEY}model"]
-    if kind == "gpt2":
-        tokenizer = _byte_level(vocabulary, metadata)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(vocabulary, metadata)
-    else:
-        raise UserError(f"{_KEY}model: expected gpt2 or llama, found {shown(kind)}; no other can be made")
-    _add_tokens(tokenizer, vocabulary)
-    template = _template(metadata)
+    tokenizer = _given(vocabulary, metadata) if _WHOLE in metadata else _made(vocabulary, metadata, path)
+    template = checked_template(metadata.get(_TEMPLATE), _TEMPLATE)
     named = {name: text for name, key in _NAMED.items() if (text := vocabulary.text(key)) is not None}
     stops = sorted({vocabulary.ids[key] for key in _STOPS if key in vocabulary.ids})
     config = {
@@ -128,6 +122,34 @@ def _own_tokenizer(metadata: Mapping[str, Any], path: Path) -> OwnTokenizer:
     tokenizer = parse_tokenizer(files["tokenizer.json"], path)
     unknown = unknown_id(tokenizer)
     return OwnTokenizer(tokenizer, template, named, frozenset(stops), unknown, files, str(path))
+
+
+def _given(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer.json in the file. UserError for one that is not sound, or of other tokens than the file lists."""
+    found = metadata[_WHOLE]
+    if not isinstance(found, str):
+        raise UserError(f"{_WHOLE}: expected a text, found {shown(found)}")
+    tokenizer = parse_tokenizer(found.encode(), _WHOLE)
+    for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        if kind != _UNUSED and tokenizer.token_to_id(token) != number:
+            raise UserError(
+                f"{_WHOLE}: expected the tokens of {_KEY}tokens, found {shown(token)} as {tokenizer.token_to_id(token)}"
+                f" in the place of {number}"
+            )
+    return tokenizer
+
+
+def _made(vocabulary: _Vocabulary, metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer that the other keys describe."""
+    kind = metadata[f"{_KEY}model"]
+    if kind == "gpt2":
+        tokenizer = _byte_level(vocabulary, metadata)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(vocabulary, metadata, path)
+    else:
+        raise UserError(f"{_KEY}model: expected gpt2 or llama, found {shown(kind)}; no other can be made")
+    _add_tokens(tokenizer, vocabulary)
+    return tokenizer
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
@@ -189,8 +211,11 @@ def _byte_level(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> Tokeniz
     return tokenizer
 
 
-def _sentencepiece(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> Tokenizer:
-    """SentencePiece's BPE with bytes for what it does not know, as Llama 2's tokenizer.json has it."""
+def _sentencepiece(vocabulary: _Vocabulary, metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    """SentencePiece's BPE with bytes for what it does not know, as Llama 2's tokenizer.json has it.
+
+    Its space in front of a text is put behind each special token, which is llama.cpp's rule too (llama-vocab.cpp).
+    """
     unknown = vocabulary.text("unknown_token_id")
     if unknown is None:
         found = [token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == _UNKNOWN]
@@ -205,6 +230,13 @@ def _sentencepiece(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> Toke
     spaces = [normalizers.Replace(" ", _SPACE)]
     prefix = metadata.get(f"{_KEY}add_space_prefix", True) is not False
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    if prefix:
+        LOGGER.info(
+            "%s: as in llama.cpp, a text behind any special token begins with a space; no GGUF file says whether the "
+            "model's own tokenizer.json puts it in front of the first text alone (Metaspace with prepend_scheme first, "
+            "as Mistral v0.3's), which gives other ids: then give that with --tokenize_path",
+            path,
+        )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), *spaces] if prefix else spaces)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -263,13 +295,3 @@ def _add_bos(tokenizer: Tokenizer, vocabulary: _Vocabulary, metadata: Mapping[st
             single=[*([first] if first else []), "$A", *([last] if last else [])],
             special_tokens=[(text, vocabulary.tokens.index(text)) for text in dict.fromkeys(ends)],
         )
-
-
-def _template(metadata: Mapping[str, Any]) -> str | None:
-    """The chat template. UserError for what is none."""
-    found = metadata.get(_TEMPLATE)
-    if found is not None and not isinstance(found, str):
-        raise UserError(f"{_TEMPLATE}: expected a text, found {shown(found)}")
-    if found is not None and len(found) > _MOST_TEMPLATE:
-        raise UserError(f"{_TEMPLATE}: expected at most {_MOST_TEMPLATE:,} characters, found more")
-    return found

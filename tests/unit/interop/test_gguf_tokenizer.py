@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from simple_llama.common.errors import UserError
 from simple_llama.interop.gguf_tokenizer import read_gguf_tokenizer
 from tiny_gguf import byte_level
+from tiny_hf import byte_level_tokenizer
 
 FILE = Path("model.gguf")
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
@@ -93,9 +96,44 @@ def test_sentencepiece_by_hand() -> None:
     assert plain is not None and plain.tokenizer.encode("ab").ids == [262]
 
 
+def test_what_no_metadata_tells_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """The space in front of a text stands behind each special token, as in llama.cpp: "</s>ab" is </s>, "\u2581ab". The
+    file cannot tell that from one in front of the first text alone, and that is said; without such a space, nothing."""
+    with caplog.at_level(logging.INFO):
+        own = read_gguf_tokenizer(sentencepiece(add_space_prefix=True), FILE)
+    assert own is not None and own.tokenizer.encode("ab</s>ab", add_special_tokens=False).ids == [264, 2, 264]
+    assert ["model.gguf: as in llama.cpp, a text behind" in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert read_gguf_tokenizer(sentencepiece(add_space_prefix=False), FILE)
+        assert read_gguf_tokenizer(byte_level(), FILE)
+    assert not caplog.records
+
+
+def test_a_file_that_has_the_whole_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
+    """tokenizer.huggingface.json is taken as it is: with a space in front of the first text alone, "ab" behind </s> is
+    262. Nothing is left to say. One of another model is refused."""
+    built = read_gguf_tokenizer(sentencepiece(), FILE)
+    assert built is not None
+    saved = json.loads(built.tokenizer.to_str())
+    saved["normalizer"] = None
+    saved["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    whole = {"tokenizer.huggingface.json": json.dumps(saved)}
+    with caplog.at_level(logging.INFO):
+        own = read_gguf_tokenizer({**sentencepiece(), **whole}, FILE)
+    assert own is not None and own.tokenizer.encode("ab</s>ab", add_special_tokens=False).ids == [264, 2, 262]
+    assert json.loads(own.files["tokenizer.json"])["pre_tokenizer"] == saved["pre_tokenizer"]
+    assert not caplog.records
+    other = {**sentencepiece(), "tokenizer.huggingface.json": byte_level_tokenizer().to_str()}
+    with pytest.raises(UserError, match="expected the tokens of tokenizer.ggml.tokens, found '<unk>' as None"):
+        read_gguf_tokenizer(other, FILE)
+
+
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
+        ({**byte_level(), "tokenizer.huggingface.json": 3}, "tokenizer.huggingface.json: expected a text, found 3"),
+        ({**byte_level(), "tokenizer.huggingface.json": "{}"}, "tokenizer.huggingface.json: expected a tokenizer JSON"),
         (sentencepiece(model="bert"), "tokenizer.ggml.model: expected gpt2 or llama, found 'bert'"),
         (sentencepiece(tokens=None), "tokenizer.ggml.tokens: expected a list of texts"),
         (sentencepiece(scores=[0.0]), "tokenizer.ggml.scores: expected a number for each token"),
