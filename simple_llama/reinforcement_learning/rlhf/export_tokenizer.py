@@ -10,7 +10,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import json_bytes, read_bytes
 from simple_llama.common.paths import package_path
 from simple_llama.dataset.own_tokenizer import OwnTokenizer
-from simple_llama.dataset.tokenizer import is_simple_llama, load_tokenizer, token_count, tokenizer_digest
+from simple_llama.dataset.tokenizer import MOST_BYTES, is_simple_llama, load_tokenizer, token_count, tokenizer_digest
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.finetune.jinja_chat import TEMPLATE_KEY, template_digest
 from simple_llama.interop.hf_tokenizer import load_hf_tokenizer
@@ -19,7 +19,6 @@ from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.reinforcement_learning.rlhf.inputs import given_tokenizer, is_shipped
 
-_MOST_BYTES = 256 << 20  # of a tokenizer's file; vocabularies of a quarter million tokens take 20 MB
 _GIVE = "give the tokenizer that it was trained with as --tokenize_path"
 
 _SomeTokenizer = TypeVar("_SomeTokenizer", OwnTokenizer, OwnTokenizer | None)
@@ -92,7 +91,7 @@ def _tokenizer_at(path: Path, asked: Asked, trained: Trained, start: StartModel)
         system = asked.system_prompt or trained.system_prompt
         return tokenizer_for_others(load_tokenizer(path), system, start.architecture.max_seq_len, path)
     files = {  # without a class of its own transformers would take the model's, which adds tokens
-        "tokenizer.json": read_bytes(path, _MOST_BYTES),
+        "tokenizer.json": read_bytes(path, MOST_BYTES),
         "tokenizer_config.json": json_bytes({"tokenizer_class": "PreTrainedTokenizerFast"}),
     }
     return _unprompted(load_hf_tokenizer(files, path.parent), asked)
