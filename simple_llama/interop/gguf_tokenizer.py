@@ -19,6 +19,7 @@ from simple_llama.common.files import json_bytes, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.own_tokenizer import OwnTokenizer, checked_template
 from simple_llama.dataset.tokenizer import parse_tokenizer, unknown_id
+from simple_llama.interop.hf_tokenizer import PLAIN_CLASS
 
 _KEY = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
@@ -108,7 +109,7 @@ def _own_tokenizer(metadata: Mapping[str, Any], path: Path) -> OwnTokenizer:
     named = {name: text for name, key in _NAMED.items() if (text := vocabulary.text(key)) is not None}
     stops = sorted({vocabulary.ids[key] for key in _STOPS if key in vocabulary.ids})
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **PLAIN_CLASS,
         **named,
         "clean_up_tokenization_spaces": False,
         **({"chat_template": template} if template is not None else {}),

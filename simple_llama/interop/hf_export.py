@@ -24,6 +24,7 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_folder, json_bytes, read_json
 from simple_llama.interop.hf_names import NameMap, check_mappable, our_shapes, shapes_in, to_theirs
+from simple_llama.interop.hf_tokenizer import PLAIN_CLASS
 from simple_llama.interop.model_card import model_card
 from simple_llama.pretraining.architecture import Architecture
 
@@ -221,7 +222,7 @@ def _readable_by_older(files: Mapping[str, bytes]) -> dict[str, bytes]:
         return {}
     later = dict(settings)
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        later["tokenizer_class"] = "PreTrainedTokenizerFast"
+        later = {**PLAIN_CLASS, **settings, "tokenizer_class": PLAIN_CLASS["tokenizer_class"]}
     if template is not None:
         later.setdefault("chat_template", template)
     return {} if later == settings else {_TOKENIZER: json_bytes(later)}

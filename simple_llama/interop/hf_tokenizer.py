@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+# of a tokenizer_config.json: any tokenizer.json as it is; transformers 4 would make token_type_ids of a text too, which
+# such a model refuses
+PLAIN_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
 _BESIDE = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 

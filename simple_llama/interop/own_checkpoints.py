@@ -17,7 +17,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import json_bytes
 from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
-from simple_llama.interop.hf_tokenizer import load_hf_tokenizer
+from simple_llama.interop.hf_tokenizer import PLAIN_CLASS, load_hf_tokenizer
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 
@@ -148,7 +148,7 @@ def tokenizer_for_others(tokenizer: Tokenizer, default_system: str, max_seq_len:
         source: of the tokenizer, for errors.
     """
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **PLAIN_CLASS,
         "bos_token": "<SOS>",
         "eos_token": "<EOA>",
         "pad_token": "<PAD>",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing_extensions import Doc
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
 from simple_llama.common.settings import PathText, Settings, TextOrFile, with_texts
-from simple_llama.dataset.tokenizer import tokenizer_digest
 from simple_llama.interop.hf_config import config_json
 from simple_llama.interop.hf_export import ExportForm, export_metadata, write_folder
 from simple_llama.interop.hf_names import LLAMA, check_mappable
@@ -32,12 +31,18 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     newest_state,
     read_state,
 )
-from simple_llama.reinforcement_learning.rlhf.export_tokenizer import Asked, Trained, tokenizer_of
+from simple_llama.reinforcement_learning.rlhf.export_tokenizer import (
+    Asked,
+    Trained,
+    metadata_of,
+    tokenizer_of,
+)
 from simple_llama.reinforcement_learning.rlhf.run.exports import may_be_a_runs
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 
 _PTH = ".pth"
-_OF_A_RUN = ("run", "step", "epochs", "loss", "dpo_config", "reference", "tokenizer")  # metadata that stays true
+_OF_A_RUN = ("run", "step", "epochs", "loss", "dpo_config", "reference")  # metadata that stays true
+_OF_A_CONVERSION = ("tokenizer", "chat_template")  # and this, of a .pth
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,10 @@ def _open_source(config: ExportConfig) -> _Source:
         start = open_start(path)
         loaded = start.load()
         check_weights(loaded, start.export_dtype)
-        found = loaded.metadata if isinstance(loaded, WeightsFile) else export_metadata(start.path)
-        return _Source(start, {}, {**_of_a_run(found), **_about(start.path.name)})
+        found = export_metadata(start.path), _OF_A_RUN
+        if isinstance(loaded, WeightsFile):
+            found = loaded.metadata, (*_OF_A_RUN, *_OF_A_CONVERSION)
+        return _Source(start, {}, {**_kept(*found), **_about(start.path.name)})
     run = saved.folder.parent.parent
     settings = _settings_of(run)
     start = open_start(_start_path(config, settings, run))
@@ -137,9 +144,9 @@ def _about(source: str) -> dict[str, Any]:
     return {"source": source, "file": "", "environment": environment()}
 
 
-def _of_a_run(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What the metadata of a run's export says that is true of another form of it; nothing of others'."""
-    found = {key: metadata[key] for key in _OF_A_RUN if key in metadata}
+def _kept(metadata: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """What the metadata of an export says that is true of another form of it; nothing of others'."""
+    found = {key: metadata[key] for key in keys if key in metadata}
     try:
         json.dumps(found)
     except (TypeError, ValueError):  # another program's
@@ -220,7 +227,7 @@ def _to_own(source: _Source, output: Path, dtype: torch.dtype | None) -> str:
         tensors = UntiedHead(tensors)
     metadata = dict(source.metadata)
     if start.own_tokenizer and not source.is_state:
-        metadata["tokenizer"] = tokenizer_digest(start.own_tokenizer.tokenizer)
+        metadata |= metadata_of(start.own_tokenizer)
     save_weights(output, {name: tensors[name].to(dtype or torch.float32) for name in tensors}, own, metadata)
     head = ", the head a copy of the embeddings" if start.architecture.tied_head else ""
     return head + source.tokenizer.where_it_lies(start)

@@ -13,7 +13,7 @@ from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.dataset.tokenizer import MOST_BYTES, is_simple_llama, load_tokenizer, token_count, tokenizer_digest
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.finetune.jinja_chat import TEMPLATE_KEY, template_digest
-from simple_llama.interop.hf_tokenizer import load_hf_tokenizer
+from simple_llama.interop.hf_tokenizer import PLAIN_CLASS, load_hf_tokenizer
 from simple_llama.interop.own_checkpoints import tokenizer_for_others
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
@@ -32,7 +32,10 @@ class Asked(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a run's state or export, or a conversion, keeps of the tokenizer that its model was trained with."""
+    """What a run's state or export, or a conversion, keeps of the tokenizer that its model was trained with.
+
+    A conversion keeps the digests under `metadata_of`, a run under `reference` and `dpo_config`.
+    """
 
     tokenize_path: str  # where the run read it; "": the model's own, the shipped one, or not known
     system_prompt: str
@@ -48,7 +51,7 @@ class Trained(NamedTuple):
             path if isinstance(path, str) and not is_shipped(Path(path)) else "",
             system if isinstance(system, str) else DEFAULT_SYSTEM_PROMPT,
             _text(metadata, "tokenizer") or _text(reference, "tokenizer"),
-            _text(_object(reference, "numerics"), TEMPLATE_KEY),
+            _text(metadata, TEMPLATE_KEY) or _text(_object(reference, "numerics"), TEMPLATE_KEY),
         )
 
     def where_it_lies(self, start: StartModel) -> str:
@@ -60,6 +63,12 @@ class Trained(NamedTuple):
         if path.suffix == ".gguf":
             said = f"make a folder of {path} too (an --output without .pth), and give that with it as --tokenize_path"
         return f"; a .pth holds no tokenizer: {said}"
+
+
+def metadata_of(own: OwnTokenizer) -> dict[str, str]:
+    """What a .pth keeps of the tokenizer that came with its model, and that it does not hold."""
+    template = {TEMPLATE_KEY: template_digest(own.template)} if own.template else {}
+    return {"tokenizer": tokenizer_digest(own.tokenizer), **template}
 
 
 def tokenizer_of(asked: Asked, trained: Trained, start: StartModel) -> OwnTokenizer | None:
@@ -92,7 +101,7 @@ def _tokenizer_at(path: Path, asked: Asked, trained: Trained, start: StartModel)
         return tokenizer_for_others(load_tokenizer(path), system, start.architecture.max_seq_len, path)
     files = {  # without a class of its own transformers would take the model's, which adds tokens
         "tokenizer.json": read_bytes(path, MOST_BYTES),
-        "tokenizer_config.json": json_bytes({"tokenizer_class": "PreTrainedTokenizerFast"}),
+        "tokenizer_config.json": json_bytes(PLAIN_CLASS),
     }
     return _unprompted(load_hf_tokenizer(files, path.parent), asked)
 
@@ -115,7 +124,7 @@ def _check_size(own: OwnTokenizer, start: StartModel, path: str, exact: bool) ->
 
 
 def _check_trained_with(own: OwnTokenizer, asked: Asked, trained: Trained, path: str) -> None:
-    """UserError where another tokenizer is known to be the model's, or where the template of a run has changed."""
+    """UserError where another tokenizer is known to be the model's, or another template and none was asked for."""
     place = path or own.source
     if trained.digest and (found := tokenizer_digest(own.tokenizer)) != trained.digest:
         raise UserError(
@@ -123,10 +132,10 @@ def _check_trained_with(own: OwnTokenizer, asked: Asked, trained: Trained, path:
             f"one ({found}); {_GIVE}"
         )
     template = template_digest(own.template) if own.template else None
-    if trained.template and not asked.tokenize_path and template != trained.template:
+    if trained.template and not any(asked) and template != trained.template:
         raise UserError(
-            f"{place}: expected the chat template that the run was trained with (digest {trained.template}), found "
-            f"{template or 'none'}; put it back, or say with --tokenize_path which one goes along"
+            f"{place}: expected the chat template that the model was trained with (digest {trained.template}), found "
+            f"{template or 'none'}; put it back, or say with --tokenize_path or --system_prompt what goes along"
         )
 
 

@@ -212,7 +212,11 @@ def test_an_export_lies_there_until_the_next_one_is_on_the_disk(
         (
             '{"tokenizer_class": "TokenizersBackend", "x": 1}',
             None,
-            {"tokenizer_class": "PreTrainedTokenizerFast", "x": 1},
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_input_names": ["input_ids", "attention_mask"],
+                "x": 1,
+            },
         ),
         ('{"x": 1}', b"{{ 2 }}", {"x": 1, "chat_template": "{{ 2 }}"}),
         ('{"x":1, "chat_template": "{{ 3 }}"}', b"{{ 2 }}", None),

@@ -112,7 +112,7 @@ def test_a_simplellama_checkpoint_as_a_folder(tmp_path: Path, lora: bool) -> Non
     messages += [{"role": "user", "content": "a dog"}]
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = list(chat.encode_prompt(Chat("Be kind.", ["the cat", "a dog"], ["runs"])))
-    assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+    assert theirs(text, add_special_tokens=False) == {"input_ids": ids, "attention_mask": [1] * len(ids)}
     model = ours(start)
     logits, answer, made = in_transformers(out, ids)
     assert same(model, ids, logits) and made.generation_config.eos_token_id == 7

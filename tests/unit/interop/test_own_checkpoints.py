@@ -160,6 +160,6 @@ def test_files_tell_what_ends_an_answer(tmp_path: Path) -> None:
     assert own.token_ids == {"bos_token_id": 0, "eos_token_id": 7, "pad_token_id": 2}
     generation, settings = (json.loads(files[name]) for name in ("generation_config.json", "tokenizer_config.json"))
     assert (generation["eos_token_id"], generation["pad_token_id"], settings["model_max_length"]) == (7, 2, 64)
-    assert settings["eos_token"] == "<EOA>"
+    assert settings["eos_token"] == "<EOA>" and settings["model_input_names"] == ["input_ids", "attention_mask"]
     (tmp_path / "tokenizer.json").write_bytes(files["tokenizer.json"])
     assert load_tokenizer(tmp_path / "tokenizer.json").to_str() == tokenizer.to_str()

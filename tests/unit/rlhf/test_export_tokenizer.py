@@ -96,6 +96,23 @@ def test_a_folder_as_pth_and_back(job: TinyJob, hf: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "bare" / "config.json").read_text())["eos_token_id"] is None
 
 
+def test_a_prompt_that_was_there_is_not_another_one_in_silence(job: TinyJob, tmp_path: Path) -> None:
+    """A folder's prompt stands in its template. A .pth made of it knows that it had another than the default."""
+    first, middle, back = tmp_path / "first", tmp_path / "middle.pth", tmp_path / "back"
+    tokenizer = str(job.folder / "tokenizer.json")
+    export_model(ExportConfig(str(job.folder / "start.pth"), str(first), tokenize_path=tokenizer, system_prompt="Hi."))
+    export_model(ExportConfig(str(first), str(middle)))
+    start = open_start(middle)
+    known = Trained.of(load_weights(middle).metadata)._replace(tokenize_path=tokenizer)
+    with pytest.raises(UserError, match="expected the chat template that the model was trained with.*system_prompt"):
+        tokenizer_of(NOTHING, known, start)
+    for asked in (Asked(str(first), ""), Asked("", "Hi.")):
+        found = tokenizer_of(asked, known, start)
+        assert found is not None and found.template and template_digest(found.template) == known.template
+    export_model(ExportConfig(str(middle), str(back), tokenize_path=str(first)))
+    assert prompt_in(back) == "Hi."
+
+
 def test_a_tokenizer_that_nobody_named_has_the_models_size(job: TinyJob, tmp_path: Path) -> None:
     """8,192 tokens are the shipped one's; a model of 8,193 may have been made with any other."""
     config = load_weights(job.folder / "start.pth").config
@@ -128,8 +145,8 @@ def test_what_changed_since_the_run_is_refused(hf: Path, tmp_path: Path) -> None
     assert tokenizer_of(Asked(str(other), ""), known, start) is not None
     cases = [
         (known._replace(digest="0" * 32), "expected the tokenizer that the model was trained with .digest 0"),
-        (known._replace(template="0" * 32), "expected the chat template that the run was trained with .digest 0"),
-        (known._replace(tokenize_path=str(other)), "other: expected the chat template that the run was trained with"),
+        (known._replace(template="0" * 32), "expected the chat template that the model was trained with .digest 0"),
+        (known._replace(tokenize_path=str(other)), "other: expected the chat template that the model was trained with"),
         (known._replace(tokenize_path="/no/such"), "/no/such: expected the tokenizer that the run was trained with"),
     ]
     for trained, said in cases:
