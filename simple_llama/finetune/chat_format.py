@@ -12,13 +12,12 @@ from typing import NamedTuple, Protocol
 from tokenizers import Tokenizer
 
 from simple_llama.common.errors import UserError
-from simple_llama.dataset.tokenizer import SPECIAL_IDS
+from simple_llama.dataset.tokenizer import SPECIAL_IDS, decode_text
 from simple_llama.finetune.format_llm_prompt import (
     DEFAULT_SYSTEM_PROMPT,
-    chat_segments,
-    encode_texts,
+    encode_chats,
+    encode_prompt,
     format_chat,
-    join_ids,
 )
 
 
@@ -107,20 +106,12 @@ class SimpleLLaMAChat:
 
     def encode(self, chats: Sequence[Chat]) -> list[EncodedChat]:
         """Token ids of whole chats; each different text is tokenized once."""
-        texts = ("\n\n", "\n", *(text for c in chats for text in (c.system or "", *c.users, *c.assistants)))
-        ids_of_text = encode_texts(self.tokenizer, texts)
-        return [
-            EncodedChat(
-                join_ids(chat_segments(c.system or "", c.users, c.assistants), ids_of_text),
-                len(ids_of_text[c.assistants[-1]]) + 1,  # and <EOA>
-            )
-            for c in chats
-        ]
+        found = encode_chats(self.tokenizer, [(c.system or "", c.users, c.assistants) for c in chats])
+        return [EncodedChat(*one) for one in found]
 
     def encode_prompt(self, chat: Chat) -> list[int]:
         """Token ids up to the last <SOA>."""
-        segments = chat_segments(chat.system or "", chat.users, chat.assistants)
-        return join_ids(segments, encode_texts(self.tokenizer, (s.text for s in segments if s.kind == "text")))
+        return encode_prompt(self.tokenizer, chat.system or "", chat.users, chat.assistants)
 
     def show(self, chat: Chat) -> str:
         """The chat as text."""
@@ -128,7 +119,7 @@ class SimpleLLaMAChat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer."""
-        return self.tokenizer.decode(list(ids)).strip()
+        return decode_text(self.tokenizer, ids).strip()
 
 
 def about_system(chat: ChatFormat) -> str:

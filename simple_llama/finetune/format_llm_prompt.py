@@ -25,14 +25,14 @@ DEFAULT_SYSTEM_PROMPT = (
 )
 
 
-class Segment(NamedTuple):
+class _Segment(NamedTuple):
     """A piece of a chat: one special token, or text that may hold anything."""
 
     kind: Literal["special", "text"]
     text: str
 
 
-def chat_segments(system: str, users: Sequence[str], assistants: Sequence[str]) -> list[Segment]:
+def _chat_segments(system: str, users: Sequence[str], assistants: Sequence[str]) -> list[_Segment]:
     """Pieces of a chat in order. With one answer fewer than users the chat ends with <SOA>, ready to be answered.
 
     Raises ValueError for any other number of answers, or no user.
@@ -41,20 +41,20 @@ def chat_segments(system: str, users: Sequence[str], assistants: Sequence[str]) 
         raise ValueError(f"expected as many answers as users or one fewer, found {len(assistants)} for {len(users)}")
     segments = _wrapped("<SOT>", system, "<EOT>")
     for turn, user in enumerate(users):
-        segments += [Segment("text", "\n\n"), *_wrapped("<SOU>", user, "<EOU>"), Segment("text", "\n")]
+        segments += [_Segment("text", "\n\n"), *_wrapped("<SOU>", user, "<EOU>"), _Segment("text", "\n")]
         if turn < len(assistants):
             segments += _wrapped("<SOA>", assistants[turn], "<EOA>")
         else:
-            segments.append(Segment("special", "<SOA>"))
+            segments.append(_Segment("special", "<SOA>"))
     return segments
 
 
 def format_chat(system: str, users: Sequence[str], assistants: Sequence[str]) -> str:
     """The chat as one string; with one answer fewer than users it ends with <SOA>."""
-    return "".join(segment.text for segment in chat_segments(system, users, assistants))
+    return "".join(segment.text for segment in _chat_segments(system, users, assistants))
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[int]]:
+def _encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[int]]:
     """Token ids of each different text, tokenized in one batch; no special token can come out of it."""
     assert tokenizer.encode_special_tokens, "load the tokenizer with load_tokenizer"
     different = list(dict.fromkeys(texts))
@@ -62,8 +62,8 @@ def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[i
     return {text: encoding.ids for text, encoding in zip(different, encodings, strict=True)}
 
 
-def join_ids(segments: Sequence[Segment], ids_of_text: Mapping[str, Sequence[int]]) -> list[int]:
-    """Token ids of a chat from the ids of its texts (see `encode_texts`)."""
+def _join_ids(segments: Sequence[_Segment], ids_of_text: Mapping[str, Sequence[int]]) -> list[int]:
+    """Token ids of a chat from the ids of its texts (see `_encode_texts`)."""
     ids: list[int] = []
     for segment in segments:
         if segment.kind == "special":
@@ -73,24 +73,40 @@ def join_ids(segments: Sequence[Segment], ids_of_text: Mapping[str, Sequence[int
     return ids
 
 
+def encode_chats(
+    tokenizer: Tokenizer, chats: Sequence[tuple[str, Sequence[str], Sequence[str]]]
+) -> list[tuple[list[int], int]]:
+    """Of each whole chat (system, users, answers) the token ids, and how many of the last ones are scored: the last
+    answer and its <EOA>. Each different text is tokenized once.
+
+    Raises ValueError unless there is an answer for each user message.
+    """
+    for _, users, assistants in chats:
+        if len(users) != len(assistants):
+            raise ValueError(f"expected an answer for each user message, found {len(assistants)} for {len(users)}")
+    texts = (text for system, users, assistants in chats for text in (system, *users, *assistants))
+    ids_of_text = _encode_texts(tokenizer, ("\n\n", "\n", *texts))
+    return [
+        (_join_ids(_chat_segments(*chat), ids_of_text), len(ids_of_text[chat[2][-1]]) + 1)  # and <EOA>
+        for chat in chats
+    ]
+
+
 def encode_chat(
     tokenizer: Tokenizer, system: str, users: Sequence[str], assistants: Sequence[str]
 ) -> tuple[list[int], int]:
-    """Token ids of a whole chat, and how many of its last tokens are scored: the last answer and its <EOA>."""
-    if len(users) != len(assistants):
-        raise ValueError(f"expected an answer for each user message, found {len(assistants)} for {len(users)}")
-    segments = chat_segments(system, users, assistants)
-    ids_of_text = encode_texts(tokenizer, (segment.text for segment in segments if segment.kind == "text"))
-    return join_ids(segments, ids_of_text), len(ids_of_text[assistants[-1]]) + 1
+    """A chat as `encode_chats` has it."""
+    [found] = encode_chats(tokenizer, [(system, users, assistants)])
+    return found
 
 
 def encode_prompt(tokenizer: Tokenizer, system: str, users: Sequence[str], assistants: Sequence[str]) -> list[int]:
     """Token ids up to the last <SOA>, for the model to continue; `assistants` has one entry fewer than `users`."""
     if len(users) != len(assistants) + 1:
         raise ValueError(f"expected one answer fewer than user messages, found {len(assistants)} for {len(users)}")
-    segments = chat_segments(system, users, assistants)
-    return join_ids(segments, encode_texts(tokenizer, (s.text for s in segments if s.kind == "text")))
+    segments = _chat_segments(system, users, assistants)
+    return _join_ids(segments, _encode_texts(tokenizer, (s.text for s in segments if s.kind == "text")))
 
 
-def _wrapped(start: str, text: str, end: str) -> list[Segment]:
-    return [Segment("special", start), Segment("text", text), Segment("special", end)]
+def _wrapped(start: str, text: str, end: str) -> list[_Segment]:
+    return [_Segment("special", start), _Segment("text", text), _Segment("special", end)]

@@ -21,8 +21,6 @@ ENTRIES = {
     "simple_llama.cluster.watchdog": {"LOST"},
     # making a tokenizer, and asking a model token by token, for programs that use the package
     "simple_llama.dataset.train_bpe": {"BPEConfig", "train_bpe", "tokenizer_json"},
-    "simple_llama.dataset.tokenizer": {"decode_text"},
-    "simple_llama.finetune.format_llm_prompt": {"encode_prompt"},
     "simple_llama.inference.generate": {"generate"},
 }
 

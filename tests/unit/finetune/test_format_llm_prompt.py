@@ -13,7 +13,7 @@ from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from simple_llama.finetune.format_llm_prompt import (
     DEFAULT_SYSTEM_PROMPT,
-    chat_segments,
+    _chat_segments,
     encode_chat,
     encode_prompt,
     format_chat,
@@ -41,7 +41,7 @@ def test_prompt_ends_with_start_of_answer() -> None:
 
 def test_segments_of_one_turn() -> None:
     """White space between the tokens is a text of its own."""
-    assert chat_segments("S", ["a"], ["b"]) == [
+    assert _chat_segments("S", ["a"], ["b"]) == [
         ("special", "<SOT>"),
         ("text", "S"),
         ("special", "<EOT>"),
@@ -108,7 +108,7 @@ def test_default_system_prompt_is_plain_ascii() -> None:
 def test_other_numbers_of_answers_are_refused(users: list[str], assistants: list[str]) -> None:
     """Nobody asked, one answer too many, two answers missing."""
     with pytest.raises(ValueError, match="expected as many answers as users"):
-        chat_segments("S", users, assistants)
+        _chat_segments("S", users, assistants)
 
 
 def test_chat_and_prompt_are_not_mixed_up() -> None:
