@@ -194,7 +194,10 @@ def _text_of(name: str, path: str) -> str:
     try:
         text = read_bytes(path, _MOST_TEXT).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{name}: cannot read {path}: {error.strerror or error}") from error
+        raise UserError(
+            f"{name}: cannot read {path}: {error.strerror or error}; @ stands before the name of a file that holds the "
+            "text: put a text there that itself begins with @"
+        ) from error
     except UnicodeDecodeError:
         raise UserError(f"{name}: {path}: expected UTF-8 text, found other bytes") from None
     return text.removesuffix("\n").removesuffix("\r")

@@ -16,8 +16,7 @@ from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.finetune.chat_format import ChatFormat, SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.finetune.jinja_chat import JinjaChat
-
-_NOT_GIVEN = ("messages", "add_generation_prompt", "tools", "documents")  # what a rendering is about
+from simple_llama.finetune.templates import GIVEN_BY_CHATS
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class ChatConfig(Settings):
         str,
         TextOrFile(),
         Doc(
-            'what "CUSTOM" in a record\'s Template stands for: the prompt that the SFT used, or @FILE with it; left at '
-            "its default, a model with a chat template of its own gets no system message"
+            'what "CUSTOM" in a record\'s Template stands for: the prompt that the SFT used, or @FILE with it (so '
+            "also one that itself begins with @); left at its default, a model with a chat template of its own gets no "
+            "system message"
         ),
     ] = DEFAULT_SYSTEM_PROMPT
     chat_template_kwargs: Annotated[
@@ -50,7 +50,7 @@ class ChatConfig(Settings):
             raise UserError(f"chat_template_kwargs: expected a JSON object, found no JSON: {error}") from None
         if not isinstance(found, dict) or not all(name.isidentifier() for name in found):
             raise UserError(f"chat_template_kwargs: expected a JSON object of names, found {shown(found)}")
-        if ours := [name for name in found if name in _NOT_GIVEN or name.endswith("_token")]:
+        if ours := [name for name in found if name in GIVEN_BY_CHATS or name.endswith("_token")]:
             raise UserError(
                 f"chat_template_kwargs: expected names that a chat does not give itself, found {listed(ours)}"
             )

@@ -1,6 +1,7 @@
 """A process that renders chat templates: a template is a program of a stranger's, so it runs sandboxed, where its time
 and memory are bounded by the system. `templates.TemplateRenderer` starts it; it needs jinja2 alone.
 
+Its argument is the process id of what started it, without which it ends. It says {"ready": true} first of all.
 First line of its input: {"template": text, "variables": {...}, "date": text or null, "cpu_seconds": of one rendering},
 answered by a line {"reads": the names that the template reads} or {"error": ...}. Each further line is a list of
 [messages, whether an answer is asked for], and each of these answered by a line {"text": ...} or {"error": ...}.
@@ -10,6 +11,7 @@ jinja2 computes constants when it compiles, so that is done here too.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -25,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _MEMORY = 1 << 30  # bytes of address space
 _MOST_CHARACTERS = 1 << 20  # of a rendering, beside eight times the messages
 _MOST_SAID = 500  # characters of an error
+_LOOK_S = 1.0  # how often to look whether the parent is there: a fork of it may keep the input open
 _FIXED_DAY = datetime(2024, 7, 26)  # what a template that asks for the date is told; the day of Llama 3's own fallback
 
 
@@ -46,6 +49,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _raise
+    for drawn in (made.filters, "random"), (made.globals, "lipsum"):  # each rendering has to be the same
+        del drawn[0][drawn[1]]
     return made
 
 
@@ -86,6 +91,7 @@ def _render(template: Any, variables: dict[str, Any], messages: list[dict[str, s
     """One rendering. What a template may do to end it has no bound but the process's, so every exception is caught."""
     try:
         text = template.render(messages=messages, add_generation_prompt=asked, tools=None, documents=None, **variables)
+        text.encode()  # no half of a surrogate pair
     except Exception as error:  # noqa: BLE001
         return {"error": _words(error)}
     most = _MOST_CHARACTERS + 8 * sum(len(message["content"]) for message in messages)
@@ -99,7 +105,8 @@ def _words(error: Exception) -> str:
     if isinstance(error, TemplateSyntaxError):
         return f"{(error.message or '')[:_MOST_SAID]}, line {error.lineno}"
     kind = "" if type(error) is TemplateError else f"{type(error).__name__}: "
-    return f"{kind}{error}"[:_MOST_SAID]
+    text = f"{kind}{error}"[:_MOST_SAID]
+    return text if text.isprintable() else repr(text)
 
 
 def _answer(said: dict[str, Any], cpu_seconds: float) -> None:
@@ -108,13 +115,22 @@ def _answer(said: dict[str, Any], cpu_seconds: float) -> None:
     print(json.dumps(said), flush=True)
 
 
-def main() -> None:
+def _end_without(parent: int) -> None:
+    """Ends this process where the one that started it is gone."""
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def main(parent: int) -> None:
     """Answers until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
+    signal.signal(signal.SIGALRM, lambda *_: _end_without(parent))
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_S, _LOOK_S)
     allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = _MEMORY if allowed == resource.RLIM_INFINITY else min(_MEMORY, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print(json.dumps({"ready": True}), flush=True)
     first = json.loads(sys.stdin.readline())
     seconds = first["cpu_seconds"]
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -126,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

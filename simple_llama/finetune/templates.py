@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -12,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import listed
-from simple_llama.finetune import render_worker
+from simple_llama.common.files import listed, shown
 
 Messages = Sequence[Mapping[str, str]]  # of one chat: {"role": ..., "content": ...}
+_WORKER = Path(__file__).with_name("render_worker.py")
 _AT_ONCE = 64  # chats in a line to the process, which holds all of them
-_OURS = frozenset(("messages", "add_generation_prompt", "tools", "documents"))  # given by us, at each rendering
+GIVEN_BY_CHATS = frozenset(("messages", "add_generation_prompt", "tools", "documents"))  # at each rendering
 _CPU_SECONDS = 2.0  # of one rendering: some ten thousand times that of an honest one
 _DATE, _CLOCK = "date_string", "strftime_now"
 
@@ -38,7 +40,8 @@ class TemplateRenderer:
         source: what the template is of, for errors.
         cpu_seconds: that one rendering may take.
 
-    Raises UserError for a template that cannot be compiled, and for a `given` name that it does not read.
+    Raises UserError for a template that cannot be compiled, for a `given` name that it does not read, and where the
+    process cannot start.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class TemplateRenderer:
         said = self._start()
         if "reads" not in said:
             raise UserError(f"{source}: expected a chat template (Jinja), found: {said['error']}")
-        known = {_DATE if name == _CLOCK else name for name in said["reads"]} - _OURS - set(named)
+        known = {_DATE if name == _CLOCK else name for name in said["reads"]} - GIVEN_BY_CHATS - set(named)
         if unknown := sorted(set(given) - known):
             few = listed(sorted(known)) or "nothing"
             raise UserError(
@@ -73,6 +76,7 @@ class TemplateRenderer:
         """The text of each chat; True asks for the prompt of a further answer behind it.
 
         A rendering that takes too much time or memory ends its process, and is an error like those of the template.
+        UserError where no process can start in its place.
         """
         found: list[Rendering] = []
         while len(found) < len(chats):
@@ -90,12 +94,22 @@ class TemplateRenderer:
         return found
 
     def _start(self) -> dict[str, Any]:
-        """Starts the process; what it says of the template."""
-        command = [sys.executable, str(Path(render_worker.__file__))]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self._process, self._end = process, weakref.finalize(self, _end, process)
+        """Starts the process; what it says of the template. UserError where it cannot start."""
+        command = [sys.executable, str(_WORKER), str(os.getpid())]
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,  # read with the answers, so that it cannot fill up
+                encoding="utf-8",
+                errors="replace",
+            )
+        except OSError as error:
+            raise _no_start(error.strerror or str(error)) from error
+        self._process, self._end = process, weakref.finalize(self, _end, process, os.getpid())
+        if "error" in (said := self._receive()):
+            raise _no_start(said["error"])
         self._send(self._first)
         return self._receive()
 
@@ -109,16 +123,41 @@ class TemplateRenderer:
     def _receive(self) -> dict[str, Any]:
         """Its next answer; where it ended without one, why."""
         assert self._process and self._process.stdout
-        line = self._process.stdout.readline()
-        if line.endswith("\n"):
-            return json.loads(line)
-        self._process = None
+        words = ""
+        for line in self._process.stdout:
+            if line.startswith("{") and line.endswith("\n"):
+                return json.loads(line)
+            words = line.strip() or words  # of Python, on its error stream
+        process, self._process = self._process, None
         self._end()
-        return {"error": f"it took more than {self._seconds:g} s, or too much memory, to be rendered"}
+        return {"error": _why_ended(process.returncode, words, self._seconds)}
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process that renders."""
+def _why_ended(status: int, words: str, seconds: float) -> str:
+    """Why a process ended that should have answered: by its status and its last words."""
+    if "MemoryError" in words:
+        return "it took too much memory"
+    if status == -signal.SIGPROF:
+        return f"it took more than {seconds:g} s to be rendered"
+    if status == -signal.SIGKILL:
+        return "its process was killed, as the system does where memory is short"
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    return f"its process ended with status {status}" + (f" and {shown(words)}" if words else "")
+
+
+def _no_start(why: str) -> UserError:
+    """Of a process that cannot render anything."""
+    return UserError(
+        f"expected a process that renders chat templates ({sys.executable}), found that it cannot start: {why}; it "
+        "needs the package jinja2, and no limit (ulimit -v, -u) below what Python takes"
+    )
+
+
+def _end(process: subprocess.Popen[str], owner: int) -> None:
+    """Ends a process that renders; not in a fork of the process that started it."""
+    if os.getpid() != owner:
+        return
     process.kill()
     with contextlib.suppress(BrokenPipeError):  # of what it had not read
         process.communicate()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from simple_llama.common.errors import UserError
+from simple_llama.finetune import templates
 from simple_llama.finetune.templates import TemplateRenderer
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -35,6 +42,8 @@ def test_what_templates_see() -> None:
         ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append'"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ raise_exception('roles must alternate') }}", "error: roles must alternate"),
+        ("{{ raise_exception('\\x1b[2J\\nx') }}", "error: '\\x1b[2J\\nx'"),
+        ("{{ '\\ud800' }}", "error: UnicodeEncodeError"),
         ("{{ messages[0].content + 1 }}", "TypeError"),
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}", "RecursionError"),
         ("{{ messages[0].content.ljust(10 ** 12) }}", "MemoryError"),
@@ -72,6 +81,7 @@ def test_memory_is_bounded() -> None:
     [
         ("{% if %}", "Expected an expression, got 'end of statement block', line 1"),
         ("{{ 'x' | nofilter }}", "No filter named 'nofilter'., line 1"),
+        ("{{ ['x', 'y'] | random }}", "No filter named 'random'., line 1"),
         ("{{ 'x' | center(10 ** 12) }}{{ 'x' * 10 ** 12 }}", ""),
         ("{{ " + "(" * 100_000, ""),
     ],
@@ -100,6 +110,73 @@ def test_the_date_is_never_the_day() -> None:
     assert rendered(falls_back) == "of old"
     given = {"date_string": "1 May 1999"}
     assert rendered(asks, given) == rendered(falls_back, given) == "1 May 1999"
+
+
+@pytest.mark.parametrize(
+    ("worker", "words"),
+    [
+        ("import nosuch", "No module named 'nosuch'"),
+        ("import os; os.kill(os.getpid(), 9)", "its process was killed"),
+        ("raise SystemExit(3)", "its process ended with status 3"),
+    ],
+)
+def test_a_process_that_cannot_start_is_no_slow_template(
+    worker: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own last words are said, or its status; of the first process and of one that takes another's place."""
+    renderer = TemplateRenderer("{{ messages[0].content * 10 ** 12 }}", {}, {}, "model")
+    (tmp_path / "worker.py").write_text(worker)
+    monkeypatch.setattr(templates, "_WORKER", tmp_path / "worker.py")
+    with pytest.raises(UserError, match=f"renders chat templates .* cannot start: .*{words}"):
+        TemplateRenderer("x", {}, {}, "model")
+    renderer._process.kill()  # pyright: ignore[reportOptionalMemberAccess]
+    assert "was killed" in renderer.render([(HI, True)])[0].error
+    with pytest.raises(UserError, match="cannot start"):
+        renderer.render([(HI, True)])
+
+
+def test_too_little_memory_to_start_is_said() -> None:
+    """A limit that this process lives under already (ulimit -v), but no further one can start under."""
+    code = (
+        "import resource; from simple_llama.finetune.templates import TemplateRenderer\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (16 << 20, 16 << 20)); TemplateRenderer('x', {}, {}, 'model')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError: expected a process that renders chat templates" in ended.stderr
+    assert "took more than" not in ended.stderr
+
+
+def test_the_process_ends_with_a_killed_parent() -> None:
+    """Though a fork of the parent keeps its input open; and a fork that ends leaves the process alone."""
+    code = (
+        "import os, signal, sys, time; from simple_llama.finetune.templates import TemplateRenderer\n"
+        "signal.alarm(20)\n"
+        "renderer = TemplateRenderer('x', {}, {}, 'model')\n"
+        "if not (child := os.fork()): sys.exit()\n"
+        "os.waitpid(child, 0); assert renderer.render([([], True)])[0].text == 'x'\n"
+        "if not (child := os.fork()): time.sleep(60)\n"
+        "print(renderer._process.pid, child, flush=True); os.kill(os.getpid(), 9)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    worker, child = map(int, parent.stdout.readline().split())
+    try:
+        assert parent.wait() == -signal.SIGKILL
+        limit = time.monotonic() + 10
+        while is_running(worker) and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert not is_running(worker) and is_running(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.stdout.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_process_ends_with_its_renderer() -> None:

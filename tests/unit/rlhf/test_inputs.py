@@ -152,8 +152,12 @@ def test_a_system_prompt_in_a_file(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"system_prompt": f"@{path}"}))
     assert parse_config([f"--config={config}"]).system_prompt == "\u00e9 one\n two"
-    with pytest.raises(UserError, match="system_prompt: cannot read .*No such file"):
+    with pytest.raises(
+        UserError, match="system_prompt: cannot read .*No such file.*a text there that itself begins with @"
+    ):
         parse_config([f"--system_prompt=@{tmp_path / 'none'}"])
+    path.write_text("@home")
+    assert parse_config([f"--system_prompt=@{path}"]).system_prompt == "@home"
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match="expected UTF-8 text"):
         parse_config([f"--system_prompt=@{path}"])
