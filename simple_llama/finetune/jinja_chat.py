@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest, json_bytes, shown
 from simple_llama.dataset.own_tokenizer import OwnTokenizer
+from simple_llama.dataset.tokenizer import decode_text
 from simple_llama.finetune.chat_format import Chat, EncodedChat, UnsayableChat
 from simple_llama.finetune.piece_tokenizer import PieceIds, PieceTokenizer
 from simple_llama.finetune.skeleton import Pieces, Skeleton, Token, align, placeholder, read_skeleton, written
@@ -63,6 +64,8 @@ class JinjaChat:
         score_tail: bool = False,
     ):
         assert own.template is not None
+        if any("\ud800" <= character <= "\udfff" for character in own.template):
+            raise UserError(f"{own.source}: expected a chat template of Unicode text, found half of a surrogate pair")
         self.tokenizer: Tokenizer = own.tokenizer
         self.default_system, self.unknown_id, self._source = system, own.unknown_id, own.source
         self.identity = {TEMPLATE_KEY: template_digest(own.template)}
@@ -121,7 +124,7 @@ class JinjaChat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens."""
-        return self.tokenizer.decode(list(ids)).strip()
+        return decode_text(self.tokenizer, ids).strip()
 
     def _joined(self, chat: Chat, whole: Pieces, ids: PieceIds, prompt_ids: list[int]) -> EncodedChat:
         """A chat's ids from those of its prompt and of the whole."""
@@ -213,9 +216,11 @@ class JinjaChat:
                 f"{self._source}: expected a chat template that writes every message once, in order, found one that "
                 f"leaves out, changes, repeats or reorders some of {count}; mend the template"
             )
-        opening = [part.id for part in found.segments[0][:2] if isinstance(part, Token)]
-        if self._bos is not None and opening == [self._bos] * 2:
-            raise UserError(f"{self._source}: expected a chat template that begins with one bos_token, found two")
+        if _begins_twice(found.segments[0], self._bos):
+            raise UserError(
+                f"{self._source}: expected a chat template that writes the token that begins a text once, found "
+                f"{shown(written(found.segments[0])[:60])}: two; take one out of the template"
+            )
         return found
 
     def _refused(self, rendering: Rendering) -> UserError:
@@ -251,6 +256,19 @@ def _messages(chat: Chat) -> Messages:
 def _tokens(segments: Sequence[Sequence[str | Token]]) -> list[Token]:
     """The tokens in segments, in order."""
     return [part for segment in segments for part in segment if isinstance(part, Token)]
+
+
+def _begins_twice(segment: Sequence[str | Token], bos: int | None) -> bool:
+    """Whether the token that begins a text (`bos`, or the first one) stands twice in what a template writes in front of
+    all messages, with no text between."""
+    runs: list[list[int]] = [[]]
+    for part in segment:
+        if isinstance(part, Token):
+            runs[-1].append(part.id)
+        elif part.strip():
+            runs.append([])
+    first = next((number for run in runs for number in run), None)
+    return any(run.count(number) > 1 for run in runs for number in {first, bos} - {None})
 
 
 def _with_places(skeleton: Skeleton) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from chat_templates import CHATS, NO_SYSTEM, TEMPLATES, own, tokenizers_of_each_kind
 from simple_llama.common.errors import UserError
@@ -165,9 +165,12 @@ def test_a_system_message_without_a_place_is_refused(template: str) -> None:
         (CHATML.replace("in messages", "in messages | reverse"), "leaves out, changes, repeats or reorders"),
         (CHATML.replace("in messages", "in messages[-1:]"), "leaves out, changes, repeats or reorders"),
         (CHATML.replace("<|im_end|>", ""), "ends an answer with a token"),
-        ("{{ bos_token + bos_token }}" + CHATML, "begins with one bos_token, found two"),
+        ("{{ bos_token + bos_token }}" + CHATML, "begins a text once, found '<s><s>.*two"),
+        ("{{ '<s>\\n<s>' }}" + CHATML, "begins a text once, found '<s>..<s>.*two"),
+        ("{{ 'x<|eot_id|><s><|eot_id|>' + bos_token }}" + CHATML, "begins a text once"),
         ("{{ raise_exception('never') }}", "found: never"),
         ("{{ nothing.at.all }}", "UndefinedError"),
+        ("\ud800" + CHATML, "Unicode text, found half of a surrogate pair"),
     ],
 )
 def test_templates_that_cannot_be_used_are_refused(template: str, words: str) -> None:
@@ -175,6 +178,22 @@ def test_templates_that_cannot_be_used_are_refused(template: str, words: str) ->
     with pytest.raises(UserError, match=words) as raised:
         form(template)
     assert str(raised.value).startswith("model: ")
+
+
+def test_a_text_begins_once() -> None:
+    """Named or not, a second <s> in front of the messages is refused; one that a tokenizer would put before each text
+    is not added to the template's, whole or cut."""
+    twice, once = (f"{begin}{CHATML}{PROMPT}" for begin in ("<s> <s>", "<s>"))
+    with pytest.raises(UserError, match="begins a text once"):
+        JinjaChat(own(twice, KINDS["ByteLevel"], named={}))
+    tokenizer = Tokenizer.from_str(KINDS["ByteLevel"].to_str())
+    begin = tokenizer.token_to_id("<s>")
+    assert begin is not None
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    chat = JinjaChat(own(once, tokenizer, named={}))
+    for found in chat.encode([Chat(None, ["a"], ["b"]), Chat(None, ["<s>"], ["<s>"])]):
+        assert (found.ids[0], list(found.ids).count(begin)) == (begin, 1)
+    assert chat.encode_prompt(Chat(None, ["<s>"], [])).count(begin) == 1
 
 
 def test_messages_that_a_template_looks_into_are_refused() -> None:
