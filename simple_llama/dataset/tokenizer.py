@@ -135,18 +135,20 @@ def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def tokenizer_digest(tokenizer: Tokenizer | str | Path) -> str:
-    """Hex digest of what decides which ids a text becomes; the file's layout and library version do not count.
+    """Hex digest of all that decides which ids a text becomes; the file's layout and library version do not count.
 
-    Of SimpleLLaMA's, added tokens do not count, as in the names of older stores: the ten special ones are given, and
-    what others do to a text shows in its ids, by which a store finds a pair.
+    Of SimpleLLaMA's, special tokens do not count, as in the names of older stores: ten are given, and none of a text
+    becomes one. Further added tokens do.
     """
     loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     saved = json.loads(loaded.to_str())
     model = saved["model"]
     if "merges" in model:  # one is written "a b" or ["a", "b"], depending on the library's version
         model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    added = [token for token in saved["added_tokens"] if token["content"] not in SPECIAL_IDS]
     if is_simple_llama(loaded):
         parts = [model["vocab"], model["merges"], saved["pre_tokenizer"], saved["normalizer"]]
+        parts += [plain] if (plain := [token for token in added if not token["special"]]) else []
     else:
         parts = [model, saved["pre_tokenizer"], saved["normalizer"], saved["added_tokens"]]
     return digest(json.dumps(parts, sort_keys=True).encode()).hex()
