@@ -459,7 +459,11 @@ SETTINGS = [
     Case(
         "half a surrogate in the prompt", settings({"system_prompt": "\udc80"}), ("system_prompt: expected", "\\udc80")
     ),
-    Case("more tokens than the model", flags("--max_seq_len=513"), ("max_seq_len: expected at most the model's 512",)),
+    Case(
+        "more tokens than the model",
+        flags("--max_seq_len=513"),
+        ("max_seq_len: expected at most the model's 512 tokens (",),
+    ),
     Case("the flag beta 0", flags("--beta=0"), ("beta: expected a finite number above 0, found 0.0",)),
     Case("the flag beta nan", flags("--beta=nan"), ("beta: expected a finite number above 0, found nan",)),
     Case("the flag beta abc", flags("--beta=abc"), ("--beta", "abc")),

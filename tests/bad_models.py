@@ -211,7 +211,7 @@ MODELS = [
     Case(
         "a window shorter than a sequence",
         settings(config(model_type="mistral", architectures=None, sliding_window=64), max_seq_len=128),
-        ("max_seq_len: expected at most the model's 64 tokens",),
+        ("max_seq_len: expected at most the model's 64 tokens, its sliding window (",),
     ),
     # === What config.json says, and what the weights are ===
     Case("a tied flag without its weight", config(tie_word_embeddings=False), (DESCRIBED, f"missing {HEAD}")),

@@ -52,10 +52,11 @@ _WHOLE = {  # keys of whole numbers, by those of config.json; without "llama."
     "head_dim": "attention.key_length",
 }
 _NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-_EPS, _THETA = "attention.layer_norm_rms_epsilon", "rope.freq_base"
+_EPS, _THETA, _WINDOW = "attention.layer_norm_rms_epsilon", "rope.freq_base", "attention.sliding_window"
 _OTHERS = (  # that are read below
     _EPS,
     _THETA,
+    _WINDOW,
     "vocab_size",
     "attention.value_length",
     "rope.dimension_count",
@@ -139,8 +140,7 @@ def _config_json(found: Mapping[str, Any], container: GGUFContainer) -> dict[str
             raise UserError(f"llama.{key}: expected {width}, the width of a head, found {shown(found[key])}")
     theta = _decimal(_THETA, found.get(_THETA, 10000.0))
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **_family(found),
         "vocab_size": vocabulary,
         **sizes,
         "hidden_act": "silu",
@@ -151,6 +151,17 @@ def _config_json(found: Mapping[str, Any], container: GGUFContainer) -> dict[str
         "attention_bias": "blk.0.attn_q.bias" in container,
         "mlp_bias": "blk.0.ffn_gate.bias" in container,
     }
+
+
+def _family(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The family's names, Mistral's where there is a sliding window (0: none), with what it takes for granted."""
+    window = found.get(_WINDOW, 0)
+    if type(window) is not int or window < 0:
+        raise UserError(f"llama.{_WINDOW}: expected a whole number, found {shown(window)}")
+    if not window:
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    heads = {"num_key_value_heads": found["attention.head_count"]}  # unless the file has fewer
+    return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window, **heads}
 
 
 def _rope_scaling(

@@ -19,7 +19,7 @@ from simple_llama.interop.hf_export import ExportForm, TrainedOver, export_metad
 from simple_llama.interop.hf_names import LLAMA
 from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.pretraining.architecture import Architecture
-from simple_llama.pretraining.weights import LoadedModel, weights_digest
+from simple_llama.pretraining.weights import LoadedModel, look_through
 
 
 class GGUFFile:
@@ -35,10 +35,11 @@ class GGUFFile:
         self._config = read_gguf_config(self._container)
         self.own_tokenizer = read_gguf_tokenizer(self._container.metadata, self.path)
         self.architecture: Architecture = self._config.architecture
+        self.slides = self._config.slides
         self.numerics: Mapping[str, str] = self._config.numerics
         self._tensors = OurTensors(self._container, self.architecture, self._config.names)
         self.names = list(self._tensors)
-        self.digest = weights_digest(self._tensors)
+        self.digest, self._ends = look_through(self._tensors)
 
     def load(self) -> LoadedModel:
         """The model; each tensor is read, compared with the first read and dequantized when it is asked for.
@@ -46,7 +47,7 @@ class GGUFFile:
         Raises StartChanged.
         """
         self._container.check_size()
-        return LoadedModel(self._tensors, self.architecture, self.path)
+        return LoadedModel(self._tensors, self.architecture, self.path, self._ends)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[LoadedModel]:

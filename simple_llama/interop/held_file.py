@@ -1,7 +1,7 @@
 """A file of a model, held open for a run: only the bytes that were read first count.
 
 It is read with `pread` into new memory, never mapped: one that somebody cuts cannot end the process (SIGBUS), and no
-more of it is in memory than the tensor that is in use.
+more of it is in memory than the tensor that is in use. As many threads as this rank computes with read and hash.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import open_file, shown
 from simple_llama.pretraining.start_model import StartChanged
 
-_READ_BYTES = 64 << 20  # that are asked of the system at a time: it gives less than 2 GiB
+_PIECE_BYTES = 16 << 20  # that a thread reads and hashes at a time
 
 
 class HeldFile:
@@ -33,12 +34,12 @@ class HeldFile:
             raise UserError(f"{path}: {expected}, found: {error.strerror or error}") from error
         weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
-        self.digests: dict[str, bytes] = {}  # of a tensor's bytes, when it was read first
+        self.digests: dict[str, bytes] = {}  # of the pieces of a tensor, when it was read first
 
     def read_into(self, memory: memoryview, start: int) -> None:
         """Fills `memory` from `start` on. OSError where the file ends before, too."""
         while memory:
-            count = os.preadv(self._descriptor, [memory[:_READ_BYTES]], start)
+            count = os.preadv(self._descriptor, [memory[:_PIECE_BYTES]], start)  # the system gives less than 2 GiB
             if not count:
                 raise OSError(0, "it is shorter than it was")
             memory, start = memory[count:], start + count
@@ -48,13 +49,25 @@ class HeldFile:
         raw = torch.empty(size, dtype=torch.uint8)
         memory = raw.numpy().data
         try:
-            self.read_into(memory, start)
+            found = self._read_hashed(memory, start)
         except OSError as error:
             raise self._changed(error.strerror or str(error)) from error
-        found = hashlib.blake2b(memory, digest_size=16).digest()
         if self.digests.setdefault(name, found) != found:
             raise self._changed(f"tensor {shown(name)} differs")
         return raw
+
+    def _read_hashed(self, memory: memoryview, start: int) -> bytes:
+        """Fills `memory` from `start` on; gives the digests of its pieces, one behind the other. OSError."""
+
+        def piece(first: int) -> bytes:
+            part = memory[first : first + _PIECE_BYTES]
+            self.read_into(part, start + first)
+            return hashlib.blake2b(part, digest_size=16).digest()
+
+        if len(memory) <= _PIECE_BYTES:
+            return piece(0)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            return b"".join(threads.map(piece, range(0, len(memory), _PIECE_BYTES)))
 
     def check_size(self) -> None:
         """Raises StartChanged where the file is longer or shorter than it was."""

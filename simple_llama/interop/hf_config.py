@@ -111,6 +111,11 @@ class HFModelConfig:
     raw: dict[str, Any]  # as it was found
     numerics: dict[str, str]  # of `numerics_of`
 
+    @property
+    def slides(self) -> bool:
+        """Whether a sliding window bounds `architecture.max_seq_len`."""
+        return self.architecture.max_seq_len < self.raw["max_position_embeddings"]
+
 
 def read_hf_config(found: Any, source: str) -> HFModelConfig:
     """Reads what stands in a config.json.

@@ -25,7 +25,7 @@ from simple_llama.interop.hf_tokenizer import TOKENIZER_FILES, load_hf_tokenizer
 from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights, weights_there
 from simple_llama.pretraining.architecture import Architecture
-from simple_llama.pretraining.weights import LoadedModel, weights_digest
+from simple_llama.pretraining.weights import LoadedModel, look_through
 
 _CONFIG = "config.json"
 _FILES = (_CONFIG, *TOKENIZER_FILES, "LICENSE")  # that are read or go into an export unchanged
@@ -56,12 +56,17 @@ class HFFolder:
         _check_fit(self._files, self.config, self.path)
         self._tensors = OurTensors(self._files, self.architecture, self.config.names)
         self.names = list(self._tensors)
-        self.digest = weights_digest(self._tensors)
+        self.digest, self._ends = look_through(self._tensors)
 
     @property
     def architecture(self) -> Architecture:
         """The model's shape."""
         return self.config.architecture
+
+    @property
+    def slides(self) -> bool:
+        """As `config` says."""
+        return self.config.slides
 
     @property
     def numerics(self) -> Mapping[str, str]:
@@ -82,7 +87,7 @@ class HFFolder:
     def load(self) -> LoadedModel:
         """The model; each tensor is read, and compared with the first read, when it is asked for. StartChanged."""
         self._files.check_sizes()
-        return LoadedModel(self._tensors, self.architecture, self.path)
+        return LoadedModel(self._tensors, self.architecture, self.path, self._ends)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[LoadedModel]:

@@ -24,7 +24,7 @@ from simple_llama.pretraining.weights import WeightsFile, load_weights, save_wei
 class StartFile:
     """A weights file, its descriptor, and what its tensors were when it was read first."""
 
-    export_suffix, export_dtype, own_tokenizer = ".pth", torch.float32, None
+    export_suffix, export_dtype, own_tokenizer, slides = ".pth", torch.float32, None, False
 
     def __init__(self, path: str | os.PathLike[str]):
         """Opens, reads and digests the file. UserError as of `load_weights`."""

@@ -37,6 +37,11 @@ class StartModel(Protocol):
         ...
 
     @property
+    def slides(self) -> bool:
+        """Whether a sliding window, and not the positions that it knows, bounds its sequences."""
+        ...
+
+    @property
     def names(self) -> Sequence[str]:
         """Of its tensors, ours."""
         ...

@@ -16,9 +16,10 @@ from copy import copy
 from dataclasses import dataclass, replace
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_path, listed, open_file, shown
@@ -49,6 +50,14 @@ class LoadedModel:
     state_dict: Mapping[str, torch.Tensor]  # by our parameter names
     architecture: Architecture  # without dropout, which is a run's own
     path: Path
+    ends: Mapping[str, torch.Tensor] | None = None  # of `FirstLook`, where there was one
+
+
+class FirstLook(NamedTuple):
+    """What one read of all tensors tells of them."""
+
+    digest: str  # hex, of names, dtypes, shapes and values: independent of the order of the dict and of any file
+    ends: dict[str, torch.Tensor]  # (2,) fp32: the least and the largest number of each; nan where it holds one
 
 
 @dataclass(frozen=True)
@@ -132,21 +141,33 @@ def build_model(
 
     Raises UserError as `check_weights` does.
     """
-    model = _empty_model(loaded, dropout)
-    tensors: dict[str, torch.Tensor] = {}
-    for name in loaded.state_dict:  # of what is read, one tensor is in memory at a time
-        tensors[name] = loaded.state_dict[name].detach().to(device, dtype, copy=True)
-    _check_finite(loaded.path, dtype, tensors)
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model = empty_model(loaded, dropout)
+    fill(model, "", loaded, dtype, device)
     return model
+
+
+def fill(part: nn.Module, prefix: str, loaded: Loaded, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Gives a part of an empty model, or all of it, its own copy of its weights in `dtype` on `device`.
+
+    Args:
+        prefix: what the names of its weights begin with in the whole model.
+
+    Raises UserError for weights that are not finite.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name in part.state_dict():  # of what is read, one tensor is in memory at a time
+        tensors[name] = loaded.state_dict[prefix + name].detach().to(device, dtype, copy=True)
+    _check_finite(loaded.path, dtype, {prefix + name: tensor for name, tensor in tensors.items()})
+    part.load_state_dict(tensors, strict=True, assign=True)
 
 
 def check_weights(loaded: Loaded, dtype: torch.dtype) -> None:
     """Raises UserError when tensors are missing, unexpected, of another shape than the config says, or not finite in
-    `dtype`. Holds one converted tensor at a time."""
-    _empty_model(loaded, dropout=0.0)
-    for name in loaded.state_dict:
-        _check_finite(loaded.path, dtype, {name: loaded.state_dict[name].detach().to(dtype)})
+    `dtype`. Holds one converted tensor at a time, and reads none where their ends are known."""
+    empty_model(loaded)
+    tensors = loaded.ends if isinstance(loaded, LoadedModel) and loaded.ends else loaded.state_dict
+    for name in tensors:
+        _check_finite(loaded.path, dtype, {name: tensors[name].detach().to(dtype)})
 
 
 def save_weights(
@@ -172,14 +193,24 @@ def save_weights(
 
 
 def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """Hex digest of names, dtypes, shapes and values: independent of the order of the dict and of any file."""
-    state = hashlib.blake2b(digest_size=16)
+    """The digest of `FirstLook` alone."""
+    return look_through(state_dict).digest
+
+
+def look_through(state_dict: Mapping[str, torch.Tensor]) -> FirstLook:
+    """Reads each tensor once; holds one at a time."""
+    state, ends = hashlib.blake2b(digest_size=16), {}
     for name in sorted(state_dict):
         tensor = state_dict[name].detach()
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for piece in tensor.flatten().split(_DIGESTED):  # no fp32 copy of a whole tensor
-            state.update(piece.to("cpu", torch.float32).contiguous().numpy().data)
-    return state.hexdigest()
+        found = []
+        for part in tensor.flatten().split(_DIGESTED):  # no fp32 copy of a whole tensor
+            piece = part.to("cpu", torch.float32).contiguous()
+            state.update(piece.numpy().data)
+            found += piece.aminmax() if len(piece) else ()
+        if found:
+            ends[name] = torch.stack(torch.stack(found).aminmax())
+    return FirstLook(state.hexdigest(), ends)
 
 
 def _save(checkpoint: dict[str, Any], file: BufferedWriter) -> None:
@@ -246,7 +277,7 @@ def _plain_state_dict(state_dict: Any, path: str | os.PathLike[str]) -> dict[str
     return plain
 
 
-def _empty_model(loaded: Loaded, dropout: float) -> LLaMaTransformer:
+def empty_model(loaded: Loaded, dropout: float = 0.0) -> LLaMaTransformer:
     """The model of this architecture, without values; UserError where the tensors do not fit it."""
     architecture = replace(loaded.architecture, dropout=dropout)
     with torch.device("meta"):

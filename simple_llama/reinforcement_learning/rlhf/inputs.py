@@ -108,6 +108,7 @@ def load_inputs(config: InputsConfig, ranks: Ranks) -> Inputs:
     require_same("package versions", versions(), ranks)
     require_same("settings", asdict(config), ranks)
     require_same("data set (digest)", inputs.data_digest, ranks)
+    require_same("what ends an answer (token ids)", sorted(inputs.chat.stop_ids), ranks)
     require_same("reference model (digests)", inputs.reference_id, ranks)
     return inputs
 
@@ -128,9 +129,10 @@ def _read_inputs(config: InputsConfig) -> Inputs:
         )
     max_seq_len = config.max_seq_len or architecture.max_seq_len
     if max_seq_len > architecture.max_seq_len:
+        window = ", its sliding window" if start.slides else ""
         raise UserError(
-            f"max_seq_len: expected at most the model's {architecture.max_seq_len} tokens ({start.path}; a sliding "
-            f"window counts), found {config.max_seq_len}"
+            f"max_seq_len: expected at most the model's {architecture.max_seq_len} tokens{window} ({start.path}), "
+            f"found {config.max_seq_len}"
         )
     data = RLDatasetLoader(
         config.rlhf_dataset_path,

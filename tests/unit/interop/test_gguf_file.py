@@ -59,6 +59,24 @@ def test_the_model_is_that_of_the_folder(tmp_path: Path, path: Path) -> None:
     assert torch.equal(model.embeddings.weight, random_weights()["embeddings.weight"])
 
 
+def test_a_sliding_window_is_read_and_kept(tmp_path: Path) -> None:
+    """Where the metadata has one the model is a Mistral: sequences end at the window, and the export says it. 0: none.
+    Without `head_count_kv` there are as many key heads as heads, 4, whose rows the matrices lack."""
+    start = GGUFFile(make_gguf(tmp_path / "m.gguf", {"llama.attention.sliding_window": 64}))
+    assert start.architecture == replace(ARCHITECTURE, max_seq_len=64) and start.slides
+    start.export(tmp_path / "out", {}, {})
+    out = HFFolder(tmp_path / "out")
+    assert out.config.raw["model_type"] == "mistral" and out.config.raw["sliding_window"] == 64
+    assert (out.architecture, out.digest) == (start.architecture, start.digest)
+    none = GGUFFile(make_gguf(tmp_path / "n.gguf", {"llama.attention.sliding_window": 0}))
+    assert none.architecture == ARCHITECTURE and not none.slides
+    fewer = {"llama.attention.sliding_window": 64, "llama.attention.head_count_kv": None}
+    with pytest.raises(UserError, match=r"blk.0.attn_k.weight \(16, 32\) instead of \(32, 32\)"):
+        GGUFFile(make_gguf(tmp_path / "f.gguf", fewer))
+    with pytest.raises(UserError, match=r"llama.attention.sliding_window: expected a whole number, found 6.5"):
+        GGUFFile(make_gguf(tmp_path / "w.gguf", {"llama.attention.sliding_window": 6.5}))
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16", "BF16"])
 def test_quantized_tensors_are_dequantized_piece_by_piece(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

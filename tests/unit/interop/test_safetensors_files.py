@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from simple_llama.common.errors import UserError
+from simple_llama.interop import held_file
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights
 from simple_llama.pretraining.start_model import StartChanged
 
@@ -217,6 +218,22 @@ def test_a_file_overwritten_in_place_is_refused_where_it_is_read(tmp_path: Path)
     with pytest.raises(StartChanged, match="model.safetensors: the start model has changed .* tensor 'a' differs"):
         found["a"]
     assert found["b"].sum() == 4
+
+
+@pytest.mark.parametrize("at", [0, 1023, 1024, 16383])
+def test_a_tensor_of_many_pieces_is_whole_and_every_piece_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """16 KiB in pieces of 1,024 bytes, read by several threads: in their order, and a byte of any is noticed."""
+    monkeypatch.setattr(held_file, "_PIECE_BYTES", 1024)
+    path, found = held(tmp_path)
+    assert torch.equal(found["a"], torch.arange(4096.0)) and torch.equal(found["a"], torch.arange(4096.0))
+    start = path.read_bytes().index(torch.arange(4096.0).numpy().tobytes())
+    with path.open("r+b") as file:
+        file.seek(start + at)
+        file.write(b"\x5a")
+    with pytest.raises(StartChanged, match="tensor 'a' differs"):
+        found["a"]
 
 
 def test_a_file_that_was_cut_is_refused_and_ends_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from simple_llama.common.paths import package_path
 from simple_llama.common.settings import parse_settings
 from simple_llama.finetune.chat_format import SimpleLLaMAChat
 from simple_llama.finetune.jinja_chat import JinjaChat
+from simple_llama.reinforcement_learning.rlhf import inputs as inputs_of_run
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from tiny_hf import TinyHFJob, make_hf_job
@@ -88,6 +89,14 @@ def test_score_tail_scores_what_stands_behind_the_end(hf_job: TinyHFJob, ranks: 
     """One more token a side, the line break: TRL's way."""
     plain, tail = inputs(hf_job, ranks), inputs(hf_job, ranks, score_tail=True)
     assert (tail.data.train.keys["counts"] - plain.data.train.keys["counts"] == 1).all()
+
+
+def test_ranks_agree_on_what_ends_an_answer(hf_job: TinyHFJob, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """generation_config.json is in no digest; ranks that stop at other tokens would wait for each other in ZeRO-3."""
+    compared: dict[str, Any] = {}
+    monkeypatch.setattr(inputs_of_run, "require_same", lambda what, value, ranks: compared.update({what: value}))
+    inputs(hf_job, ranks)
+    assert compared["what ends an answer (token ids)"] == [2]
 
 
 def test_simple_llama_has_its_own_format(ranks: Ranks, tmp_path: Path) -> None:
