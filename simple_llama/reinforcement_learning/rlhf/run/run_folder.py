@@ -208,18 +208,19 @@ def _wait_for_lock(folder: Path) -> None:
 def settings_to_resume(config: FolderConfig, kind: type[Settings]) -> tuple[dict[str, Any], str]:
     """Settings that the run to resume was started with, the base of a command's, and the file that has them.
 
-    Of the checkpoint folder, which all hosts share; earlier versions kept them in the log folder alone. Without any
-    only the run's name and "", and nothing where there is no run. What is no setting of `kind` any more is left out,
-    as `say_settings` says; a setting that came later stands as it was before (`values_before`).
+    Of the checkpoint folder, which all hosts share; earlier versions kept them in the log folder alone. What is no
+    setting of `kind` any more is left out, as `say_settings` says; a setting that came later stands as it was before
+    (`values_before`). Without a file these and the run's name alone, and ""; nothing where there is no run.
     """
     try:
         name = config.run_name or newest_run(Path(config.ckpt_dir))
     except UserError:  # `name_run` says so, where a run is to go on
         return {}, ""
-    found, path = _kept_settings(folders_of(config, name))
+    folders = folders_of(config, name)
+    found, path = _kept_settings(folders)
     own = {key: value for key, value in known_settings(kind, found)[0].items() if key not in _ONCE}
-    if path is None:
-        return {"run_name": name}, ""
+    if path is None:  # checkpoints without settings beside them: of earlier versions
+        return {**(values_before(kind) if has_checkpoints(folders[0]) else {}), "run_name": name}, ""
     own = {**values_before(kind), **_without_moved(kind, own), "run_name": name, "ckpt_dir": config.ckpt_dir}
     if path.parent == Path(config.log_dir) / name:
         own["log_dir"] = config.log_dir
@@ -252,7 +253,8 @@ def say_settings(config: FolderConfig) -> None:
             LOGGER.warning("%s: unknown settings of another version have no effect: %s", path, shown(unknown))
     elif has_checkpoints(folders[0]):
         LOGGER.warning(
-            "no %s in %s or in %s: settings that are not on the command line are the defaults, not the run's",
+            "no %s in %s or in %s: settings that are not on the command line are the defaults, not the run's, and "
+            "those of later versions as they were before",
             _SETTINGS,
             *folders,
         )

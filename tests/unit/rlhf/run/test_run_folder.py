@@ -227,7 +227,8 @@ def test_settings_of_earlier_versions_and_of_none(tmp_path: Path, caplog: pytest
         assert source == str(first) and settings["beta"] == 0.25 and settings["log_dir"] == asked.log_dir
         copy.unlink(missing_ok=True)
     first.unlink()
-    assert settings_to_resume(asked, DPOConfig) == ({"run_name": "a"}, "")
+    later = {"ascii_text": False, "max_unknown": 1.0}  # such a run was started before these
+    assert settings_to_resume(asked, DPOConfig) == ({**later, "run_name": "a"}, "")
     say_settings(asked)
     assert f"no config.json in {tmp_path}/ckpt/a or in {tmp_path}/moved/a" in caplog.text
     first.write_text("[1]")
