@@ -22,7 +22,8 @@ def plain_steps(config: DPOConfig, inputs: Inputs) -> Plain:
     """Two steps on the micro-batches of both ranks, whose weights are halved: ZeRO divides by the number of ranks."""
     device = torch.device("cpu")
     with inputs.start.reading() as start:
-        policy = _build_policy(config, inputs, start, PreferenceLoss.of(config), device)
+        model = inputs.build_model(start, device)
+        policy = _build_policy(config, model, PreferenceLoss.of(config), start.path)
         loop = PlainLoop(policy, start, config, device)
     plan, norms, states = plan_of(config, inputs, 2), [], []
     for index in range(2):

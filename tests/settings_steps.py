@@ -25,7 +25,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.step import Learner, Portion, optimizer_step, portions
-from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy
+from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy, _start_model
 
 RATE = 1e-3
 State = dict[str, torch.Tensor]  # weight, exp_avg and exp_avg_sq, each of all parameters in one, fp32
@@ -44,7 +44,8 @@ class Steps:
 def two_steps(config: DPOConfig, inputs: Inputs, ranks: Ranks, twice: bool) -> Steps:
     """Trains the start model for two steps under DeepSpeed (collective); `twice`: the second is made again."""
     with inputs.start.reading() as start:
-        policy = _build_policy(config, inputs, start, PreferenceLoss.of(config), ranks.device)
+        model = _start_model(config, inputs, start, ranks)
+        policy = _build_policy(config, model, PreferenceLoss.of(config), start.path)
         engine = Engine(policy, start.state_dict, config, ranks)
     pairs, plan = inputs.data.train, plan_of(config, inputs, ranks.world_size)
     norms, saved = [step(engine, portions(plan.step(0), ranks.rank, pairs))], dict(engine.full_state())

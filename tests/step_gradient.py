@@ -17,7 +17,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.step import accumulate, portions
-from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy, open_reference
+from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy, _start_model, open_reference
 
 
 def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:
@@ -25,7 +25,8 @@ def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:
     inputs = load_inputs(config, ranks)
     pairs = inputs.data.train
     with inputs.start.reading() as start:
-        policy = _build_policy(config, inputs, start, PreferenceLoss.of(config), ranks.device)
+        model = _start_model(config, inputs, start, ranks)
+        policy = _build_policy(config, model, PreferenceLoss.of(config), start.path)
         engine = Engine(policy, start.state_dict, config, ranks)
     plan = BatchPlan(pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps)
     ref_logps = open_reference(config, inputs, ranks).logps

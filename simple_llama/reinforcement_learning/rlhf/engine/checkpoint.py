@@ -96,11 +96,11 @@ def write_state(
     ranks: Ranks,
     before: SavedState | None,
     check_lock: Callable[[], object],
-) -> tuple[SavedState, dict[str, torch.Tensor]]:
+) -> SavedState:
     """Writes `folder`/state/step_N and prunes older states, all but `keep` (collective).
 
-    Gives the state and the fp32 master weights by name (CPU; on rank 0, empty elsewhere). An error on one rank is an
-    error on all. Each parameter's state is written by one rank, in turn.
+    An error on one rank is an error on all. Each parameter's state is held and written by one rank, in turn: the whole
+    model is in no rank's memory, and `StateWeights` reads it from the disk.
 
     Args:
         before: the newest state that this run has saved or loaded. Where it is of the same step, its shards stay and
@@ -110,10 +110,10 @@ def write_state(
     temp = None
     try:
         if before and before.facts.step == facts.step:
-            place, weights, files = before.folder, _master_weights(engine, ranks), before.files
+            place, files = before.folder, before.files
         else:
             temp, place = _begin(folder, facts.step, ranks)
-            weights, files = _write_shards(temp, engine, ranks)
+            files = _write_shards(temp, engine, ranks)
         with fail_together(ranks):
             if ranks.is_main:
                 check_lock()
@@ -126,7 +126,7 @@ def write_state(
         if ranks.is_main and temp:
             delete_state(temp)  # on a full disk, the room that it takes is needed
         raise
-    return SavedState(place, facts, files, facts.step), weights
+    return SavedState(place, facts, files, facts.step)
 
 
 def _begin(folder: Path, step: int, ranks: Ranks) -> tuple[Path, Path]:
@@ -145,23 +145,12 @@ def _described(facts: StateFacts, files: dict[str, str]) -> bytes:
     return json_bytes({**found, "digest": digest(json_bytes(found)).hex()})
 
 
-def _master_weights(engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """fp32 master weights by name, on rank 0 (collective)."""
-    weights = {}
-    for parameter, tensors in engine.full_state():
-        if ranks.is_main:
-            weights[parameter] = tensors["weight"].cpu()
-    return weights
-
-
-def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Writes each rank's share of a state (collective). Gives fp32 master weights, on rank 0, and digests by file."""
-    mine, weights = {}, {}
+def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> dict[str, str]:
+    """Writes each rank's share of a state (collective). Gives the digests of all by file."""
+    mine = {}
     for index, (parameter, tensors) in enumerate(engine.full_state()):
         if index % ranks.world_size == ranks.rank:
             mine |= {f"{parameter}|{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        if ranks.is_main:
-            weights[parameter] = tensors["weight"].cpu()
     shard = folder / f"rank_{ranks.rank:05d}.safetensors"
     with fail_together(ranks):
         try:
@@ -175,7 +164,7 @@ def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> tuple[dict[str,
         for name in digests if ranks.is_main else ():
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} of another rank is missing; ckpt_dir must be a shared disk")
-    return weights, digests
+    return digests
 
 
 def newest_state(folder: Path) -> SavedState:

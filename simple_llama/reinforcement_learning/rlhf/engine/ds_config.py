@@ -23,7 +23,9 @@ class OptimizerConfig(Settings):
 
     # === Optimizer ===
     weight_decay: Annotated[
-        float, Bounds(0.0, 10.0), Doc("AdamW decay of matrices; norms, biases and embeddings have none")
+        float,
+        Bounds(0.0, 10.0),
+        Doc("AdamW decay of matrices; norms, biases and embeddings (a tied head is these) have none"),
     ] = 0.0
     beta1: Annotated[float, Bounds(0.0, 0.99999)] = 0.9  # AdamW
     beta2: Annotated[float, Bounds(0.0, 0.999999)] = 0.95  # AdamW

@@ -5,6 +5,7 @@ Shapes: B pairs of a micro-batch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 
 from simple_llama.cluster import watchdog
-from simple_llama.cluster.distributed import Ranks
+from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.weights import Loaded, empty_model, fill
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.engine.communication import CommunicationMeter
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import (
@@ -59,14 +61,10 @@ class Engine:
             betas=(config.beta1, config.beta2),
             fused=True,
         )
-        try:
+        with _starting(config):
             engine, zero_optimizer, _, _ = deepspeed.initialize(
                 model=policy, optimizer=optimizer, config=self.ds_config, dist_init_required=False
             )
-        except Exception as error:  # its checks of the settings raise half a dozen kinds
-            if isinstance(error, RuntimeError):
-                watchdog.await_verdict()  # a peer that was killed looks like this
-            raise UserError(_refusal(config.deepspeed_config, error)) from error
         self.engine: Any = engine
         self.optimizer: Any = zero_optimizer
         self.communication = CommunicationMeter(deepspeed.comm.comm.cdb, ranks.device)
@@ -152,18 +150,13 @@ class Engine:
             if name not in self.trainable:
                 raise UserError(f"state to load: expected only trained parameters, found {name}")
             parameter = self.trainable[name]
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # a ZeRO-3 parameter shows no shape itself
+            shape = _shape(parameter)
             if tuple(tensors["weight"].shape) != shape:
                 raise UserError(f"state of {name}: expected shape {shape}, found {tuple(tensors['weight'].shape)}")
             missing.discard(name)
-            for key, tensor in tensors.items():
-                value = tensor.to(device=parameter.device, dtype=torch.float32)
-                if self.partitioned:
-                    self.set_local_part(parameter, value, None if key == "weight" else key)
-                elif key == "weight":
-                    self.utils.safe_set_full_fp32_param(parameter, value)
-                else:
-                    self.utils.safe_set_full_optimizer_state(parameter, value, key)
+            for key in tensors:
+                self._set(parameter, key, tensors[key])
+            del tensors  # before the next ones are read
         if missing:
             raise UserError(f"state to load: expected all trained parameters, missing {', '.join(sorted(missing)[:4])}")
         self.round_to_computing_weights()
@@ -182,19 +175,24 @@ class Engine:
             whole[0].partition(whole)
             whole[0].all_gather(whole)
 
-    def set_local_part(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
-        """Sets this rank's part of a ZeRO-3 parameter's master weight or moment from the whole fp32 value.
+    def _set(self, parameter: Any, key: str, value: torch.Tensor) -> None:
+        """Sets a parameter's master weight ("weight") or moment from its whole value, of any dtype.
 
-        DeepSpeed's own safe_set_full_* (0.19.8) fails on the last rank where the size is no multiple of the ranks.
+        With ZeRO-3 this rank's part: DeepSpeed's own safe_set_full_* (0.19.8) fails on the last rank where the size is
+        no multiple of the ranks. Only the part becomes fp32.
         """
-        size = parameter.ds_tensor.ds_numel
-        start = size * torch.distributed.get_rank()
-        part = value.flatten()[start : start + size]
-        part = torch.nn.functional.pad(part, (0, size - len(part)))
-        if moment is None:
-            self.utils.safe_set_local_fp32_param(parameter, part)
+        if self.partitioned:
+            size = parameter.ds_tensor.ds_numel
+            start = size * torch.distributed.get_rank()
+            value = value.flatten()[start : start + size]
+            value = torch.nn.functional.pad(value, (0, size - len(value)))
+        value = value.to(device=parameter.device, dtype=torch.float32)
+        utils, local = self.utils, self.partitioned
+        if key == "weight":
+            (utils.safe_set_local_fp32_param if local else utils.safe_set_full_fp32_param)(parameter, value)
         else:
-            self.utils.safe_set_local_optimizer_state(parameter, part, moment)
+            set_moment = utils.safe_set_local_optimizer_state if local else utils.safe_set_full_optimizer_state
+            set_moment(parameter, value, key)
 
     def make_moments(self) -> None:
         """Gives AdamW its zero moments before the first step, and ZeRO its links to them.
@@ -213,6 +211,39 @@ class Engine:
             zero._hp_optimizer_states_linked = True
 
 
+def dealt_model(start: Loaded, dtype: torch.dtype, config: EngineConfig, ranks: Ranks) -> LLaMaTransformer:
+    """The start model for ZeRO-3, as `build_model` makes it (collective): each part's weights are dealt out as soon as
+    they are read, so of the whole model a rank has its share and one part at a time."""
+    deepspeed = _import_deepspeed(ranks.device)
+    ds_config = full_ds_config(config, ranks.world_size)
+    with _starting(config):  # as `deepspeed.initialize` does: before, it would take each rank to be alone
+        backend = deepspeed.accelerator.get_accelerator().communication_backend_name()
+        deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+    with fail_together(ranks):
+        model = empty_model(start, config.dropout)
+    parts: list[tuple[str, torch.nn.Module]] = []
+    for name, child in model.named_children():  # of the list of blocks each is one
+        parts += [(f"{name}.{number}", block) for number, block in child.named_children()] or [(name, child)]
+    for name, part in parts:
+        watchdog.beat(f"loading {name}")
+        with fail_together(ranks):
+            fill(part, f"{name}.", start, dtype, ranks.device)
+        with _starting(config):
+            deepspeed.zero.Init(module=part, config_dict_or_path=ds_config)
+    return model
+
+
+@contextlib.contextmanager
+def _starting(config: EngineConfig) -> Iterator[None]:
+    """One message for whatever DeepSpeed raises at its start: its checks of the settings raise half a dozen kinds."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RuntimeError):
+            watchdog.await_verdict()  # a peer that was killed looks like this
+        raise UserError(_refusal(config.deepspeed_config, error)) from error
+
+
 def _import_deepspeed(device: torch.device) -> Any:
     """Imports deepspeed for this kind of device; late, since it looks for an accelerator and takes a second.
 
@@ -220,6 +251,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     """
     os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
+    import deepspeed.accelerator
     import deepspeed.comm.comm
     import deepspeed.ops
     import deepspeed.utils
@@ -241,11 +273,17 @@ def _refusal(source: str, error: Exception) -> str:
     return f"{source}: DeepSpeed does not start with these settings: {type(error).__name__}: {words} (--debug: where)"
 
 
+def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Of the whole parameter: one that ZeRO-3 has dealt out shows none itself."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def decay_groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups by name: matrices decay; norms, biases and embeddings do not. One group where nothing decays."""
+    """AdamW groups by name: matrices decay; norms, biases and embeddings, tied to the head or not, do not. One group
+    where nothing decays."""
     if not weight_decay:
         return [{"params": list(parameters.values()), "weight_decay": 0.0}]
-    decays = {name: p.dim() >= 2 and not name.startswith("embeddings.") for name, p in parameters.items()}
+    decays = {name: len(_shape(p)) >= 2 and not name.startswith("embeddings.") for name, p in parameters.items()}
     groups = [
         {"params": [p for name, p in parameters.items() if decays[name]], "weight_decay": weight_decay},
         {"params": [p for name, p in parameters.items() if not decays[name]], "weight_decay": 0.0},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
+    StateWeights,
     newest_state,
     write_state,
 )
@@ -165,24 +166,22 @@ class Saves:
             name = free_path(self.folder, name, at.done, self.inputs.start).name if self.ranks.is_main else ""
         name = broadcast_object(name, self.ranks)
         with watchdog.patience(f"saving step {at.done}"):
-            weights = self._write(at, name)
+            saved = self._write(at, name)
             with fail_together(self.ranks):
-                exported = self.ranks.is_main and self._export(weights, self.folder / name, at, measured)
+                exported = self.ranks.is_main and self._export(StateWeights(saved), self.folder / name, at, measured)
         if broadcast_object(exported, self.ranks):
             self.newest_path = self.folder / name
             LOGGER.info("saved %s", self.newest_path)
 
-    def _write(self, at: Position, name: str) -> dict[str, torch.Tensor]:
-        """Saves the state after `at.done` steps, which names its export ("": none); gives the weights (collective)."""
+    def _write(self, at: Position, name: str) -> SavedState:
+        """Saves the state after `at.done` steps, which names its export ("": none) (collective)."""
         loss = None if math.isnan(at.last_loss) else at.last_loss
         facts = StateFacts(at.done, name, loss, at.unfinished, self.course, self.reference_values)
         keep = self.settings.keep_states
-        self.newest, weights = write_state(
-            self.folder, self.engine, facts, keep, self.ranks, self.newest, self.check_lock
-        )
-        return weights
+        self.newest = write_state(self.folder, self.engine, facts, keep, self.ranks, self.newest, self.check_lock)
+        return self.newest
 
-    def _export(self, weights: dict[str, torch.Tensor], path: Path, at: Position, measured: bool) -> bool:
+    def _export(self, weights: Mapping[str, torch.Tensor], path: Path, at: Position, measured: bool) -> bool:
         """Exports, and deletes what `keep_exports` does not keep. Gives False, and says so, where the start
         checkpoint is needed and is not what it was: what is trained is in the state, so the run may go on."""
         metadata = {

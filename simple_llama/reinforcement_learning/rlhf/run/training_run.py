@@ -21,12 +21,13 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
-from simple_llama.pretraining.llama_transformer import compiled_graphs
-from simple_llama.pretraining.weights import Loaded
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer, compiled_graphs
+from simple_llama.pretraining.weights import Loaded, empty_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
-from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, read_ds_config, zero_stage
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, dealt_model
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, useful_flops
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyConfig, compile_now
@@ -96,9 +97,10 @@ class TrainingRun:
             values = _reference_values(self.reference, inputs.data.pairs, self.bound, saved)
             self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
         with inputs.start.reading() as start:
+            model = _start_model(config, inputs, start, ranks)
             with fail_together(ranks):
-                policy = _build_policy(config, inputs, start, self.loss_fn, ranks.device)
-            work = partial(useful_flops, model_size(policy.model), policy.model.architecture, backward=True)
+                policy = _build_policy(config, model, self.loss_fn, start.path)
+            work = partial(useful_flops, model_size(empty_model(start)), inputs.architecture, backward=True)
             self.engine = Engine(policy, start.state_dict, config, ranks)
         compile_now(policy.model, self.pairs[0], ranks.device, backward=True)
         if config.compile:
@@ -342,16 +344,21 @@ def _reference_values(
     return values.to_json()
 
 
-def _build_policy(
-    config: PolicyConfig, inputs: Inputs, start: Loaded, loss_fn: PreferenceLoss, device: torch.device
-) -> DPOPolicy:
-    """The start model as a policy, with the weights that are to be trained marked."""
-    model = inputs.build_model(start, device, dropout=config.dropout)
+def _start_model(config: EngineConfig, inputs: Inputs, start: Loaded, ranks: Ranks) -> LLaMaTransformer:
+    """The start model in the computing dtype (collective); of ZeRO-3 this rank's share of it."""
+    if zero_stage(read_ds_config(config)) == 3:
+        return dealt_model(start, inputs.dtype, config, ranks)
+    with fail_together(ranks):
+        return inputs.build_model(start, ranks.device, dropout=config.dropout)
+
+
+def _build_policy(config: PolicyConfig, model: LLaMaTransformer, loss_fn: PreferenceLoss, source: Path) -> DPOPolicy:
+    """The start model, of that file, as a policy, with the weights that are to be trained marked."""
     model.activation_checkpointing = config.activation_checkpointing
     if config.trainable == "lora":
         names = [name for name, _ in model.named_parameters() if "_lora_layer." in name]
         if not names:
-            raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {start.path}")
+            raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {source}")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
     return DPOPolicy(model, loss_fn)

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
+    StateWeights,
     _check_state,
     _damage,
     _read_parameters,
@@ -58,19 +59,12 @@ def progress(step: int) -> dict[str, Any]:
     return {"step": step, "optimizer_steps": step, "loss": 0.5, "weights": "dpo.pth"}
 
 
-class Saved(NamedTuple):
-    """What a save gives."""
-
-    state: SavedState
-    weights: dict[str, torch.Tensor]
-
-
 def save(
     run: Path, of: StateFacts, ranks: Ranks, keep: int = 1, before: SavedState | None = None, **parameters: Any
-) -> Saved:
+) -> SavedState:
     """Saves `parameters` (default: `norm`, counting up from 1)."""
     engine = engine_of(**(parameters or {"norm": parameter(1.0)}))
-    return Saved(*write_state(run, engine, of, keep, ranks, before, lambda: None))
+    return write_state(run, engine, of, keep, ranks, before, lambda: None)
 
 
 def make_state(run: Path, step: int, **changes: Any) -> Path:
@@ -231,17 +225,20 @@ def engine_of(**parameters: dict[str, torch.Tensor]) -> Any:
 
 
 def test_what_a_save_writes_is_read_back(tmp_path: Path, ranks: Ranks) -> None:
-    """Same values, `latest` names it, the weights are given, and of three states two are kept."""
+    """Same values, `latest` names it, the weights are read from it, and of three states two are kept."""
     for step in (1, 2, 3):
         of = facts(step, beta=0.5)
-        weights = save(tmp_path, of, ranks, keep=2, norm=parameter(float(step)), head=parameter(50.0)).weights
+        made = save(tmp_path, of, ranks, keep=2, norm=parameter(float(step)), head=parameter(50.0))
     assert (tmp_path / "latest").read_text() == "step_00000003\n"
     assert sorted(folder.name for folder in (tmp_path / "state").iterdir()) == ["step_00000002", "step_00000003"]
     saved = newest_state(tmp_path)
     assert saved.facts == facts(3, beta=0.5) and saved.optimizer_steps == 3
     found = dict(_read_parameters(saved))
     assert found["norm"]["weight"].tolist() == [3.0, 4.0] and found["head"]["exp_avg_sq"].tolist() == [54.0, 55.0]
-    assert {name: weight.tolist() for name, weight in weights.items()} == {"norm": [3.0, 4.0], "head": [50.0, 51.0]}
+    assert {name: weight.tolist() for name, weight in StateWeights(made).items()} == {
+        "norm": [3.0, 4.0],
+        "head": [50.0, 51.0],
+    }
 
 
 def test_state_json_is_what_it_was(tmp_path: Path, ranks: Ranks) -> None:
@@ -258,7 +255,7 @@ def test_every_bit_of_state_json_counts(tmp_path: Path, ranks: Ranks) -> None:
     """Each bit is flipped in turn: the digest of the rest, or the text that the content gives, is another one then. An
     exponent's e is written E by one bit, a line break is not any other white space by one."""
     course = {"max_lr": 5e-07, "data": "ab\n", "reference": {"dtype": "float32"}, "none": None, "yes": True}
-    path = save(tmp_path, StateFacts(2, "dpo_1E.pth", 0.5, False, course), ranks).state.folder / "state.json"
+    path = save(tmp_path, StateFacts(2, "dpo_1E.pth", 0.5, False, course), ranks).folder / "state.json"
     whole = path.read_bytes()
     assert b"5e-07" in whole and _check_state(path.parent)[0] == ""
     memory = SimpleNamespace(read_bytes=lambda: bytes(flipped))
@@ -290,12 +287,12 @@ def test_text_that_no_file_holds_is_damage(tmp_path: Path) -> None:
 
 def test_a_state_that_is_there_is_completed_not_written_anew(tmp_path: Path, ranks: Ranks) -> None:
     """Saved when stopped, without its `.pth`; after the evaluation that was due, its facts change and no tensor."""
-    saved = save(tmp_path, StateFacts(2, "", None, True, {}), ranks).state
+    saved = save(tmp_path, StateFacts(2, "", None, True, {}), ranks)
     shard = saved.folder / SHARD
     before = shard.stat().st_ino, shard.read_bytes()
     again = save(tmp_path, facts(2), ranks, before=saved)
-    assert (shard.stat().st_ino, shard.read_bytes()) == before and again.weights["norm"].tolist() == [1.0, 2.0]
-    assert newest_state(tmp_path) == again.state and again.state.facts == facts(2)
+    assert (shard.stat().st_ino, shard.read_bytes()) == before and StateWeights(again)["norm"].tolist() == [1.0, 2.0]
+    assert newest_state(tmp_path) == again and again.facts == facts(2)
 
 
 def test_an_older_state_that_is_completed_has_todays_format(tmp_path: Path, ranks: Ranks) -> None:
