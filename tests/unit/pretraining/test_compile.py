@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from simple_llama.ops.attention import PackedLayout
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from tiny_hf import ARCHITECTURE
 from tiny_job import MLA
 
 pytestmark = [
@@ -22,12 +24,22 @@ pytestmark = [
 SMALL: dict[str, Any] = {"n_embd": 32, "n_heads": 4, "n_layers": 2, "multiple_of": 16, "max_seq_len": 64}
 
 
-def _pair(compiled_dtype: torch.dtype, **changes) -> tuple[LLaMaTransformer, LLaMaTransformer]:
+def _shape(**changes: Any) -> Architecture:
+    """The small model, changed."""
+    return Architecture.of(TrainingConfig(**{**SMALL, **changes}), 50)
+
+
+GROUPED = replace(ARCHITECTURE, layers=1, qkv_bias=True, qk_norm=True)  # two key heads of four, tied
+
+
+def _pair(
+    compiled_dtype: torch.dtype, architecture: Architecture | None = None
+) -> tuple[LLaMaTransformer, LLaMaTransformer]:
     """The same model twice, the second one compiled."""
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        models.append(LLaMaTransformer(Architecture.of(TrainingConfig(**{**SMALL, **changes}), 50)).to(compiled_dtype))
+        models.append(LLaMaTransformer(architecture or _shape()).to(compiled_dtype))
     models[1].compile_layers()
     return models[0], models[1]
 
@@ -43,15 +55,18 @@ def _hidden(model: LLaMaTransformer, prefix: int, branches: tuple[int, int]) -> 
 
 
 def _outcome(model: LLaMaTransformer) -> list[torch.Tensor]:
-    """Hidden rows, and the gradient of each parameter for one direction of them, in fp32."""
+    """Hidden rows (of a tied head: logits), and the gradient of each parameter for one direction of them, in fp32."""
     hidden = _hidden(model, 9, (4, 6)).float()
+    if model.architecture.tied_head:
+        hidden = hidden @ model.head_weight.T
     (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     return [hidden.detach(), *(p.grad.float() for p in model.parameters() if p.grad is not None)]
 
 
-def test_values_and_gradients():
-    """fp32, MLA: within 1e-5 of each tensor's largest entry."""
-    for mine, other in zip(*map(_outcome, _pair(torch.float32, **MLA)), strict=True):
+@pytest.mark.parametrize("architecture", [_shape(**MLA), GROUPED], ids=["MLA", "tied, grouped"])
+def test_values_and_gradients(architecture: Architecture):
+    """fp32: within 1e-5 of each tensor's largest entry. A tied matrix has one gradient, of both of its ends."""
+    for mine, other in zip(*map(_outcome, _pair(torch.float32, architecture)), strict=True):
         scale = float(mine.abs().max())
         torch.testing.assert_close(other / scale, mine / scale, atol=1e-5, rtol=0)
 

@@ -20,6 +20,7 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.dry_run import _batch_arithmetic, _checkpoints, describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.cost import MemoryEstimate, ModelSize
+from tiny_hf import make_hf_job
 from tiny_job import TinyJob, make_job
 
 
@@ -90,6 +91,18 @@ def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs, monkey
     ]
     few = _checkpoints(replace(changed, keep_exports=3), inputs, 100).splitlines()
     assert few[1] == "5 .pth files stay (keep_exports), 4.000 GiB each, 20.000 GiB"
+
+
+def test_a_tied_model_with_grouped_keys_by_hand(ranks: Ranks, tmp_path: Path) -> None:
+    """A layer: q 32 x 32, k and v 16 x 32, out 32 x 32, three matrices 48 x 32: 7,680; two layers, 300 x 32 embeddings
+    that are the head, 5 norms of 32: 25,120 weights, all trained."""
+    job = make_hf_job(tmp_path)
+    config = DPOConfig(**job.settings)  # type: ignore[arg-type]
+    inputs = load_inputs(config, ranks)
+    assert dry_run._sizes(config, inputs) == (ModelSize(15_360, 9_600, 160), 25_120)
+    found = sections(describe(config, inputs, 2))
+    assert found["memory per rank (estimate)"].splitlines()[-1].startswith("25,120 weights; ")
+    assert found["checkpoints"].splitlines()[1].startswith("2 Hugging Face folders stay (keep_exports), 0.000 GiB")
 
 
 def test_batch_arithmetic_by_hand(config: DPOConfig) -> None:

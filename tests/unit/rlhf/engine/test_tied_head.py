@@ -23,12 +23,15 @@ from tiny_hf import TinyHFJob, make_hf_job
 from tiny_job import free_port, run_ranks
 
 STAGE, BF16 = "zero_optimization.stage", "bf16.enabled"
+OFFLOAD_WEIGHTS = "zero_optimization.offload_param.device"
 OFFLOAD = {"zero_optimization.offload_optimizer.device": "cpu", "zero_force_ds_cpu_optimizer": False}
 PLAIN_SUMS: Case = {"data_types.grad_accum_dtype": "fp32", "communication_data_type": "fp32"}
 CASES: dict[str, tuple[Case, dict[str, Any]]] = {
     "ZeRO-2": ({STAGE: 2, BF16: False}, {}),
     "ZeRO-3": ({STAGE: 3, BF16: False}, {}),
     "ZeRO-2, offload": ({STAGE: 2, BF16: False, **OFFLOAD}, {}),
+    "ZeRO-3, offload": ({STAGE: 3, BF16: False, **OFFLOAD}, {}),
+    "ZeRO-3, weights offloaded too": ({STAGE: 3, BF16: False, **OFFLOAD, OFFLOAD_WEIGHTS: "cpu"}, {}),
     "ZeRO-2, recomputing": ({STAGE: 2, BF16: False}, {"activation_checkpointing": True}),
     "ZeRO-2 in bf16": ({STAGE: 2, BF16: True}, {}),
     "ZeRO-3 in bf16": ({STAGE: 3, BF16: True}, {}),

@@ -81,6 +81,14 @@ def test_a_tied_head_works_once_and_is_held_once() -> None:
     assert sum(model_size(model)) == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_memory_of_a_tied_model_by_hand() -> None:
+    """26,624 + 1,600 + 160 = 28,384 weights on 2 ranks, bf16, ZeRO-2: 2 bytes each; gradients 4 and moments and masters
+    12 of half of them. The head's fp32 gradient and logits are those of an untied head: 7,720 as below."""
+    size = model_size(LLaMaTransformer(replace(tiny(), tied_head=True)))
+    found = estimate_memory(size, sum(size), tiny(), BATCH, torch.bfloat16, world_size=2, stage=2)
+    assert found == MemoryEstimate(56_768, 4 * 14_192, 12 * 14_192, 14_592 + 7_720)
+
+
 def test_grouped_keys_cost_as_many_products() -> None:
     """Fewer keys are read by as many queries: attention's products are those of multi-head attention."""
     assert useful_flops(SIZE, replace(tiny(), key_heads=1), BATCH, backward=False) == 116_864
