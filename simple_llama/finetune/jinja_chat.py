@@ -267,8 +267,8 @@ def _begins_twice(segment: Sequence[str | Token], bos: int | None) -> bool:
             runs[-1].append(part.id)
         elif part.strip():
             runs.append([])
-    first = next((number for run in runs for number in run), None)
-    return any(run.count(number) > 1 for run in runs for number in {first, bos} - {None})
+    first = [number for run in runs for number in run][:1]
+    return any(run.count(number) > 1 for run in runs for number in [*first, bos] if number is not None)
 
 
 def _with_places(skeleton: Skeleton) -> str:

@@ -15,6 +15,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from datetime import datetime
 from typing import Any
 
@@ -116,16 +118,16 @@ def _answer(said: dict[str, Any], cpu_seconds: float) -> None:
 
 
 def _end_without(parent: int) -> None:
-    """Ends this process where the one that started it is gone."""
-    if os.getppid() != parent:
-        os._exit(0)
+    """Ends this process when the one that started it is gone. By a thread: a signal would cut off what is written."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os._exit(0)
 
 
 def main(parent: int) -> None:
     """Answers until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
-    signal.signal(signal.SIGALRM, lambda *_: _end_without(parent))
-    signal.setitimer(signal.ITIMER_REAL, _LOOK_S, _LOOK_S)
+    threading.Thread(target=_end_without, args=(parent,), daemon=True).start()
     allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = _MEMORY if allowed == resource.RLIM_INFINITY else min(_MEMORY, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -19,6 +19,7 @@ from simple_llama.common.files import listed, shown
 Messages = Sequence[Mapping[str, str]]  # of one chat: {"role": ..., "content": ...}
 _WORKER = Path(__file__).with_name("render_worker.py")
 _AT_ONCE = 64  # chats in a line to the process, which holds all of them
+_MOST_AT_ONCE = 4 << 20  # characters of their messages
 GIVEN_BY_CHATS = frozenset(("messages", "add_generation_prompt", "tools", "documents"))  # at each rendering
 _CPU_SECONDS = 2.0  # of one rendering: some ten thousand times that of an honest one
 _DATE, _CLOCK = "date_string", "strftime_now"
@@ -80,7 +81,8 @@ class TemplateRenderer:
         """
         found: list[Rendering] = []
         while len(found) < len(chats):
-            found += self._render(chats[len(found) :][:_AT_ONCE])
+            ahead = chats[len(found) : len(found) + _AT_ONCE]
+            found += self._render(ahead[: _fitting(ahead)])
         return found
 
     def _render(self, chats: Sequence[tuple[Messages, bool]]) -> list[Rendering]:
@@ -131,6 +133,16 @@ class TemplateRenderer:
         process, self._process = self._process, None
         self._end()
         return {"error": _why_ended(process.returncode, words, self._seconds)}
+
+
+def _fitting(chats: Sequence[tuple[Messages, bool]]) -> int:
+    """How many of the first chats go into one line."""
+    total = 0
+    for number, (messages, _) in enumerate(chats):
+        total += sum(len(message["content"]) for message in messages)
+        if number and total > _MOST_AT_ONCE:
+            return number
+    return len(chats)
 
 
 def _why_ended(status: int, words: str, seconds: float) -> str:

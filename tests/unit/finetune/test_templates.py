@@ -112,6 +112,18 @@ def test_the_date_is_never_the_day() -> None:
     assert rendered(asks, given) == rendered(falls_back, given) == "1 May 1999"
 
 
+def test_long_chats_do_not_share_the_memory_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most ten characters at once: 3 + 7, then 20 alone, then 1 and 1."""
+    monkeypatch.setattr(templates, "_MOST_AT_ONCE", 10)
+    renderer = TemplateRenderer("{{ messages[0].content | length }}", {}, {}, "model")
+    sent: list[int] = []
+    send = renderer._send
+    monkeypatch.setattr(renderer, "_send", lambda chats: (sent.append(len(chats)), send(chats)))
+    found = renderer.render([([{"role": "user", "content": "x" * length}], True) for length in (3, 7, 20, 1, 1)])
+    assert [one.text for one in found] == ["3", "7", "20", "1", "1"]
+    assert sent == [2, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("worker", "words"),
     [
