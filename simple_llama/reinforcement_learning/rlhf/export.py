@@ -32,17 +32,19 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     read_state,
 )
 from simple_llama.reinforcement_learning.rlhf.export_tokenizer import (
+    TEMPLATE_DIGEST_KEY,
     Asked,
     Trained,
     metadata_of,
     tokenizer_of,
 )
+from simple_llama.reinforcement_learning.rlhf.inputs import TOKENIZER_KEY
 from simple_llama.reinforcement_learning.rlhf.run.exports import may_be_a_runs
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 
 _PTH = ".pth"
 _OF_A_RUN = ("run", "step", "epochs", "loss", "dpo_config", "reference")  # metadata that stays true
-_OF_A_CONVERSION = ("tokenizer", "chat_template")  # and this, of a .pth
+_OF_A_CONVERSION = (TOKENIZER_KEY, TEMPLATE_DIGEST_KEY)  # and this, of a .pth
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from simple_llama.interop.hf_tokenizer import PLAIN_CLASS, load_hf_tokenizer
 from simple_llama.interop.own_checkpoints import tokenizer_for_others
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
-from simple_llama.reinforcement_learning.rlhf.inputs import given_tokenizer, is_shipped
+from simple_llama.reinforcement_learning.rlhf.inputs import TOKENIZER_KEY, given_tokenizer, is_shipped
 
+TEMPLATE_DIGEST_KEY = "chat_template_digest"  # in the metadata of such a .pth
 _GIVE = "give the tokenizer that it was trained with as --tokenize_path"
 
 _SomeTokenizer = TypeVar("_SomeTokenizer", OwnTokenizer, OwnTokenizer | None)
@@ -50,8 +51,8 @@ class Trained(NamedTuple):
         return cls(
             path if isinstance(path, str) and not is_shipped(Path(path)) else "",
             system if isinstance(system, str) else DEFAULT_SYSTEM_PROMPT,
-            _text(metadata, "tokenizer") or _text(reference, "tokenizer"),
-            _text(metadata, TEMPLATE_KEY) or _text(_object(reference, "numerics"), TEMPLATE_KEY),
+            _text(metadata, TOKENIZER_KEY) or _text(reference, "tokenizer"),
+            _text(metadata, TEMPLATE_DIGEST_KEY) or _text(_object(reference, "numerics"), TEMPLATE_KEY),
         )
 
     def where_it_lies(self, start: StartModel) -> str:
@@ -67,8 +68,8 @@ class Trained(NamedTuple):
 
 def metadata_of(own: OwnTokenizer) -> dict[str, str]:
     """What a .pth keeps of the tokenizer that came with its model, and that it does not hold."""
-    template = {TEMPLATE_KEY: template_digest(own.template)} if own.template else {}
-    return {"tokenizer": tokenizer_digest(own.tokenizer), **template}
+    template = {TEMPLATE_DIGEST_KEY: template_digest(own.template)} if own.template else {}
+    return {TOKENIZER_KEY: tokenizer_digest(own.tokenizer), **template}
 
 
 def tokenizer_of(asked: Asked, trained: Trained, start: StartModel) -> OwnTokenizer | None:

@@ -14,6 +14,7 @@ from typing_extensions import Doc
 
 from simple_llama.cluster.distributed import Ranks, fail_together, require_same
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.common.settings import PathText, Settings
@@ -30,12 +31,14 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
-from simple_llama.pretraining.weights import Loaded, build_model, check_weights
+from simple_llama.pretraining.weights import Loaded, WeightsFile, build_model, check_weights
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import reference_id
 
 _PACKAGES = ("torch", "deepspeed", "tokenizers", "numpy", "safetensors", "tensorboard", "simple-llama-dpo")
+
+TOKENIZER_KEY = "tokenizer_digest"  # in the metadata of a .pth that was made of a folder: of the one that belongs to it
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def _read_inputs(config: InputsConfig) -> Inputs:
     dtype = model_dtype(read_ds_config(config))
     start = open_start(config.model_path)
     chat, given_tokenizer = _chat_format(config, start)
-    check_weights(start.load(), dtype)
+    loaded = start.load()
+    check_weights(loaded, dtype)
     architecture = start.architecture
     if token_count(chat.tokenizer) > architecture.vocab_size:
         own = start.own_tokenizer if is_shipped(Path(config.tokenize_path)) else None
@@ -126,6 +130,13 @@ def _read_inputs(config: InputsConfig) -> Inputs:
             f"{own.source if own else config.tokenize_path}: {token_count(chat.tokenizer)} tokens, but the model "
             f"{start.path} knows {architecture.vocab_size}; "
             "expected the tokenizer that the model was trained with (tokenize_path)"
+        )
+    digest = tokenizer_digest(chat.tokenizer)
+    kept = loaded.metadata.get(TOKENIZER_KEY) if isinstance(loaded, WeightsFile) else None
+    if kept not in (None, digest):
+        raise UserError(
+            f"{config.tokenize_path}: expected the tokenizer of the folder that {start.path} was made of (digest "
+            f"{shown(kept)}), found another one ({digest}); give that folder as --tokenize_path"
         )
     max_seq_len = config.max_seq_len or architecture.max_seq_len
     if max_seq_len > architecture.max_seq_len:
@@ -151,7 +162,7 @@ def _read_inputs(config: InputsConfig) -> Inputs:
         **chat.identity,
         **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
-    identity = reference_id(start.digest, tokenizer_digest(chat.tokenizer), numerics)
+    identity = reference_id(start.digest, digest, numerics)
     return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer)
 
 

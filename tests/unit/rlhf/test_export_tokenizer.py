@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path
 from simple_llama.dataset.tokenizer import tokenizer_digest
@@ -19,8 +20,10 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.weights import load_weights, save_weights
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.export import ExportConfig, export_model
 from simple_llama.reinforcement_learning.rlhf.export_tokenizer import Asked, Trained, tokenizer_of
+from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from tiny_hf import TEMPLATE, make_hf_folder
 from tiny_job import TinyJob, make_job
 
@@ -94,6 +97,18 @@ def test_a_folder_as_pth_and_back(job: TinyJob, hf: Path, tmp_path: Path) -> Non
     export_model(ExportConfig(str(middle), str(tmp_path / "bare"), tokenize_path=str(alone)))
     assert (tmp_path / "bare" / "tokenizer.json").read_bytes() == alone.read_bytes()
     assert json.loads((tmp_path / "bare" / "config.json").read_text())["eos_token_id"] is None
+
+
+def test_a_run_from_such_a_pth_asks_for_the_tokenizer(job: TinyJob, hf: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Another one of as many tokens is refused; with the folder's the run trains in its chat format."""
+    first, middle = tmp_path / "first", tmp_path / "middle.pth"
+    export_model(ExportConfig(str(job.folder / "start.pth"), str(first), tokenize_path=str(hf)))
+    export_model(ExportConfig(str(first), str(middle)))
+    settings: dict[str, Any] = {**job.settings, "model_path": str(middle)}
+    with pytest.raises(UserError, match="tokenizer.json: expected the tokenizer of the folder that .*middle.pth was"):
+        load_inputs(DPOConfig(**settings), ranks)
+    inputs = load_inputs(DPOConfig(**{**settings, "tokenize_path": str(hf)}), ranks)
+    assert inputs.reference_id["tokenizer"] == load_weights(middle).metadata["tokenizer_digest"]
 
 
 def test_a_prompt_that_was_there_is_not_another_one_in_silence(job: TinyJob, tmp_path: Path) -> None:
