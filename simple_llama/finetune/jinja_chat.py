@@ -132,7 +132,8 @@ class JinjaChat:
         start, at = len(prompt_ids), ids.at[len(_tokens(whole.segments[:-1]))]
         found = ids.ids
         if found[:start] != prompt_ids or at < start:
-            answer = self._pieces.cut(whole.last_message, behind_a_token=True)
+            behind_a_token = prompt_ids[-1] in self._pieces.structure
+            answer = self._pieces.cut(whole.last_message, "token" if behind_a_token else "text")
             found, at = prompt_ids + answer.ids, start + answer.at[0]
             notes.append(_APART)
         if not self._score_tail:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -38,7 +38,7 @@ class PieceTokenizer:
         self.structure = {number: token for number, token in added.items() if number != unknown_id}
         self._spelled = re.compile("|".join(re.escape(token.content) for token in added.values()) or "(?!)")
         self._starts = {token.content[:2] for token in added.values()}  # few, where tokens may be a thousand
-        self._text_tokenizer: Tokenizer | None = None  # made when a message first spells a token
+        self._text_tokenizers: dict[bool, Tokenizer] = {}  # made when a message first spells a token
 
     def encode(self, batch: Sequence[Pieces]) -> list[PieceIds]:
         """Ids of each."""
@@ -66,12 +66,13 @@ class PieceTokenizer:
                 return PieceIds(ids, at, False)
         return self.cut(pieces)
 
-    def cut(self, pieces: Pieces, behind_a_token: bool = False) -> PieceIds:
+    def cut(self, pieces: Pieces, behind: Literal["nothing", "token", "text"] = "nothing") -> PieceIds:
         """Ids of pieces, each stretch between the template's tokens as text.
 
         Args:
-            behind_a_token: as if a token stood before the first one.
+            behind: what the first stretch goes on from; behind text a tokenizer puts no space of its own in front.
         """
+        behind_a_token = behind == "token"
         tokens = [part for segment in pieces.segments for part in segment if isinstance(part, Token)]
         texts = [_marked(pieces.segments[0])]
         for message, segment in zip(pieces.messages, pieces.segments[1:], strict=True):
@@ -81,17 +82,27 @@ class PieceTokenizer:
             raise UserError("expected text, found one of the noncharacters U+FDD2 to U+FDD5; take it out")
         tokenizer = self._of_text()
         marks = {tokenizer.token_to_id(mark) for mark in _MARKS}
-        ids = tokenizer.encode(marked, add_special_tokens=False).ids[behind_a_token:]
+        ids = []
+        if behind == "text" and (first := next((n for n, character in enumerate(marked, 1) if character in _MARKS), 0)):
+            ids = self._of_text(spaced=False).encode(marked[:first], add_special_tokens=False).ids
+            marked, behind_a_token = marked[first - 1 :], True
+        ids += tokenizer.encode(marked, add_special_tokens=False).ids[behind_a_token:]
         at = [place for place, number in enumerate(ids) if number in marks]
         assert len(at) == len(tokens)
         for place, token in zip(at, tokens, strict=True):
             ids[place] = token.id
         return PieceIds(ids, at, True)
 
-    def _of_text(self) -> Tokenizer:
-        """The tokenizer without its added tokens: their spellings are texts like others, and marks are the tokens."""
-        if self._text_tokenizer is None:
+    def _of_text(self, spaced: bool = True) -> Tokenizer:
+        """The tokenizer without its added tokens: their spellings are texts like others, and marks are the tokens.
+
+        Args:
+            spaced: puts a space in front of a text where the tokenizer does.
+        """
+        if spaced not in self._text_tokenizers:
             saved = json.loads(self.tokenizer.to_str())
+            if not spaced:
+                saved = _without_space(saved)
             _hide(saved["model"], {token.content for token in self.structure.values()})
             saved["added_tokens"] = []
             saved["post_processor"] = None
@@ -102,13 +113,29 @@ class PieceTokenizer:
                     for number, mark in enumerate(_MARKS)
                 ]
             )
-            self._text_tokenizer = made
-        return self._text_tokenizer
+            self._text_tokenizers[spaced] = made
+        return self._text_tokenizers[spaced]
 
 
 def _marked(segment: Sequence[str | Token]) -> str:
     """A segment with marks in the tokens' places."""
     return "".join(part if isinstance(part, str) else _MARKS[part.lstrip + 2 * part.rstrip] for part in segment)
+
+
+def _without_space(part: Any) -> Any:
+    """A saved tokenizer, or a part of one, that puts no space in front of a text."""
+    if isinstance(part, list):
+        return [_without_space(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    steps = ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
+    return {
+        name: never[name] if name in never else _without_space(value) if name in steps else value
+        for name, value in part.items()
+    }
 
 
 def _hide(model: dict[str, Any], contents: set[str]) -> None:

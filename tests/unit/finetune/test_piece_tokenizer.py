@@ -44,10 +44,24 @@ def test_cut_pieces_are_the_whole(kind: str) -> None:
         [found] = in_pieces.encode([pieces])
         assert found.ids == in_pieces.cut(pieces).ids == expected
         assert found.at == in_pieces.cut(pieces).at
-        behind = in_pieces.cut(pieces, behind_a_token=True).ids
+        behind = in_pieces.cut(pieces, "token").ids
         assert behind == tokenizer.encode("</s>" + pieces.text, add_special_tokens=False).ids[1:]
 
     check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_behind_text_gets_no_space(kind: str) -> None:
+    """What a tokenizer puts in front of a text is not in the midst of one; behind the end token it is as ever."""
+    tokenizer = KINDS[kind]
+    in_pieces = PieceTokenizer(tokenizer, unknown_id(tokenizer))
+    end, number = tokenizer.encode("</s>\n", add_special_tokens=False).ids, tokenizer.token_to_id("</s>")
+    assert number is not None
+    for text in ("Hi", " Hi", "<|im_end|>"):
+        found = in_pieces.cut(pieces_of(tokenizer, "{}</s>\n", [text]), "text")
+        assert found.ids[found.at[0] :] == end[end.index(number) :]
+        spelled = "".join(map(str, map(tokenizer.id_to_token, found.ids[: found.at[0]])))
+        assert spelled.replace("\u2581", " ").replace("\u0120", " ") == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
