@@ -61,8 +61,6 @@ def said_tokens(tokenizer: Tokenizer, files: TokenFiles, source: Path) -> SaidTo
         added, where = _by_text(files.added, special, place) | tokenizer.get_added_tokens_decoder(), str(place)
     else:
         added, where = _by_id(config[_DECODER], place), f"{place}: {_DECODER}"
-    flagged = {token.content: token for token in added.values()}
-    named = {name: flagged.get(token.content, token) for name, token in named.items()}
     return SaidTokens(added, where, named, further)
 
 

@@ -48,6 +48,11 @@ def load_hf_tokenizer(files: Mapping[str, bytes], source: Path, rows: int | None
     place = source / "tokenizer.json"
     tokenizer = parse_tokenizer(files["tokenizer.json"], place)
     config = _object(files, "tokenizer_config.json", source)
+    if config.get("split_special_tokens") is True:
+        raise UserError(
+            f"{source / 'tokenizer_config.json'}: split_special_tokens: expected false, found true: what marks the "
+            "turns of a chat would be text; take it out"
+        )
     beside = (_object(files, name, source) for name in ("special_tokens_map.json", "added_tokens.json"))
     said = said_tokens(tokenizer, TokenFiles(config, *beside), source)
     add_tokens(tokenizer, said, source, rows)

@@ -64,6 +64,7 @@ def test_places_of_the_template() -> None:
         ({"generation_config": {"eos_token_id": "2"}}, "expected ids of tokens of tokenizer.json, found '2'"),
         ({"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}}, "2, found 7"),
         ({"tokenizer_config": {"added_tokens_decoder": {"7": {}}}}, "expected a token's text, or an object with"),
+        ({"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens: expected false, found true"),
         ({"tokenizer_config": {"extra_special_tokens": 3}}, "extra_special_tokens: expected a list of tokens, found 3"),
         ({"tokenizer_config": {"extra_special_tokens": [3]}}, "extra_special_tokens: expected a token's text"),
         ({"added_tokens": {"<|im_end|>": 7}}, "added_tokens.json: expected the id that <|im_end|> has"),

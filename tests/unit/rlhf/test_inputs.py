@@ -53,6 +53,16 @@ def test_a_system_prompt_that_was_given(hf_job: TinyHFJob, ranks: Ranks) -> None
     assert plain.reference_id == told.reference_id and plain.data_digest != told.data_digest
 
 
+def test_a_token_without_a_row_is_left_out(hf_job: TinyHFJob, ranks: Ranks, tmp_path: Path) -> None:
+    """Old Llama 2 folders name a <pad> behind the model's last row: they start, as a model and as a tokenizer, and no
+    text gets an id beyond the 300 rows."""
+    shutil.copytree(hf_job.model, tmp_path / "old")
+    (tmp_path / "old" / "added_tokens.json").write_text('{"<pad>": 300}')
+    for changes in ({"model_path": str(tmp_path / "old")}, {"tokenize_path": str(tmp_path / "old")}):
+        found = inputs(hf_job, ranks, **changes)
+        assert max(found.chat.tokenizer.encode("a<pad>b").ids) < 300
+
+
 def test_another_bos_token_makes_other_pairs(hf_job: TinyHFJob, ranks: Ranks, tmp_path: Path) -> None:
     """Two starts of one template that writes bos_token: no pair of the one has the name of one of the other's, so
     neither finds the other's log-probs in the store that they share."""
