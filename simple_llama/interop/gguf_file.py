@@ -19,7 +19,7 @@ from simple_llama.interop.hf_export import ExportForm, TrainedOver, export_metad
 from simple_llama.interop.hf_names import LLAMA
 from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.pretraining.architecture import Architecture
-from simple_llama.pretraining.weights import LoadedModel, look_through
+from simple_llama.pretraining.weights import LoadedModel, weights_digest
 
 
 class GGUFFile:
@@ -39,7 +39,7 @@ class GGUFFile:
         self.numerics: Mapping[str, str] = self._config.numerics
         self._tensors = OurTensors(self._container, self.architecture, self._config.names)
         self.names = list(self._tensors)
-        self.digest, self._ends = look_through(self._tensors)
+        self.digest = weights_digest(self._tensors)
 
     def load(self) -> LoadedModel:
         """The model; each tensor is read, compared with the first read and dequantized when it is asked for.
@@ -47,7 +47,7 @@ class GGUFFile:
         Raises StartChanged.
         """
         self._container.check_size()
-        return LoadedModel(self._tensors, self.architecture, self.path, self._ends)
+        return LoadedModel(self._tensors, self.architecture, self.path)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[LoadedModel]:

@@ -1,7 +1,8 @@
 """A file of a model, held open for a run: only the bytes that were read first count.
 
 It is read with `pread` into new memory, never mapped: one that somebody cuts cannot end the process (SIGBUS), and no
-more of it is in memory than the tensor that is in use. As many threads as this rank computes with read and hash.
+more of it is in memory than the tensor that is in use. Large ones are read and hashed by as many threads as this rank
+computes with.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from simple_llama.common.files import open_file, shown
 from simple_llama.pretraining.start_model import StartChanged
 
 _PIECE_BYTES = 16 << 20  # that a thread reads and hashes at a time
+_ALONE_BYTES = 32 << 20  # tensors up to here have one: glibc's heap would keep their memory where threads begin and end
 
 
 class HeldFile:
@@ -64,8 +66,8 @@ class HeldFile:
             self.read_into(part, start + first)
             return hashlib.blake2b(part, digest_size=16).digest()
 
-        if len(memory) <= _PIECE_BYTES:
-            return piece(0)
+        if len(memory) <= _ALONE_BYTES:
+            return b"".join(map(piece, range(0, len(memory), _PIECE_BYTES)))
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             return b"".join(threads.map(piece, range(0, len(memory), _PIECE_BYTES)))
 

@@ -25,7 +25,7 @@ from simple_llama.interop.hf_tokenizer import TOKENIZER_FILES, load_hf_tokenizer
 from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights, weights_there
 from simple_llama.pretraining.architecture import Architecture
-from simple_llama.pretraining.weights import LoadedModel, look_through
+from simple_llama.pretraining.weights import LoadedModel, weights_digest
 
 _CONFIG = "config.json"
 _FILES = (_CONFIG, *TOKENIZER_FILES, "LICENSE")  # that are read or go into an export unchanged
@@ -56,7 +56,7 @@ class HFFolder:
         _check_fit(self._files, self.config, self.path)
         self._tensors = OurTensors(self._files, self.architecture, self.config.names)
         self.names = list(self._tensors)
-        self.digest, self._ends = look_through(self._tensors)
+        self.digest = weights_digest(self._tensors)
 
     @property
     def architecture(self) -> Architecture:
@@ -87,7 +87,7 @@ class HFFolder:
     def load(self) -> LoadedModel:
         """The model; each tensor is read, and compared with the first read, when it is asked for. StartChanged."""
         self._files.check_sizes()
-        return LoadedModel(self._tensors, self.architecture, self.path, self._ends)
+        return LoadedModel(self._tensors, self.architecture, self.path)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[LoadedModel]:

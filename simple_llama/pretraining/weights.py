@@ -16,7 +16,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,14 +50,6 @@ class LoadedModel:
     state_dict: Mapping[str, torch.Tensor]  # by our parameter names
     architecture: Architecture  # without dropout, which is a run's own
     path: Path
-    ends: Mapping[str, torch.Tensor] | None = None  # of `FirstLook`, where there was one
-
-
-class FirstLook(NamedTuple):
-    """What one read of all tensors tells of them."""
-
-    digest: str  # hex, of names, dtypes, shapes and values: independent of the order of the dict and of any file
-    ends: dict[str, torch.Tensor]  # (2,) fp32: the least and the largest number of each; nan where it holds one
 
 
 @dataclass(frozen=True)
@@ -163,11 +155,10 @@ def fill(part: nn.Module, prefix: str, loaded: Loaded, dtype: torch.dtype, devic
 
 def check_weights(loaded: Loaded, dtype: torch.dtype) -> None:
     """Raises UserError when tensors are missing, unexpected, of another shape than the config says, or not finite in
-    `dtype`. Holds one converted tensor at a time, and reads none where their ends are known."""
+    `dtype`. Holds one converted tensor at a time."""
     empty_model(loaded)
-    tensors = loaded.ends if isinstance(loaded, LoadedModel) and loaded.ends else loaded.state_dict
-    for name in tensors:
-        _check_finite(loaded.path, dtype, {name: tensors[name].detach().to(dtype)})
+    for name in loaded.state_dict:
+        _check_finite(loaded.path, dtype, {name: loaded.state_dict[name].detach().to(dtype)})
 
 
 def save_weights(
@@ -193,24 +184,14 @@ def save_weights(
 
 
 def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """The digest of `FirstLook` alone."""
-    return look_through(state_dict).digest
-
-
-def look_through(state_dict: Mapping[str, torch.Tensor]) -> FirstLook:
-    """Reads each tensor once; holds one at a time."""
-    state, ends = hashlib.blake2b(digest_size=16), {}
+    """Hex digest of names, dtypes, shapes and values: independent of the order of the dict and of any file."""
+    state = hashlib.blake2b(digest_size=16)
     for name in sorted(state_dict):
         tensor = state_dict[name].detach()
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found = []
-        for part in tensor.flatten().split(_DIGESTED):  # no fp32 copy of a whole tensor
-            piece = part.to("cpu", torch.float32).contiguous()
-            state.update(piece.numpy().data)
-            found += piece.aminmax() if len(piece) else ()
-        if found:
-            ends[name] = torch.stack(torch.stack(found).aminmax())
-    return FirstLook(state.hexdigest(), ends)
+        for piece in tensor.flatten().split(_DIGESTED):  # no fp32 copy of a whole tensor
+            state.update(piece.to("cpu", torch.float32).contiguous().numpy().data)
+    return state.hexdigest()
 
 
 def _save(checkpoint: dict[str, Any], file: BufferedWriter) -> None:

@@ -226,6 +226,7 @@ def test_a_tensor_of_many_pieces_is_whole_and_every_piece_counts(
 ) -> None:
     """16 KiB in pieces of 1,024 bytes, read by several threads: in their order, and a byte of any is noticed."""
     monkeypatch.setattr(held_file, "_PIECE_BYTES", 1024)
+    monkeypatch.setattr(held_file, "_ALONE_BYTES", 1024)
     path, found = held(tmp_path)
     assert torch.equal(found["a"], torch.arange(4096.0)) and torch.equal(found["a"], torch.arange(4096.0))
     start = path.read_bytes().index(torch.arange(4096.0).numpy().tobytes())
