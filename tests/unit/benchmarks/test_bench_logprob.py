@@ -209,7 +209,7 @@ def test_the_whole_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     bench_logprob.main(Bench(sizes=((12, 8, 20),), answer_tokens=3, rounds=1, dtype="both", results=""))
     printed = capsys.readouterr().out
     times = printed[printed.index("Median milliseconds") :].splitlines()[2:6]
-    assert times[0].split(" | ")[3:6] == ["inputs", "ours", "ours, 4 GEMMs"]
+    assert [cell.strip() for cell in times[0].split("|")[4:7]] == ["inputs", "ours", "ours, 4 GEMMs"]
     assert [[cell.strip() for cell in line.split("|")[1:5]] for line in times[2:]] == [
         ["12", "8", "20", "bf16"],
         ["12", "8", "20", "fp32"],
