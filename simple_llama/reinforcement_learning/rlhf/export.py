@@ -138,6 +138,9 @@ def _open_source(config: ExportConfig) -> _Source:
         "dpo_config": settings,
         "reference": saved.facts.course["reference"],
     }
+    loaded = start.load()
+    if not isinstance(loaded, WeightsFile) or TOKENIZER_KEY in loaded.metadata:
+        metadata[TOKENIZER_KEY] = saved.facts.course["reference"]["tokenizer"]
     return _Source(start, StateWeights(saved), metadata)
 
 

@@ -76,6 +76,7 @@ class Inputs:
     reference_id: dict  # what names the reference: weights, tokenizer, numerics
     compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
     given_tokenizer: OwnTokenizer | None = None  # of `tokenize_path`, for exports; None: the model's own
+    kept_digest: str | None = None  # of a .pth that was made of a folder: what its exports keep under TOKENIZER_KEY
 
     def build_model(self, start: Loaded, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
         """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory."""
@@ -163,7 +164,7 @@ def _read_inputs(config: InputsConfig) -> Inputs:
         **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
     identity = reference_id(start.digest, digest, numerics)
-    return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer)
+    return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer, kept)
 
 
 def _chat_format(config: InputsConfig, start: StartModel) -> tuple[ChatFormat, OwnTokenizer | None]:

@@ -20,6 +20,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.weights import load_weights, save_weights
+from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.export import ExportConfig, export_model
 from simple_llama.reinforcement_learning.rlhf.export_tokenizer import Asked, Trained, tokenizer_of
@@ -173,3 +174,23 @@ def test_what_changed_since_the_run_is_refused(hf: Path, tmp_path: Path) -> None
     assert words.where_it_lies(start) == "; a .pth holds no tokenizer: give /a/b with it as --tokenize_path"
     words = known._replace(tokenize_path="/a/b.gguf")
     assert "make a folder of /a/b.gguf too (an --output without .pth), and give that" in words.where_it_lies(start)
+
+
+def test_what_a_run_makes_of_such_a_model_asks_for_it_too(job: TinyJob, hf: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """The `.pth` of a run from such a .pth, and a .pth of a state, be the start a folder or such a .pth: with another
+    tokenizer of as many tokens none is trained."""
+    first, middle = tmp_path / "first", tmp_path / "middle.pth"
+    export_model(ExportConfig(str(job.folder / "start.pth"), str(first), tokenize_path=str(hf)))
+    export_model(ExportConfig(str(first), str(middle)))
+    few = {"epochs": 1, "grad_accum_steps": 6, "eval_interval": 0, "n_samples": 0, "val_share": 0.0}
+    settings: dict[str, Any] = {**job.settings, **few, "reference": "online"}
+    made: list[Path] = []
+    for start in (first, middle):
+        places = {"model_path": str(start), "tokenize_path": str(hf), "ckpt_dir": str(tmp_path / f"of_{start.stem}")}
+        config = DPOConfig(**{**settings, **places, "log_dir": str(tmp_path / f"log_{start.stem}")})
+        made.append(train(config, load_inputs(config, ranks), ranks))
+        export_model(ExportConfig(str(made[-1].parent), str(tmp_path / f"state_of_{start.stem}.pth")))
+    for path in (made[1], tmp_path / "state_of_first.pth", tmp_path / "state_of_middle.pth"):
+        with pytest.raises(UserError, match=f"expected the tokenizer of the folder that .*{path.name} was made of"):
+            load_inputs(DPOConfig(**{**settings, "model_path": str(path)}), ranks)
+        load_inputs(DPOConfig(**{**settings, "model_path": str(path), "tokenize_path": str(hf)}), ranks)

@@ -25,7 +25,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     write_state,
 )
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
-from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
+from simple_llama.reinforcement_learning.rlhf.inputs import TOKENIZER_KEY, Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
 from simple_llama.reinforcement_learning.rlhf.run.exports import free_path, is_export, prune_exports, weights_name
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
@@ -194,6 +194,8 @@ class Saves:
             "reference": self.inputs.reference_id,
             "environment": environment(),
         }
+        if self.inputs.kept_digest:
+            metadata[TOKENIZER_KEY] = self.inputs.kept_digest
         try:
             # what is not trained keeps its values
             self.inputs.start.export(path, weights, metadata, tokenizer=self.inputs.given_tokenizer)
