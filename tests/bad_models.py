@@ -362,7 +362,7 @@ MODELS = [
     Case(
         "a template that fills the memory",
         template(
-            "{% set ns = namespace(x='x') %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}"
+            "{% set ns = namespace(x='x') %}{% for a in range(60) %}{% set ns.x = ns.x * 4096 %}{% endfor %}{{ ns.x }}"
         ),
         (TAKEN, "MemoryError"),
     ),
