@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+from simple_llama.reinforcement_learning.rlhf.run.records import read_records
 
 _SHOWN = 4  # prompts: the first ones of the held-out split, which its seed decides and no answer
 _COLUMN = 57  # characters of an answer's column
@@ -20,10 +20,10 @@ _USER = re.compile(
 
 def report(folder: Path, sample_tokens: int) -> str:
     """The outcome of the run with this record folder, read from metrics.jsonl and samples.jsonl."""
-    lines = _records(folder / "metrics.jsonl")
+    lines = read_records(folder / "metrics.jsonl")
     held_out = [line for line in lines if "eval_loss" in line]
     steps = [line for line in lines if "perf/pairs_per_second" in line]
-    samples = _records(folder / "samples.jsonl")
+    samples = read_records(folder / "samples.jsonl")
     first, last = held_out[0], held_out[-1]
     pairs = round(last["eval_pairs"])
     speed = sorted(line["perf/pairs_per_second"] for line in steps)[len(steps) // 2]
@@ -104,7 +104,3 @@ def _line(left: str, right: str) -> str:
 
 def _row(name: str, before: str, after: str = "") -> str:
     return f"{name:26}{before:>10}{after:>10}"
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

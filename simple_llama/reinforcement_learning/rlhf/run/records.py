@@ -17,6 +17,7 @@ from simple_llama.reinforcement_learning.rlhf.run.event_file import EventFile
 
 _MOST_IN_A_LINE = 64 << 20  # bytes: sample answers of a run's prompts are far shorter
 _MOST_BYTES = 16 << 30  # of a file: some ten million lines
+_MOST_READ = 1 << 30  # bytes of a file whose records are all held at once
 _MOST_NAMED = 10  # damaged lines named in a warning
 
 # Metrics of a line of train.log, and how each is shown.
@@ -60,17 +61,46 @@ def rewind(path: Path, step: int, evaluated: bool = True) -> None:
             if stays(number, line):
                 kept.write(line if line.endswith(b"\n") else line + b"\n")
     if damaged:
-        lines = ", ".join(map(str, damaged[:_MOST_NAMED])) + ("" if len(damaged) <= _MOST_NAMED else ", ...")
-        LOGGER.warning("%s: damaged lines dropped: %d, all others stay: line %s", path, len(damaged), lines)
+        LOGGER.warning("%s: damaged lines dropped: %s", path, _counted(damaged))
 
 
-def _open_bounded(path: Path) -> BinaryIO:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file of a run, in order; none where there is no file.
+
+    Damaged lines are left out with a warning, a last line that is being written, or that a kill cut short, without one.
+    UserError for a file that cannot be read, or of more than 1 GiB.
+    """
+    if not os.path.lexists(path):
+        return []
+    found: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    try:
+        with _open_bounded(path, _MOST_READ) as file:
+            for number, line in enumerate(_bounded_lines(file), 1):
+                if record := _record(line):
+                    found.append(record)
+                elif line.endswith(b"\n"):
+                    damaged.append(number)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if damaged:
+        LOGGER.warning("%s: damaged lines left out: %s", path, _counted(damaged))
+    return found
+
+
+def _counted(damaged: list[int]) -> str:
+    """How many lines are damaged, and the first of them."""
+    lines = ", ".join(map(str, damaged[:_MOST_NAMED])) + ("" if len(damaged) <= _MOST_NAMED else ", ...")
+    return f"{len(damaged)}, all others stay: line {lines}"
+
+
+def _open_bounded(path: Path, most: int = _MOST_BYTES) -> BinaryIO:
     """A file that may be read to its end."""
     file = open_file(path)
-    if os.fstat(file.fileno()).st_size <= _MOST_BYTES:
+    if os.fstat(file.fileno()).st_size <= most:
         return file
     file.close()
-    raise OSError(errno.EFBIG, f"expected at most {_MOST_BYTES:,} bytes, found more")
+    raise OSError(errno.EFBIG, f"expected at most {most:,} bytes, found more")
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:

@@ -22,6 +22,7 @@ from simple_llama.reinforcement_learning.rlhf.run.records import (
     _append_record,
     append_samples,
     first_answers,
+    read_records,
     rewind,
 )
 from tiny_job import make_job
@@ -129,6 +130,23 @@ def test_a_damaged_line_goes_alone(tmp_path: Path, caplog: pytest.LogCaptureFixt
     rewind(path, 100)
     assert path.read_bytes() == b"".join(line + b"\n" for line in good)
     assert f"{path}: damaged lines dropped: 9, all others stay: line 1, 3, 5, 7, 9, 11, 13, 15, 17\n" in caplog.text
+
+
+def test_records_are_read_as_far_as_they_are_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file has none. Of three lines the second is damaged and named, the half behind them is being written; a file
+    of more bytes than allowed, or a folder in its place, is refused."""
+    path = tmp_path / "metrics.jsonl"
+    assert read_records(path) == []
+    path.write_text('{"step": 1, "loss": 0.5}\n[]\n{"step": 2}\n{"step": 3, "lo')
+    assert read_records(path) == [{"step": 1, "loss": 0.5}, {"step": 2}]
+    assert f"{path}: damaged lines left out: 1, all others stay: line 2\n" in caplog.text
+    monkeypatch.setattr(records, "_MOST_READ", path.stat().st_size - 1)
+    with pytest.raises(UserError, match=f"cannot read {path}: expected at most 54 bytes, found more"):
+        read_records(path)
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: expected a file, found a folder"):
+        read_records(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
