@@ -13,6 +13,8 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import set_up_log
@@ -21,23 +23,38 @@ from simple_llama.cluster.supervisor import FINISHED
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.ops.machine import bound_compiled_gemms
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
+from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig, DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import check_folders, say_settings
 
 BUG, MISTAKE, INTERRUPTED = 1, 2, 130  # exit status; with watchdog.LOST and stopping.STOPPED these are all
 
+SomeConfig = TypeVar("SomeConfig", bound=CommandConfig)
+
 
 def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description: str | None) -> None:
-    """Parses the command line, joins the ranks, reads the inputs, then calls `work` or, with --dry_run, describes it.
+    """Of a DPO run: parses the command line, joins the ranks, reads the inputs, then calls `work` or, with --dry_run,
+    describes it.
 
     Ends the process, non-zero on any error.
+    """
+    run_any(partial(_read_and_do, work), partial(parse_config, description=description))
+
+
+def run_any(work: Callable[[SomeConfig, Ranks], object], parse: Callable[[], SomeConfig]) -> None:
+    """Of any command: gets the settings, joins the ranks, calls `work` on each.
+
+    Ends the process, non-zero on any error.
+
+    Args:
+        parse: makes the settings of this process's command line. UserError for bad ones; a rank that hears the same
+            error as the first one of its host does not repeat it.
     """
     config, ranks = None, None
     bound_compiled_gemms()
     try:
-        config = _parse(description)
+        config = _parse(parse)
         ranks = init_ranks(config.device, config.start_timeout_s)
         stopping.install(
             ranks.world_size
@@ -69,11 +86,20 @@ def run_command(work: Callable[[DPOConfig, Inputs, Ranks], object], description:
         stopping.uninstall()
 
 
-def _do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPOConfig, ranks: Ranks) -> None:
+def _do(work: Callable[[SomeConfig, Ranks], object], config: SomeConfig, ranks: Ranks) -> None:
     """The command itself, between the joining of the ranks and their parting (collective)."""
     set_up_log(None, ranks)
     LOGGER.info("%s", ranks)
     watchdog.start(ranks, config)
+    work(config, ranks)
+    barrier(ranks)  # all ranks have done all: only now may one of them leave
+    LOGGER.info(FINISHED)
+    watchdog.close()
+    close_ranks()
+
+
+def _read_and_do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPOConfig, ranks: Ranks) -> None:
+    """The inputs of a DPO run, then its work or a description (collective)."""
     with fail_together(ranks):
         if config.resume:
             say_settings(config)
@@ -85,10 +111,6 @@ def _do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPOConfig, r
         work(config, inputs, ranks)
     elif ranks.is_main:
         print(describe(config, inputs, ranks.world_size))
-    barrier(ranks)  # all ranks have done all: only now may one of them leave
-    LOGGER.info(FINISHED)
-    watchdog.close()
-    close_ranks()
 
 
 def _say_stopped(stop: stopping.Stopped, ranks: Ranks | None) -> None:
@@ -102,16 +124,16 @@ def _say_stopped(stop: stopping.Stopped, ranks: Ranks | None) -> None:
     watchdog.close()
 
 
-def _parse(description: str | None) -> DPOConfig:
+def _parse(parse: Callable[[], SomeConfig]) -> SomeConfig:
     """The settings of this rank. What is wrong with them, or their help, is said by the first rank of a host alone
     where one launcher gave all of them the same command line."""
     launched = {"CROSS_SIZE", "TORCHELASTIC_RUN_ID"} & os.environ.keys()  # by DeepSpeed or torchrun
     if not launched or os.environ.get("LOCAL_RANK", "0") == "0":
-        return parse_config(description=description)
+        return parse()
     unheard = io.StringIO()
     try:
         with contextlib.redirect_stderr(unheard), contextlib.redirect_stdout(unheard):
-            return parse_config(description=description)
+            return parse()
     except UserError as error:
         error.is_said = True
         raise

@@ -13,17 +13,24 @@ from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
 
 @dataclass(frozen=True)
-class DPOConfig(WatchConfig, RunConfig):
+class CommandConfig(WatchConfig):
+    """Of every command."""
+
+    # === Command ===
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    debug: bool = False  # show tracebacks of errors that have a message
+
+
+@dataclass(frozen=True)
+class DPOConfig(CommandConfig, RunConfig):
     """Settings of a DPO run: defaults < with --resume the run's own < --config FILE.json < flags.
 
     Each stands with its owner, with its bounds: data/dataset_loader.py has DataConfig, objective/preference_loss.py has
     LossConfig, and so on; docs/settings.md lists them all. A function takes its owner's class, not this one.
     """
 
-    # === Command ===
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    # === Dry run ===
     dry_run: bool = False  # print what would be done, and end
-    debug: bool = False  # show tracebacks of errors that have a message
 
 
 def parse_config(argv: Sequence[str] | None = None, description: str | None = None) -> DPOConfig:

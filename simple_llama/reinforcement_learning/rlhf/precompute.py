@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,21 +18,35 @@ from simple_llama.ops.machine import peak_memory_gb
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
 
 
-def precompute(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> int:
-    """Fills the store for all pairs of the data set (collective). Returns the number of pairs computed.
+class PassConfig(Protocol):
+    """What the pass reads of a command's settings."""
+
+    @property
+    def ref_cache_dir(self) -> str: ...
+    @property
+    def ref_flush_pairs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet | None = None) -> int:
+    """Fills the store for all pairs of the data set, or `pairs` of it (collective). Returns the number of pairs
+    computed.
 
     A pass that was killed resumes: what it wrote is there, and only the missing pairs are computed. Raises Stopped on
     request, with all that was computed on disk.
     """
     stopping.begin()
-    pairs = inputs.data.pairs
+    pairs = inputs.data.pairs if pairs is None else pairs
     store = open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     # one rank's word, or two ranks could share out differently
     missing = broadcast_positions(store.missing(pairs.keys), len(pairs), ranks)

@@ -168,9 +168,8 @@ def test_who_takes_the_whole_config():
         "apply_dpo.train",
         "apply_dpo.precompute_and_train",
         "command.run_command",
-        "command._do",
+        "command._read_and_do",
         "dry_run.describe",
-        "precompute.precompute",
     ]
 
 

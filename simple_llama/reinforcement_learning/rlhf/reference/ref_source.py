@@ -24,15 +24,22 @@ Logps = Callable[[PairBatch], torch.Tensor]  # -> (B, 2) fp32: log-prob sums, on
 
 
 @dataclass(frozen=True)
-class ReferenceConfig(Settings):
-    """Where the reference is kept."""
+class StoreConfig(Settings):
+    """Where log-probs are kept."""
+
+    # === Store ===
+    ref_cache_dir: PathText = root_path("ref_cache")  # reference log-probs, shared by all runs
+    ref_flush_pairs: Count = 512  # pairs per shard of the reference store; a killed pass loses at most these per rank
+
+
+@dataclass(frozen=True)
+class ReferenceConfig(StoreConfig):
+    """Where the reference's log-probs come from."""
 
     # === Reference ===
     reference: Annotated[
         Literal["store", "online"], Doc("online keeps the frozen model in memory (the baseline of the store)")
     ] = "store"
-    ref_cache_dir: PathText = root_path("ref_cache")  # reference log-probs, shared by all runs
-    ref_flush_pairs: Count = 512  # pairs per shard of the reference store; a killed pass loses at most these per rank
 
 
 @dataclass(frozen=True)
