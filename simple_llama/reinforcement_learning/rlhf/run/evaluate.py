@@ -1,6 +1,6 @@
 """Evaluation: loss, accuracy and margin on the held-out pairs, every pair once, shared out over the ranks.
 
-Shapes: B pairs of a micro-batch.
+Shapes: B pairs of a micro-batch, N held-out pairs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import torch
 from typing_extensions import Doc
 
+from simple_llama.cluster.distributed import all_reduce_sum
 from simple_llama.common.settings import Bounds, CountOrNone, Settings
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import MicroBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
@@ -37,6 +39,29 @@ class EvaluationConfig(Settings):
     sample_tokens: Annotated[int, Bounds(1, 65536)] = 64  # tokens of a sample answer, at most
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation found, the same on every rank: means by name, and each held-out pair, in their order."""
+
+    metrics: dict[str, float]
+    logps_N2: np.ndarray  # fp32 log-prob sums of chosen and rejected, nats
+    ref_N2: np.ndarray  # fp32: the reference's
+    losses_N: np.ndarray  # fp32
+    rewards_N2: np.ndarray  # fp32 implicit rewards
+    counts_N2: np.ndarray  # int32 scored tokens
+
+    @property
+    def margins_N(self) -> np.ndarray:
+        """fp64 (N,): log pi / pi_ref of the chosen answer less that of the rejected one, nats."""
+        ratios_N2 = self.logps_N2.astype(np.float64) - self.ref_N2
+        return ratios_N2[:, 0] - ratios_N2[:, 1]
+
+    @property
+    def length_gaps_N(self) -> np.ndarray:
+        """int32 (N,): scored tokens of the chosen answer less those of the rejected one."""
+        return self.counts_N2[:, 0] - self.counts_N2[:, 1]
+
+
 def accuracy_interval(accuracy: float, pairs: int) -> tuple[float, float]:
     """Where the accuracy over all possible pairs lies with 95 % confidence (Wilson's score interval, 1927)."""
     z = 1.959964
@@ -53,8 +78,8 @@ def evaluate(
     pairs: Sequence[TokenizedPair],
     micro_batches: Iterable[MicroBatch],
     device: torch.device,
-) -> dict[str, float]:
-    """Means over all held-out pairs of all ranks, as `eval_loss`, `eval_rewards/accuracies`, ... (collective).
+) -> HeldOut:
+    """All held-out pairs of all ranks, and their means as `eval_loss`, `eval_rewards/accuracies`, ... (collective).
 
     Args:
         logps: gives the log-prob sums (B, 2) of a batch.
@@ -62,6 +87,8 @@ def evaluate(
         micro_batches: this rank's share of them (`batch_plan.sweep`), as positions.
     """
     sums = MetricSums(device)
+    positions: list[int] = []
+    found: list[torch.Tensor] = []  # (B, 9) of each micro-batch, on the device: no wait between two of them
     for micro_batch in micro_batches:
         # an empty one still makes its forward call, for nothing
         batch = PairBatch.pack([pairs[i] for i in micro_batch or (0,)]).to(device)
@@ -69,7 +96,43 @@ def evaluate(
         scores = scores_of(logps_B2, ref_logps(batch), batch)
         if not micro_batch:
             continue
-        losses_B = loss_fn(scores)
-        sums.add(PolicyOutput(losses_B.sum(), losses_B, logps_B2, loss_fn.rewards(scores)), batch)
-    means = sums.means()
-    return {f"eval_{name}": value for name, value in means.items() if name not in ("tokens", "useful_flops")}
+        losses_B, rewards_B2 = loss_fn(scores), loss_fn.rewards(scores)
+        sums.add(PolicyOutput(losses_B.sum(), losses_B, logps_B2, rewards_B2), batch)
+        positions += micro_batch
+        columns = (logps_B2, scores.ref_B2, losses_B[:, None], rewards_B2, batch.counts_B2)
+        found.append(torch.cat([column.double() for column in columns], dim=1))
+    table_N9 = _of_all_ranks(positions, found, len(pairs), device)
+    means = {name: value for name, value in sums.means().items() if name not in ("tokens", "useful_flops")}
+    return _held_out({f"eval_{name}": value for name, value in means.items()}, table_N9)
+
+
+def _of_all_ranks(positions: list[int], found: list[torch.Tensor], count: int, device: torch.device) -> np.ndarray:
+    """The rows (count, 9) of all ranks at their pairs' positions, fp64 (collective); rows of no rank are 0.
+
+    A sum of one number and zeros is that number, in whatever order ranks add.
+    """
+    table_N9 = torch.zeros(count, 9, dtype=torch.float64, device=device)
+    if positions:
+        table_N9[torch.tensor(positions, device=device)] = torch.cat(found)
+    return all_reduce_sum(table_N9).cpu().numpy()
+
+
+def _held_out(metrics: dict[str, float], table_N9: np.ndarray) -> HeldOut:
+    """The columns by their names, and the metrics that are of pairs, not of sums."""
+    columns = (table_N9[:, :2], table_N9[:, 2:4], table_N9[:, 4], table_N9[:, 5:7])
+    logps_N2, ref_N2, losses_N, rewards_N2 = (column.astype(np.float32) for column in columns)
+    held_out = HeldOut(metrics, logps_N2, ref_N2, losses_N, rewards_N2, table_N9[:, 7:].astype(np.int32))
+    seen_N = held_out.counts_N2[:, 0] > 0  # every pair scores a token
+    ratios_2 = (table_N9[seen_N, :2] - table_N9[seen_N, 2:4]).mean(axis=0) if seen_N.any() else (0.0, 0.0)
+    metrics["eval_log_ratio/chosen"], metrics["eval_log_ratio/rejected"] = map(float, ratios_2)
+    metrics["eval_margin_length_correlation"] = _correlation(held_out.margins_N[seen_N], held_out.length_gaps_N[seen_N])
+    return held_out
+
+
+def _correlation(xs_N: np.ndarray, ys_N: np.ndarray) -> float:
+    """Pearson's, in [-1, 1]; 0 where it is not defined: fewer than two pairs, or one of both does not vary."""
+    if len(xs_N) < 2:
+        return 0.0
+    x_N, y_N = xs_N - xs_N.mean(), ys_N - ys_N.mean()
+    scale = math.sqrt(float((x_N * x_N).sum()) * float((y_N * y_N).sum()))
+    return min(max(float((x_N * y_N).sum()) / scale, -1.0), 1.0) if scale > 0 else 0.0

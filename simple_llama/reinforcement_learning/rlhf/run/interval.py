@@ -55,6 +55,7 @@ class Interval:
             rate: learning rate of its last step. epoch: passes over the pairs so far.
         """
         means = self.sums.means()
+        saturated = self.sums.saturated_share(means["pairs"])
         self.traffic.settle(wait=True)
         mine = (peak_memory_gb(self.ranks.device), self.traffic.sent_bytes, self.traffic.seconds)
         of_all = gather_objects(mine, self.ranks, tuple[float, float, float])
@@ -62,6 +63,7 @@ class Interval:
         seconds = time.perf_counter() - self.since
         return {
             **{name: value for name, value in means.items() if name not in TOTALS},
+            "rewards/saturated": saturated,
             "grad_norm": self.grad_norm,
             "learning_rate": rate,
             "epoch": epoch,

@@ -28,17 +28,22 @@ _SUMMED = (
 )
 
 
+_SATURATED = 0.99  # sigmoid of a reward margin whose pair hardly moves the weights any more
+
+
 class MetricSums:
     """Sums over micro-batches of this rank; no host sync until `means`."""
 
     def __init__(self, device: torch.device, work: Callable[[PairBatch], float] | None = None):
         """Args: work: FLOPs that the result of a batch needs; none are counted without it."""
         self.sums = torch.zeros(len(_SUMMED), dtype=torch.float64, device=device)
+        self.saturated = torch.zeros(1, dtype=torch.float64, device=device)  # pairs
         self.work = work
 
     def add(self, out: PolicyOutput, batch: PairBatch) -> None:
         """Adds what a forward pass gave for a batch, its packed tokens and its work."""
         self.sums += _pair_statistics(out)
+        self.saturated += ((out.rewards_B2[:, 0] - out.rewards_B2[:, 1]).sigmoid() > _SATURATED).sum()
         if self.work is not None:
             self.sums[_SUMMED.index("tokens")] += len(batch.tokens_T)
             self.sums[_SUMMED.index("useful_flops")] += self.work(batch)
@@ -49,9 +54,17 @@ class MetricSums:
         count = max(totals["pairs"], 1.0)
         return {name: value if name in TOTALS else value / count for name, value in totals.items()}
 
+    def saturated_share(self, pairs: float) -> float:
+        """Share of `pairs`, those of all ranks, whose sigmoid(reward margin) is above 0.99 (collective).
+
+        By itself: a longer sum over many ranks may be made in another order, and the others would change.
+        """
+        return all_reduce_sum(self.saturated).item() / max(pairs, 1.0)
+
     def reset(self) -> None:
         """Starts a new interval."""
         self.sums.zero_()
+        self.saturated.zero_()
 
 
 def _pair_statistics(out: PolicyOutput) -> torch.Tensor:

@@ -270,7 +270,8 @@ class TrainingRun:
             parts = self.stoppable(mine, f"evaluation at step {step}")
             shown = progress(parts, total=len(mine), desc="evaluate", ranks=ranks)
             ref_logps = self.reference.logps
-            values = evaluate(self.engine.logps, self.loss_fn, ref_logps, self.held_out, shown, ranks.device)
+            found = evaluate(self.engine.logps, self.loss_fn, ref_logps, self.held_out, shown, ranks.device)
+            values = found.metrics
             values["eval_longer_is_chosen"] = self.held_out.longer_is_chosen
             self.at.last_loss = values["eval_loss"]
             log_line(f"evaluation at step {step}", values, "eval_")

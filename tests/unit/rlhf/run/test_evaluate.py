@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval, evaluate
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import _correlation, accuracy_interval, evaluate
 from tiny_job import TINY
 
 VOCAB = 20
@@ -63,7 +65,10 @@ def by_hand(model: LLaMaTransformer, pairs: Sequence[TokenizedPair]) -> dict[str
     names = (*names, "logps/chosen", "logps/rejected", "logps/accuracies")
     columns = zip(*rows, strict=True)
     means = {f"eval_{name}": sum(column) / len(rows) for name, column in zip(names, columns, strict=True)}
-    return {**means, "eval_pairs": len(rows)}
+    gaps = [float(pair.chosen_scored - pair.rejected_scored) for pair in pairs]
+    correlation = statistics.correlation([row[4] / BETA for row in rows], gaps) if len(rows) > 1 else 0.0
+    ratios = {f"eval_log_ratio/{side}": means[f"eval_rewards/{side}"] / BETA for side in ("chosen", "rejected")}
+    return {**means, **ratios, "eval_margin_length_correlation": correlation, "eval_pairs": len(rows)}
 
 
 @pytest.mark.parametrize("micro_batches", [[(2, 0), (1,), ()], [(), (0, 1, 2)], [(1,), (2,), (0,)]])
@@ -71,14 +76,23 @@ def by_hand(model: LLaMaTransformer, pairs: Sequence[TokenizedPair]) -> dict[str
 def test_means_equal_a_loop_over_whole_chats(
     model: LLaMaTransformer, ranks: Ranks, micro_batches: list[tuple[int, ...]]
 ) -> None:
-    """Any order and grouping, also with an empty micro-batch: the same nine numbers to fp32's 1e-5, of 3 pairs."""
+    """Any order and grouping, also with an empty micro-batch: the same numbers to fp32's 1e-5, of 3 pairs; and each
+    pair's own, in the order of the pairs."""
     found = evaluate(
         partial(pair_logps, model), PreferenceLoss("sigmoid", BETA), reference, PAIRS, micro_batches, ranks.device
     )
     expected = by_hand(model, PAIRS)
-    assert found.keys() == expected.keys()
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert found["eval_pairs"] == 3
+    assert found.metrics.keys() == expected.keys()
+    assert found.metrics == pytest.approx(expected, abs=1e-5)
+    assert found.metrics["eval_pairs"] == 3
+    assert found.ref_N2.tolist() == [[-5.0, -9.0], [-3.0, -6.0], [-9.0, -2.0]]
+    assert found.counts_N2.tolist() == [[2, 3], [1, 2], [3, 1]] and found.length_gaps_N.tolist() == [-1, -1, 2]
+    alone = [by_hand(model, [pair]) for pair in PAIRS]
+    assert found.losses_N == pytest.approx([pair["eval_loss"] for pair in alone], abs=1e-5)
+    for side, name in enumerate(("chosen", "rejected")):
+        assert found.logps_N2[:, side] == pytest.approx([pair[f"eval_logps/{name}"] for pair in alone], abs=1e-5)
+        assert found.rewards_N2[:, side] == pytest.approx([pair[f"eval_rewards/{name}"] for pair in alone], abs=1e-5)
+    assert found.margins_N == pytest.approx([pair["eval_rewards/margins"] / BETA for pair in alone], abs=1e-5)
 
 
 @torch.no_grad()
@@ -87,7 +101,26 @@ def test_only_this_ranks_share_is_counted(model: LLaMaTransformer, ranks: Ranks)
     found = evaluate(
         partial(pair_logps, model), PreferenceLoss("sigmoid", BETA), reference, PAIRS, [(1,), (), (2,)], ranks.device
     )
-    assert found == pytest.approx(by_hand(model, PAIRS[1:]), abs=1e-5)
+    assert found.metrics == pytest.approx(by_hand(model, PAIRS[1:]), abs=1e-5)
+    assert found.logps_N2[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("margins", "gaps", "expected"),
+    [
+        ([1.0, 2.0, 3.0], [2, 4, 6], 1.0),
+        ([1.0, 2.0, 3.0], [6, 4, 2], -1.0),
+        ([1.0, -2.0, 1.0], [1, 0, -1], 0.0),
+        ([3.0, 1.0, 2.0], [1, 1, 4], -0.0),
+        ([0.0, 0.0, 0.0], [1, 2, 3], 0.0),
+        ([1.0, 2.0], [5, 5], 0.0),
+        ([1.0], [5], 0.0),
+        ([1.0, 2.0, 3.0, 4.0], [1, 3, 2, 4], 0.8),
+    ],
+)
+def test_correlation_of_margin_and_length(margins: list[float], gaps: list[int], expected: float) -> None:
+    """Pearson's by hand; the last: sums of products 4 of squares 5 and 5. 0 where one of both does not vary."""
+    assert _correlation(np.array(margins), np.array(gaps)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_an_empty_micro_batch_still_makes_its_forward(model: LLaMaTransformer, ranks: Ranks) -> None:

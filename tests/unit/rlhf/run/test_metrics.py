@@ -97,6 +97,15 @@ def test_means_over_pairs_and_totals(ranks: Ranks) -> None:
     assert sums.means() == expected, "reading changes nothing"
 
 
+def test_pairs_that_hardly_learn_any_more_are_counted(ranks: Ranks) -> None:
+    """sigmoid(4.59) = 0.98995 and sigmoid(4.60) = 0.99005: the second one counts, a half of two; none after a reset."""
+    sums = MetricSums(CPU)
+    sums.add(output([0.0] * 2, [[0.0, 0.0]] * 2, [[4.59, 0.0], [2.0, -2.6]]), BATCH)
+    assert sums.saturated_share(2) == 0.5
+    sums.reset()
+    assert sums.saturated_share(2) == 0.0
+
+
 def test_reset_starts_anew(ranks: Ranks) -> None:
     """An empty interval has means 0 and no division by zero; then only what came afterwards counts."""
     sums = MetricSums(CPU, work=lambda batch: 1.0)

@@ -232,7 +232,8 @@ def test_names_of_a_whole_run_are_the_documented_ones(tmp_path: Path, ranks: Ran
     config = DPOConfig(**{**job.settings, **changes, "reference": "online"})
     train(config, load_inputs(config, ranks), ranks)
     documented = OF_PAIRS | OF_STEPS | {f"eval_{name}" for name in OF_PAIRS}
-    documented |= {"eval_pairs", "eval_longer_is_chosen"}
+    documented |= {"eval_pairs", "eval_longer_is_chosen", "rewards/saturated", "eval_margin_length_correlation"}
+    documented |= {"eval_log_ratio/chosen", "eval_log_ratio/rejected"}
     documented |= {f"samples/{name}" for name in ("repeated_trigrams", "tokens", "ended")}
     tags = board(tmp_path / "runs" / "tiny").Tags()
     assert set(tags["scalars"]) == documented
