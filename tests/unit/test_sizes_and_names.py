@@ -22,6 +22,7 @@ ENTRIES = {
     # making a tokenizer, and asking a model token by token, for programs that use the package
     "simple_llama.dataset.train_bpe": {"BPEConfig", "train_bpe", "tokenizer_json"},
     "simple_llama.inference.generate": {"generate"},
+    "simple_llama.inference.guards": {"REFUSALS", "refuses"},
 }
 
 

@@ -97,7 +97,9 @@ class Samples:
         if ranks.is_main:
             parts = 1 if together else len(gathered)
             self.write(step, [gathered[i % parts][i // parts] for i in range(len(self.prompts))])
-        found = language_metrics(all_reduce_sum(count_language(mine, self.chat.stop_ids).to(ranks.device)))
+        found = language_metrics(
+            all_reduce_sum(count_language(mine, self.chat.stop_ids, self.chat.unknown_id).to(ranks.device))
+        )
         LOGGER.info(
             "samples at step %d  repeated trigrams %.1f %%  mean tokens %.1f  ended by themselves %.0f %%",
             step,

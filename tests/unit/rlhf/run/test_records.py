@@ -234,7 +234,7 @@ def test_names_of_a_whole_run_are_the_documented_ones(tmp_path: Path, ranks: Ran
     documented = OF_PAIRS | OF_STEPS | {f"eval_{name}" for name in OF_PAIRS}
     documented |= {"eval_pairs", "eval_longer_is_chosen", "rewards/saturated", "eval_margin_length_correlation"}
     documented |= {"eval_log_ratio/chosen", "eval_log_ratio/rejected"}
-    documented |= {f"samples/{name}" for name in ("repeated_trigrams", "tokens", "ended")}
+    documented |= {f"samples/{name}" for name in ("repeated_trigrams", "tokens", "ended", "empty", "unknown")}
     tags = board(tmp_path / "runs" / "tiny").Tags()
     assert set(tags["scalars"]) == documented
     assert tags["tensors"] == ["samples/prompt_0/text_summary"]
