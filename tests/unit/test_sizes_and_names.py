@@ -19,6 +19,17 @@ ENTRIES = {
     # exit statuses
     "simple_llama.reinforcement_learning.rlhf.command": {"BUG", "MISTAKE", "INTERRUPTED"},
     "simple_llama.cluster.watchdog": {"LOST"},
+    # what reports are made of
+    "simple_llama.reinforcement_learning.rlhf.report.charts": {
+        "line_chart",
+        "histogram",
+        "scatter",
+        "reliability_chart",
+        "bar_chart",
+        "Bar",
+        "Series",
+    },
+    "simple_llama.reinforcement_learning.rlhf.report.page": {"Page"},
     # making a tokenizer, and asking a model token by token, for programs that use the package
     "simple_llama.dataset.train_bpe": {"BPEConfig", "train_bpe", "tokenizer_json"},
     "simple_llama.inference.generate": {"generate"},
