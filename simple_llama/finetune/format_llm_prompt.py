@@ -108,5 +108,27 @@ def encode_prompt(tokenizer: Tokenizer, system: str, users: Sequence[str], assis
     return _join_ids(segments, _encode_texts(tokenizer, (s.text for s in segments if s.kind == "text")))
 
 
+def encode_serving_prompt(
+    tokenizer: Tokenizer, system: str, users: Sequence[str], assistants: Sequence[str]
+) -> list[int]:
+    """Token ids up to the last <SOA> as upstream's server writes it (its `format_inference_prompt`): one line end
+    before the last <SOU> where training has two; behind the system prompt, which brings its two along, three.
+
+    ValueError unless `assistants` has one entry fewer than `users`.
+    """
+    segments = _serving_segments(system, users, assistants)
+    return _join_ids(segments, _encode_texts(tokenizer, (s.text for s in segments if s.kind == "text")))
+
+
+def _serving_segments(system: str, users: Sequence[str], assistants: Sequence[str]) -> list[_Segment]:
+    """Pieces of a chat as it is served."""
+    if len(users) != len(assistants) + 1:
+        raise ValueError(f"expected one answer fewer than user messages, found {len(assistants)} for {len(users)}")
+    segments = _chat_segments(system, users, assistants)
+    assert segments[-5] == ("special", "<SOU>")
+    segments[-6] = _Segment("text", "\n" if assistants else "\n\n\n")
+    return segments
+
+
 def _wrapped(start: str, text: str, end: str) -> list[_Segment]:
     return [_Segment("special", start), _Segment("text", text), _Segment("special", end)]

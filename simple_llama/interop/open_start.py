@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import listed
@@ -13,7 +14,7 @@ from simple_llama.interop.hf_folder import HFFolder
 from simple_llama.interop.safetensors_files import INDEX, WEIGHTS
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
-from simple_llama.pretraining.weights import find_weights
+from simple_llama.pretraining.weights import find_weights, load_weights
 
 _HF_FILES = ("config.json", "adapter_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -36,6 +37,17 @@ def open_start(path: str | os.PathLike[str]) -> StartModel:
         raise UserError(f"{path}: expected one version of a model, found the folder of all; give one of {found}")
     folder = _hf_folder(path)
     return HFFolder(folder) if folder else StartFile(find_weights(path))
+
+
+def start_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the model that `open_start` opens says of how it was made: of a run's export, which run, with which
+    settings; nothing for a model that says nothing. UserError for a .pth that is none."""
+    path = Path(path)
+    if folder := _hf_folder(path):
+        return export_metadata(folder)
+    if path.suffix == ".gguf" or not (path.is_dir() or path.suffix == ".pth"):
+        return {}
+    return load_weights(find_weights(path)).metadata
 
 
 def _hf_folder(path: Path) -> Path | None:

@@ -101,13 +101,17 @@ class Inputs:
         return self.data.pairs.digest.hex()
 
 
-def load_inputs(config: InputsConfig, ranks: Ranks) -> Inputs:
+def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None) -> Inputs:
     """Reads and checks all inputs on every rank, then that all ranks have read the same (collective).
+
+    Args:
+        known: those of another model for the same data settings; the data is not read again where this model's chats
+            become tokens as that one's do.
 
     Raises UserError with the file and what is wrong, or with the host and rank that differ from rank 0.
     """
     with fail_together(ranks):
-        inputs = _read_inputs(config)
+        inputs = _read_inputs(config, known)
     LOGGER.info("system prompt: %s", about_system(inputs.chat))
     require_same("package versions", versions(), ranks)
     require_same("settings", asdict(config), ranks)
@@ -117,7 +121,7 @@ def load_inputs(config: InputsConfig, ranks: Ranks) -> Inputs:
     return inputs
 
 
-def _read_inputs(config: InputsConfig) -> Inputs:
+def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     start = open_start(config.model_path)
@@ -146,15 +150,18 @@ def _read_inputs(config: InputsConfig) -> Inputs:
             f"max_seq_len: expected at most the model's {architecture.max_seq_len} tokens{window} ({start.path}), "
             f"found {config.max_seq_len}"
         )
-    data = RLDatasetLoader(
-        config.rlhf_dataset_path,
-        chat,
-        max_seq_len,
-        val_share=config.val_share,
-        seed=config.seed,
-        ascii_text=config.ascii_text,
-        max_unknown=config.max_unknown,
-    )
+    if known and _reads_alike(known, chat, digest, max_seq_len):
+        data = known.data
+    else:
+        data = RLDatasetLoader(
+            config.rlhf_dataset_path,
+            chat,
+            max_seq_len,
+            val_share=config.val_share,
+            seed=config.seed,
+            ascii_text=config.ascii_text,
+            max_unknown=config.max_unknown,
+        )
     numerics = {
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ATTENTION_VERSION,
@@ -165,6 +172,17 @@ def _read_inputs(config: InputsConfig) -> Inputs:
     }
     identity = reference_id(start.digest, digest, numerics)
     return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer, kept)
+
+
+def _reads_alike(known: Inputs, chat: ChatFormat, digest: str, max_seq_len: int) -> bool:
+    """Whether records become the same tokens with a chat format, whose tokenizer has this digest, as they did."""
+    theirs = known.chat
+    return (
+        known.max_seq_len == max_seq_len
+        and known.reference_id["tokenizer"] == digest
+        and (type(theirs), dict(theirs.identity)) == (type(chat), dict(chat.identity))
+        and theirs.default_system == chat.default_system
+    )
 
 
 def _chat_format(config: InputsConfig, start: StartModel) -> tuple[ChatFormat, OwnTokenizer | None]:

@@ -14,8 +14,10 @@ from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from simple_llama.finetune.format_llm_prompt import (
     DEFAULT_SYSTEM_PROMPT,
     _chat_segments,
+    _serving_segments,
     encode_chat,
     encode_prompt,
+    encode_serving_prompt,
     format_chat,
 )
 
@@ -37,6 +39,21 @@ def test_format_of_one_and_two_turns() -> None:
 def test_prompt_ends_with_start_of_answer() -> None:
     """With one answer fewer than users."""
     assert format_chat("S", ["a", "b"], ["c"]) == "<SOT>S<EOT>\n\n<SOU>a<EOU>\n<SOA>c<EOA>\n\n<SOU>b<EOU>\n<SOA>"
+
+
+def test_serving_form_of_one_and_two_turns() -> None:
+    """Upstream's server: three line ends behind the system prompt, one between turns; ids are those of that text."""
+    one = "<SOT>S<EOT>\n\n\n<SOU>a<EOU>\n<SOA>"
+    two = "<SOT>S<EOT>\n\n<SOU>a<EOU>\n<SOA>c<EOA>\n<SOU>b<EOU>\n<SOA>"
+    assert "".join(segment.text for segment in _serving_segments("S", ["a"], [])) == one
+    assert "".join(segment.text for segment in _serving_segments("S", ["a", "b"], ["c"])) == two
+    tokenizer, whole = load_tokenizer(SHIPPED), load_tokenizer(SHIPPED)
+    whole.encode_special_tokens = False
+    assert encode_serving_prompt(tokenizer, "S", ["a"], []) == whole.encode(one, add_special_tokens=False).ids
+    assert encode_serving_prompt(tokenizer, "S", ["a", "b"], ["c"]) == whole.encode(two, add_special_tokens=False).ids
+    assert encode_serving_prompt(tokenizer, "S", ["a"], []) != encode_prompt(tokenizer, "S", ["a"], [])
+    with pytest.raises(ValueError, match="one answer fewer"):
+        encode_serving_prompt(tokenizer, "S", ["a"], ["b"])
 
 
 def test_segments_of_one_turn() -> None:

@@ -188,6 +188,7 @@ def test_each_setting_has_one_owner():
         "EngineConfig",
         "InputsConfig",
         "LossConfig",
+        "StoreConfig",
         "ReferenceConfig",
         "ScheduleConfig",
         "FolderConfig",
@@ -197,5 +198,6 @@ def test_each_setting_has_one_owner():
         "ProfileConfig",
         "RunConfig",
         "WatchConfig",
+        "CommandConfig",
         "DPOConfig",
     ]

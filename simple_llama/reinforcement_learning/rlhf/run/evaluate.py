@@ -62,7 +62,7 @@ class HeldOut:
         return self.counts_N2[:, 0] - self.counts_N2[:, 1]
 
 
-def accuracy_interval(accuracy: float, pairs: int) -> tuple[float, float]:
+def accuracy_interval(accuracy: float, pairs: float) -> tuple[float, float]:
     """Where the accuracy over all possible pairs lies with 95 % confidence (Wilson's score interval, 1927)."""
     z = 1.959964
     middle = accuracy + z * z / (2 * pairs)

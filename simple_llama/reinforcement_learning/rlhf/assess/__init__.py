@@ -1,0 +1,1 @@
+"""Models against pairs, outside a run: launch/evaluate.py."""

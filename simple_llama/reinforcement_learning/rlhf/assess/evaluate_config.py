@@ -1,0 +1,154 @@
+"""The settings of launch/evaluate.py. What a model was trained with is taken from it, so that it need not be given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typing_extensions import Doc
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.paths import package_path, root_path
+from simple_llama.common.settings import Bounds, Count, CountOrNone, PathText, Settings, parse_settings, peek_settings
+from simple_llama.finetune.chat_config import ChatConfig
+from simple_llama.interop.open_start import start_metadata
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig
+from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig
+from simple_llama.reinforcement_learning.rlhf.inputs import InputsConfig
+from simple_llama.reinforcement_learning.rlhf.objective.losses import Beta
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import StoreConfig
+
+_MOST_MODELS = 16
+
+
+@dataclass(frozen=True)
+class ModelsConfig(Settings):
+    """Which models."""
+
+    # === Models ===
+    models: Annotated[
+        str,
+        Doc(
+            "what to evaluate: .pth files, folders of runs or of Hugging Face models, .gguf files, commas between "
+            "them; empty: the start model alone"
+        ),
+    ] = ""
+    model_path: Annotated[
+        str, Doc("the model that they are compared with; empty: the one that the first model's run started from")
+    ] = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the models to evaluate."""
+        return tuple(path for path in (one.strip() for one in self.models.split(",")) if path)
+
+    def check_rules(self) -> None:
+        """UserError for a model that stands twice, or too many."""
+        paths = self.paths
+        if len(paths) > _MOST_MODELS or len(set(paths)) < len(paths):
+            raise UserError(f"models: expected up to {_MOST_MODELS} different paths, found {self.models!r}")
+
+
+@dataclass(frozen=True)
+class AnswersConfig(Settings):
+    """What the models are asked to write, and who judges it."""
+
+    # === Answers ===
+    generate: CountOrNone = 0  # different prompts of the pairs that each model answers; 0: none
+    max_new_tokens: Annotated[int, Bounds(1, 65536)] = 128  # tokens of an answer, at most
+    temperature: Annotated[float, Bounds(0.0, 100.0)] = 0.0  # 0: always the most likely token
+    top_p: Annotated[
+        float,
+        Bounds(0.0, 1.0, above=True),
+        Doc("only the likeliest tokens with this sum, where temperature is not 0"),
+    ] = 1.0
+    judge: Annotated[
+        str, Doc("command that says which of two answers is better (docs/evaluate.md); run without a shell")
+    ] = ""
+    judge_timeout_s: Annotated[
+        float, Bounds(1.0, 1e6), Doc("seconds without an answer after which the judge counts as hung")
+    ] = 600.0
+
+    def check_rules(self) -> None:
+        """UserError for options without effect."""
+        if self.judge and not self.generate:
+            raise UserError("judge: expected --generate N beside it, found 0: there is nothing to judge")
+        if self.top_p < 1 and not self.temperature:
+            raise UserError("top_p: expected a temperature above 0 beside it, found 0, where it has no effect")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(CommandConfig, AnswersConfig, StoreConfig, DataConfig, ChatConfig, ModelsConfig):
+    """Settings of an evaluation: defaults < those of the first model's run < --config FILE.json < flags."""
+
+    # === Evaluation ===
+    share: Annotated[
+        Literal["auto", "held_out", "all"],
+        Doc(
+            "which pairs: all, or those that training holds out (val_share, seed); auto: held_out of the data that the "
+            "first model was trained on, and all of any other"
+        ),
+    ] = "auto"
+    tokenize_path: Annotated[
+        PathText, Doc("tokenizer JSON; left at its default, a Hugging Face or GGUF model has its own")
+    ] = package_path("dataset", "bpe_8k.json")
+    deepspeed_config: Annotated[PathText, Doc("DeepSpeed JSON; what counts here is the dtype in it")] = package_path(
+        "ds_configs", "zero2_bf16.json"
+    )
+    batch_size: Count = 16  # pairs that a rank computes at once
+    beta: Beta = 0.5
+    output: Annotated[
+        str, Doc("folder for report.html and report.json; empty: evaluations/ with date and time")
+    ] = ""  # fmt: skip
+
+    def inputs_of(self, path: str, max_seq_len: int = 0) -> InputsConfig:
+        """What a training run would have for the model at `path`."""
+        mine = {field.name: getattr(self, field.name) for field in fields(InputsConfig) if hasattr(self, field.name)}
+        return InputsConfig(**{**mine, "model_path": path, "max_seq_len": max_seq_len or self.max_seq_len})
+
+    @property
+    def folder(self) -> Path:
+        """Where `output` is, if it was given."""
+        return Path(self.output)
+
+
+_FROM_RUN = ("batch_size", "beta", "deepspeed_config", "tokenize_path", "ref_cache_dir", "model_path")
+
+
+def parse_evaluate(argv: Sequence[str] | None = None, description: str | None = None) -> EvaluateConfig:
+    """Settings from a command line (default: this process's), on top of what the first model's run was given.
+
+    UserError where no start model is named, by the command line or by that run.
+    """
+    asked = peek_settings(ModelsConfig, argv)
+    about = start_metadata(asked.paths[0]) if asked.paths else {}
+    config = parse_settings(EvaluateConfig, argv, description, _settings_of(about), f"{asked.models}: settings")
+    if not config.model_path:
+        named = f"{config.paths[0]}, which says of no run that made it" if config.paths else "no model"
+        raise UserError(
+            "model_path: expected the start model, which the models are compared with, found none with "
+            f"{named}; give --model_path, the model that training started from"
+        )
+    return config
+
+
+def trained_on(config: EvaluateConfig) -> str:
+    """The data that the first model's run was given; empty where it does not say."""
+    settings = _settings_of(start_metadata(config.paths[0])) if config.paths else {}
+    return str(settings.get("rlhf_dataset_path", ""))
+
+
+def _settings_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's export says of its settings, as far as an evaluation has them."""
+    found = about.get("dpo_config")
+    if not isinstance(found, dict):
+        return {}
+    names = {*_FROM_RUN, *(field.name for kind in (DataConfig, ChatConfig) for field in fields(kind))}
+    return {name: found[name] for name in names if name in found}
+
+
+def default_folder(stamp: str) -> Path:
+    """Where a report goes that was given no place."""
+    return Path(root_path("evaluations", stamp))

@@ -1,0 +1,94 @@
+"""Log-probs of several models on the same pairs, through the store, and what tells the pairs apart. N pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from simple_llama.cluster.distributed import Ranks, fail_together
+from simple_llama.common.errors import UserError
+from simple_llama.common.logging import LOGGER
+from simple_llama.dataset.json_records import read_records
+from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, trained_on
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
+from simple_llama.reinforcement_learning.rlhf.precompute import precompute
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
+from simple_llama.reinforcement_learning.rlhf.report.statistics import groups_of
+
+_CATEGORY = "category"  # key of a record
+_MOST_NAME = 60  # characters
+
+
+def pairs_asked(config: EvaluateConfig, inputs: Inputs) -> tuple[PairSet, str]:
+    """The pairs to evaluate on, and what they are in words. UserError where none is held out."""
+    same = _same_data(config.rlhf_dataset_path, trained_on(config))
+    held_out = config.share == "held_out" or (config.share == "auto" and same)
+    if not held_out:
+        trained = ", most of which the first model was trained on" if same else ""
+        return inputs.data.pairs, f"all {len(inputs.data.pairs):,} pairs{trained}"
+    found = inputs.data.validation
+    if not len(found):
+        raise UserError(
+            f"share: expected held-out pairs of {config.rlhf_dataset_path}, found none with val_share "
+            f"{config.val_share}; give the --val_share and --seed of the training, other pairs, or --share all"
+        )
+    of = "the training's own" if same else "those that a training would hold out"
+    return found, f"{len(found):,} held-out pairs ({of}: val_share {config.val_share:g}, seed {config.seed})"
+
+
+def log_probs(config: EvaluateConfig, inputs: Inputs, pairs: PairSet, ranks: Ranks) -> np.ndarray:
+    """Log-prob sums (N, 2) fp32 of (chosen, rejected) of a model, nats (collective): from the store, where they are,
+    else computed by all ranks and put there."""
+    LOGGER.info("log-probs of %s on %d pairs", inputs.start.path, len(pairs))
+    precompute(config, inputs, ranks, pairs)
+    store = open_store(config.ref_cache_dir, inputs.reference_id, ranks)
+    with fail_together(ranks):
+        return store.lookup(pairs.keys)
+
+
+def check_same_pairs(inputs: Inputs, first: Inputs) -> None:
+    """UserError where a model reads the data as other tokens than the start model: no sums could be compared."""
+    if not np.array_equal(inputs.data.pairs.keys, first.data.pairs.keys):
+        raise UserError(
+            f"{inputs.start.path}: expected the tokens of the start model {first.start.path}, found others: its "
+            "tokenizer or chat template differs, so their log-probs cannot be compared; give the model that it was "
+            "trained from as --model_path, or evaluate it with --model_path alone"
+        )
+
+
+def prompt_groups(pairs: PairSet) -> np.ndarray:
+    """The number of each pair's prompt (N,): pairs that answer one prompt have one number."""
+    return groups_of([pair.prompt_ids.tobytes() for pair in pairs])
+
+
+def categories(pairs: PairSet) -> list[str]:
+    """Of each pair what its record calls its `category`, or the name of its file where no record has one.
+
+    A list of categories is one of its own ("a + b"). Files are read again: a pair keeps no text.
+    """
+    wanted: dict[int, set[int]] = {}
+    for file, record in pairs.places[["file", "record"]].tolist():
+        wanted.setdefault(file, set()).add(record)
+    found = {
+        (file, record.number): _category(record.fields[_CATEGORY])
+        for file, numbers in wanted.items()
+        for record in read_records(pairs.files[file])
+        if record.number in numbers and _CATEGORY in record.fields
+    }
+    if found:
+        return [found.get(place, "(none)") for place in pairs.places[["file", "record"]].tolist()]
+    return [Path(pairs.files[file]).name for file in pairs.places["file"].tolist()]
+
+
+def _category(value: object) -> str:
+    """A record's category as one short text."""
+    parts = value if isinstance(value, list) else [value]
+    text = " + ".join(sorted(str(part) for part in parts)) or "(none)"
+    return text if len(text) <= _MOST_NAME else text[: _MOST_NAME - 3] + "..."
+
+
+def _same_data(here: str, there: str) -> bool:
+    """Whether two paths lead to the same data."""
+    return bool(there) and Path(here).resolve() == Path(there).resolve()

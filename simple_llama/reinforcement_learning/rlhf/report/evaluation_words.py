@@ -1,0 +1,182 @@
+"""What an evaluation shows, in words: is it better, by how much, is it real, is it only length, does the language hold.
+
+Pure functions of the numbers of evaluation_numbers.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import START
+from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
+
+_CHANCE = 0.5
+_MISCALIBRATED = 0.1  # calibration error
+_MUCH_REPEATED, _FEW_ENDED, _MANY_EMPTY = 0.2, 0.5, 0.05  # shares that are said, whatever the start model does
+_WORSE = 0.1  # of a share of repeated trigrams: a change that is said
+
+
+def percent(share: float | Interval) -> str:
+    """`78.1 % (72.3 to 83.0)`, or of a number alone `78.1 %`."""
+    if not isinstance(share, Interval):
+        return f"{100 * share:.1f} %"
+    return f"{100 * share.value:.1f} %{_bounds(share, 100, 1)}"
+
+
+def points(difference: Interval) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * difference.value:+.1f} points{_bounds(difference, 100, 1, '+')}"
+
+
+def nats(number: Interval) -> str:
+    """A number with its interval."""
+    return f"{number.value:+.2f} nats{_bounds(number, 1, 2, '+')}"
+
+
+def _bounds(number: Interval, scale: float, digits: int, sign: str = "") -> str:
+    if math.isnan(number.low):
+        return " (too few prompts for an interval)"
+    return f" ({scale * number.low:{sign}.{digits}f} to {scale * number.high:{sign}.{digits}f})"
+
+
+def verdict(
+    which: str, numbers: Mapping[str, Any], answers: Mapping[str, Any], judged: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Sentences for a person, the most important first."""
+    if not numbers["models"]:
+        raw = percent(numbers["baselines"]["start_preference"])
+        return [f"The start model alone gives the chosen answer the larger log-prob in {raw} of {which}."]
+    found = []
+    for name, model in numbers["models"].items():
+        found += [_is_better(name, model, which), *_is_real(name, model, numbers), _is_length(name, model)]
+        found += _language(name, answers)
+        if name in judged:
+            found.append(_judge(name, judged[name]))
+    found += [_against(both) for both in numbers["compared"]]
+    if numbers["prompts"] < numbers["pairs"]:
+        found.append(
+            f"{numbers['pairs']:,} pairs answer {numbers['prompts']:,} prompts; intervals count prompts, not pairs."
+        )
+    return found
+
+
+def _is_better(name: str, model: Mapping[str, Any], which: str) -> str:
+    """Whether, and by how much."""
+    accuracy, margin = model["accuracy"], model["margin"]
+    if math.isnan(margin.low):
+        word = "cannot be told from these pairs: too few prompts"
+    elif accuracy.low > _CHANCE and margin.is_above:
+        word = "has learned the preference"
+    elif accuracy.high < _CHANCE and margin.is_below:
+        word = "has moved the wrong way"
+    elif margin.is_above or accuracy.low > _CHANCE:
+        word = "has probably learned some of the preference"
+    else:
+        word = "shows no change in preference beyond chance"
+    return (
+        f"{name} {word}: against the start model it moved towards the chosen answer in {percent(accuracy)} of {which}, "
+        f"by {nats(margin)} on average."
+    )
+
+
+def _is_real(name: str, model: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
+    """Whether it now ranks more pairs rightly, and whether it beats what needs no training."""
+    gained, start = model["preference_gained"], numbers["baselines"]["start_preference"]
+    real = "more than chance explains" if gained.is_above or gained.is_below else "chance may explain it"
+    chosen, rejected = model["log_ratio_chosen"].value, model["log_ratio_rejected"].value
+    found = [
+        f"By its own log-probs it ranks {percent(model['preference'])} of the pairs rightly, the start model "
+        f"{percent(start)}: {points(gained)}, {real}."
+    ]
+    if chosen < 0:
+        found.append(
+            f"The chosen answers have become less likely themselves ({chosen:+.2f} nats; the rejected ones "
+            f"{rejected:+.2f}): common in honest runs, and the answers below show whether it hurts."
+        )
+    if model["calibration"]["error"] > _MISCALIBRATED:
+        found.append(
+            f"Its rewards are no probabilities: sigmoid of the margin at beta {numbers['beta']:g} is off by "
+            f"{percent(model['calibration']['error'])} on average."
+        )
+    return found
+
+
+def _is_length(name: str, model: Mapping[str, Any]) -> str:
+    """Whether length alone may explain it."""
+    balanced, longer = model["balanced_accuracy"], model["above_baseline"]["longer"]
+    if math.isnan(balanced.value) or math.isnan(balanced.low):
+        return "Whether length explains it cannot be told: of longer and shorter chosen answers one kind is missing."
+    rule = f'against the rule "longer" {points(longer)}, margin and length correlate {model["length_correlation"]:+.2f}'
+    if balanced.low > _CHANCE:
+        return (
+            f"It is not only length: {percent(balanced)} with longer and shorter chosen answers weighed alike; {rule}."
+        )
+    return (
+        f"Length may explain it: {percent(balanced)} with longer and shorter chosen answers weighed alike, where a "
+        f"rule that only counts tokens has 50; {rule}."
+    )
+
+
+def _language(name: str, answers: Mapping[str, Any]) -> list[str]:
+    """Whether the answers still are language, by the form of the prompts."""
+    found = []
+    for form, models in answers.items():
+        now, start = models[name], models[START]
+        faults = []
+        repeated, repeated_before = now["repeated_trigrams"], start["repeated_trigrams"]
+        if repeated > _MUCH_REPEATED or repeated - repeated_before > _WORSE:
+            faults.append(
+                f"repeats itself ({percent(repeated)} of trigrams, start {percent(start['repeated_trigrams'])})"
+            )
+        if now["ended"].value < _FEW_ENDED or now["change"]["ended"].is_below:
+            faults.append(
+                f"ends few answers by itself ({percent(now['ended'])}, start {percent(start['ended'].value)})"
+            )
+        if now["empty"].value > _MANY_EMPTY or now["change"]["empty"].is_above:
+            faults.append(f"has empty answers ({percent(now['empty'])}, start {percent(start['empty'].value)})")
+        if now["unknown"] > start["unknown"] + 0.01:
+            faults.append(f"writes <UNK> ({percent(now['unknown'])} of tokens)")
+        where = f" with prompts in the form of {form}" if len(answers) > 1 else ""
+        facts = (
+            f"{now['tokens'].value:.0f} tokens an answer (start {start['tokens'].value:.0f}), "
+            f"{percent(now['refused'].value)} refusals (start {percent(start['refused'].value)})"
+        )
+        word = f"The language of {name} needs a look{where}: it {'; '.join(faults)}" if faults else (
+            f"The language of {name} holds{where}: {percent(repeated)} repeated trigrams (start "
+            f"{percent(start['repeated_trigrams'])}), {percent(now['ended'].value)} end by themselves"
+        )  # fmt: skip
+        found.append(f"{word}; {facts}; {now['answers']} answers.")
+    return found
+
+
+def _judge(name: str, judged: Mapping[str, Any]) -> str:
+    """What the judge says."""
+    rate = judged["win_rate"]
+    word = (
+        "prefers it"
+        if rate.low > _CHANCE
+        else "prefers the start model"
+        if rate.high < _CHANCE
+        else "sees no difference"
+    )
+    flipped = (
+        f"; {judged['flipped']} verdicts went by the place of the answer and count as ties" if judged["flipped"] else ""
+    )
+    return (
+        f"The judge {word}: {name} wins {percent(rate)} (won {judged['won']}, tied {judged['tied']}, lost "
+        f"{judged['lost']}){flipped}."
+    )
+
+
+def _against(both: Mapping[str, Any]) -> str:
+    """One model against another."""
+    accuracy, margin = both["accuracy"], both["margin"]
+    real = "chance may explain it"
+    if accuracy.is_above or accuracy.is_below or margin.is_above or margin.is_below:
+        real = "more than chance explains"
+    return (
+        f"{both['model']} minus {both['other']} on the same pairs: accuracy {points(accuracy)}, margin {nats(margin)}; "
+        f"{real}."
+    )

@@ -1,0 +1,182 @@
+"""Numbers with intervals: pure functions of arrays, and of which pairs belong together.
+
+Pairs that answer one prompt are no independent draws, so what is drawn here, and what varies, are prompts ("groups")
+with all their pairs. All intervals are of 95 %. Shapes: N pairs, G groups, K sums, D draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+
+_Z = 1.959964  # of the normal distribution, both sides together 5 %
+_DRAWS, _DRAWN_AT_ONCE = 4000, 1 << 22
+_FEWEST_GROUPS = 2
+
+
+class Interval(NamedTuple):
+    """A number and where it lies with 95 % confidence; NaN bounds where the data cannot say."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_above(self) -> bool:
+        """Whether it is above zero, chance apart."""
+        return self.low > 0
+
+    @property
+    def is_below(self) -> bool:
+        """Whether it is below zero, chance apart."""
+        return self.high < 0
+
+
+class ReliabilityBin(NamedTuple):
+    """Pairs whose confidence lies between two bounds."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float  # mean
+    accuracy: float
+
+
+class Reliability(NamedTuple):
+    """Whether a model that says 80 % is right in 80 of 100 pairs."""
+
+    error: float  # expected calibration error: mean |accuracy - confidence| of the bins, weighted by their pairs
+    bins: tuple[ReliabilityBin, ...]  # those that have pairs
+
+
+def groups_of(names: Sequence[Any]) -> np.ndarray:
+    """The number of the group of each item (N,), from 0, in the order in which the groups come."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+
+
+def preferred(margins_N: np.ndarray) -> np.ndarray:
+    """1 where the chosen answer is preferred, 0 where the rejected one is, 1/2 for a tie (N,)."""
+    return (margins_N > 0) + 0.5 * (margins_N == 0)
+
+
+def mean_interval(values_N: np.ndarray, groups_N: np.ndarray) -> Interval:
+    """The mean and its interval by the cluster-robust standard error (Liang and Zeger, 1986):
+
+        sqrt(G / (G - 1) * sum over groups of (sum of the group's deviations)^2) / N
+
+    With one pair a group that is the ordinary s / sqrt(N).
+    """
+    mean = float(np.mean(values_N))
+    error = _standard_error(values_N, groups_N)
+    return Interval(mean, mean - _Z * error, mean + _Z * error)
+
+
+def share_interval(hits_N: np.ndarray, groups_N: np.ndarray) -> Interval:
+    """A share of hits (each in [0, 1]) with Wilson's interval, for as many pairs as the prompts are worth.
+
+    N pairs are worth N / max(1, V), V being by how much the variance over prompts is larger than that of as many
+    independent hits (Kish's design effect): 1 where each pair has a prompt of its own.
+    """
+    share, count = float(np.mean(hits_N)), float(len(hits_N))
+    sums_G = np.bincount(groups_N, hits_N - share)
+    if 0 < share < 1:
+        count /= max(1.0, float(np.sum(sums_G**2)) / (count * share * (1 - share)))
+    low, high = accuracy_interval(share, count)
+    return Interval(share, max(0.0, low), min(1.0, high))
+
+
+def paired_bootstrap(
+    ours_N: np.ndarray, theirs_N: np.ndarray, groups_N: np.ndarray, seed: int = 0, draws: int = _DRAWS
+) -> Interval:
+    """The mean of ours - theirs on the same pairs, with the percentiles 2.5 and 97.5 of it over `draws` samples of as
+    many prompts, drawn with replacement (Efron, 1979)."""
+    differences_N2 = np.stack([ours_N - theirs_N, np.ones(len(ours_N))], 1)
+    return _bootstrap(differences_N2, groups_N, lambda sums_DK: sums_DK[:, 0] / sums_DK[:, 1], seed, draws)
+
+
+def balanced_accuracy(hits_N: np.ndarray, longer_N: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> Interval:
+    """Mean of the accuracy where the chosen answer is longer (`longer_N` above 0) and where it is shorter.
+
+    A model that goes by length alone has 1/2, whatever the share of longer answers is. NaN where one side has no pair.
+    """
+    longer, shorter = longer_N > 0, longer_N < 0
+    if not (longer.any() and shorter.any()):
+        return Interval(math.nan, math.nan, math.nan)
+    columns_N4 = np.stack([hits_N * longer, longer, hits_N * shorter, shorter], 1).astype(float)
+
+    def combine(sums_DK: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # a draw may lack one side
+            return (sums_DK[:, 0] / sums_DK[:, 1] + sums_DK[:, 2] / sums_DK[:, 3]) / 2
+
+    return _bootstrap(columns_N4, groups_N, combine, seed)
+
+
+def _bootstrap(
+    columns_NK: np.ndarray,
+    groups_N: np.ndarray,
+    combine: Callable[[np.ndarray], np.ndarray],
+    seed: int = 0,
+    draws: int = _DRAWS,
+) -> Interval:
+    """What `combine` makes of the sums (1, K) of all pairs, and its percentiles 2.5 and 97.5 over sums (D, K) of as
+    many prompts, drawn with replacement. NaN bounds for fewer than two prompts."""
+    sums_GK = np.zeros((int(groups_N.max()) + 1, columns_NK.shape[1]))
+    np.add.at(sums_GK, groups_N, columns_NK)
+    value, groups = float(combine(sums_GK.sum(0, keepdims=True))[0]), len(sums_GK)
+    if groups < _FEWEST_GROUPS:
+        return Interval(value, math.nan, math.nan)
+    rng, found, at_once = np.random.default_rng(seed), [], max(1, _DRAWN_AT_ONCE // groups)
+    for first in range(0, draws, at_once):
+        drawn_DG = rng.integers(groups, size=(min(at_once, draws - first), groups))
+        found.append(combine(np.stack([column_G[drawn_DG].sum(1) for column_G in sums_GK.T], 1)))
+    low, high = np.nanpercentile(np.concatenate(found), [2.5, 97.5])
+    return Interval(value, float(low), float(high))
+
+
+def reliability(margins_N: np.ndarray, bins: int = 10) -> Reliability:
+    """How well sigmoid(margin) says how sure it is (Guo et al., arXiv:1706.04599).
+
+    The model takes the side with the larger probability p, so its confidence max(p, 1 - p) lies in [1/2, 1], which is
+    cut into `bins` of one width; it is right where that side is the chosen answer, half right in a tie.
+    """
+    confidence_N = 1 / (1 + np.exp(-np.minimum(np.abs(margins_N), 700.0)))
+    where_N = np.minimum(((confidence_N - 0.5) * 2 * bins).astype(int), bins - 1)
+    right_N, found = preferred(margins_N), []
+    for number in range(bins):
+        inside = where_N == number
+        if inside.any():
+            low, high = (0.5 + edge / (2 * bins) for edge in (number, number + 1))
+            means = float(confidence_N[inside].mean()), float(right_N[inside].mean())
+            found.append(ReliabilityBin(low, high, int(inside.sum()), *means))
+    error = sum(one.count * abs(one.accuracy - one.confidence) for one in found) / max(len(margins_N), 1)
+    return Reliability(error, tuple(found))
+
+
+def correlation(ones_N: np.ndarray, others_N: np.ndarray) -> float:
+    """Pearson's; 0 where one of the two does not vary."""
+    ones_N, others_N = ones_N - np.mean(ones_N), others_N - np.mean(others_N)
+    scale = math.sqrt(float(np.sum(ones_N**2)) * float(np.sum(others_N**2)))
+    return float(np.sum(ones_N * others_N)) / scale if scale else 0.0
+
+
+def length_bins(lengths_N: np.ndarray, most: int = 5) -> list[np.ndarray]:
+    """Positions of the pairs in up to `most` groups of neighbouring lengths with about as many pairs each; equal
+    lengths stay together."""
+    edges = np.unique(np.quantile(lengths_N, np.linspace(0, 1, most + 1)[1:-1], method="higher"))
+    where_N = np.searchsorted(edges, lengths_N, side="right")
+    return [np.flatnonzero(where_N == number) for number in np.unique(where_N)]
+
+
+def _standard_error(values_N: np.ndarray, groups_N: np.ndarray) -> float:
+    """Of the mean, cluster-robust; NaN for fewer than two groups."""
+    groups = int(groups_N.max()) + 1
+    if groups < _FEWEST_GROUPS:
+        return math.nan
+    sums_G = np.bincount(groups_N, values_N - np.mean(values_N), groups)
+    return math.sqrt(groups / (groups - 1) * float(np.sum(sums_G**2))) / len(values_N)

@@ -1,0 +1,99 @@
+"""Numbers with intervals, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from simple_llama.reinforcement_learning.rlhf.report import statistics
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+
+ALONE = np.arange(4)
+
+
+def test_mean_interval_of_pairs_with_prompts_of_their_own() -> None:
+    """1, 2, 3, 6: mean 3, s^2 = (4 + 1 + 0 + 9) / 3, s / sqrt(4) = 1.0801."""
+    found = statistics.mean_interval(np.array([1.0, 2, 3, 6]), ALONE)
+    assert found == pytest.approx((3, 3 - 1.959964 * 1.080123, 3 + 1.959964 * 1.080123), abs=1e-5)
+
+
+def test_mean_interval_of_repeated_prompts() -> None:
+    """Two prompts with the pairs 1, 2 and 3, 6: deviations sum to -3 and 3, so sqrt(2 * (9 + 9)) / 4 = 1.5."""
+    found = statistics.mean_interval(np.array([1.0, 2, 3, 6]), np.array([0, 0, 1, 1]))
+    assert found == pytest.approx((3, 3 - 1.959964 * 1.5, 3 + 1.959964 * 1.5))
+
+
+def test_share_interval_counts_prompts() -> None:
+    """Each pair twice is worth as many as once: the interval is that of half the pairs. All right: 4 / (4 + z^2)."""
+    hits = np.repeat(np.array([1.0] * 15 + [0.0] * 5), 2)
+    alone, twice = (statistics.share_interval(hits, groups) for groups in (np.arange(40), np.repeat(np.arange(20), 2)))
+    assert alone == pytest.approx((0.75, *accuracy_interval(0.75, 40)))
+    assert twice == pytest.approx((0.75, *accuracy_interval(0.75, 20)))
+    all_right = statistics.share_interval(np.ones(4), ALONE)
+    assert all_right == pytest.approx((1, 4 / (4 + 1.959964**2), 1))
+
+
+def test_paired_bootstrap_against_the_exact_distribution() -> None:
+    """Two prompts, one that gains 1 and one that gains 0: the mean of a draw is 0, 1/2, 1 with 1/4, 1/2, 1/4.
+
+    The percentiles 2.5 and 97.5 are 0 and 1. With 100 prompts of each kind the mean is that of 200 draws of a coin:
+    1/2 -+ 1.96 * sqrt(1 / 800) = 1/2 -+ 0.0693.
+    """
+    theirs = np.zeros(2)
+    assert statistics.paired_bootstrap(np.array([1.0, 0]), theirs, np.arange(2)) == (0.5, 0, 1)
+    ours = np.repeat([1.0, 0], 100)
+    found = statistics.paired_bootstrap(ours, np.zeros(200), np.arange(200))
+    assert found.value == 0.5
+    assert found[1:] == pytest.approx((0.5 - 0.0693, 0.5 + 0.0693), abs=0.006)
+    assert found == statistics.paired_bootstrap(ours, np.zeros(200), np.arange(200))
+
+
+def test_paired_bootstrap_draws_prompts_whole() -> None:
+    """100 prompts with two like pairs vary as 100 coins, not as 200: 1.96 * sqrt(1 / 400) = 0.098."""
+    ours, groups = np.repeat([1.0, 0], 100), np.repeat(np.arange(100), 2)
+    found = statistics.paired_bootstrap(ours, np.zeros(200), groups)
+    assert found[1:] == pytest.approx((0.5 - 0.098, 0.5 + 0.098), abs=0.011)
+    same = statistics.paired_bootstrap(ours, ours, groups)
+    assert same == (0, 0, 0) and not same.is_above and not same.is_below
+    assert math.isnan(statistics.paired_bootstrap(ours, np.zeros(200), np.zeros(200, int)).low)
+
+
+def test_reliability_bins_by_hand() -> None:
+    """Margins of ln 4 (sure by 0.8) right and wrong, -ln 9 (0.9 for the wrong side), 0 (0.5, half right); five bins.
+
+    [0.5, 0.6): 0.5 against 0.5. [0.8, 0.9): 0.8 against 0.5. [0.9, 1]: 0.9 and 0.99, none right.
+    """
+    ln = math.log
+    margins = np.array([ln(4) + 1e-9, -ln(4) - 1e-9, -ln(9) - 1e-9, 0.0, -ln(99)])
+    found = statistics.reliability(margins, bins=5)
+    assert [(round(b.low, 3), round(b.high, 3), b.count) for b in found.bins] == [
+        (0.5, 0.6, 1),
+        (0.8, 0.9, 2),
+        (0.9, 1.0, 2),
+    ]
+    assert [b.confidence for b in found.bins] == pytest.approx([0.5, 0.8, 0.945])
+    assert [b.accuracy for b in found.bins] == [0.5, 0.5, 0.0]
+    assert found.error == pytest.approx((2 * 0.3 + 2 * 0.945) / 5)
+    assert statistics.reliability(np.array([1e9]), bins=5).bins[0].confidence == 1
+
+
+def test_a_rule_of_length_has_a_balanced_accuracy_of_one_half() -> None:
+    """Nine of ten chosen answers are longer: the rule is right in 0.9, but in 1 and 0 of the two sides."""
+    longer = np.array([3] * 90 + [-2] * 10)
+    rule = statistics.preferred(longer)
+    assert rule.mean() == 0.9
+    assert statistics.balanced_accuracy(rule, longer, np.arange(100)) == pytest.approx((0.5, 0.5, 0.5))
+    assert math.isnan(statistics.balanced_accuracy(rule, np.ones(100), np.arange(100)).value)
+
+
+def test_small_things() -> None:
+    """Ties count one half, groups are numbered as they come, equal lengths stay in one bin."""
+    assert statistics.preferred(np.array([2.0, 0, -1])).tolist() == [1, 0.5, 0]
+    assert statistics.groups_of(["b", "a", "b"]).tolist() == [0, 1, 0]
+    assert statistics.correlation(np.array([1.0, 2, 3]), np.array([2.0, 4, 6])) == pytest.approx(1)
+    assert statistics.correlation(np.array([1.0, 2]), np.array([5.0, 5])) == 0
+    lengths = np.array([0, 0, 0, 1, 2, 3, 4, 5, 6, 7])
+    found = statistics.length_bins(lengths)
+    assert [lengths[part].tolist() for part in found] == [[0, 0, 0, 1], [2, 3], [4, 5], [6, 7]]
