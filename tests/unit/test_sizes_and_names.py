@@ -15,21 +15,12 @@ DATA_TABLES: set[str] = set()  # files that are tables of data
 PAGES = ("docs/code.md", "README.md")  # a name in backticks there is meant to be found by people
 ENTRIES = {
     # the file to read first
-    "simple_llama.reinforcement_learning.rlhf.apply_dpo": {"run_steps", "finish_step"},
+    "simple_llama.reinforcement_learning.rlhf.apply_dpo": {"run_steps", "finish_step", "finish"},
     # exit statuses
     "simple_llama.reinforcement_learning.rlhf.command": {"BUG", "MISTAKE", "INTERRUPTED"},
     "simple_llama.cluster.watchdog": {"LOST"},
     # what reports are made of
-    "simple_llama.reinforcement_learning.rlhf.report.charts": {
-        "line_chart",
-        "histogram",
-        "scatter",
-        "reliability_chart",
-        "bar_chart",
-        "Bar",
-        "Series",
-    },
-    "simple_llama.reinforcement_learning.rlhf.report.page": {"Page"},
+    "simple_llama.reinforcement_learning.rlhf.report.charts": {"bar_chart", "Bar"},
     # making a tokenizer, and asking a model token by token, for programs that use the package
     "simple_llama.dataset.train_bpe": {"BPEConfig", "train_bpe", "tokenizer_json"},
     "simple_llama.inference.generate": {"generate"},

@@ -9,15 +9,19 @@ in run/step.py. Algorithm: Rafailov et al., "Direct Preference Optimization", ar
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import progress
 from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.command import run_command
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
+from simple_llama.reinforcement_learning.rlhf.report.run_report import chat_command, texts_of, write_report
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import name_run, own_folders
 from simple_llama.reinforcement_learning.rlhf.run.step import optimizer_step
 from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun, due
@@ -30,6 +34,7 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
     Stopped on request, after a save.
     """
     stopping.begin()
+    started = time.perf_counter()
     name = name_run(config, ranks)
     with own_folders(config, name, ranks) as check_lock:
         with watchdog.patience("setting up the run"):
@@ -42,7 +47,7 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
         finally:
             run.profile.close()
             run.writer.close()
-        run.finish()
+        finish(run, time.perf_counter() - started)
     return run.saves.newest_path
 
 
@@ -77,6 +82,18 @@ def finish_step(run: TrainingRun, step: int) -> None:
     if run.saves_at(step):
         with run.interval.off_the_clock():
             run.save()
+
+
+def finish(run: TrainingRun, seconds: float) -> None:
+    """The report and the mark of success (collective), and what to do with the result as the job's last words."""
+    weights, report, metrics = run.saves.newest_path, None, {}
+    with watchdog.patience("writing the report"):
+        if run.ranks.is_main:
+            texts = texts_of(run.inputs.chat, run.held_out)
+            report, metrics = write_report(run.log_folder, weights, seconds, texts)
+        run.finish(report, metrics, seconds)
+    talk = chat_command(asdict(run.config), str(weights))
+    LOGGER.info("report: %s; to talk to the result: %s", report or "none was made, see above", talk)
 
 
 def precompute_and_train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:

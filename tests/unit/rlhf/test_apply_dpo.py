@@ -60,6 +60,27 @@ def test_whole_run_starts_at_ln_2_learns_and_leaves_its_records(job, ranks):
     assert path.name.startswith("dpo_2E_") and path.name.endswith("L_512MSQ.pth")
 
 
+def test_a_run_ends_with_a_report_and_says_where(job, ranks):
+    """finished.json has the final metrics, the page and the time; the log's last line names the page and how to talk to
+    the result. A page that cannot be written is said, and the run is done all the same."""
+    folder = job.folder / "runs" / "tiny"
+    path = run_job(job, ranks)
+    finished = json.loads((folder / "finished.json").read_text())
+    assert (
+        finished["metrics"].items()
+        >= {name: job.curve(name)[-1] for name in ("loss", "eval_loss", "grad_norm")}.items()
+    )
+    assert (finished["step"], finished["weights"]) == (6, str(path)) and finished["seconds"] > 0
+    assert finished["report"] == str(folder / "report.html")
+    assert "Held-out accuracy" in (folder / "report.html").read_text()
+    last = (folder / "train.log").read_text().splitlines()[-1]
+    assert f"report: {folder / 'report.html'}; to talk to the result: python launch/chat.py --model_path {path}" in last
+    (folder.parent / "again" / "report.html").mkdir(parents=True)
+    run_job(job, ranks, run_name="again")
+    finished = json.loads((folder.parent / "again" / "finished.json").read_text())
+    assert finished["report"] is None and finished["metrics"]["loss"] == job.curve("loss", "again")[-1]
+
+
 def test_reference_in_memory_equals_the_store(job, ranks):
     """reference=online: the frozen model's numbers, so the same losses and weights."""
     run_job(job, ranks)

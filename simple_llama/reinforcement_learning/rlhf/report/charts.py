@@ -137,9 +137,10 @@ def reliability_chart(title: str, series: Sequence[Series], x_label: str = "", y
         x_label or "probability by the model, sigmoid of the reward margin",
         y_label or "share of pairs it gets right",
     )
-    axes = Axis.of((0.0, 1.0)), Axis.of((0.0, 1.0))
+    lowest = min((y for one in series for side in (one.xs, one.ys, one.low or ()) for y in side), default=0.0)
+    axis = Axis.of((0.5 if lowest >= 0.5 else 0.0, 1.0))
     legend = [Entry(one.name, _curve_sample(i)) for i, one in enumerate(series)]
-    frame = Frame(title, labels, axes, [*legend, Entry("as often as stated", _level_sample(0))], square=True)
+    frame = Frame(title, labels, (axis, axis), [*legend, Entry("as often as stated", _level_sample(0))], square=True)
     frame.add(f'<path d="M{frame.left:g} {frame.bottom:g}L{frame.right:g} {frame.top:g}" class="level"{_dash(2)}/>')
     for i, one in enumerate(series):
         _draw_curve(frame, one, i, whiskers=True)

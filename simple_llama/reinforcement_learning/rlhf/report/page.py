@@ -14,6 +14,7 @@ from simple_llama.reinforcement_learning.rlhf.report.words import marked_differe
 
 Cell = str | float | int | None  # of a table; None: not recorded
 _NOT_RECORDED = "not recorded"
+_SHORT = 18  # characters of a cell that stays on one line
 _MOST_SHOWN = 20_000  # characters of one text: a reader's, not a machine's, bound
 
 
@@ -157,6 +158,7 @@ def _header(text: str, column: Sequence[Cell]) -> str:
 def _cell(value: Cell) -> str:
     """A cell of a table."""
     if isinstance(value, str):
-        return f"<td>{_text(value)}</td>"
+        kind = ' class="short"' if len(value) <= _SHORT else ""
+        return f"<td{kind}>{_text(value)}</td>"
     kind = "missing" if value is None else "number"
     return f'<td class="{kind}">{_text(number(value))}</td>'

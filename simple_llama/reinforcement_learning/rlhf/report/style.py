@@ -43,6 +43,7 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; bo
 th { border-bottom-color: var(--line); font-weight: 600; }
 td { max-width: 36rem; overflow-wrap: break-word; }
 td.number, th.number, td.missing { text-align: right; white-space: nowrap; }
+td.short { white-space: nowrap; }
 td.missing { color: var(--soft); font-style: italic; }
 pre { background: var(--panel); padding: .75rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.45;
   font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre-wrap;

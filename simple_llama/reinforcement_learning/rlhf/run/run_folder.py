@@ -281,9 +281,17 @@ def _kept_settings(folders: tuple[Path, ...]) -> tuple[dict[str, Any], Path | No
     return {}, None
 
 
-def mark_finished(folder: Path, step: int, weights: Path) -> None:
-    """Writes finished.json: the whole run is done. A launcher's exit status 0 alone does not say so."""
-    atomic_write_json(folder / "finished.json", {"step": step, "weights": str(weights)})
+def mark_finished(
+    folder: Path, step: int, weights: Path, report: Path | None, metrics: dict[str, float], seconds: float
+) -> None:
+    """Writes finished.json: the whole run is done. A launcher's exit status 0 alone does not say so.
+
+    Args:
+        report: the run's page; None where none could be made. metrics: the final ones, by name.
+        seconds: of this start of the run.
+    """
+    found = {"step": step, "weights": str(weights), "report": str(report) if report else None}
+    atomic_write_json(folder / "finished.json", {**found, "metrics": metrics, "seconds": round(seconds, 3)})
 
 
 def unmark_finished(folder: Path) -> None:

@@ -292,12 +292,15 @@ class TrainingRun:
         with watchdog.patience("writing the curves"):
             self.writer.flush()
 
-    def finish(self) -> None:
-        """Leaves the mark of success in the run's folder (collective). UserError where an export is missing."""
+    def finish(self, report: Path | None, metrics: dict[str, float], seconds: float) -> None:
+        """Leaves the mark of success in the run's folder (collective). UserError where an export is missing.
+
+        Args: see `mark_finished`; on rank 0.
+        """
         with fail_together(self.ranks):
             if self.ranks.is_main:
                 self.saves.check_exported()
-                mark_finished(self.log_folder, self.at.done, self.saves.newest_path)
+                mark_finished(self.log_folder, self.at.done, self.saves.newest_path, report, metrics, seconds)
         LOGGER.info("finished: %s", self.saves.newest_path)
 
 

@@ -115,7 +115,7 @@ def test_a_start_checkpoint_that_loses_its_name_is_still_the_runs(
     """Another model under its path, or none: every export is whole, with the tensors that were there at the start."""
     name = f"{change.__name__}-{trainable}"
     run = changed_in_training(lora, ranks, change, deeper, run_name=name, trainable=trainable)
-    run.finish()
+    run.finish(None, {}, 0.0)
     start = load_weights(lora.folder / "start.pth").state_dict
     exported = load_weights(run.saves.newest_path).state_dict
     assert exports(lora, name)[-1] == run.saves.newest_path.name and exported.keys() == start.keys()
@@ -130,7 +130,7 @@ def test_where_all_is_trained_a_changed_start_checkpoint_is_not_needed(
 ) -> None:
     """The exports are whole, and those of a run whose file nobody touched."""
     run_job(lora, ranks, run_name=f"whole-{change.__name__}")
-    changed_in_training(lora, ranks, change, other, run_name=change.__name__).finish()
+    changed_in_training(lora, ranks, change, other, run_name=change.__name__).finish(None, {}, 0.0)
     assert exports(lora, change.__name__) == exports(lora, f"whole-{change.__name__}")
     expected = lora.weights(f"whole-{change.__name__}")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in lora.weights(change.__name__).items())
@@ -146,7 +146,7 @@ def test_an_export_that_needs_a_changed_start_checkpoint_is_refused(
     run_job(lora, ranks, run_name=f"{name}-whole", trainable="lora")
     run = changed_in_training(lora, ranks, change, other, run_name=name, trainable="lora")
     with pytest.raises(UserError, match=r"the start checkpoint changed during the run, so dpo_.* --resume writes the"):
-        run.finish()
+        run.finish(None, {}, 0.0)
     said = [line for line in caplog.messages if "is not written: " in line and "put the checkpoint back" in line]
     assert len(said) == 4 and exports(lora, name) == []
     folder, logs = lora.folder / "checkpoints" / name, lora.folder / "runs" / name

@@ -1,0 +1,188 @@
+"""What a run left in its folder, read for a report. A file that is not there, or damaged, is said and missing.
+
+Everything is read back from the files: a resumed run reports what came before it too. N held-out pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simple_llama.common.errors import UserError
+from simple_llama.common.files import read_json
+from simple_llama.common.logging import LOGGER
+from simple_llama.reinforcement_learning.rlhf.run.records import read_records
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """The held-out pairs at the last evaluation that kept them."""
+
+    step: int
+    logps_N2: np.ndarray  # fp32 log-prob sums of chosen and rejected, nats
+    ref_N2: np.ndarray  # fp32: the reference's
+    counts_N2: np.ndarray  # int32 scored tokens
+    origins: tuple[str, ...]  # file:record
+
+    @property
+    def ratios_N2(self) -> np.ndarray:
+        """fp64 log pi / pi_ref, nats an answer."""
+        return self.logps_N2.astype(np.float64) - self.ref_N2
+
+    @property
+    def margins_N(self) -> np.ndarray:
+        """fp64: how much more the chosen answer gained than the rejected one, nats."""
+        ratios_N2 = self.ratios_N2
+        return ratios_N2[:, 0] - ratios_N2[:, 1]
+
+    @property
+    def length_gaps_N(self) -> np.ndarray:
+        """Scored tokens of the chosen answer less those of the rejected one."""
+        return self.counts_N2[:, 0] - self.counts_N2[:, 1]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run's records."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # config.json
+    environment: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]  # metrics.jsonl
+    samples: Sequence[Mapping[str, Any]]
+    warnings: Sequence[tuple[str, int, str]]  # level, step, text
+    data: Mapping[str, Any]
+    best: Mapping[str, Any]  # the step that the run names as its best, where it does
+    finished: Mapping[str, Any]  # finished.json of an earlier report
+    held_out: HeldOutPairs | None
+
+    @property
+    def name(self) -> str:
+        """The run's."""
+        return str(self.settings.get("run_name") or self.folder.name)
+
+    @property
+    def beta(self) -> float:
+        """What an implicit reward is divided by to have nats; NaN where it is not known."""
+        return value(self.settings, "beta")
+
+    @property
+    def evaluations(self) -> list[Mapping[str, Any]]:
+        """Lines of evaluations, in order."""
+        return [line for line in self.history if "eval_loss" in line]
+
+    @property
+    def intervals(self) -> list[Mapping[str, Any]]:
+        """Lines of training."""
+        return [line for line in self.history if "loss" in line]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that are recorded."""
+        return max((line["step"] for line in self.history), default=0)
+
+    def at(self, step: Any) -> Mapping[str, Any]:
+        """The evaluation after `step` steps; empty where there was none."""
+        return next((line for line in self.evaluations if line["step"] == step), {})
+
+    def curve(self, name: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric, times `scale`."""
+        found = [(line["step"], scale * value(line, name)) for line in self.history if name in line]
+        return [step for step, _ in found], [number for _, number in found]
+
+    def final_metrics(self) -> dict[str, float]:
+        """The metrics of the last evaluation and of the last interval of training, by name; numbers alone."""
+        lines = [*self.intervals[-1:], *self.evaluations[-1:]]
+        return {
+            name: found
+            for line in lines
+            for name, found in line.items()
+            if name != "step" and isinstance(found, (int, float)) and math.isfinite(found)
+        }
+
+
+def value(record: Mapping[str, Any], name: str) -> float:
+    """A metric of a record; NaN where it has none that is a number."""
+    found = record.get(name)
+    return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
+
+
+def read_run(folder: Path) -> RunFacts:
+    """All records of the run in `folder`. UserError where it has no metrics.jsonl that can be read."""
+    if not os.path.lexists(folder / "metrics.jsonl"):
+        raise UserError(f"{folder}: expected a run's folder with its metrics.jsonl, found none")
+    warnings = [
+        (str(line.get("level", "notice")), line["step"], str(line.get("text", "")))
+        for line in _records(folder / "warnings.jsonl")
+    ]
+    return RunFacts(
+        folder=folder,
+        settings=_object(folder / "config.json"),
+        environment=_object(folder / "environment.json"),
+        history=read_records(folder / "metrics.jsonl"),
+        samples=[line for line in _records(folder / "samples.jsonl") if _is_sample(line)],
+        warnings=warnings,
+        data=_object(folder / "data.json"),
+        best=_object(folder / "best.json"),
+        finished=_object(folder / "finished.json"),
+        held_out=_held_out(folder / "held_out.npz"),
+    )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file; none, with a warning, where it cannot be read."""
+    try:
+        return read_records(path)
+    except UserError as error:
+        LOGGER.warning("left out of the report: %s", error)
+        return []
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none, with a warning where what is there is none."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        found = read_json(path)
+        if isinstance(found, dict):
+            return found
+        problem = f"{path}: expected a JSON object, found {type(found).__name__}"
+    except UserError as error:
+        problem = str(error)
+    LOGGER.warning("left out of the report: %s", problem)
+    return {}
+
+
+def _is_sample(line: Mapping[str, Any]) -> bool:
+    """Whether a line has as many answers as prompts, all of them texts."""
+    prompts, answers = line.get("prompts"), line.get("answers")
+    if not (isinstance(prompts, list) and isinstance(answers, list) and len(prompts) == len(answers)):
+        return False
+    return all(isinstance(text, str) for text in (*prompts, *answers))
+
+
+def _held_out(path: Path) -> HeldOutPairs | None:
+    """The pairs of held_out.npz; None where there is none, with a warning where it is damaged."""
+    if not os.path.lexists(path):
+        return None
+    problem = "not arrays of one length"
+    with contextlib.ExitStack() as stack:
+        try:
+            arrays = stack.enter_context(np.load(path, allow_pickle=False))
+            step = int(arrays["step"])
+            logps_N2, ref_N2, counts_N2 = (arrays[name] for name in ("logps_N2", "ref_N2", "counts_N2"))
+            origins = tuple(map(str, arrays["origins"]))
+            if logps_N2.shape == ref_N2.shape == counts_N2.shape == (len(origins), 2):
+                return HeldOutPairs(step, logps_N2, ref_N2, counts_N2, origins)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            problem = str(error) or type(error).__name__
+    LOGGER.warning("left out of the report: %s: %s", path, problem)
+    return None

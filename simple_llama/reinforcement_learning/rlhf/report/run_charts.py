@@ -1,0 +1,217 @@
+"""The charts and the pairs of a run's report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from simple_llama.reinforcement_learning.rlhf.report.charts import (
+    Series,
+    histogram,
+    line_chart,
+    reliability_chart,
+    scatter,
+)
+from simple_llama.reinforcement_learning.rlhf.report.page import Page, number
+from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+
+_STEP = "optimizer step"
+_BINS = 8  # of the reliability curve
+_EXTREMES = 4  # pairs shown at either end
+
+
+class PairText(NamedTuple):
+    """What a held-out pair says."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def add_curves(page: Page, facts: RunFacts) -> None:
+    """Curves over the steps, of training and of evaluations."""
+    page.figure(
+        line_chart(
+            "Loss",
+            _STEP,
+            "nats a pair",
+            [Series("training", *facts.curve("loss")), Series("held out", *facts.curve("eval_loss"))],
+        ),
+        "Mean over the pairs of a step, and over all held-out pairs.",
+    )
+    page.figure(_accuracy_chart(facts), "Held out with its 95 % interval (Wilson), beside rules that read nothing.")
+    margins = [(line["step"], margin_nats(line, facts.beta)) for line in facts.evaluations]
+    trained = [(line["step"], margin_nats(line, facts.beta, "")) for line in facts.intervals]
+    page.figure(
+        line_chart(
+            "Margin",
+            _STEP,
+            "nats an answer",
+            [_series("training", trained), _series("held out", margins)],
+            y_from=0.0,
+        ),
+        "How much more the chosen answer gained than the rejected one: the reward margin without beta.",
+    )
+    page.figure(
+        line_chart(
+            "Log-prob against the start model, held out",
+            _STEP,
+            "log pi / pi_ref, nats an answer",
+            [
+                _series(side, [(line["step"], log_ratio(line, side, facts.beta)) for line in facts.evaluations])
+                for side in ("chosen", "rejected")
+            ],
+            levels={"as the start model": 0.0},
+        ),
+        "Where both fall, the policy learns what to leave rather than what to say.",
+    )
+    _add_optimizer(page, facts)
+    _add_samples(page, facts)
+
+
+def _series(name: str, points: Sequence[tuple[float, float]]) -> Series:
+    """A curve of (x, y); what is not recorded is left out."""
+    known = [(x, y) for x, y in points if not math.isnan(y)]
+    return Series(name, [x for x, _ in known], [y for _, y in known])
+
+
+def _accuracy_chart(facts: RunFacts) -> str:
+    """Accuracy of training pairs and of held-out ones with what they are compared with."""
+    evaluations = facts.evaluations
+    xs, ys = facts.curve("eval_rewards/accuracies")
+    bounds = [interval_of(line) for line in evaluations if "eval_rewards/accuracies" in line]
+    held_out = Series("held out", xs, ys, [low for low, _ in bounds], [high for _, high in bounds])
+    levels = {}
+    if evaluations:
+        longer = value(evaluations[-1], "eval_longer_is_chosen")
+        levels = {
+            "longer" if not longer < 0.5 else "shorter": max(longer, 1 - longer),
+            "start model's log-probs": value(evaluations[0], "eval_logps/accuracies"),
+        }
+    training = Series("training", *facts.curve("rewards/accuracies"))
+    return line_chart("Accuracy", _STEP, "share of pairs", [training, held_out], levels=levels)
+
+
+def _add_optimizer(page: Page, facts: RunFacts) -> None:
+    """Gradient norm and learning rate."""
+    norm = Series("gradient norm", *facts.curve("grad_norm"))
+    clip = value(facts.settings, "max_grad_norm")
+    levels = {"clipped above": clip} if clip > 0 else {}
+    page.figure(line_chart("Gradient norm", _STEP, "before clipping", [norm], levels=levels, y_from=0.0))
+    rate = Series("learning rate", *facts.curve("learning_rate"))
+    page.figure(line_chart("Learning rate", _STEP, "", [rate], y_from=0.0))
+
+
+def _add_samples(page: Page, facts: RunFacts) -> None:
+    """What is measured on the policy's own answers, where there are any."""
+    if not any("samples/tokens" in line for line in facts.history):
+        return
+    shares = {
+        "ended by themselves": "samples/ended",
+        "repeated trigrams": "samples/repeated_trigrams",
+        "empty": "samples/empty",
+        "unknown tokens": "samples/unknown",
+    }
+    curves = [Series(name, *facts.curve(metric)) for name, metric in shares.items()]
+    page.figure(
+        line_chart("Sample answers", _STEP, "share", [one for one in curves if one.xs], y_from=0.0),
+        "Of greedy answers to fixed held-out prompts; repeated trigrams and unknown tokens are shares of tokens.",
+    )
+    lengths = Series("mean length", *facts.curve("samples/tokens"))
+    page.figure(line_chart("Length of sample answers", _STEP, "tokens", [lengths], y_from=0.0))
+    distance = [facts.curve(f"samples/{name}") for name in ("kl", "kl_low", "kl_high")]
+    if distance[0][0] and len({len(ys) for _, ys in distance}) == 1:
+        (xs, kl), (_, low), (_, high) = distance
+        page.figure(
+            line_chart(
+                "Distance from the start model",
+                _STEP,
+                "KL(policy || start), nats a token",
+                [Series("KL", xs, kl, low, high)],
+                levels={"the start model": 0.0},
+            ),
+            "Estimated on answers that the policy sampled at temperature 1 (k3), with its 95 % interval.",
+        )
+
+
+def add_pairs(page: Page, facts: RunFacts, pairs: HeldOutPairs, texts: Mapping[int, PairText]) -> None:
+    """What the run did to each held-out pair: charts over all, then those that gained and lost most."""
+    margins_N, gaps_N = pairs.margins_N, pairs.length_gaps_N
+    ratios_N2 = pairs.ratios_N2
+    chosen, rejected = ratios_N2[:, 0].tolist(), ratios_N2[:, 1].tolist()
+    page.figure(
+        histogram("Margins of held-out pairs", "margin, nats an answer", {"pairs": margins_N.tolist()}),
+        f"Right of 0 the policy prefers the chosen answer. Step {pairs.step}.",
+    )
+    page.figure(
+        histogram(
+            "Log-probs against the start model", "log pi / pi_ref, nats", {"chosen": chosen, "rejected": rejected}
+        ),
+        "How much likelier each answer became.",
+    )
+    right = margins_N > 0
+    groups = {
+        name: (gaps_N[where].tolist(), margins_N[where].tolist())
+        for name, where in (("preferred as labelled", right), ("preferred otherwise", ~right))
+    }
+    page.figure(
+        scatter("Margin against length", "chosen less rejected, scored tokens", "margin, nats", groups),
+        "A slope says that the policy goes by length.",
+    )
+    if facts.beta > 0:
+        page.figure(
+            reliability_chart("Calibration", [_reliability(facts.beta * margins_N)]),
+            "Of the pairs on which the policy is so sure, how many it gets right, with 95 % intervals.",
+        )
+    _add_extremes(page, pairs, texts)
+
+
+def _reliability(rewards_N: np.ndarray) -> Series:
+    """How often the policy is right among pairs of which it is about as sure; confidence in [1/2, 1].
+
+    Args: rewards_N: reward margins, whose sigmoid is the probability that the chosen answer is preferred.
+    """
+    confidence_N = 1 / (1 + np.exp(-np.minimum(np.abs(rewards_N), 700.0)))
+    right_N = (rewards_N > 0) + 0.5 * (rewards_N == 0)
+    bin_N = np.minimum(((confidence_N - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
+    xs, ys, low, high = [], [], [], []
+    for where in (bin_N == k for k in range(_BINS)):
+        if where.any():
+            accuracy = float(right_N[where].mean())
+            bounds = accuracy_interval(accuracy, int(where.sum()))
+            for values, found in zip((xs, ys, low, high), (confidence_N[where].mean(), accuracy, *bounds), strict=True):
+                values.append(float(found))
+    return Series("policy", xs, ys, low, high)
+
+
+def extremes(pairs: HeldOutPairs) -> tuple[list[int], list[int]]:
+    """Positions of the pairs whose margin is largest, and smallest; no pair is in both."""
+    order = [int(i) for i in np.argsort(-pairs.margins_N, kind="stable")]
+    most = min(_EXTREMES, len(order) // 2)
+    return order[:most], order[::-1][:most]
+
+
+def _add_extremes(page: Page, pairs: HeldOutPairs, texts: Mapping[int, PairText]) -> None:
+    """The pairs of `extremes` with their log-probs before and after, and their texts where these are known."""
+    for title, positions in zip(("Largest gain", "Largest loss"), extremes(pairs), strict=True):
+        rows = [_pair_row(pairs, i) for i in positions]
+        headers = ["pair", "margin", "chosen: before", "after", "rejected: before", "after", "tokens"]
+        page.table(headers, rows, f"{title}: margin and log p of the answers, nats; scored tokens, chosen and rejected")
+        for i in positions:
+            if i in texts:
+                text = texts[i]
+                note = f"{pairs.origins[i]}: margin {pairs.margins_N[i]:+.2f} nats"
+                page.side_by_side(text.prompt, text.rejected, text.chosen, ("rejected", "chosen"), note)
+
+
+def _pair_row(pairs: HeldOutPairs, i: int) -> list[Any]:
+    """A line of the table of `_add_extremes`."""
+    (before_chosen, before_rejected), (chosen, rejected) = pairs.ref_N2[i].tolist(), pairs.logps_N2[i].tolist()
+    tokens = " / ".join(number(int(count)) for count in pairs.counts_N2[i])
+    numbers = (pairs.margins_N[i], before_chosen, chosen, before_rejected, rejected)
+    return [pairs.origins[i], *(f"{found:.2f}" for found in numbers), tokens]

@@ -1,0 +1,186 @@
+"""What a run's numbers say, in words: pure functions of its records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from simple_llama.reinforcement_learning.rlhf.report.page import number
+from simple_llama.reinforcement_learning.rlhf.report.read_run import RunFacts, value
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+
+# What a share of the sample answers may change before the language is said to have changed.
+_REPEATED, _ENDED, _EMPTY = 0.10, 0.25, 0.10
+_FLAT_NATS = 0.05  # a log-ratio below is said not to have moved
+
+
+def verdict(facts: RunFacts) -> list[str]:
+    """Sentences, the most important first: accuracy and whether it is chance, rules that read nothing, margin and
+    log-ratios, the best step, language, warnings."""
+    evaluations = facts.evaluations
+    if not evaluations:
+        return ["Nothing was held out, so nothing says whether the run helped.", *_training(facts), *_warned(facts)]
+    first, last = evaluations[0], evaluations[-1]
+    said = [*_accuracy(first, last), *_rules(first, last), *_margin(facts, last), *_best(facts, last)]
+    return [*said, *_language(facts), *_warned(facts)]
+
+
+def interval_of(line: Mapping[str, Any]) -> tuple[float, float]:
+    """Where the accuracy of an evaluation lies with 95 % confidence; NaN where the line does not tell."""
+    accuracy, pairs = value(line, "eval_rewards/accuracies"), value(line, "eval_pairs")
+    if not (0 <= accuracy <= 1 and pairs >= 1):
+        return math.nan, math.nan
+    return accuracy_interval(accuracy, round(pairs))
+
+
+def margin_nats(line: Mapping[str, Any], beta: float, prefix: str = "eval_") -> float:
+    """How much more the chosen answer gained than the rejected one, nats, of a line of metrics; NaN where unknown."""
+    chosen, rejected = (value(line, f"{prefix}log_ratio/{side}") for side in ("chosen", "rejected"))
+    if math.isfinite(chosen - rejected):
+        return chosen - rejected
+    return value(line, f"{prefix}rewards/margins") / beta if beta > 0 else math.nan
+
+
+def log_ratio(line: Mapping[str, Any], side: str, beta: float) -> float:
+    """log pi / pi_ref of held-out answers of a side, nats an answer; NaN where it is not recorded."""
+    found = value(line, f"eval_log_ratio/{side}")
+    if math.isfinite(found) or not beta > 0:
+        return found
+    return value(line, f"eval_rewards/{side}") / beta
+
+
+def _accuracy(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the policy prefers the chosen answers of pairs that it was not trained on."""
+    before, after = (value(line, "eval_rewards/accuracies") for line in (first, last))
+    low, high = interval_of(last)
+    if not math.isfinite(low):
+        yield "Held-out accuracy is not recorded."
+        return
+    found = (
+        f"from {before:.3f} to {after:.3f} of {number(value(last, 'eval_pairs'))} pairs (95 %: {low:.2f} to {high:.2f})"
+    )
+    if last["step"] == first["step"]:
+        yield f"Held-out accuracy is {after:.3f} at step {last['step']}: the only evaluation, with nothing to compare."
+    elif low > before:
+        yield f"Held-out accuracy rose {found}: beyond its interval, so chance does not explain it."
+    elif high < before:
+        yield (
+            f"Held-out accuracy fell {found}: beyond its interval. The policy learned to prefer the rejected answers: "
+            "look at the labels and at the learning rate."
+        )
+    else:
+        yield (
+            f"Held-out accuracy went {found}: where it began lies within the interval, so this run does not show that "
+            "anything was learned. More held-out pairs (val_share) make the interval smaller."
+        )
+
+
+def _rules(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
+    """The accuracy beside those of rules that read nothing, and of the start model's own preference."""
+    accuracy, (low, high) = value(last, "eval_rewards/accuracies"), interval_of(last)
+    longer, raw = value(last, "eval_longer_is_chosen"), value(first, "eval_logps/accuracies")
+    name = "the longer answer is chosen" if not longer < 0.5 else "the shorter answer is chosen"
+    for rule, share in ((f'The rule "{name}"', max(longer, 1 - longer)), ("The start model's own log-probs", raw)):
+        if not (math.isfinite(share) and math.isfinite(low)):
+            continue
+        if low > share:
+            words = "below the policy, beyond the interval"
+        elif high < share:
+            words = "above the policy, beyond the interval: a reader who knows this rule alone does better"
+        else:
+            words = (
+                f"{'below' if share < accuracy else 'not below'} the policy, and within its interval: not told apart"
+            )
+        yield f"{rule} scores {share:.3f} on the same pairs: {words}."
+
+
+def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
+    """What the margin is made of."""
+    margin = margin_nats(last, facts.beta)
+    chosen, rejected = (log_ratio(last, side, facts.beta) for side in ("chosen", "rejected"))
+    if not math.isfinite(margin):
+        yield "The margin is not recorded."
+        return
+    said = f"The margin is {margin:.2f} nats an answer (chosen against rejected, each against the start model)"
+    if not math.isfinite(chosen + rejected):
+        yield f"{said}."
+        return
+    parts = f"log-prob of chosen answers {chosen:+.2f}, of rejected ones {rejected:+.2f} nats"
+    if margin > 0 and chosen < -_FLAT_NATS:
+        yield f"{said}: {parts}. Chosen answers became less likely too: it learned what to leave, not what to say."
+    elif margin > 0:
+        yield f"{said}: {parts}. Chosen answers did not become less likely."
+    else:
+        yield f"{said}: {parts}. The rejected answers gained."
+
+
+def _best(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the run went on past its best."""
+    named = facts.at(facts.best.get("step"))
+    if named:
+        yield f"The run names step {named['step']} as its best: held-out loss {number(value(named, 'eval_loss'))}."
+    lowest = min(facts.evaluations, key=lambda line: _or_inf(value(line, "eval_loss")))
+    loss, final = value(lowest, "eval_loss"), value(last, "eval_loss")
+    if lowest is not last and final > loss and not named:
+        yield (
+            f"The held-out loss was lowest at step {lowest['step']} ({loss:.4f}); at the end, step {last['step']}, it "
+            f"is {final:.4f}: fewer steps or a smaller rate may do as well."
+        )
+
+
+def _or_inf(found: float) -> float:
+    return found if math.isfinite(found) else math.inf
+
+
+def _language(facts: RunFacts) -> Iterator[str]:
+    """Whether sample answers still are language, by the guards at the start and at the end."""
+    seen = [line for line in facts.evaluations if "samples/tokens" in line]
+    if not seen:
+        yield "No sample answers were made: nothing says whether the language holds."
+        return
+    first, last = seen[0], seen[-1]
+    count = len(facts.samples[-1]["prompts"]) if facts.samples else 0
+    changes = {
+        name: (value(first, f"samples/{name}"), value(last, f"samples/{name}"))
+        for name in ("repeated_trigrams", "ended", "empty", "unknown")
+    }
+    troubles = [words for name, words, sign, most in _GUARDS if sign * (changes[name][1] - changes[name][0]) > most]
+    told = ", ".join(
+        f"{words} {before:.0%} then {after:.0%}"
+        for (before, after), words in zip(changes.values(), _SAID, strict=True)
+        if math.isfinite(before + after)
+    )
+    lengths = f"mean length {value(first, 'samples/tokens'):.0f} then {value(last, 'samples/tokens'):.0f} tokens"
+    of = f"of {count} sample answers" if count else "of the sample answers"
+    if troubles:
+        yield f"The language {of} changed for the worse: {' and '.join(troubles)} ({told}, {lengths})."
+    else:
+        yield f"The language {of} holds, as far as so few can tell: {told}, {lengths}."
+
+
+_SAID = ("repeated trigrams", "ended by themselves", "empty", "unknown tokens")
+_GUARDS = (
+    ("repeated_trigrams", "they repeat themselves more", 1, _REPEATED),
+    ("ended", "fewer end by themselves", -1, _ENDED),
+    ("empty", "more are empty", 1, _EMPTY),
+    ("unknown", "more tokens are <UNK>", 1, _EMPTY),
+)
+
+
+def _training(facts: RunFacts) -> Iterator[str]:
+    """The training loss, where nothing else is there."""
+    losses = [value(line, "loss") for line in facts.intervals]
+    if losses:
+        yield f"The training loss went from {losses[0]:.4f} to {losses[-1]:.4f}."
+
+
+def _warned(facts: RunFacts) -> Iterator[str]:
+    """How many warnings there are."""
+    alarms = sum(level == "alarm" for level, _, _ in facts.warnings)
+    notices = len(facts.warnings) - alarms
+    if facts.warnings:
+        parts = [
+            f"{count} {word}{'s' * (count > 1)}" for count, word in ((alarms, "alarm"), (notices, "notice")) if count
+        ]
+        yield f"The run gave {' and '.join(parts)}, below."

@@ -1,0 +1,115 @@
+"""What a run's numbers say: each sentence by numbers made for it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simple_llama.reinforcement_learning.rlhf.report.read_run import RunFacts
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats, verdict
+
+
+def evaluation(step: int, accuracy: float, **others: float) -> dict[str, Any]:
+    """A line of an evaluation of 100 pairs."""
+    values = {"eval_rewards/accuracies": accuracy, "eval_pairs": 100.0, "eval_loss": 0.7 - accuracy / 2}
+    return {"step": step, **values, "eval_longer_is_chosen": 0.6, "eval_logps/accuracies": 0.55, **others}
+
+
+def facts_of(*history: dict[str, Any], **others: Any) -> RunFacts:
+    """A run of these lines."""
+    given: dict[str, Any] = {"samples": [], "warnings": [], "data": {}, "best": {}, "finished": {}, "held_out": None}
+    return RunFacts(Path("run"), {"beta": 0.5}, {}, history, **{**given, **others})
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [
+        (0.80, "rose from 0.500 to 0.800 of 100 pairs (95 %: 0.71 to 0.87): beyond its interval"),
+        (0.58, "went from 0.500 to 0.580 of 100 pairs (95 %: 0.48 to 0.67): where it began lies within the interval"),
+        (0.30, "fell from 0.500 to 0.300 of 100 pairs (95 %: 0.22 to 0.40): beyond its interval"),
+    ],
+)
+def test_accuracy_is_told_from_chance_by_its_interval(accuracy: float, words: str) -> None:
+    """Wilson's interval of 80, 58 and 30 of 100."""
+    assert words in verdict(facts_of(evaluation(0, 0.5), evaluation(9, accuracy)))[0]
+
+
+def test_rules_that_read_nothing_stand_beside_it() -> None:
+    """0.70 of 100 (0.60 to 0.78): above 0.55, not told apart from 0.65; a rule at 0.9 is better. The rule is "shorter"
+    where fewer than half of the longer answers are chosen."""
+    said = verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.7, eval_longer_is_chosen=0.35)))
+    assert 'The rule "the shorter answer is chosen" scores 0.650' in said[1]
+    assert "within its interval: not told apart" in said[1]
+    assert "own log-probs scores 0.550 on the same pairs: below the policy, beyond" in said[2]
+    said = verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.7, eval_longer_is_chosen=0.9)))
+    assert '"the longer answer is chosen" scores 0.900 on the same pairs: above the policy, beyond' in said[1]
+
+
+def test_margins_are_in_nats_whichever_way_they_were_recorded() -> None:
+    """Log-ratios -1 and -3 nats: 2 nats. Without them, a reward margin of 1.5 at beta 0.5 is 3; without both NaN."""
+    line = {"eval_log_ratio/chosen": -1.0, "eval_log_ratio/rejected": -3.0, "eval_rewards/margins": 1.5}
+    assert margin_nats(line, 0.5) == 2
+    assert margin_nats({"eval_rewards/margins": 1.5}, 0.5) == 3
+    assert math.isnan(margin_nats({}, 0.5)) and math.isnan(margin_nats({"eval_rewards/margins": 1.0}, math.nan))
+    assert log_ratio(line, "chosen", 0.5) == -1 and log_ratio({"eval_rewards/chosen": -0.25}, "chosen", 0.5) == -0.5
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "words"),
+    [
+        (-1.0, -3.0, "Chosen answers became less likely too"),
+        (0.5, -1.5, "Chosen answers did not become less likely"),
+        (-3.0, -1.0, "The rejected answers gained"),
+    ],
+)
+def test_falling_log_probs_are_said(chosen: float, rejected: float, words: str) -> None:
+    """A margin that grows while both fall is another thing than one of likelier answers."""
+    ratios = {"eval_log_ratio/chosen": chosen, "eval_log_ratio/rejected": rejected}
+    (said,) = [one for one in verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.8, **ratios))) if "margin is" in one]
+    assert words in said
+    assert f"{chosen:+.2f}, of rejected ones {rejected:+.2f} nats" in said
+
+
+def test_a_loss_that_rises_again_is_said_unless_the_run_names_its_best() -> None:
+    """Lowest at step 5 of 9."""
+    history = [evaluation(0, 0.5), evaluation(5, 0.8, eval_loss=0.4), evaluation(9, 0.8, eval_loss=0.6)]
+    assert any(
+        "was lowest at step 5 (0.4000); at the end, step 9, it is 0.6000" in one for one in verdict(facts_of(*history))
+    )
+    named = verdict(facts_of(*history, best={"step": 5}))
+    assert any("names step 5 as its best: held-out loss 0.4." in one for one in named)
+    assert not any("was lowest" in one for one in named)
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ({"samples/repeated_trigrams": 0.02}, "holds, as far as so few can tell"),
+        ({"samples/repeated_trigrams": 0.4}, "they repeat themselves more"),
+        ({"samples/ended": 0.1}, "fewer end by themselves"),
+        ({"samples/empty": 0.5}, "more are empty"),
+        ({"samples/unknown": 0.5}, "more tokens are <UNK>"),
+    ],
+)
+def test_language_is_judged_by_its_guards(after: dict[str, float], words: str) -> None:
+    """Each guard alone."""
+    start = {"samples/tokens": 20.0, "samples/ended": 0.5, "samples/repeated_trigrams": 0.0}
+    start |= {"samples/empty": 0.0, "samples/unknown": 0.0}
+    said = verdict(facts_of(evaluation(0, 0.5, **start), evaluation(9, 0.8, **{**start, **after})))
+    assert any(words in one for one in said)
+
+
+def test_what_is_not_recorded_is_said() -> None:
+    """Nothing held out; an evaluation without numbers; one evaluation alone; warnings are counted."""
+    assert verdict(facts_of({"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.5}))[1].endswith("0.7000 to 0.5000.")
+    assert verdict(facts_of({"step": 0, "eval_loss": "x"}))[:2] == [
+        "Held-out accuracy is not recorded.",
+        "The margin is not recorded.",
+    ]
+    assert "the only evaluation" in verdict(facts_of(evaluation(0, 0.5)))[0]
+    assert all(map(math.isnan, interval_of({"eval_rewards/accuracies": 0.5})))
+    warned = facts_of(evaluation(0, 0.5), warnings=[("alarm", 3, "a"), ("notice", 4, "b"), ("notice", 5, "c")])
+    assert verdict(warned)[-1] == "The run gave 1 alarm and 2 notices, below."
