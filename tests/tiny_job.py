@@ -22,7 +22,7 @@ from simple_llama.dataset.train_bpe import tokenizer_json, train_bpe
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import save_weights
+from simple_llama.pretraining.weights import load_weights, save_weights
 
 ROOT = Path(root_path())
 WORDS = [
@@ -117,6 +117,16 @@ def make_job(folder: Path, pairs: int = 24, **model: object) -> TinyJob:
     vocab = load_tokenizer(folder / "tokenizer.json").get_vocab_size()
     save_weights(folder / "start.pth", LLaMaTransformer(Architecture.of(config, vocab)).state_dict(), config, {})
     return TinyJob(folder)
+
+
+def make_tuned(job: TinyJob) -> Path:
+    """`tuned.pth`: what a run might have made of the start model, with the settings that it had and a beta of 0.25."""
+    start = load_weights(job.folder / "start.pth")
+    torch.manual_seed(1)
+    tuned = {name: value + 0.02 * torch.randn_like(value) for name, value in start.state_dict.items()}
+    metadata = {"dpo_config": {**job.settings, "beta": 0.25, "seed": 42}, "run": "tiny"}
+    save_weights(job.folder / "tuned.pth", tuned, start.config, metadata)
+    return job.folder / "tuned.pth"
 
 
 def write_pairs(path: Path, numbers: range) -> None:

@@ -62,7 +62,7 @@ def run_any(work: Callable[[SomeConfig, Ranks], object], parse: Callable[[], Som
         _do(work, config, ranks)
         leave(0)
     except stopping.Stopped as stop:
-        _say_stopped(stop, ranks)
+        _say_stopped(stop, ranks, config)
         leave(stopping.STOPPED)
     except UserError as error:
         watchdog.fail(str(error))
@@ -113,11 +113,12 @@ def _read_and_do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPO
         print(describe(config, inputs, ranks.world_size))
 
 
-def _say_stopped(stop: stopping.Stopped, ranks: Ranks | None) -> None:
+def _say_stopped(stop: stopping.Stopped, ranks: Ranks | None, config: CommandConfig | None) -> None:
     """That the work was stopped on request, by one rank for all, which stop together."""
     if ranks is None or ranks.is_main:
         where = _where(ranks, ranks.world_size if ranks else 1)
-        _say(f"stopped{where}: {stop}; --resume goes on from what is saved")
+        again = "--resume goes on from what is saved" if isinstance(config, DPOConfig) else "what is computed is kept"
+        _say(f"stopped{where}: {stop}; {again}")
     with contextlib.suppress(RuntimeError):  # a rank that was lost on the way here
         if ranks:
             barrier(ranks)  # one of them may still tidy up

@@ -112,7 +112,8 @@ def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None)
     """
     with fail_together(ranks):
         inputs = _read_inputs(config, known)
-    LOGGER.info("system prompt: %s", about_system(inputs.chat))
+    if known is None:
+        LOGGER.info("system prompt: %s", about_system(inputs.chat))
     require_same("package versions", versions(), ranks)
     require_same("settings", asdict(config), ranks)
     require_same("data set (digest)", inputs.data_digest, ranks)

@@ -87,7 +87,7 @@ def write_evaluation(folder: Path, found: Evaluation) -> None:
 
 def _page(found: Evaluation, numbers: Mapping[str, Any], language: Mapping[str, Any], sentences: Sequence[str]) -> str:
     """The page, from the verdict down to what it takes to do it again."""
-    page = Page("Evaluation", f"{found.which} of {found.facts['data']['path']}")
+    page = Page("Evaluation", f"{found.facts['data']['path']}: {found.which}")
     page.verdict(sentences)
     if numbers["models"]:
         _add_pairs(page, found.scored, numbers)

@@ -14,8 +14,8 @@ from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
 
 _CHANCE = 0.5
 _MISCALIBRATED = 0.1  # calibration error
-_MUCH_REPEATED, _FEW_ENDED, _MANY_EMPTY = 0.2, 0.5, 0.05  # shares that are said, whatever the start model does
-_WORSE = 0.1  # of a share of repeated trigrams: a change that is said
+_FEW_ENDED, _MANY_EMPTY = 0.5, 0.05  # shares that are a fault where the start model has a better one
+_WORSE, _MORE_UNKNOWN = 0.1, 0.01  # rises of the shares of repeated trigrams and of <UNK> that are a fault
 
 
 def percent(share: float | Interval) -> str:
@@ -48,7 +48,7 @@ def verdict(
     if not numbers["models"]:
         raw = percent(numbers["baselines"]["start_preference"])
         return [f"The start model alone gives the chosen answer the larger log-prob in {raw} of {which}."]
-    found = []
+    found = _of_several(numbers)
     for name, model in numbers["models"].items():
         found += [_is_better(name, model, which), *_is_real(name, model, numbers), _is_length(name, model)]
         found += _language(name, answers)
@@ -60,6 +60,22 @@ def verdict(
             f"{numbers['pairs']:,} pairs answer {numbers['prompts']:,} prompts; intervals count prompts, not pairs."
         )
     return found
+
+
+def _of_several(numbers: Mapping[str, Any]) -> list[str]:
+    """Of several models, which one is ahead, and whether that is real."""
+    accuracies = {name: model["accuracy"].value for name, model in numbers["models"].items()}
+    if len(accuracies) < 2:
+        return []
+    best = max(accuracies, key=lambda name: accuracies[name])
+    behind = []
+    for both in numbers["compared"]:
+        if best in (both["model"], both["other"]):
+            accuracy = both["accuracy"]
+            if accuracy.is_above or accuracy.is_below:
+                behind.append(both["other"] if both["model"] == best else both["model"])
+    real = f"ahead of {', '.join(behind)} beyond chance" if behind else "ahead of none of the others beyond chance"
+    return [f"Of {len(accuracies)} models {best} has the largest accuracy ({percent(accuracies[best])}), {real}."]
 
 
 def _is_better(name: str, model: Mapping[str, Any], which: str) -> str:
@@ -124,31 +140,33 @@ def _language(name: str, answers: Mapping[str, Any]) -> list[str]:
     found = []
     for form, models in answers.items():
         now, start = models[name], models[START]
-        faults = []
-        repeated, repeated_before = now["repeated_trigrams"], start["repeated_trigrams"]
-        if repeated > _MUCH_REPEATED or repeated - repeated_before > _WORSE:
-            faults.append(
-                f"repeats itself ({percent(repeated)} of trigrams, start {percent(start['repeated_trigrams'])})"
-            )
-        if now["ended"].value < _FEW_ENDED or now["change"]["ended"].is_below:
-            faults.append(
-                f"ends few answers by itself ({percent(now['ended'])}, start {percent(start['ended'].value)})"
-            )
-        if now["empty"].value > _MANY_EMPTY or now["change"]["empty"].is_above:
-            faults.append(f"has empty answers ({percent(now['empty'])}, start {percent(start['empty'].value)})")
-        if now["unknown"] > start["unknown"] + 0.01:
-            faults.append(f"writes <UNK> ({percent(now['unknown'])} of tokens)")
-        where = f" with prompts in the form of {form}" if len(answers) > 1 else ""
+        faults = _faults(now, start)
+        word = f"needs a look: {'; '.join(faults)}" if faults else "holds as far as counting can tell"
+        where = f", prompts as in {form}" if len(answers) > 1 else ""
         facts = (
-            f"{now['tokens'].value:.0f} tokens an answer (start {start['tokens'].value:.0f}), "
-            f"{percent(now['refused'].value)} refusals (start {percent(start['refused'].value)})"
+            f"{percent(now['repeated_trigrams'])} of trigrams repeated (start {percent(start['repeated_trigrams'])}), "
+            f"{percent(now['ended'].value)} of answers end by themselves ({percent(start['ended'].value)}), "
+            f"{now['tokens'].value:.0f} tokens each ({start['tokens'].value:.0f}), {percent(now['empty'].value)} empty "
+            f"({percent(start['empty'].value)}), {percent(now['refused'].value)} refusals "
+            f"({percent(start['refused'].value)})"
         )
-        word = f"The language of {name} needs a look{where}: it {'; '.join(faults)}" if faults else (
-            f"The language of {name} holds{where}: {percent(repeated)} repeated trigrams (start "
-            f"{percent(start['repeated_trigrams'])}), {percent(now['ended'].value)} end by themselves"
-        )  # fmt: skip
-        found.append(f"{word}; {facts}; {now['answers']} answers.")
+        found.append(f"The language of {name} {word}{where}. {now['answers']} answers: {facts}.")
     return found
+
+
+def _faults(now: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
+    """What is worse than with the start model, beyond chance or by a share that nobody would accept."""
+    faults, change = [], now["change"]
+    if now["repeated_trigrams"] - start["repeated_trigrams"] > _WORSE:
+        faults.append("it repeats itself more than before")
+    few = now["ended"].value < _FEW_ENDED and now["ended"].value < start["ended"].value
+    if few or change["ended"].is_below:
+        faults.append("fewer answers end by themselves")
+    if now["empty"].value > max(_MANY_EMPTY, start["empty"].value) or change["empty"].is_above:
+        faults.append("answers are empty")
+    if now["unknown"] - start["unknown"] > _MORE_UNKNOWN:
+        faults.append(f"{percent(now['unknown'])} of the tokens are <UNK>")
+    return faults
 
 
 def _judge(name: str, judged: Mapping[str, Any]) -> str:

@@ -12,18 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
-from simple_llama.pretraining.weights import load_weights, save_weights
 from simple_llama.reinforcement_learning.rlhf.assess import answers, assess, evaluate_config, scoring
 from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, parse_evaluate
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
-from tiny_job import TinyJob, make_job
+from tiny_job import TinyJob, make_job, make_tuned
 
 JUDGE = """
 import json, sys
@@ -35,13 +33,9 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
-    """A start model, and `tuned.pth`: what a run might have made of it, with the settings that it had."""
+    """A start model, and `tuned.pth`."""
     job = make_job(tmp_path_factory.mktemp("evaluate"))
-    start = load_weights(job.folder / "start.pth")
-    torch.manual_seed(1)
-    tuned = {name: value + 0.02 * torch.randn_like(value) for name, value in start.state_dict.items()}
-    metadata = {"dpo_config": {**job.settings, "beta": 0.25, "seed": 42}, "run": "tiny"}
-    save_weights(job.folder / "tuned.pth", tuned, start.config, metadata)
+    make_tuned(job)
     return job
 
 
