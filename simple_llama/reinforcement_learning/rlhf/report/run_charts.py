@@ -15,9 +15,11 @@ from simple_llama.reinforcement_learning.rlhf.report.charts import (
     reliability_chart,
     scatter,
 )
+from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import extremes
 from simple_llama.reinforcement_learning.rlhf.report.page import Page, number
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
 from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats
+from simple_llama.reinforcement_learning.rlhf.report.statistics import reliability
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
 
 _STEP = "optimizer step"
@@ -172,33 +174,24 @@ def add_pairs(page: Page, facts: RunFacts, pairs: HeldOutPairs, texts: Mapping[i
 
 
 def _reliability(rewards_N: np.ndarray) -> Series:
-    """How often the policy is right among pairs of which it is about as sure; confidence in [1/2, 1].
+    """How often the policy is right among pairs of which it is about as sure.
 
     Args: rewards_N: reward margins, whose sigmoid is the probability that the chosen answer is preferred.
     """
-    confidence_N = 1 / (1 + np.exp(-np.minimum(np.abs(rewards_N), 700.0)))
-    right_N = (rewards_N > 0) + 0.5 * (rewards_N == 0)
-    bin_N = np.minimum(((confidence_N - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
-    xs, ys, low, high = [], [], [], []
-    for where in (bin_N == k for k in range(_BINS)):
-        if where.any():
-            accuracy = float(right_N[where].mean())
-            bounds = accuracy_interval(accuracy, int(where.sum()))
-            for values, found in zip((xs, ys, low, high), (confidence_N[where].mean(), accuracy, *bounds), strict=True):
-                values.append(float(found))
-    return Series("policy", xs, ys, low, high)
+    bins = reliability(rewards_N, _BINS).bins
+    bounds = [accuracy_interval(one.accuracy, one.count) for one in bins]
+    lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
+    return Series("policy", [one.confidence for one in bins], [one.accuracy for one in bins], lows, highs)
 
 
-def extremes(pairs: HeldOutPairs) -> tuple[list[int], list[int]]:
+def shown_pairs(pairs: HeldOutPairs) -> tuple[list[int], list[int]]:
     """Positions of the pairs whose margin is largest, and smallest; no pair is in both."""
-    order = [int(i) for i in np.argsort(-pairs.margins_N, kind="stable")]
-    most = min(_EXTREMES, len(order) // 2)
-    return order[:most], order[::-1][:most]
+    return extremes(pairs.margins_N, _EXTREMES)
 
 
 def _add_extremes(page: Page, pairs: HeldOutPairs, texts: Mapping[int, PairText]) -> None:
-    """The pairs of `extremes` with their log-probs before and after, and their texts where these are known."""
-    for title, positions in zip(("Largest gain", "Largest loss"), extremes(pairs), strict=True):
+    """The pairs of `shown_pairs` with their log-probs before and after, and their texts where these are known."""
+    for title, positions in zip(("Largest gain", "Largest loss"), shown_pairs(pairs), strict=True):
         rows = [_pair_row(pairs, i) for i in positions]
         headers = ["pair", "margin", "chosen: before", "after", "rejected: before", "after", "tokens"]
         page.table(headers, rows, f"{title}: margin and log p of the answers, nats; scored tokens, chosen and rejected")

@@ -25,7 +25,7 @@ from simple_llama.finetune.chat_format import ChatFormat
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.report.page import Cell, Page
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, read_run, value
-from simple_llama.reinforcement_learning.rlhf.report.run_charts import PairText, add_curves, add_pairs, extremes
+from simple_llama.reinforcement_learning.rlhf.report.run_charts import PairText, add_curves, add_pairs, shown_pairs
 from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats, verdict
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
@@ -65,7 +65,7 @@ def texts_of(chat: ChatFormat, held_out: PairSet) -> Texts:
     def texts(pairs: HeldOutPairs) -> dict[int, PairText]:
         if len(pairs.origins) != len(held_out):
             return {}
-        wanted = [i for side in extremes(pairs) for i in side]
+        wanted = [i for side in shown_pairs(pairs) for i in side]
         return {i: _pair_text(chat, held_out, i) for i in wanted if held_out.origin(i) == pairs.origins[i]}
 
     return texts

@@ -11,7 +11,7 @@ import pytest
 
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.report.read_run import read_run
-from simple_llama.reinforcement_learning.rlhf.report.run_charts import PairText, extremes
+from simple_llama.reinforcement_learning.rlhf.report.run_charts import PairText, shown_pairs
 from simple_llama.reinforcement_learning.rlhf.report.run_report import chat_command, main, write_report
 
 BAD = "<script>alert(1)</script>"
@@ -148,9 +148,9 @@ def test_the_pairs_that_changed_most(folder: Path) -> None:
     pairs = read_run(folder).held_out
     assert pairs
     assert np.allclose(pairs.margins_N, np.arange(N), atol=1e-4)
-    assert extremes(pairs) == ([11, 10, 9, 8], [0, 1, 2, 3])
+    assert shown_pairs(pairs) == ([11, 10, 9, 8], [0, 1, 2, 3])
     few = type(pairs)(4, pairs.logps_N2[:3], pairs.ref_N2[:3], pairs.counts_N2[:3], pairs.origins[:3])
-    assert extremes(few) == ([2], [0])
+    assert shown_pairs(few) == ([2], [0])
 
 
 def test_numbers_that_are_none_are_left_out(folder: Path) -> None:
