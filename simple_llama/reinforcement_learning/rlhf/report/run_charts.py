@@ -207,4 +207,4 @@ def _pair_row(pairs: HeldOutPairs, i: int) -> list[Any]:
     (before_chosen, before_rejected), (chosen, rejected) = pairs.ref_N2[i].tolist(), pairs.logps_N2[i].tolist()
     tokens = " / ".join(number(int(count)) for count in pairs.counts_N2[i])
     numbers = (pairs.margins_N[i], before_chosen, chosen, before_rejected, rejected)
-    return [pairs.origins[i], *(f"{found:.2f}" for found in numbers), tokens]
+    return [pairs.origins[i], *(round(float(found), 2) for found in numbers), tokens]

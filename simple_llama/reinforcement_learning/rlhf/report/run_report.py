@@ -157,21 +157,31 @@ def _add_before_and_after(page: Page, facts: RunFacts) -> None:
     if best := facts.at(facts.best.get("step")):
         lines["best"] = best
     page.heading("Before and after")
-    rows: list[list[Cell]] = [["step", *(int(line["step"]) for line in lines.values()), ""]]
-    for title, metric, unit in _COMPARED:
-        rows.append([title, *(_known(value(line, metric)) for line in lines.values()), unit])
-    for title, find in (
-        ("margin", lambda line: margin_nats(line, facts.beta)),
-        ("log-ratio, chosen", lambda line: log_ratio(line, "chosen", facts.beta)),
-        ("log-ratio, rejected", lambda line: log_ratio(line, "rejected", facts.beta)),
-    ):
-        rows.append(
-            [title, *(_known(find(line)) for line in lines.values()), "nats an answer, against the start model"]
-        )
-    intervals = {name: interval_of(line) for name, line in lines.items()}
-    told = [f"{low:.3f} to {high:.3f}" if low == low else None for low, high in intervals.values()]
-    rows.insert(2, ["its 95 % interval", *told, "Wilson's"])
+    rows: list[list[Cell]] = [["step", *(int(line["step"]) for line in lines.values()), "optimizer steps"]]
+    for title, find, unit in _compared(facts.beta):
+        rows.append([title, *(_known(find(line)) for line in lines.values()), unit])
+    rows.insert(2, ["its 95 % interval", *map(_interval, lines.values()), "Wilson's"])
     page.table(["held out", *lines, "unit"], rows)
+
+
+def _interval(line: Mapping[str, Any]) -> str | None:
+    """The interval of an evaluation's accuracy. At step 0 every pair is a tie: 0.5 is no estimate."""
+    low, high = interval_of(line)
+    if line["step"] == 0:
+        return "by definition"
+    return f"{low:.3f} to {high:.3f}" if low == low else None
+
+
+def _compared(beta: float) -> list[tuple[str, Callable[[Mapping[str, Any]], float], str]]:
+    """(title, what it is of an evaluation's line, unit) of the lines of the table."""
+    against = "nats an answer, against the start model"
+    margins = [
+        ("margin", lambda line: margin_nats(line, beta), against),
+        ("log-ratio, chosen", lambda line: log_ratio(line, "chosen", beta), against),
+        ("log-ratio, rejected", lambda line: log_ratio(line, "rejected", beta), against),
+    ]
+    plain = [(title, lambda line, metric=metric: value(line, metric), unit) for title, metric, unit in _COMPARED]
+    return plain[:4] + margins + plain[4:]
 
 
 _COMPARED = (

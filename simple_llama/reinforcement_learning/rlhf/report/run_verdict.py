@@ -81,7 +81,7 @@ def _rules(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
     accuracy, (low, high) = value(last, "eval_rewards/accuracies"), interval_of(last)
     longer, raw = value(last, "eval_longer_is_chosen"), value(first, "eval_logps/accuracies")
     name = "the longer answer is chosen" if not longer < 0.5 else "the shorter answer is chosen"
-    for rule, share in ((f'The rule "{name}"', max(longer, 1 - longer)), ("The start model's own log-probs", raw)):
+    for rule, share in ((name, max(longer, 1 - longer)), ("the start model finds it likelier", raw)):
         if not (math.isfinite(share) and math.isfinite(low)):
             continue
         if low > share:
@@ -92,7 +92,7 @@ def _rules(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
             words = (
                 f"{'below' if share < accuracy else 'not below'} the policy, and within its interval: not told apart"
             )
-        yield f"{rule} scores {share:.3f} on the same pairs: {words}."
+        yield f'The rule "{rule}" scores {share:.3f} on the same pairs: {words}.'
 
 
 def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
@@ -155,6 +155,8 @@ def _language(facts: RunFacts) -> Iterator[str]:
     of = f"of {count} sample answers" if count else "of the sample answers"
     if troubles:
         yield f"The language {of} changed for the worse: {' and '.join(troubles)} ({told}, {lengths})."
+    elif value(first, "samples/tokens") == 0:
+        yield f"The start model's sample answers were empty: nothing to compare the language with ({told}, {lengths})."
     else:
         yield f"The language {of} holds, as far as so few can tell: {told}, {lengths}."
 

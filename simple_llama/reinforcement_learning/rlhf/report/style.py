@@ -80,6 +80,7 @@ mark { color: inherit; background: var(--mark); border-bottom: 2px solid var(--m
   main { padding: .75rem .9rem 3rem; }
   .answers { grid-template-columns: 1fr; }
   .answer + .answer { border-left: 0; border-top: 1px solid var(--line); }
+  table { width: max-content; }
   td { max-width: 16rem; } }
 @media print {
   :root { --ground: #fff; --panel: #f3f3f3; --ink: #000; --soft: #444; --line: #bbb; --grid: #ddd; color-scheme: light;
@@ -90,6 +91,8 @@ mark { color: inherit; background: var(--mark); border-bottom: 2px solid var(--m
   main { max-width: none; padding: 0; }
   .figures { grid-template-columns: 1fr 1fr; }
   .pair > .prompt, .answer .text { max-height: none; overflow: visible; }
+  .pair, .warnings li, .verdict { break-inside: avoid; }
+  td { overflow-wrap: anywhere; }
   .scroll, pre { overflow: visible; }
   h2 { break-after: avoid; }
   tr { break-inside: avoid; } }

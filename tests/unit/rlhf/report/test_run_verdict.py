@@ -43,7 +43,7 @@ def test_rules_that_read_nothing_stand_beside_it() -> None:
     said = verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.7, eval_longer_is_chosen=0.35)))
     assert 'The rule "the shorter answer is chosen" scores 0.650' in said[1]
     assert "within its interval: not told apart" in said[1]
-    assert "own log-probs scores 0.550 on the same pairs: below the policy, beyond" in said[2]
+    assert 'finds it likelier" scores 0.550 on the same pairs: below the policy, beyond' in said[2]
     said = verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.7, eval_longer_is_chosen=0.9)))
     assert '"the longer answer is chosen" scores 0.900 on the same pairs: above the policy, beyond' in said[1]
 
