@@ -14,7 +14,7 @@ from simple_llama.reinforcement_learning.rlhf.report.words import marked_differe
 
 Cell = str | float | int | None  # of a table; None: not recorded
 _NOT_RECORDED = "not recorded"
-_SHORT = 18  # characters of a cell that stays on one line
+_SHORT = 26  # characters of a cell that stays on one line
 _MOST_SHOWN = 20_000  # characters of one text: a reader's, not a machine's, bound
 
 

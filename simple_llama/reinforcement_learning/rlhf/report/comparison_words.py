@@ -1,0 +1,248 @@
+"""A comparison of runs in words and tables, for the terminal and the page alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from simple_llama.common.files import listed
+from simple_llama.reinforcement_learning.rlhf.report.comparison import Difference, Group, pairs_needed
+from simple_llama.reinforcement_learning.rlhf.report.standing import Standing, ratio_of
+from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
+
+MEASURES = {  # of the distance from the reference
+    "kl": "KL to the reference, nats an answer token",
+    "log-ratio": "|log-ratio|, nats an answer",
+}
+_OF_ONE_START = {"run_name", "log_dir", "ckpt_dir", "ref_cache_dir", "resume", "dry_run", "debug"}
+_MOST_VALUE = 40  # characters of a setting in a table
+_WIDTH = 120  # characters of a line of text
+_NONE = "-"
+_MOST_PAIRS = 10_000_000  # needed ones that are still called a number
+
+
+class Table(NamedTuple):
+    """Rows of text below their headers."""
+
+    caption: str
+    headers: list[str]
+    rows: list[list[str]]
+
+    def text(self) -> str:
+        """With aligned columns, for a terminal."""
+        lines = [self.headers, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.headers))]
+        shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join([*textwrap.wrap(self.caption, _WIDTH), *(line.rstrip() for line in shown)])
+
+
+def verdict(group: Group) -> list[str]:
+    """Which of the runs is better, or that the held-out pairs cannot tell, and how many could."""
+    if len(group.runs) < 2:
+        return [f"{group.runs[0].label} stands alone: no other finished run has its held-out pairs."]
+    best, level, beaten = group.runs[0], group.level(), group.beaten()
+    found = [_level_sentence(group, level)] if len(level) > 1 else []
+    if len(level) == 1 and len(beaten) > 1:
+        found.append(f"{best.label} is the best of {len(group.runs)}.")
+    found += [
+        f"{best.label} is better than {run.label}: {_difference(group.differences[best.label, run.label])}."
+        for run in beaten
+    ]
+    if len(level) > 1:
+        nearest = min(level, key=group.distance)
+        found.append(
+            f"Of those that cannot be told apart, {nearest.label} has moved least from its reference: "
+            f"{group.distance(nearest):.3g} ({MEASURES[group.measure]})."
+        )
+    found.append(_at_equal_distance(group))
+    if len(group.differences) > 1:
+        found.append(
+            f"Judged over all {len(group.differences)} comparisons together (Holm): 5 % for one wrong word among them."
+        )
+    return [*found, *_beware(best)]
+
+
+def _level_sentence(group: Group, level: Sequence[Standing]) -> str:
+    """That runs cannot be told apart; by how much the first two differ, and how many pairs would tell."""
+    first = group.differences[level[0].label, level[1].label]
+    needed = pairs_needed(first, len(group.differences))
+    if needed is None:
+        end = "their accuracies are equal"
+    else:
+        count = f"{needed:,}" if needed <= _MOST_PAIRS else f"more than {_MOST_PAIRS:,}"
+        two = "to tell the first two" if len(level) > 2 else "to tell them"
+        end = f"you need about {count} pairs {two}, not {level[0].pairs:,}"
+    many = len(group.differences) > 1
+    chance = f", which {'among so many comparisons ' if many else ''}may be chance (p {first.p:.2g})"
+    return (
+        f"The held-out pairs cannot tell {_listed([run.label for run in level])} apart: {first.better} over "
+        f"{first.worse} {_difference(first)}{chance if first.low > 0 else ''}; {end}."
+    )
+
+
+def _at_equal_distance(group: Group) -> str:
+    """The margins where all runs had moved equally far, largest first."""
+    margins = {label: margin for label, margin in group.margins_at_shared_distance().items() if margin is not None}
+    words = [f"{label} {margin:.2f}" for label, margin in sorted(margins.items(), key=lambda each: -each[1])]
+    distance = f"{group.shared_distance():.3g} ({MEASURES[group.measure]})"
+    return f"Margins at the same distance from the reference, {distance}: {', '.join(words)} nats."
+
+
+def _difference(found: Difference) -> str:
+    """How much more accurate, with its interval and what that is of."""
+    how = "unpaired" if found.differ is None else f"they differ on {found.differ:,} pairs"
+    return f"accuracy {found.accuracy:+.3f} ({found.low:+.3f} to {found.high:+.3f}; {how})"
+
+
+def _beware(best: Standing) -> Iterator[str]:
+    """The alarms of the best run; what a rule without any model scores, where that run is not clearly above it."""
+    if alarms := [str(warning.get("name")) for warning in best.run.warnings if warning.get("level") == "alarm"]:
+        yield f"Beware: {best.label} gave {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}: {listed(alarms)}."
+    rule = best.values.get("eval_longer_is_chosen")
+    if rule is None or best.accuracy is None:
+        return
+    score, words = max((rule, "the longer answer"), (1 - rule, "the shorter answer"))
+    if score >= best.accuracy.low:
+        yield (
+            f'Beware: the rule "{words} is the better one" scores {score:.3f} on the same pairs, within the interval '
+            f"of {best.label}."
+        )
+
+
+def held_out_table(runs: Sequence[Standing], groups: Sequence[Group]) -> Table:
+    """Where each run stands on its held-out pairs. Letters say which runs have the same ones, where not all have."""
+    by_run = {run.label: (index, group) for index, group in enumerate(groups) for run in group.runs}
+    rows = []
+    for run in runs:
+        index, group = by_run.get(run.label, (None, None))
+        letter = "" if len(groups) < 2 or index is None else f" {chr(ord('A') + index % 26)}"
+        judged = group if group and len(group.runs) > 1 else None
+        beta, values = run.run.beta, run.values
+        chosen, rejected = (ratio_of(values, beta, side) if run.pairs else None for side in ("chosen", "rejected"))
+        equal = judged.margins_at_shared_distance()[run.label] if judged else None
+        rows.append(
+            {
+                "run": run.label,
+                "pairs": f"{run.pairs:,}{letter}",
+                "accuracy": _interval(run.accuracy, "{:.3f}"),
+                "margin / beta": _interval(run.margin, "{:.2f}"),
+                "chosen": _value(chosen, "{:+.2f}"),
+                "rejected": _value(rejected, "{:+.2f}"),
+                "KL": _interval(run.kl, "{:.3g}"),
+                "margin at equal distance": _value(equal, "{:.2f}"),
+                "frontier": _NONE if judged is None else "yes" if run in judged.frontier() else "no",
+                "loss": _value(values.get("eval_loss"), "{:.4f} ") + run.loss_name,
+            }
+        )
+    empty = {name for name in rows[0] if all(row[name] == _NONE for row in rows)}
+    headers = [name for name in rows[0] if name not in empty]
+    return Table(
+        "Held out, with 95 % intervals. Margin / beta and log-ratios (chosen, rejected): nats an answer. KL: nats an "
+        "answer token. Losses are not comparable across losses and betas",
+        headers,
+        [[row[name] for name in headers] for row in rows],
+    )
+
+
+def course_table(runs: Sequence[Standing]) -> Table:
+    """How each run went: state, warnings, answers, cost."""
+    headers = ["run", "state", "alarms", "notices", "answer tokens", "ended", "repeated", "empty"]
+    headers += ["steps, min", "pairs/s", "GB a process"]
+    rows = []
+    for run in runs:
+        intervals, values = run.run.intervals, run.values
+        seconds = _seconds(intervals)
+        speeds = [found["perf/pairs_per_second"] for found in intervals if "perf/pairs_per_second" in found]
+        memory = [found["perf/peak_memory_gb"] for found in intervals if "perf/peak_memory_gb" in found]
+        rows.append(
+            [
+                run.label,
+                run.unfinished or f"finished, {run.run.step} steps",
+                str(run.run.count_warnings("alarm")),
+                str(run.run.count_warnings("notice")),
+                _value(values.get("samples/tokens"), "{:.1f}"),
+                *(_value(values.get(f"samples/{name}"), "{:.0%}") for name in ("ended", "repeated_trigrams", "empty")),
+                _value(seconds and seconds / 60, "{:.1f}"),
+                _value(statistics.median(speeds) if speeds else None, "{:.3g}"),
+                _value(max(memory, default=None), "{:.2f}"),
+            ]
+        )
+    return Table("How they went", headers, rows)
+
+
+def _seconds(intervals: Sequence[Mapping[str, float]]) -> float | None:
+    """Time of the optimizer steps alone."""
+    before, total = 0.0, 0.0
+    for found in intervals:
+        total += found.get("perf/step_time_s", 0.0) * (found["step"] - before)
+        before = found["step"]
+    return total or None
+
+
+def settings_table(runs: Sequence[Standing]) -> Table:
+    """The settings, versions and DeepSpeed settings that differ: a column each, or a row each where they are many."""
+    found = differing(runs)
+    names = list(found)
+    cells = {name: [_setting(value) for value in found[name]] for name in names}
+    if len(names) > len(runs):
+        rows = [[name, *cells[name]] for name in names]
+        return Table("Settings that differ", ["setting", *(run.label for run in runs)], rows)
+    rows = [[run.label, *(cells[name][i] for name in names)] for i, run in enumerate(runs)]
+    return Table("Settings that differ", ["run", *names], rows)
+
+
+def differing(runs: Sequence[Standing]) -> dict[str, list[Any]]:
+    """Settings by name with their values run by run, where they are not all the same; None where a run has none.
+
+    Left out: names and places of a run, and what holds for one start of it.
+    """
+    all_of = [
+        {
+            **{name: value for name, value in run.run.settings.items() if name not in _OF_ONE_START},
+            **{f"data: {name}": run.run.data.get(name) for name in ("pairs", "held_out", "prompts")},
+            **dict(_flat(run.run.ds_config, "deepspeed: ")),
+            **dict(_flat(run.run.environment, "version: ")),
+        }
+        for run in runs
+    ]
+    names = dict.fromkeys(name for found in all_of for name in found)
+    values = {name: [found.get(name) for found in all_of] for name in names}
+    return {name: column for name, column in values.items() if any(value != column[0] for value in column)}
+
+
+def _flat(found: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested objects under joined names."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _setting(value: Any) -> str:
+    """A setting that fits a cell: of a long one its end, which tells paths apart."""
+    text = _NONE if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= _MOST_VALUE else f"...{text[3 - _MOST_VALUE :]}"
+
+
+def _interval(found: Interval | None, form: str) -> str:
+    """A number with its interval."""
+    if found is None:
+        return _NONE
+    if math.isnan(found.low + found.high):
+        return form.format(found.value)
+    return f"{form.format(found.value)} ({form.format(found.low)} to {form.format(found.high)})"
+
+
+def _value(value: float | None, form: str) -> str:
+    """A number that may not have been recorded."""
+    return _NONE if value is None else form.format(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
