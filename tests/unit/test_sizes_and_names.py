@@ -19,8 +19,6 @@ ENTRIES = {
     # exit statuses
     "simple_llama.reinforcement_learning.rlhf.command": {"BUG", "MISTAKE", "INTERRUPTED"},
     "simple_llama.cluster.watchdog": {"LOST"},
-    # what reports are made of
-    "simple_llama.reinforcement_learning.rlhf.report.charts": {"bar_chart", "Bar"},
     # making a tokenizer, and asking a model token by token, for programs that use the package
     "simple_llama.dataset.train_bpe": {"BPEConfig", "train_bpe", "tokenizer_json"},
     "simple_llama.inference.generate": {"generate"},

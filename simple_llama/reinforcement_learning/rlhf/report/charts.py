@@ -160,22 +160,23 @@ class Bar:
     high: float | None = None
 
 
-def bar_chart(title: str, value_label: str, bars: Sequence[Bar], start: float = 0.0) -> str:
-    """Bars from `start` to the right, each below its name, with intervals as whiskers."""
+def bar_chart(title: str, value_label: str, bars: Sequence[Bar], most: float = 0.0) -> str:
+    """Bars from 0, each below its name, with intervals as whiskers. `most`: a value that the axis shows too."""
     known = [value for bar in bars for value in (bar.value, bar.low, bar.high) if value is not None]
     rows = Axis(0.0, max(len(bars), 1), (), ())
-    frame = Frame(title, (value_label, ""), (Axis.of([start, *known], 6), rows), height=36.0 * max(len(bars), 1))
+    axes = (Axis.of([0.0, most, *known], 6), rows)
+    frame = Frame(title, (value_label, ""), axes, height=36.0 * max(len(bars), 1))
     for i, bar in enumerate(bars):
         top = frame.top + 36 * i
         shown = number(bar.value, 3)
         frame.add(f'<text x="{frame.left + 2:g}" y="{top + 12:g}">{html.escape(bar.name[:50])}: {shown}</text>')
         if not math.isfinite(bar.value):
             continue
-        left, right = sorted((frame.x(start), frame.x(bar.value)))
+        left, right = sorted((frame.x(0.0), frame.x(bar.value)))
         frame.add(f'<path d="M{left:g} {top + 17:g}H{right:g}v11H{left:g}z" class="f0" opacity=".75"/>')
         if bar.low is not None and bar.high is not None and math.isfinite(bar.low + bar.high):
             low, high = frame.x(bar.low), frame.x(bar.high)
-            frame.add(f'<path d="M{low:g} {top + 18:g}v9m0 -4.5H{high:g}m0 -4.5v9" class="level"/>')
+            frame.add(f'<path d="M{low:g} {top + 18:g}v9m0 -4.5H{high:g}m0 -4.5v9" class="error"/>')
     if not bars:
         frame.say_empty()
     told = [f"{bar.name}: {number(bar.value, 3)}" for bar in bars]

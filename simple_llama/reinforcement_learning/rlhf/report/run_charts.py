@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simple_llama.reinforcement_learning.rlhf.report.charts import (
+    Bar,
     Series,
+    bar_chart,
     histogram,
     line_chart,
     reliability_chart,
@@ -33,6 +35,23 @@ class PairText(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
+
+
+def add_rules(page: Page, first: Mapping[str, Any], last: Mapping[str, Any]) -> None:
+    """The accuracy beside what it has to beat: bars."""
+    longer = value(last, "eval_longer_is_chosen")
+    low, high = interval_of(last)
+    bars = [
+        Bar("the policy", value(last, "eval_rewards/accuracies"), low, high),
+        Bar("the start model finds it likelier", value(first, "eval_logps/accuracies")),
+        Bar("the longer answer", longer),
+        Bar("the shorter answer", 1 - longer),
+        Bar("a coin", 0.5),
+    ]
+    page.figure(
+        bar_chart("Which answer was chosen: shares told right", "share of held-out pairs", bars, most=1.0),
+        f"Step {last['step']}; the whisker is the 95 % interval (Wilson).",
+    )
 
 
 def add_curves(page: Page, facts: RunFacts) -> None:

@@ -23,9 +23,16 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.finetune.chat_format import ChatFormat
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import plain
 from simple_llama.reinforcement_learning.rlhf.report.page import Cell, Page
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, read_run, value
-from simple_llama.reinforcement_learning.rlhf.report.run_charts import PairText, add_curves, add_pairs, shown_pairs
+from simple_llama.reinforcement_learning.rlhf.report.run_charts import (
+    PairText,
+    add_curves,
+    add_pairs,
+    add_rules,
+    shown_pairs,
+)
 from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats, verdict
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
@@ -88,28 +95,26 @@ def _write(facts: RunFacts, weights: str, seconds: float | None, texts: Mapping[
     sentences = verdict(facts)
     commands = _commands(facts, weights)
     first, last = (facts.evaluations[0], facts.evaluations[-1]) if facts.evaluations else ({}, {})
-    atomic_write_json(
-        facts.folder / "report.json",
-        {
-            "format": _FORMAT,
-            "run": facts.name,
-            "verdict": sentences,
-            "weights": weights,
-            "steps": facts.steps,
-            "seconds": seconds,
-            "start": dict(first),
-            "last": dict(last),
-            "best": dict(facts.at(facts.best.get("step"))),
-            "accuracy_interval": [found if found == found else None for found in interval_of(last)],
-            "final_metrics": facts.final_metrics(),
-            "warnings": [{"level": level, "step": step, "text": text} for level, step, text in facts.warnings],
-            "data": dict(facts.data),
-            "changed_settings": {name: found for name, found, _ in _changed(facts.settings)},
-            "environment": dict(facts.environment),
-            "commands": commands,
-            "pairs": {str(i): text._asdict() for i, text in texts.items()},
-        },
-    )
+    found = {
+        "format": _FORMAT,
+        "run": facts.name,
+        "verdict": sentences,
+        "weights": weights,
+        "steps": facts.steps,
+        "seconds": seconds,
+        "start": dict(first),
+        "last": dict(last),
+        "best": dict(facts.at(facts.best.get("step"))),
+        "accuracy_interval": interval_of(last),
+        "final_metrics": facts.final_metrics(),
+        "warnings": [{"level": level, "step": step, "text": text} for level, step, text in facts.warnings],
+        "data": dict(facts.data),
+        "changed_settings": {name: here for name, here, _ in _changed(facts.settings)},
+        "environment": dict(facts.environment),
+        "commands": commands,
+        "pairs": {str(i): text._asdict() for i, text in texts.items()},
+    }
+    atomic_write_json(facts.folder / "report.json", plain(found))
     page = _page(facts, sentences, commands, seconds, texts)
     path = facts.folder / _NAME
     atomic_write(path, page.html().encode())
@@ -162,6 +167,7 @@ def _add_before_and_after(page: Page, facts: RunFacts) -> None:
         rows.append([title, *(_known(find(line)) for line in lines.values()), unit])
     rows.insert(2, ["its 95 % interval", *map(_interval, lines.values()), "Wilson's"])
     page.table(["held out", *lines, "unit"], rows)
+    add_rules(page, lines["start"], lines["last"])
 
 
 def _interval(line: Mapping[str, Any]) -> str | None:
@@ -180,8 +186,8 @@ def _compared(beta: float) -> list[tuple[str, Callable[[Mapping[str, Any]], floa
         ("log-ratio, chosen", lambda line: log_ratio(line, "chosen", beta), against),
         ("log-ratio, rejected", lambda line: log_ratio(line, "rejected", beta), against),
     ]
-    plain = [(title, lambda line, metric=metric: value(line, metric), unit) for title, metric, unit in _COMPARED]
-    return plain[:4] + margins + plain[4:]
+    others = [(title, lambda line, metric=metric: value(line, metric), unit) for title, metric, unit in _COMPARED]
+    return others[:4] + margins + others[4:]
 
 
 _COMPARED = (
@@ -268,7 +274,7 @@ def _add_time(page: Page, facts: RunFacts, seconds: float | None) -> None:
         known = [found for found in (value(line, name) for line in lines) if found == found]
         return median(known) if known else None
 
-    memory = [value(line, "perf/peak_memory_gb") for line in lines]
+    memory = [found for found in (value(line, "perf/peak_memory_gb") for line in lines) if found == found]
     page.table(
         ["", "", "unit"],
         [

@@ -50,7 +50,7 @@ pre { background: var(--panel); padding: .75rem 1rem; overflow-x: auto; font-siz
   overflow-wrap: anywhere; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.25rem 2rem;
   margin: 1rem 0; }
-figure { margin: 0; max-width: 34rem; break-inside: avoid; }
+figure { margin: 0; max-width: 31rem; break-inside: avoid; }
 figcaption { margin-top: .25rem; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; font-size: 12.5px; }
 svg text { fill: var(--ink); }
@@ -62,6 +62,7 @@ svg .level { stroke: var(--soft); stroke-width: 1.5; fill: none; }
 svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg .band { opacity: .16; stroke: none; }
 svg .whisker { stroke-width: 1.3; fill: none; }
+svg .error { stroke: var(--ink); stroke-width: 1.5; fill: none; }
 svg .dots { fill: none; stroke-width: 4.5; stroke-linecap: round; opacity: .6; }
 """
     + "".join(f"svg .c{i} {{ stroke: var(--s{i}); }} svg .f{i} {{ fill: var(--s{i}); }}\n" for i in range(8))
