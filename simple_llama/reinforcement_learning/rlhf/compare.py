@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write, atomic_write_json, listed
+from simple_llama.common.files import atomic_write, atomic_write_json, listed, shown
 from simple_llama.common.paths import root_path
 from simple_llama.common.settings import PathText, Settings
 from simple_llama.reinforcement_learning.rlhf.report.comparison import groups_of
@@ -22,8 +23,10 @@ from simple_llama.reinforcement_learning.rlhf.report.comparison_words import (
     settings_table,
     verdict,
 )
-from simple_llama.reinforcement_learning.rlhf.report.run_records import RunRecords, is_run
+from simple_llama.reinforcement_learning.rlhf.report.read_run import read_run
 from simple_llama.reinforcement_learning.rlhf.report.standing import Standing
+
+_RECORDS = ("config.json", "metrics.jsonl")  # without which nothing can be said
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ def compare_runs(config: CompareConfig) -> str:
     folders, notes = _folders(config)
     runs = _standings(folders)
     groups, uncompared = groups_of(runs)
+    notes += [
+        f"{run.label}: held_out.npz cannot be read; compared by its accuracy alone"
+        for run in runs
+        if not run.run.held_out and os.path.lexists(run.run.folder / "held_out.npz")
+    ]
     notes += uncompared
     order = [run for group in groups for run in group.runs]
     runs = order + [run for run in runs if run not in order]
@@ -93,22 +101,39 @@ def _matches(text: str, log_dir: Path) -> tuple[list[Path], list[str]]:
     """(folders of runs, other folders) that one argument names: a run below log_dir goes before a folder from here."""
     places = [Path(text)] if os.path.isabs(text) else [log_dir / text, Path(text)]
     for place in places:
-        if is_run(place):
+        if _is_run(place):
             return [place], []
     for place in places:
         matched = (
             sorted(Path(path) for path in glob.glob(str(place)) if os.path.isdir(path)) if glob.has_magic(text) else []
         )
-        if runs := [path for path in matched if is_run(path)]:
+        if runs := [path for path in matched if _is_run(path)]:
             return runs, [path.name for path in matched if path not in runs]
     there = [str(place) for place in places if place.is_dir()]
-    inside = sorted(path.name for place in there for path in Path(place).iterdir() if is_run(path))
+    inside = sorted(path.name for place in there for path in Path(place).iterdir() if _is_run(path))
     if inside:
         raise UserError(
             f"{there[0]}: expected a run, found a folder of runs ({listed(inside)}); name them, or {text}/*"
         )
     what = f"found none in {there[0]}" if there else f"found no {' and no '.join(map(str, places))}"
     raise UserError(f"{text}: expected a run's folder with config.json and metrics.jsonl, {what}")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder looks like that of a run."""
+    return any(os.path.lexists(folder / name) for name in _RECORDS)
+
+
+def _standing(label: str, folder: Path) -> Standing:
+    """The run in a folder. UserError where its records are not there, or do not say its beta."""
+    if missing := [name for name in _RECORDS if not os.path.lexists(folder / name)]:
+        raise UserError(f"{folder}: expected the records of a run, found no {' and no '.join(missing)}")
+    run = read_run(folder)
+    if not 0 < run.beta < math.inf:
+        raise UserError(
+            f"{folder / _RECORDS[0]}: expected settings with beta above 0, found {shown(run.settings.get('beta'))}"
+        )
+    return Standing(label, run)
 
 
 def _standings(folders: Sequence[Path]) -> list[Standing]:
@@ -119,7 +144,7 @@ def _standings(folders: Sequence[Path]) -> list[Standing]:
     runs, problems = [], []
     for label, folder in zip(labels, folders, strict=True):
         try:
-            runs.append(Standing(label, RunRecords.read(folder)))
+            runs.append(_standing(label, folder))
         except UserError as error:
             problems.append(str(error))
     if problems:

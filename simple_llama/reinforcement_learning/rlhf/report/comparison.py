@@ -23,7 +23,7 @@ from simple_llama.reinforcement_learning.rlhf.report.standing import (
     starts_apart,
     why_not_comparable,
 )
-from simple_llama.reinforcement_learning.rlhf.report.statistics import mean_interval, paired_bootstrap
+from simple_llama.reinforcement_learning.rlhf.report.statistics import mean_interval, paired_bootstrap, preferred
 
 _ERROR, _POWER = 0.05, 0.8  # of all comparisons together; of "about N pairs"
 _EXACT = 1000  # pairs up to which a sign test is summed exactly
@@ -127,11 +127,11 @@ def _difference(better: Standing, worse: Standing, interval: bool) -> Difference
     asked for."""
     value, names = better.right - worse.right, (better.label, worse.label)
     if better.by_pair and worse.by_pair:
-        groups_N = better.by_pair.groups_N
-        low = high = math.nan
+        groups_N, low, high = better.groups_N, math.nan, math.nan
+        right_N, other_N = preferred(better.by_pair.margins_N), preferred(worse.by_pair.margins_N)
         if interval:
-            _, low, high = paired_bootstrap(better.by_pair.right_N, worse.by_pair.right_N, groups_N)
-        by_pair_N = better.by_pair.right_N - worse.by_pair.right_N
+            _, low, high = paired_bootstrap(right_N, other_N, groups_N)
+        by_pair_N = right_N - other_N
         by_prompt_G = np.bincount(groups_N, by_pair_N)
         p = _sign_test(int((by_prompt_G > 0).sum()), int((by_prompt_G < 0).sum()))
         error = mean_interval(by_pair_N, groups_N)

@@ -68,7 +68,7 @@ def _run_json(run: Standing) -> dict[str, Any]:
         "run": run.label,
         "folder": str(run.run.folder.absolute()),
         "finished": not run.unfinished,
-        "step": run.run.step,
+        "step": run.run.steps,
         "pairs": run.pairs,
         "accuracy": _interval(run.accuracy),
         "margin_nats": _interval(run.margin),
@@ -77,7 +77,7 @@ def _run_json(run: Standing) -> dict[str, Any]:
         "kl": _interval(run.kl),
         "loss": {"of": run.loss_name, "value": values.get("eval_loss")},
         "metrics": values,
-        "warnings": run.run.warnings,
+        "warnings": [dict(zip(("level", "step", "text"), found, strict=True)) for found in run.run.warnings],
     }
 
 
@@ -168,7 +168,7 @@ def _charts(runs: Sequence[Standing], groups: Sequence[Group]) -> list[tuple[str
 
 def _accuracy(run: Standing, banded: bool) -> Series:
     """Accuracy of each evaluation, `banded` with its interval."""
-    found = [values for values in run.run.evaluations if values.get("eval_pairs", 0) >= 1]
+    found = [values for values in run.evaluations if values.get("eval_pairs", 0) >= 1]
     bounds = [accuracy_interval(values["eval_rewards/accuracies"], round(values["eval_pairs"])) for values in found]
     return Series(
         run.label,
@@ -181,7 +181,7 @@ def _accuracy(run: Standing, banded: bool) -> Series:
 
 def _curve(run: Standing, value: Callable[[Mapping[str, float], float], float]) -> Series:
     """A number of each evaluation over the steps."""
-    found = run.run.evaluations
+    found = run.evaluations
     return Series(run.label, [values["step"] for values in found], [value(values, run.run.beta) for values in found])
 
 
@@ -216,26 +216,23 @@ def _guard_charts(runs: Sequence[Standing]) -> list[tuple[str, str]]:
             "Of the answers to a few held-out prompts at each evaluation.",
         )
         for name, words in _GUARDS.items()
-        if any(name in values for run in runs for values in run.run.evaluations)
+        if any(name in values for run in runs for values in run.evaluations)
     ]
 
 
 def _named(run: Standing, name: str) -> Series:
     """A metric of the evaluations over the steps."""
-    found = [values for values in run.run.evaluations if math.isfinite(values.get(name, math.nan))]
+    found = [values for values in run.evaluations if math.isfinite(values.get(name, math.nan))]
     return Series(run.label, [values["step"] for values in found], [values[name] for values in found])
 
 
 def _add_warnings(page: Page, runs: Sequence[Standing]) -> None:
     """All warnings of all runs, alarms first."""
-    found = [(run.label, warning) for run in runs for warning in run.run.warnings]
-    found.sort(key=lambda each: each[1].get("level") != "alarm")
+    found = [(level, f"{run.label}, step {step}: {text}") for run in runs for level, step, text in run.run.warnings]
+    found.sort(key=lambda each: each[0] != "alarm")
     if not found:
         return
     page.heading("Warnings of the runs")
-    page.warnings(
-        (str(warning.get("level")), f"{label}, step {warning['step']}: {warning.get('text', '')}")
-        for label, warning in found[:_MOST_WARNINGS]
-    )
+    page.warnings(found[:_MOST_WARNINGS])
     if len(found) > _MOST_WARNINGS:
         page.paragraph(f"{len(found) - _MOST_WARNINGS:,} more are in comparison.json.")

@@ -99,8 +99,8 @@ def _difference(found: Difference) -> str:
 
 def _beware(best: Standing) -> Iterator[str]:
     """The alarms of the best run; what a rule without any model scores, where that run is not clearly above it."""
-    if alarms := [str(warning.get("name")) for warning in best.run.warnings if warning.get("level") == "alarm"]:
-        yield f"Beware: {best.label} gave {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}: {listed(alarms)}."
+    if alarms := [text for level, _, text in best.run.warnings if level == "alarm"]:
+        yield f"Beware: {best.label} gave {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}: {listed(alarms)}"
     rule = best.values.get("eval_longer_is_chosen")
     if rule is None or best.accuracy is None:
         return
@@ -153,16 +153,16 @@ def course_table(runs: Sequence[Standing]) -> Table:
     headers += ["steps, min", "pairs/s", "GB a process"]
     rows = []
     for run in runs:
-        intervals, values = run.run.intervals, run.values
+        intervals, values = run.intervals, run.values
         seconds = _seconds(intervals)
         speeds = [found["perf/pairs_per_second"] for found in intervals if "perf/pairs_per_second" in found]
         memory = [found["perf/peak_memory_gb"] for found in intervals if "perf/peak_memory_gb" in found]
         rows.append(
             [
                 run.label,
-                run.unfinished or f"finished, {run.run.step} steps",
-                str(run.run.count_warnings("alarm")),
-                str(run.run.count_warnings("notice")),
+                run.unfinished or f"finished, {run.run.steps} steps",
+                str(run.count_warnings("alarm")),
+                str(run.count_warnings("notice")),
                 _value(values.get("samples/tokens"), "{:.1f}"),
                 *(_value(values.get(f"samples/{name}"), "{:.0%}") for name in ("ended", "repeated_trigrams", "empty")),
                 _value(seconds and seconds / 60, "{:.1f}"),

@@ -10,7 +10,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class HeldOutPairs:
     ref_N2: np.ndarray  # fp32: the reference's
     counts_N2: np.ndarray  # int32 scored tokens
     origins: tuple[str, ...]  # file:record
+    prompts_N: np.ndarray | None = None  # pairs that answer one prompt have one number; None where none were written
 
     @property
     def ratios_N2(self) -> np.ndarray:
@@ -63,6 +64,7 @@ class RunFacts:
     best: Mapping[str, Any]  # the step that the run names as its best, where it does
     finished: Mapping[str, Any]  # finished.json of an earlier report
     held_out: HeldOutPairs | None
+    ds_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -134,6 +136,7 @@ def read_run(folder: Path) -> RunFacts:
         best=_object(folder / "best.json"),
         finished=_object(folder / "finished.json"),
         held_out=_held_out(folder / "held_out.npz"),
+        ds_config=_object(folder / "ds_config.json"),
     )
 
 
@@ -180,8 +183,10 @@ def _held_out(path: Path) -> HeldOutPairs | None:
             step = int(arrays["step"])
             logps_N2, ref_N2, counts_N2 = (arrays[name] for name in ("logps_N2", "ref_N2", "counts_N2"))
             origins = tuple(map(str, arrays["origins"]))
-            if logps_N2.shape == ref_N2.shape == counts_N2.shape == (len(origins), 2):
-                return HeldOutPairs(step, logps_N2, ref_N2, counts_N2, origins)
+            prompts_N = arrays.get("prompts")
+            lengths = {len(origins), len(origins if prompts_N is None else prompts_N)}
+            if {logps_N2.shape, ref_N2.shape, counts_N2.shape} == {(length, 2) for length in lengths}:
+                return HeldOutPairs(step, logps_N2, ref_N2, counts_N2, origins, prompts_N)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             problem = str(error) or type(error).__name__
     LOGGER.warning("left out of the report: %s: %s", path, problem)

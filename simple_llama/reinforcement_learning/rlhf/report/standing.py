@@ -11,11 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
-from simple_llama.reinforcement_learning.rlhf.report.run_records import HeldOutPairs, RunRecords
-from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval, mean_interval, share_interval
+import numpy as np
+
+from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
+from simple_llama.reinforcement_learning.rlhf.report.statistics import (
+    Interval,
+    groups_of,
+    mean_interval,
+    preferred,
+    share_interval,
+)
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
 
+_EVALUATED = {"eval_pairs", *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))}
 _FINGERPRINT = ("eval_logps/chosen", "eval_logps/rejected")  # at step 0, of the start model
 _SAME_START = 1e-3  # relative: what other machines and dtypes make of the same model and pairs stays within
 _CHOOSE_HELD_OUT = ("val_share", "seed")  # settings that say which pairs are held out
@@ -26,25 +36,54 @@ class Standing:
     """A run, under the name that it is shown by."""
 
     label: str
-    run: RunRecords
+    run: RunFacts
 
     @property
     def values(self) -> dict[str, float]:
         """The metrics of its last evaluation; none where it has made none."""
-        return self.run.evaluations[-1] if self.run.evaluations else {}
+        return self.evaluations[-1] if self.evaluations else {}
 
     @property
     def start(self) -> dict[str, float]:
         """The metrics before the first step; none where they are not recorded."""
-        return next((values for values in self.run.evaluations if values["step"] == 0), {})
+        return next((values for values in self.evaluations if values["step"] == 0), {})
 
     @property
     def unfinished(self) -> str:
         """At which step it stands where it has not ended; empty otherwise."""
         if self.run.finished:
             return ""
-        total = self.run.total_steps
-        return f"unfinished at step {self.run.step}" + (f" of {total}" if total else "")
+        total = self._total_steps()
+        return f"unfinished at step {self.run.steps}" + (f" of {total}" if total else "")
+
+    def _total_steps(self) -> int | None:
+        """Steps of the whole run, by the share of an epoch that a step is; None before the first one."""
+        epochs = self.run.settings.get("epochs")
+        for record in reversed(self.intervals):
+            if record.get("epoch", 0) > 0 and isinstance(epochs, int):
+                return round(record["step"] / record["epoch"] * epochs)
+        return None
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, float]]:
+        """Records of evaluations that have all numbers, in their order."""
+        found = [_numbers(record) for record in self.run.evaluations]
+        return [
+            numbers
+            for numbers in found
+            if numbers.keys() >= _EVALUATED
+            and 0 <= numbers["eval_rewards/accuracies"] <= 1
+            and numbers["eval_pairs"] >= 1
+        ]
+
+    @cached_property
+    def intervals(self) -> list[dict[str, float]]:
+        """Records of training between two lines, in their order."""
+        return [_numbers(record) for record in self.run.intervals]
+
+    def count_warnings(self, level: str) -> int:
+        """How many warnings of a level it gave."""
+        return sum(found == level for found, _, _ in self.run.warnings)
 
     @property
     def pairs(self) -> int:
@@ -57,7 +96,14 @@ class Standing:
         found = self.run.held_out
         if not found or found.step != self.values.get("step") or len(found.origins) != self.pairs:
             return None
-        return found if found.groups_N.any() else None
+        return found if self.groups_N.any() else None
+
+    @cached_property
+    def groups_N(self) -> np.ndarray:
+        """Which held-out pairs answer one prompt; each its own where that was not written."""
+        found = self.run.held_out
+        assert found
+        return groups_of(range(len(found.origins)) if found.prompts_N is None else found.prompts_N.tolist())
 
     @property
     def right(self) -> float:
@@ -68,14 +114,14 @@ class Standing:
     def accuracy(self) -> Interval | None:
         """With Wilson's interval; None without held-out pairs."""
         if self.by_pair:
-            return share_interval(self.by_pair.right_N, self.by_pair.groups_N)
+            return share_interval(preferred(self.by_pair.margins_N), self.groups_N)
         return Interval(self.right, *accuracy_interval(self.right, self.pairs)) if self.pairs else None
 
     @cached_property
     def margin(self) -> Interval | None:
         """Margin / beta (nats a pair); its interval is that of a mean, where the pairs are there one by one."""
         if self.by_pair:
-            return mean_interval(self.by_pair.margins_N, self.by_pair.groups_N)
+            return mean_interval(self.by_pair.margins_N, self.groups_N)
         return Interval(margin_of(self.values, self.run.beta), math.nan, math.nan) if self.pairs else None
 
     @property
@@ -95,8 +141,13 @@ class Standing:
 
     def points(self, measure: str) -> list[tuple[float, dict[str, float]]]:
         """(distance from the reference, metrics) of each evaluation that has the measure, "kl" or "log-ratio"."""
-        found = ((distance_of(values, self.run.beta, measure), values) for values in self.run.evaluations)
+        found = ((distance_of(values, self.run.beta, measure), values) for values in self.evaluations)
         return [(distance, values) for distance, values in found if distance is not None]
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record."""
+    return {name: number for name in record if math.isfinite(number := value(record, name))}
 
 
 def ratio_of(values: Mapping[str, float], beta: float, side: str) -> float:
@@ -142,7 +193,9 @@ def why_not_comparable(one: Standing, other: Standing) -> str:
     if one.pairs != other.pairs:
         return f"other held-out pairs: {other.pairs:,}, not {one.pairs:,}"
     if one.by_pair and other.by_pair:
-        return "" if one.by_pair.same_pairs(other.by_pair) else "other held-out pairs, or other tokens for them"
+        same = one.by_pair.origins == other.by_pair.origins
+        same &= np.array_equal(one.by_pair.counts_N2, other.by_pair.counts_N2)
+        return "" if same else "other held-out pairs, or other tokens for them"
     for name in _CHOOSE_HELD_OUT:
         values = [standing.run.settings.get(name) for standing in (one, other)]
         if values[0] != values[1]:
