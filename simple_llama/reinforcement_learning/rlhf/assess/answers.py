@@ -12,6 +12,7 @@ from typing import NamedTuple
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import progress
 from simple_llama.cluster.distributed import Ranks, gather_objects
+from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.ascii_text import Spelling
 from simple_llama.finetune.chat_format import ChatFormat, SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import encode_serving_prompt
@@ -45,6 +46,10 @@ def questions_of(data: RLDatasetLoader, pairs: PairSet, chat: ChatFormat, count:
         if len(first) == count:
             break
         first.setdefault(tuple(pairs[position].prompt_ids.tolist()), position)
+    if len(first) < count:
+        LOGGER.info(
+            "%d different prompts to answer, and not %d (--generate): the pairs have no more", len(first), count
+        )
     said = data.conversations(pairs.select(list(first.values())))
     forms = {TRAINING: tuple(first)}
     if isinstance(chat, SimpleLLaMAChat):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.losses import Beta
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import StoreConfig
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import without_moved
 
 _MOST_MODELS = 16
 
@@ -108,11 +110,6 @@ class EvaluateConfig(CommandConfig, AnswersConfig, StoreConfig, DataConfig, Chat
         mine = {field.name: getattr(self, field.name) for field in fields(InputsConfig) if hasattr(self, field.name)}
         return InputsConfig(**{**mine, "model_path": path, "max_seq_len": max_seq_len or self.max_seq_len})
 
-    @property
-    def folder(self) -> Path:
-        """Where `output` is, if it was given."""
-        return Path(self.output)
-
 
 _FROM_RUN = ("batch_size", "beta", "deepspeed_config", "tokenize_path", "ref_cache_dir", "model_path")
 
@@ -124,12 +121,18 @@ def parse_evaluate(argv: Sequence[str] | None = None, description: str | None = 
     """
     asked = peek_settings(ModelsConfig, argv)
     about = start_metadata(asked.paths[0]) if asked.paths else {}
-    config = parse_settings(EvaluateConfig, argv, description, _settings_of(about), f"{asked.models}: settings")
+    own = without_moved(EvaluateConfig, _settings_of(about))
+    config = parse_settings(EvaluateConfig, argv, description, own, f"{asked.models}: settings")
     if not config.model_path:
         named = f"{config.paths[0]}, which says of no run that made it" if config.paths else "no model"
         raise UserError(
             "model_path: expected the start model, which the models are compared with, found none with "
             f"{named}; give --model_path, the model that training started from"
+        )
+    if not os.path.lexists(config.model_path):
+        raise UserError(
+            f"model_path: expected the start model at {config.model_path}, found nothing there; give --model_path, the "
+            "model that training started from"
         )
     return config
 

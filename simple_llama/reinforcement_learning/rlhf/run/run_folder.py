@@ -221,13 +221,13 @@ def settings_to_resume(config: FolderConfig, kind: type[Settings]) -> tuple[dict
     own = {key: value for key, value in known_settings(kind, found)[0].items() if key not in _ONCE}
     if path is None:  # checkpoints without settings beside them: of earlier versions
         return {**(values_before(kind) if has_checkpoints(folders[0]) else {}), "run_name": name}, ""
-    own = {**values_before(kind), **_without_moved(kind, own), "run_name": name, "ckpt_dir": config.ckpt_dir}
+    own = {**values_before(kind), **without_moved(kind, own), "run_name": name, "ckpt_dir": config.ckpt_dir}
     if path.parent == Path(config.log_dir) / name:
         own["log_dir"] = config.log_dir
     return own, str(path)
 
 
-def _without_moved(kind: type[Settings], own: dict[str, Any]) -> dict[str, Any]:
+def without_moved(kind: type[Settings], own: dict[str, Any]) -> dict[str, Any]:
     """Settings without the paths that lead nowhere any more while their defaults do: the checkout was moved."""
     moved = {
         name: default

@@ -65,6 +65,8 @@ def test_settings_come_from_the_run(job: TinyJob) -> None:
         parse_evaluate([f"--models={job.folder / 'start.pth'}"])
     with pytest.raises(UserError, match="with no model; give --model_path"):
         parse_evaluate([])
+    with pytest.raises(UserError, match="expected the start model at nowhere, found nothing there"):
+        config_of(job, "--model_path=nowhere")
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"judge": "x"}, "judge: expected --generate N"),
         ({"top_p": 0.5}, "temperature above 0"),
