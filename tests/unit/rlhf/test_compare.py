@@ -120,11 +120,11 @@ def test_margin_and_distance_in_nats(tmp_path: Path) -> None:
     add_pairs(tmp_path / "b", range(74))
     found = compare(tmp_path, "a", "b")
     by_name = {run["run"]: run for run in found["runs"]}
-    assert by_name["a"]["margin_nats"] == {"value": pytest.approx(9.0), "low": None, "high": None}
+    assert by_name["a"]["margin_nats"] == [pytest.approx(9.0), None, None]
     assert by_name["a"]["log_ratio"] == pytest.approx({"chosen": -2.0, "rejected": -11.0})
     assert by_name["a"]["distance"] == pytest.approx(6.5)
     # 74 margins of 5 and 14 of -2: standard deviation 7 sqrt(74 14 / (88 87)) = 2.575, over sqrt(88) 0.2745, 1.96 times
-    half = by_name["b"]["margin_nats"]["high"] - by_name["b"]["margin_nats"]["value"]
+    half = by_name["b"]["margin_nats"][2] - by_name["b"]["margin_nats"][0]
     assert half == pytest.approx(0.538, abs=5e-4)
     assert found["groups"][0]["margin_at_shared_distance"] == pytest.approx({"a": 4.8462, "b": 3.0}, abs=1e-4)
 
@@ -253,7 +253,7 @@ def test_kl_is_the_distance_where_all_have_it(tmp_path: Path) -> None:
     assert group["distance"] == "KL to the reference, nats an answer token"
     assert (group["shared_distance"], group["frontier"]) == (0.1, ["b"])
     assert group["margin_at_shared_distance"] == pytest.approx({"a": 2.0, "b": 4.0})
-    assert found["runs"][0]["kl"] == {"value": 0.1, "low": 0.0, "high": 1.0}
+    assert found["runs"][0]["kl"] == [0.1, 0.0, 1.0]
 
 
 def test_the_page_has_curves_of_eight_runs_and_all_warnings(tmp_path: Path) -> None:

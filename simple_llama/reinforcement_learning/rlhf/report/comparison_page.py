@@ -9,15 +9,10 @@ from typing import Any
 from simple_llama.reinforcement_learning.rlhf.report.charts import Series, line_chart
 from simple_llama.reinforcement_learning.rlhf.report.comparison import Group
 from simple_llama.reinforcement_learning.rlhf.report.comparison_words import MEASURES, Table, differing
+from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import plain
 from simple_llama.reinforcement_learning.rlhf.report.page import Page
-from simple_llama.reinforcement_learning.rlhf.report.standing import (
-    Standing,
-    distance_of,
-    margin_of,
-    ratio_of,
-)
-from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats
+from simple_llama.reinforcement_learning.rlhf.report.standing import Standing, distance_of
 
 _MOST_CURVES = 8  # runs that colours and dashes tell apart in one chart
 _MOST_BANDS = 4  # intervals in one chart; of more runs the best one's alone
@@ -34,8 +29,8 @@ _GUARDS = {  # of the sampled answers: what breaks when the language does
 def comparison_json(
     runs: Sequence[Standing], groups: Sequence[Group], verdicts: Sequence[str], notes: Sequence[str]
 ) -> dict[str, Any]:
-    """What the page shows, as numbers; null where something was not recorded."""
-    return {
+    """What the page shows, as numbers: intervals as [value, low, high], null where something was not recorded."""
+    found = {
         "verdict": list(verdicts),
         "notes": list(notes),
         "runs": [_run_json(run) for run in runs],
@@ -44,8 +39,7 @@ def comparison_json(
                 "runs": [run.label for run in group.runs],
                 "cannot_be_told_from_the_best": [run.label for run in group.level()],
                 "differences": [
-                    {**_without_nan(found._asdict()), "told_apart": key in group.told}
-                    for key, found in group.differences.items()
+                    {**found._asdict(), "told_apart": key in group.told} for key, found in group.differences.items()
                 ],
                 "distance": MEASURES[group.measure],
                 "frontier": [run.label for run in group.frontier()],
@@ -59,6 +53,7 @@ def comparison_json(
             for name, values in differing(runs).items()
         },
     }
+    return plain(found)
 
 
 def _run_json(run: Standing) -> dict[str, Any]:
@@ -70,25 +65,15 @@ def _run_json(run: Standing) -> dict[str, Any]:
         "finished": not run.unfinished,
         "step": run.run.steps,
         "pairs": run.pairs,
-        "accuracy": _interval(run.accuracy),
-        "margin_nats": _interval(run.margin),
-        "log_ratio": {side: ratio_of(values, beta, side) for side in ("chosen", "rejected")} if run.pairs else None,
+        "accuracy": run.accuracy,
+        "margin_nats": run.margin,
+        "log_ratio": {side: log_ratio(values, side, beta) for side in ("chosen", "rejected")} if run.pairs else None,
         "distance": distance_of(values, beta, "log-ratio") if run.pairs else None,
-        "kl": _interval(run.kl),
+        "kl": run.kl,
         "loss": {"of": run.loss_name, "value": values.get("eval_loss")},
         "metrics": values,
         "warnings": [dict(zip(("level", "step", "text"), found, strict=True)) for found in run.run.warnings],
     }
-
-
-def _interval(found: Interval | None) -> dict[str, float | None] | None:
-    """A number with its bounds; null where they are not known."""
-    return found and _without_nan(found._asdict())
-
-
-def _without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with null for what is not known: JSON has no NaN."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
 
 
 def comparison_page(
@@ -135,7 +120,7 @@ def _charts(runs: Sequence[Standing], groups: Sequence[Group]) -> list[tuple[str
             "same pairs differ by less chance than it says.",
         ),
         (
-            line_chart("Margin / beta", "step", "nats a pair", [_curve(run, margin_of) for run in runs]),
+            line_chart("Margin / beta", "step", "nats a pair", [_curve(run, margin_nats) for run in runs]),
             "Log-ratio of chosen less rejected on held-out pairs, the same in all betas.",
         ),
         *(
@@ -144,7 +129,7 @@ def _charts(runs: Sequence[Standing], groups: Sequence[Group]) -> list[tuple[str
                     f"Log-ratio of {side} answers",
                     "step",
                     "nats an answer",
-                    [_curve(run, lambda values, beta, side=side: ratio_of(values, beta, side)) for run in runs],
+                    [_curve(run, lambda values, beta, side=side: log_ratio(values, side, beta)) for run in runs],
                 ),
                 "log pi / pi_ref of held-out answers; below 0 the policy finds them less likely than its reference.",
             )
@@ -159,7 +144,7 @@ def _charts(runs: Sequence[Standing], groups: Sequence[Group]) -> list[tuple[str
             )
             for name, unit, value in (
                 ("Accuracy", "share of pairs", lambda values, _: values["eval_rewards/accuracies"]),
-                ("Margin / beta", "nats a pair", margin_of),
+                ("Margin / beta", "nats a pair", margin_nats),
             )
         ),
     ]
@@ -168,8 +153,8 @@ def _charts(runs: Sequence[Standing], groups: Sequence[Group]) -> list[tuple[str
 
 def _accuracy(run: Standing, banded: bool) -> Series:
     """Accuracy of each evaluation, `banded` with its interval."""
-    found = [values for values in run.evaluations if values.get("eval_pairs", 0) >= 1]
-    bounds = [accuracy_interval(values["eval_rewards/accuracies"], round(values["eval_pairs"])) for values in found]
+    found = run.evaluations
+    bounds = [interval_of(values) for values in found]
     return Series(
         run.label,
         [values["step"] for values in found],

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from simple_llama.common.files import listed
 from simple_llama.reinforcement_learning.rlhf.report.comparison import Difference, Group, pairs_needed
-from simple_llama.reinforcement_learning.rlhf.report.standing import Standing, ratio_of
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import log_ratio
+from simple_llama.reinforcement_learning.rlhf.report.standing import Standing
 from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
 
 MEASURES = {  # of the distance from the reference
@@ -121,7 +122,7 @@ def held_out_table(runs: Sequence[Standing], groups: Sequence[Group]) -> Table:
         letter = "" if len(groups) < 2 or index is None else f" {chr(ord('A') + index % 26)}"
         judged = group if group and len(group.runs) > 1 else None
         beta, values = run.run.beta, run.values
-        chosen, rejected = (ratio_of(values, beta, side) if run.pairs else None for side in ("chosen", "rejected"))
+        chosen, rejected = (log_ratio(values, side, beta) if run.pairs else None for side in ("chosen", "rejected"))
         equal = judged.margins_at_shared_distance()[run.label] if judged else None
         rows.append(
             {

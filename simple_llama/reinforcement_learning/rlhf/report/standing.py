@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import log_ratio, margin_nats
 from simple_llama.reinforcement_learning.rlhf.report.statistics import (
     Interval,
     groups_of,
@@ -122,7 +123,7 @@ class Standing:
         """Margin / beta (nats a pair); its interval is that of a mean, where the pairs are there one by one."""
         if self.by_pair:
             return mean_interval(self.by_pair.margins_N, self.groups_N)
-        return Interval(margin_of(self.values, self.run.beta), math.nan, math.nan) if self.pairs else None
+        return Interval(margin_nats(self.values, self.run.beta), math.nan, math.nan) if self.pairs else None
 
     @property
     def kl(self) -> Interval | None:
@@ -150,16 +151,6 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: number for name in record if math.isfinite(number := value(record, name))}
 
 
-def ratio_of(values: Mapping[str, float], beta: float, side: str) -> float:
-    """Mean log pi / pi_ref (nats) of the held-out answers of a side, "chosen" or "rejected"."""
-    return values.get(f"eval_log_ratio/{side}", values[f"eval_rewards/{side}"] / beta)
-
-
-def margin_of(values: Mapping[str, float], beta: float) -> float:
-    """Mean margin of an evaluation in nats: that of the rewards / beta."""
-    return values["eval_rewards/margins"] / beta
-
-
 def distance_of(values: Mapping[str, float], beta: float, measure: str) -> float | None:
     """How far the policy has moved from its reference.
 
@@ -168,13 +159,13 @@ def distance_of(values: Mapping[str, float], beta: float, measure: str) -> float
     """
     if measure == "kl":
         return values.get("samples/kl")
-    return sum(abs(ratio_of(values, beta, side)) for side in ("chosen", "rejected")) / 2
+    return sum(abs(log_ratio(values, side, beta)) for side in ("chosen", "rejected")) / 2
 
 
 def margin_at(standing: Standing, distance: float, measure: str) -> float | None:
     """Margin (nats) where the run first was at a distance from its reference, between evaluations by a straight line;
     None where it never was."""
-    points = [(found, margin_of(values, standing.run.beta)) for found, values in standing.points(measure)]
+    points = [(found, margin_nats(values, standing.run.beta)) for found, values in standing.points(measure)]
     for (near, before), (far, after) in pairwise(points):
         if near <= distance <= far:
             share = (distance - near) / (far - near) if far > near else 1.0
