@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
 from simple_llama.common.errors import UserError
-from simple_llama.dataset.tokenizer import SPECIAL_IDS, decode_text
+from simple_llama.dataset.tokenizer import SPECIAL_IDS, SPECIAL_TOKENS, decode_text
 from simple_llama.finetune.format_llm_prompt import (
     DEFAULT_SYSTEM_PROMPT,
     encode_chats,
@@ -89,6 +90,10 @@ class ChatFormat(Protocol):
         """Text of an answer, without special tokens."""
         ...
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of a chat's ids with its special tokens, for people."""
+        ...
+
 
 @dataclass(frozen=True)
 class SimpleLLaMAChat:
@@ -120,6 +125,14 @@ class SimpleLLaMAChat:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer."""
         return decode_text(self.tokenizer, ids).strip()
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of a chat's ids, as `show` has it: the tokenizer would put a space before each text."""
+        runs = groupby(ids, key=lambda token: token < len(SPECIAL_TOKENS))
+        return "".join(
+            "".join(SPECIAL_TOKENS[token] for token in run) if special else decode_text(self.tokenizer, list(run))
+            for special, run in runs
+        )
 
 
 def about_system(chat: ChatFormat) -> str:

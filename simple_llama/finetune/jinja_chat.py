@@ -126,6 +126,10 @@ class JinjaChat:
         """Text of an answer, without special tokens."""
         return decode_text(self.tokenizer, ids).strip()
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of a chat's ids, special tokens among them."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def _joined(self, chat: Chat, whole: Pieces, ids: PieceIds, prompt_ids: list[int]) -> EncodedChat:
         """A chat's ids from those of its prompt and of the whole."""
         notes = [_CUT] if ids.is_cut else []

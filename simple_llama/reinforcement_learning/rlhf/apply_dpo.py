@@ -41,6 +41,7 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
             run = TrainingRun(config, inputs, ranks, name, check_lock)
         try:
             run_steps(run)
+            run.writer.end()
         except stopping.Stopped:
             run.save_stopped()
             raise

@@ -101,7 +101,8 @@ class RLDatasetLoader:
             was tuned with. A chat format has its own.
 
     Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
-    kept, dropped, ignored) and `warnings`; both are logged.
+    kept, dropped, ignored) and `warnings`; both are logged; `prompts`, how many different ones there are, and
+    `largest_prompt_share`, the share of the pairs that the most frequent one has.
     Raises UserError (file, record, key, expected, found; of the first ten faulty records, with their number) for
     malformed data, too many <UNK>, and when no training pair is left. Beats the watchdog while it reads.
     """
@@ -131,6 +132,8 @@ class RLDatasetLoader:
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
         check_unknown(path, unknown, max_unknown, ascii_text)
+        _, times = np.unique(shares, return_counts=True)
+        self.prompts, self.largest_prompt_share = len(times), float(times.max() / len(pairs))
         held_out = _held_out_prompts(shares, val_share)
         trained = int(np.count_nonzero(~held_out))
         self.warnings = warnings_of(count, unknown, len(pairs) - trained if val_share else None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -132,6 +133,17 @@ class Engine:
         with self.communication.counting():
             self.engine.step()
         return float(self.engine.get_global_grad_norm())
+
+    def own_matrices(self, ranks: Ranks) -> Iterator[torch.Tensor]:
+        """This rank's part of the computing weights of all trained matrices: the ranks' parts are all, each once."""
+        matrices = [parameter for parameter in self.trainable.values() if len(_shape(parameter)) == 2]
+        if not self.partitioned:
+            yield from (parameter.detach() for parameter in matrices[ranks.rank :: ranks.world_size])
+            return
+        for parameter in matrices:
+            piece: torch.Tensor = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+            left = math.prod(_shape(parameter)) - ranks.rank * piece.numel()  # behind it a piece is padding
+            yield piece.detach().flatten()[: max(left, 0)]
 
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name, {weight, exp_avg, exp_avg_sq}) of each trained parameter, whole, fp32, one at a time (collective)."""

@@ -49,6 +49,7 @@ class Reference:
     logps: Logps
     content: str  # digest of all that will be looked up
     store: RefStore | None = None  # where it comes from one
+    model: LLaMaTransformer | None = None  # where it stays in memory
 
 
 def open_store(cache_dir: str, reference: dict, ranks: Ranks) -> RefStore:

@@ -93,13 +93,14 @@ def evaluate(
         # an empty one still makes its forward call, for nothing
         batch = PairBatch.pack([pairs[i] for i in micro_batch or (0,)]).to(device)
         logps_B2 = logps(batch)
-        scores = scores_of(logps_B2, ref_logps(batch), batch)
+        ref_B2 = ref_logps(batch)
+        scores = scores_of(logps_B2, ref_B2, batch)
         if not micro_batch:
             continue
         losses_B, rewards_B2 = loss_fn(scores), loss_fn.rewards(scores)
         sums.add(PolicyOutput(losses_B.sum(), losses_B, logps_B2, rewards_B2), batch)
         positions += micro_batch
-        columns = (logps_B2, scores.ref_B2, losses_B[:, None], rewards_B2, batch.counts_B2)
+        columns = (logps_B2, ref_B2, losses_B[:, None], rewards_B2, batch.counts_B2)
         found.append(torch.cat([column.double() for column in columns], dim=1))
     table_N9 = _of_all_ranks(positions, found, len(pairs), device)
     means = {name: value for name, value in sums.means().items() if name not in ("tokens", "useful_flops")}

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: curves in metrics.jsonl and TensorBoard, sample answers, lines of the log."""
+"""What a run writes while it goes: metrics.jsonl, and what is shown of it; sample answers, lines of the log."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import append_to, atomic_path, open_file
 from simple_llama.common.logging import LOGGER
-from simple_llama.reinforcement_learning.rlhf.run.event_file import EventFile
+from simple_llama.common.settings import Settings
+from simple_llama.reinforcement_learning.rlhf.run.board import Board
 
 _MOST_IN_A_LINE = 64 << 20  # bytes: sample answers of a run's prompts are far shorter
 _MOST_BYTES = 16 << 30  # of a file: some ten million lines
@@ -138,20 +141,42 @@ def writes(path: Path) -> Iterator[None]:
         ) from error
 
 
+class Tracker(Protocol):
+    """Another place that metrics go to (trackers.py)."""
+
+    def send(self, step: int, values: Mapping[str, float]) -> None:
+        """Hands one line of metrics over, once it is in metrics.jsonl."""
+        ...
+
+    def close(self, done: bool) -> None:
+        """No more comes; `done`: the run is finished."""
+        ...
+
+
 class RunWriter:
-    """metrics.jsonl and TensorBoard events of a run, on rank 0; elsewhere every call does nothing.
+    """metrics.jsonl, TensorBoard events and trackers of a run, on rank 0; elsewhere every call does nothing.
 
     Starting after step `done` (-1: nothing) drops what an earlier try wrote beyond it, so that each step stands once.
     """
 
-    def __init__(self, folder: Path, is_main: bool, done: int = -1, evaluated: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        is_main: bool,
+        done: int = -1,
+        evaluated: bool = True,
+        settings: Settings | None = None,
+        trackers: Sequence[Tracker] = (),
+        on_board: bool = True,
+    ):
+        """Args: settings: of the run, for TensorBoard's table of runs. on_board: whether TensorBoard has the run."""
         self.is_main = is_main
         if not is_main:
             return
-        self.path = folder / "metrics.jsonl"
+        self.path, self.trackers, self.done = folder / "metrics.jsonl", trackers, False
         rewind(self.path, done, evaluated)
         with writes(folder):
-            self.board = EventFile(folder, purge_step=done + 1)
+            self.board = Board(folder, purge_step=done + 1, settings=settings) if on_board else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl and one point of each curve at optimizer step `step`."""
@@ -159,42 +184,68 @@ class RunWriter:
             return
         _append_record(self.path, {"step": step, **values})
         with writes(self.path.parent):
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()  # a curve is seen at once, and a full disk too
+            if self.board:
+                self.board.scalars(step, values)
+            for tracker in self.trackers:
+                tracker.send(step, values)
+
+    def histograms(self, step: int, values: Mapping[str, np.ndarray]) -> None:
+        """Shows how numbers are spread at optimizer step `step`, by name."""
+        if self.is_main and self.board:
+            with writes(self.path.parent):
+                self.board.histograms(step, values)
+
+    def sample(self, step: int, index: int, prompt: str, before: str, after: str) -> None:
+        """Shows a prompt with the start model's answer and the policy's."""
+        if self.is_main and self.board:
+            with writes(self.path.parent):
+                self.board.sample(step, index, prompt, before, after)
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Writes a page of TensorBoard's text tab."""
-        if self.is_main:
+        if self.is_main and self.board:
             with writes(self.path.parent):
-                self.board.add_text(name, markdown, step)
+                self.board.file.add_text(name, markdown, step)
 
     def flush(self) -> None:
         """Brings the events to disk."""
-        if self.is_main:
+        if self.is_main and self.board:
             with writes(self.path.parent):
-                self.board.flush()
+                self.board.file.flush()
+
+    def end(self) -> None:
+        """Notes that the run is done."""
+        if self.is_main:
+            self.done = True
+            if self.board:
+                with writes(self.path.parent):
+                    self.board.file.add_end()
 
     def close(self) -> None:
         """Brings the events to disk and ends. No error: it may be one that ends the run."""
-        if self.is_main:
-            try:
-                self.board.close()
-            except OSError as error:
-                LOGGER.warning("curves in %s lack their end: %s", self.path.parent, error.strerror or error)
+        if not self.is_main:
+            return
+        try:
+            if self.board:
+                self.board.file.close()
+        except OSError as error:
+            LOGGER.warning("curves in %s lack their end: %s", self.path.parent, error.strerror or error)
+        for tracker in self.trackers:
+            tracker.close(self.done)
 
 
-def first_answers(folder: Path) -> dict[str, str]:
-    """The start model's answers by their prompts: of the first line of samples.jsonl, where that is of step 0."""
+def first_answers(folder: Path) -> list[str]:
+    """The start model's answers, in the order of the prompts: of the first line of samples.jsonl, where that is of
+    step 0."""
     path = folder / "samples.jsonl"
     if not os.path.lexists(path):
-        return {}
+        return []
     with writes(path), open_file(path) as file:
         record = _record(next(_bounded_lines(file), b"")) or {}
-    prompts, answers = record.get("prompts"), record.get("answers")
-    if record.get("step") != 0 or not (isinstance(prompts, list) and isinstance(answers, list)):
-        return {}
-    return {prompt: answer for prompt, answer in zip(prompts, answers, strict=False) if isinstance(prompt, str)}
+    answers = record.get("answers")
+    if record.get("step") != 0 or not isinstance(answers, list):
+        return []
+    return [answer for answer in answers if isinstance(answer, str)]
 
 
 def append_samples(folder: Path, step: int, prompts: list[str], answers: list[str]) -> None:

@@ -1,7 +1,9 @@
 """The run directory: what is needed to read a run, to repeat it and to go on with it; and whose it is.
 
-<log_dir>/<run>/   config.json  ds_config.json  environment.json  metrics.jsonl  samples.jsonl  train.log
-                   events.out.tfevents.*  finished.json (at the end)  lock (while a run writes here)
+<log_dir>/<run>/   config.json  ds_config.json  environment.json  data.json  train.log
+                   metrics.jsonl  samples.jsonl  held_out.npz  metrics.csv  trackers.json
+                   events.out.tfevents.*
+                   finished.json (at the end)  lock (while a run writes here)
 <ckpt_dir>/<run>/  config.json, the same: all hosts see it, and `--resume` begins with it  lock
 """
 

@@ -5,34 +5,55 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from simple_llama.cluster import watchdog
-from simple_llama.cluster.distributed import Ranks, all_reduce_sum, gather_objects
+from simple_llama.cluster.distributed import Ranks, all_reduce_sum, fail_together, gather_objects
 from simple_llama.common.logging import LOGGER
-from simple_llama.inference.generate import generate_together
+from simple_llama.inference.generate import Sampling, generate_together
 from simple_llama.inference.guards import count_language, language_metrics
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import evaluating
+from simple_llama.reinforcement_learning.rlhf.run.board import NOTHING
+from simple_llama.reinforcement_learning.rlhf.run.divergence import (
+    Spoken,
+    k3_sums,
+    kl_metrics,
+    lean_model,
+    spoken_logps,
+)
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig
 from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, append_samples, first_answers
 
+_GREEDY = Sampling()
+_ANSWERS_OF_KL = 4  # that are sampled of each prompt
 _MOST_CACHED = 4096  # tokens whose keys and values are held at once, beside a run's other memory
 
 
 def _answers(
-    model: LLaMaTransformer, stop_ids: Collection[int], prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: LLaMaTransformer,
+    stop_ids: Collection[int],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = _GREEDY,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Greedy answers to `prompts` (token ids, up to where an answer begins), without dropout.
+    """Answers to `prompts` (token ids, up to where an answer begins), without dropout.
 
-    With the stop token that ended one. Each new token is a sign of life.
+    With the stop token that ended one. Each new token is a sign of life. `numbers` tells sampled answers apart.
     """
+    numbers = range(len(prompts)) if numbers is None else numbers
     answers: list[list[int]] = [[] for _ in prompts]
     with evaluating(model):
         for share in _shares([len(ids) + max_new_tokens for ids in prompts]):
             watchdog.beat("sample answers")
-            for tokens in generate_together(model, prompts[share], max_new_tokens, stop_ids):
+            own = generate_together(model, prompts[share], max_new_tokens, stop_ids, sampling, numbers[share])
+            for tokens in own:
                 watchdog.beat("sample answers")
                 for answer, token in zip(answers[share], tokens, strict=True):
                     if token is not None:
@@ -62,26 +83,32 @@ def _sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int
     return [list(prompt) for prompt in prompts]
 
 
-def _sample_page(prompt: str, before: str, after: str) -> str:
-    """Markdown of one prompt with both answers; the text is indented, so that TensorBoard shows it as it is."""
-
-    def block(text: str) -> str:
-        return "\n".join("    " + line for line in text.splitlines() or [""])
-
-    return f"**prompt**\n\n{block(prompt)}\n\n**start model**\n\n{block(before)}\n\n**policy**\n\n{block(after)}\n"
-
-
 class Samples:
     """The fixed prompts of a run, and where answers to them are written."""
 
     def __init__(
-        self, inputs: Inputs, engine: Engine, config: EvaluationConfig, ranks: Ranks, folder: Path, writer: RunWriter
+        self,
+        inputs: Inputs,
+        engine: Engine,
+        config: EvaluationConfig,
+        ranks: Ranks,
+        folder: Path,
+        writer: RunWriter,
+        seed: int,
+        reference: LLaMaTransformer | None = None,
     ):
-        """Args: folder: the run's, with its samples.jsonl."""
+        """Args:
+        folder: the run's, with its samples.jsonl.
+        seed: of the answers that are sampled to estimate the KL.
+        reference: the reference model, where it is in memory.
+        """
         self.chat, self.engine, self.ranks = inputs.chat, engine, ranks
         self.prompts = _sample_prompts(inputs.data.validation, config.n_samples)
         self.most_tokens = config.sample_tokens
         self.folder, self.writer = folder, writer
+        self.inputs, self.sampling, self.reference = inputs, Sampling(temperature=1.0, seed=seed), reference
+        if self.prompts and engine.partitioned:
+            LOGGER.info("samples/kl is not estimated with ZeRO-3, where no rank has the whole policy")
 
     def take(self, step: int) -> dict[str, float]:
         """Answers the prompts (collective): shared out over the ranks, or together under ZeRO-3.
@@ -97,6 +124,8 @@ class Samples:
         if ranks.is_main:
             parts = 1 if together else len(gathered)
             self.write(step, [gathered[i % parts][i // parts] for i in range(len(self.prompts))])
+        lengths = gather_objects([len(ids) for ids in mine], ranks, list[int])
+        self.writer.histograms(step, {"samples/answer_tokens": np.array([n for one in lengths for n in one])})
         found = language_metrics(
             all_reduce_sum(count_language(mine, self.chat.stop_ids, self.chat.unknown_id).to(ranks.device))
         )
@@ -107,7 +136,52 @@ class Samples:
             found["samples/tokens"],
             100 * found["samples/ended"],
         )
+        return {**found, **self.divergence(step)}
+
+    def divergence(self, step: int) -> dict[str, float]:
+        """KL(policy || reference) on answers that the policy samples (collective); see divergence.py.
+
+        Nothing, and a warning, where the start model's files are not what they were; nothing with ZeRO-3.
+        """
+        if self.engine.partitioned:
+            return {}
+        numbers = range(self.ranks.rank, len(self.prompts), self.ranks.world_size)
+        sums: list[float] = []
+        counts: tuple[int, ...] = ()
+        problem = ""
+        with fail_together(self.ranks):
+            if numbers and (spoken := self.spoken(numbers)).counts:
+                policy_N = spoken_logps(self.engine.model, spoken)
+                try:
+                    sums, counts = k3_sums(policy_N, self.reference_logps(spoken), spoken.counts), spoken.counts
+                except StartChanged as changed:
+                    problem = str(changed)
+        of_all = gather_objects((sums, list(counts), problem), self.ranks, tuple[list[float], list[int], str])
+        if problems := [problem for _, _, problem in of_all if problem]:
+            LOGGER.warning("samples/kl is not estimated at step %d: %s", step, problems[0])
+            return {}
+        found = kl_metrics([x for one in of_all for x in one[0]], [x for one in of_all for x in one[1]])
+        if found:
+            words = "policy to reference at step %d  KL %.4f nats a token  95 %% interval %.4f to %.4f"
+            LOGGER.info(words, step, *found.values())
         return found
+
+    def spoken(self, numbers: range) -> Spoken:
+        """Answers that the policy samples to the prompts of these numbers: the same whichever rank makes them."""
+        which = [number for number in numbers for _ in range(_ANSWERS_OF_KL)]
+        own = [_ANSWERS_OF_KL * number + index for number in numbers for index in range(_ANSWERS_OF_KL)]
+        prompts = [self.prompts[number] for number in which]
+        answers = _answers(self.engine.model, self.chat.stop_ids, prompts, self.most_tokens, self.sampling, own)
+        grouped = [answers[first : first + _ANSWERS_OF_KL] for first in range(0, len(answers), _ANSWERS_OF_KL)]
+        kept = [[answer for answer in group if answer] for group in grouped]  # none where the prompt leaves no room
+        return Spoken.pack([self.prompts[number] for number in numbers], kept)
+
+    def reference_logps(self, spoken: Spoken) -> torch.Tensor:
+        """What the reference gives the tokens (N,): a model in memory, or the start model, read a block at a time."""
+        if self.reference is not None:
+            return spoken_logps(self.reference, spoken)
+        with self.inputs.start.reading() as start:
+            return spoken_logps(lean_model(start, self.inputs.dtype, self.ranks.device), spoken)
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer without the stop token that ended it."""
@@ -115,11 +189,11 @@ class Samples:
 
     def write(self, step: int, now: list[str]) -> None:
         """Puts the answers after `step` steps beside the start model's: samples.jsonl, TensorBoard, the log."""
-        prompts = [self.chat.tokenizer.decode(ids, skip_special_tokens=False) for ids in self.prompts]
+        prompts = [self.chat.spell(ids) for ids in self.prompts]
         append_samples(self.folder, step, prompts, now)
         start = first_answers(self.folder)
         for index, (prompt, after) in enumerate(zip(prompts, now, strict=True)):
-            before = start.get(prompt, "(not recorded at step 0)")
-            self.writer.text(step, f"samples/prompt_{index}", _sample_page(prompt, before, after))
-            LOGGER.info("sample %d, start model: %r", index, before)
-            LOGGER.info("sample %d, step %d: %r", index, step, after)
+            before = start[index] if index < len(start) else "(not recorded at step 0)"
+            self.writer.sample(step, index, prompt, before, after)
+            whose = f"step {step}" if step else "start model"
+            LOGGER.info("sample %d, %s: %s", index, whose, repr(after) if after else NOTHING)

@@ -40,6 +40,13 @@ from simple_llama.reinforcement_learning.rlhf.run.interval import Interval, Inte
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig, StepProfile
 from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, log_line, rewind
+from simple_llama.reinforcement_learning.rlhf.run.run_facts import (
+    drop_held_out,
+    histograms_of,
+    weight_facts,
+    write_data_facts,
+    write_held_out,
+)
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
     FolderConfig,
     folders_of,
@@ -52,6 +59,13 @@ from simple_llama.reinforcement_learning.rlhf.run.sampling import Samples
 from simple_llama.reinforcement_learning.rlhf.run.saves import Position, Saves, SavesConfig, course_of
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, learning_rate
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, Portion, portions
+from simple_llama.reinforcement_learning.rlhf.run.trackers import (
+    TENSORBOARD,
+    TrackerConfig,
+    check_trackers,
+    open_trackers,
+    tracker_names,
+)
 
 # Largest honest difference of the step-0 loss from its paper's value, relative where that is above 1.
 _STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -64,6 +78,7 @@ class RunConfig(
     ProfileConfig,
     SavesConfig,
     EvaluationConfig,
+    TrackerConfig,
     IntervalConfig,
     FolderConfig,
     ScheduleConfig,
@@ -79,6 +94,9 @@ class TrainingRun:
 
     def __init__(self, config: RunConfig, inputs: Inputs, ranks: Ranks, name: str, check_lock: Callable[[], object]):
         """Sets all up (collective). `check_lock` raises where another run has taken over the checkpoint folder."""
+        with fail_together(ranks):
+            if ranks.is_main:
+                check_trackers(config)
         self.config, self.inputs, self.ranks = config, inputs, ranks
         self.pairs, self.held_out = inputs.data.train, inputs.data.validation
         self.plan = BatchPlan(
@@ -112,7 +130,9 @@ class TrainingRun:
         self.say_start(name)
         peak = peak_flops(ranks.device, inputs.dtype) * ranks.world_size
         self.interval = Interval(MetricSums(ranks.device, work), self.engine.communication, peak, ranks)
-        self.samples = Samples(inputs, self.engine, config, ranks, log_folder, self.writer)
+        self.samples = Samples(
+            inputs, self.engine, config, ranks, log_folder, self.writer, config.seed, self.reference.model
+        )
         steps = self.plan.steps_per_epoch
         self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, config, steps, check_lock, ranks)
         self.at = self.saves.resume(saved, self.measures_at(saved.facts.step)) if saved else Position()
@@ -132,15 +152,19 @@ class TrainingRun:
                 keep_settings(self.config, name, settings)
                 unmark_finished(self.log_folder)
                 rewind(self.log_folder / "samples.jsonl", done, evaluated)
+                drop_held_out(self.log_folder, done)
+                write_data_facts(self.log_folder, self.inputs.data)
             set_up_log(self.log_folder / "train.log", self.ranks)
-            writer = RunWriter(self.log_folder, self.ranks.is_main, done, evaluated)
-        return writer
+            trackers = open_trackers(self.log_folder, self.config, done) if self.ranks.is_main else ()
+            on_board = TENSORBOARD in tracker_names(self.config)
+            return RunWriter(self.log_folder, self.ranks.is_main, done, evaluated, self.config, trackers, on_board)
 
     def say_start(self, name: str) -> None:
         """What the run is about to do."""
         counts = len(self.pairs), len(self.held_out), self.total_steps
         LOGGER.info("run %s: %d pairs, %d held out, %d steps", name, *counts)
-        LOGGER.info("to watch: tensorboard --logdir %s --host localhost", self.config.log_dir)
+        if TENSORBOARD in tracker_names(self.config):
+            LOGGER.info("to watch: tensorboard --logdir %s --host localhost", self.config.log_dir)
         if self.config.warmup_iterations >= self.total_steps:
             LOGGER.warning(
                 "warmup_iterations is %d, but the run has %d steps: max_lr is never reached",
@@ -158,6 +182,8 @@ class TrainingRun:
             auditor.bind(reference.store)
         auditor.audit(self.engine.logps, reference.logps, "step-0 audit")
         self.evaluate(0)
+        own = self.engine.own_matrices(self.ranks)
+        self.writer.scalars(0, weight_facts(own, self.inputs.dtype, self.ranks.device))
         expected = self.loss_fn.at_start()
         if self.held_out and expected is not None:
             LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
@@ -275,6 +301,11 @@ class TrainingRun:
             values["eval_longer_is_chosen"] = self.held_out.longer_is_chosen
             self.at.last_loss = values["eval_loss"]
             log_line(f"evaluation at step {step}", values, "eval_")
+            self.writer.histograms(step, histograms_of(found))
+            if self.ends_epoch(step):
+                with fail_together(ranks):
+                    if ranks.is_main:
+                        write_held_out(self.log_folder, step, found, self.held_out)
             self.writer.scalars(step, {**values, **self.samples.take(step)})
 
     def save(self) -> None:
@@ -321,7 +352,7 @@ def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ra
     if config.reference == "online":
         frozen = inputs.build_reference(ranks.device).requires_grad_(False)
         compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)
-        return ref_source.Reference(ref_source.from_model(frozen), "online")
+        return ref_source.Reference(ref_source.from_model(frozen), "online", model=frozen)
     store = ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     with fail_together(ranks):
         content = store.content_digest(inputs.data.pairs.keys)  # raises where pairs are missing

@@ -17,6 +17,7 @@ from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.run import records
+from simple_llama.reinforcement_learning.rlhf.run.board import _curve_name
 from simple_llama.reinforcement_learning.rlhf.run.records import (
     RunWriter,
     _append_record,
@@ -58,8 +59,8 @@ def test_lines_and_curves(tmp_path: Path) -> None:
         '{"step": 1, "loss": 0.75, "rewards/margins": -0.5}\n{"step": 2, "loss": 0.5}\n'
     )
     shown = board(tmp_path)
-    assert [(point.step, point.value) for point in shown.Scalars("loss")] == [(1, 0.75), (2, 0.5)]
-    assert [(point.step, point.value) for point in shown.Scalars("rewards/margins")] == [(1, -0.5)]
+    assert [(point.step, point.value) for point in shown.Scalars("train/loss")] == [(1, 0.75), (2, 0.5)]
+    assert [(point.step, point.value) for point in shown.Scalars("train/rewards/margins")] == [(1, -0.5)]
     [page] = shown.Tensors("samples/prompt_0/text_summary")
     assert page.step == 2 and page.tensor_proto.string_val == [b"**prompt**"]
 
@@ -83,8 +84,8 @@ def test_resume_drops_what_lies_beyond_the_step(tmp_path: Path) -> None:
         {"step": 3, "loss": 30.0},
     ]
     shown = board(tmp_path)
-    assert [(point.step, point.value) for point in shown.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert [point.step for point in shown.Scalars("eval_loss")] == [1, 2]
+    assert [(point.step, point.value) for point in shown.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [point.step for point in shown.Scalars("eval/loss")] == [1, 2]
 
 
 def test_a_start_from_nothing_drops_an_earlier_try(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_start_from_nothing_drops_an_earlier_try(tmp_path: Path) -> None:
             writer.scalars(step, {"loss": value})
         writer.close()
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 0, "loss": 2.0}, {"step": 1, "loss": 2.0}]
-    assert [(point.step, point.value) for point in board(tmp_path).Scalars("loss")] == [(0, 2.0), (1, 2.0)]
+    assert [(point.step, point.value) for point in board(tmp_path).Scalars("train/loss")] == [(0, 2.0), (1, 2.0)]
 
 
 def test_flush_brings_the_curve_to_disk(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_flush_brings_the_curve_to_disk(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, is_main=True)
     writer.scalars(1, {"loss": 0.5})
     writer.flush()
-    assert [(point.step, point.value) for point in board(tmp_path).Scalars("loss")] == [(1, 0.5)]
+    assert [(point.step, point.value) for point in board(tmp_path).Scalars("train/loss")] == [(1, 0.5)]
     writer.close()
 
 
@@ -192,8 +193,9 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left on device; free space"):
         writer.scalars(1, {"loss": 0.5})
     monkeypatch.undo()
+    assert writer.board
     for name in ("add_scalar", "add_text", "flush", "close"):
-        monkeypatch.setattr(writer.board, name, full)
+        monkeypatch.setattr(writer.board.file, name, full)
     for write in (lambda: writer.scalars(1, {"loss": 0.5}), lambda: writer.text(1, "page", "text"), writer.flush):
         with pytest.raises(UserError, match="No space left on device"):
             write()
@@ -206,8 +208,9 @@ def test_curves_on_a_full_disk_leave_no_thread_behind(tmp_path: Path, monkeypatc
     """/dev/full takes no byte: the call that writes says so, and no thread dies of it with a traceback of its own."""
     writer = RunWriter(tmp_path, is_main=True)
     assert not [thread for thread in threading.enumerate() if "Writer" in type(thread).__name__]
+    assert writer.board
     with open("/dev/full", "wb") as full:
-        os.dup2(full.fileno(), writer.board._file.fileno())
+        os.dup2(full.fileno(), writer.board.file._file.fileno())
     with pytest.raises(UserError, match=f"cannot write {tmp_path}: No space left on device; free space"):
         writer.scalars(1, {"loss": 0.5})
     writer.close()
@@ -235,10 +238,15 @@ def test_names_of_a_whole_run_are_the_documented_ones(tmp_path: Path, ranks: Ran
     documented |= {"eval_pairs", "eval_longer_is_chosen", "rewards/saturated", "eval_margin_length_correlation"}
     documented |= {"eval_log_ratio/chosen", "eval_log_ratio/rejected"}
     documented |= {f"samples/{name}" for name in ("repeated_trigrams", "tokens", "ended", "empty", "unknown")}
-    tags = board(tmp_path / "runs" / "tiny").Tags()
-    assert set(tags["scalars"]) == documented
-    assert tags["tensors"] == ["samples/prompt_0/text_summary"]
+    documented |= {f"samples/{name}" for name in ("kl", "kl_low", "kl_high")} | {"weights/median", "weights/bits"}
     assert {name for line in job.lines() for name in line} == documented | {"step"}
+    tags = board(tmp_path / "runs" / "tiny").Tags()
+    no_curves = {"epoch", "eval_pairs", "weights/median", "weights/bits"}
+    assert set(tags["scalars"]) == {_curve_name(name) for name in documented - no_curves}
+    assert {name.split("/")[0] for name in tags["scalars"]} == {"train", "eval", "samples", "perf"}
+    assert tags["tensors"] == ["custom_scalars__config__", "samples/prompt_0/text_summary"]
+    spread = ("margin_nats", "reward_chosen", "reward_rejected", "chosen_less_rejected_tokens")
+    assert set(tags["histograms"]) == {f"held_out/{name}" for name in spread} | {"samples/answer_tokens"}
 
 
 # === samples ===
@@ -247,12 +255,12 @@ def test_names_of_a_whole_run_are_the_documented_ones(tmp_path: Path, ranks: Ran
 def test_the_start_models_answers_come_back(tmp_path: Path) -> None:
     """Those of step 0, text of any kind unchanged; none without a file, nor where the first line is of another step or
     is none of ours."""
-    assert first_answers(tmp_path) == {}
+    assert first_answers(tmp_path) == []
     append_samples(tmp_path, 0, ["a\nb", "\u00e9"], ["", "\u2028 x"])
     append_samples(tmp_path, 5, ["a\nb", "\u00e9"], ['say "y"', "z"])
-    assert first_answers(tmp_path) == {"a\nb": "", "\u00e9": "\u2028 x"}
+    assert first_answers(tmp_path) == ["", "\u2028 x"]
     path = tmp_path / "samples.jsonl"
     later = path.read_text().splitlines()[1]
-    for text in (later, '{"step": 0, "prompts": 3, "answers": []}\n', "{\n", ""):
+    for text in (later, '{"step": 0, "prompts": [], "answers": 3}\n', "{\n", ""):
         path.write_text(text)
-        assert first_answers(tmp_path) == {}
+        assert first_answers(tmp_path) == []

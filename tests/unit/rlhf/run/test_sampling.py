@@ -1,4 +1,4 @@
-"""Answers to prompts as text, and signs of life while they are made; the prompts; the page."""
+"""Answers to prompts as text, and signs of life while they are made; the prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, _sample_page, _sample_prompts, _shares
+from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, _sample_prompts, _shares
 from tiny_job import TINY, make_job
 
 PROMPT = [8, 21, 22, 6]
@@ -72,7 +72,7 @@ def test_prompts_are_answered_together_as_far_as_memory_goes(monkeypatch: pytest
     assert list(_shares([])) == []
 
 
-# === prompts and pages ===
+# === prompts ===
 
 
 def pair_of(prompt: list[int], answer: int) -> TokenizedPair:
@@ -93,10 +93,3 @@ def test_the_prompt_is_the_chosen_chats() -> None:
     """Where the chats differ before their last answers, the chosen one is asked about: all but its scored tokens."""
     pair = TokenizedPair.from_chats([8, 20, 30, 6, 40, 41, 7], 3, [8, 20, 31, 6, 42, 7], 2)
     assert _sample_prompts([pair], 1) == [[8, 20, 30, 6]]
-
-
-def test_page_indents_every_line() -> None:
-    """Markdown shows indented text as it is; an empty answer is an empty indented line."""
-    assert _sample_page("# a\n\nb", "", "c") == (
-        "**prompt**\n\n    # a\n    \n    b\n\n**start model**\n\n    \n\n**policy**\n\n    c\n"
-    )
