@@ -146,9 +146,8 @@ def _language(name: str, answers: Mapping[str, Any]) -> list[str]:
         facts = (
             f"{percent(now['repeated_trigrams'])} of trigrams repeated (start {percent(start['repeated_trigrams'])}), "
             f"{percent(now['ended'].value)} of answers end by themselves ({percent(start['ended'].value)}), "
-            f"{now['tokens'].value:.0f} tokens each ({start['tokens'].value:.0f}), {percent(now['empty'].value)} empty "
-            f"({percent(start['empty'].value)}), {percent(now['refused'].value)} refusals "
-            f"({percent(start['refused'].value)})"
+            f"{now['tokens'].value:.0f} tokens each ({start['tokens'].value:.0f}), "
+            f"{percent(now['refused'].value)} refuse ({percent(start['refused'].value)})"
         )
         found.append(f"The language of {name} {word}{where}. {now['answers']} answers: {facts}.")
     return found
@@ -163,7 +162,7 @@ def _faults(now: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
     if few or change["ended"].is_below:
         faults.append("fewer answers end by themselves")
     if now["empty"].value > max(_MANY_EMPTY, start["empty"].value) or change["empty"].is_above:
-        faults.append("answers are empty")
+        faults.append(f"{percent(now['empty'])} of the answers are empty")
     if now["unknown"] - start["unknown"] > _MORE_UNKNOWN:
         faults.append(f"{percent(now['unknown'])} of the tokens are <UNK>")
     return faults
