@@ -36,7 +36,6 @@ from simple_llama.reinforcement_learning.rlhf.assess.scoring import (
     check_same_pairs,
     log_probs,
     pairs_asked,
-    prompt_groups,
 )
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
@@ -92,9 +91,7 @@ def assess(config: EvaluateConfig, ranks: Ranks) -> Path:
     judged = _judge(config, questions, answers, ranks)
     with watchdog.patience("writing the report"), fail_together(ranks):
         if ranks.is_main:
-            scored = ScoredPairs(
-                pairs.keys["counts"], prompt_groups(pairs), categories(pairs), sums, config.beta, config.seed
-            )
+            scored = ScoredPairs(pairs.keys["counts"], pairs.prompts, categories(pairs), sums, config.beta, config.seed)
             facts = _facts(config, first, pairs, digests, ranks, time.monotonic() - started)
             examples = {name: _examples(first, pairs, scored, name) for name in scored.models}
             texts = questions.texts if questions else ()

@@ -15,7 +15,6 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
-from simple_llama.reinforcement_learning.rlhf.report.statistics import groups_of
 
 _CATEGORY = "category"  # key of a record
 _MOST_NAME = 60  # characters
@@ -56,11 +55,6 @@ def check_same_pairs(inputs: Inputs, first: Inputs) -> None:
             "tokenizer or chat template differs, so their log-probs cannot be compared; give the model that it was "
             "trained from as --model_path, or evaluate it with --model_path alone"
         )
-
-
-def prompt_groups(pairs: PairSet) -> np.ndarray:
-    """The number of each pair's prompt (N,): pairs that answer one prompt have one number."""
-    return groups_of([pair.prompt_ids.tobytes() for pair in pairs])
 
 
 def categories(pairs: PairSet) -> list[str]:

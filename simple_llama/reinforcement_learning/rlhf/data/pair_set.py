@@ -98,6 +98,13 @@ class PairSet(Sequence[TokenizedPair]):
         return self.places["prefix"] + self.places["rejected"]
 
     @property
+    def prompts(self) -> np.ndarray:
+        """The number of each pair's prompt (N,) int32, from 0: pairs that answer one prompt have one number."""
+        numbers: dict[bytes, int] = {}
+        found = (numbers.setdefault(pair.prompt_ids.tobytes(), len(numbers)) for pair in self)
+        return np.fromiter(found, np.int32, len(self))
+
+    @property
     def longer_is_chosen(self) -> float:
         """Share of pairs whose chosen answer has more tokens, ties one half: what a rule that reads nothing scores."""
         chosen, rejected = self.keys["counts"].T

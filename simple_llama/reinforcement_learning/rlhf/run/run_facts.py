@@ -45,8 +45,9 @@ def write_data_facts(folder: Path, data: RLDatasetLoader) -> None:
 
 
 def write_held_out(folder: Path, step: int, found: HeldOut, pairs: PairSet) -> None:
-    """Writes held_out.npz, whole or not at all: `step`, `logps_N2`, `ref_N2` (fp32), `counts_N2` (int32) and `origins`
-    (`file:record`) of all held-out pairs, in their order."""
+    """Writes held_out.npz, whole or not at all: `step`, `logps_N2`, `ref_N2` (fp32), `counts_N2` (int32), `origins`
+    (`file:record`) and `prompts` (int32, one number for all pairs of a prompt) of all held-out pairs, in their order.
+    """
     origins = np.array([pairs.origin(index) for index in range(len(pairs))])
     with atomic_path(folder / _HELD_OUT) as temp, temp.open("wb") as file:
         np.savez_compressed(
@@ -56,6 +57,7 @@ def write_held_out(folder: Path, step: int, found: HeldOut, pairs: PairSet) -> N
             ref_N2=found.ref_N2,
             counts_N2=found.counts_N2,
             origins=origins,
+            prompts=pairs.prompts,
         )
 
 

@@ -41,6 +41,7 @@ def test_arrays_by_hand() -> None:
     assert pairs.select([0, 2]).longer_is_chosen == 0.5
     assert pairs.keys["digest"].tobytes() == b"".join(pair.digest for pair in PAIRS)
     assert [pairs.origin(i) for i in range(3)] == ["a.json:1", "b.json:1", "a.json:7"]
+    assert pairs.select([2, 0, 2, 1]).prompts.tolist() == [0, 1, 0, 2]
 
 
 @given(st.lists(st.tuples(TOKENS, TOKENS, TOKENS), max_size=6))
