@@ -70,7 +70,7 @@ def assess(config: EvaluateConfig, ranks: Ranks) -> Path:
     require_same("settings", asdict(config), ranks)
     first = load_inputs(config.inputs_of(config.model_path), ranks)
     with fail_together(ranks):
-        _check_start(config, first)
+        doubts = _doubts(config, first)
         pairs, which = pairs_asked(config, first)
         questions = None
         if config.generate:
@@ -92,7 +92,7 @@ def assess(config: EvaluateConfig, ranks: Ranks) -> Path:
     with watchdog.patience("writing the report"), fail_together(ranks):
         if ranks.is_main:
             scored = ScoredPairs(pairs.keys["counts"], pairs.prompts, categories(pairs), sums, config.beta, config.seed)
-            facts = _facts(config, first, pairs, digests, ranks, time.monotonic() - started)
+            facts = _facts(config, first, pairs, digests, ranks, time.monotonic() - started) | {"doubts": doubts}
             examples = {name: _examples(first, pairs, scored, name) for name in scored.models}
             texts = questions.texts if questions else ()
             write_evaluation(folder, Evaluation(which, scored, facts, examples, texts, answers, judged))
@@ -110,17 +110,20 @@ def _check_free(folder: Path) -> None:
         raise UserError(f"output: {there}: expected a folder, or nothing there yet; found something else")
 
 
-def _check_start(config: EvaluateConfig, first: Inputs) -> None:
-    """A warning for each model that says it was trained from another model than the start model."""
+def _doubts(config: EvaluateConfig, first: Inputs) -> list[str]:
+    """A warning for each model that says it was trained from another model than the start model; logged too."""
+    found = []
     for path in config.paths:
         reference = start_metadata(path).get("reference")
         weights = reference.get("weights") if isinstance(reference, Mapping) else None
         if weights not in (None, first.start.digest):
-            LOGGER.warning(
-                "%s was not trained from %s (digest %s): its rewards are measured from another model than its training "
-                "had",
-                *(path, first.start.path, shown(weights)),
+            found.append(
+                f"{path} was not trained from {first.start.path}, but from a model with the digest {shown(weights)}: "
+                "its rewards are measured from another model than its training had"
             )
+    for doubt in found:
+        LOGGER.warning("%s", doubt)
+    return found
 
 
 def _named(config: EvaluateConfig) -> dict[str, str]:

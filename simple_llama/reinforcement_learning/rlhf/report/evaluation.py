@@ -89,6 +89,8 @@ def _page(found: Evaluation, numbers: Mapping[str, Any], language: Mapping[str, 
     """The page, from the verdict down to what it takes to do it again."""
     page = Page("Evaluation", f"{found.facts['data']['path']}: {found.which}")
     page.verdict(sentences)
+    if found.facts["doubts"]:
+        page.warnings(("alarm", doubt) for doubt in found.facts["doubts"])
     if numbers["models"]:
         _add_pairs(page, found.scored, numbers)
     if found.judged:

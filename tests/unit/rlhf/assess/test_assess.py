@@ -16,6 +16,7 @@ import pytest
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
+from simple_llama.pretraining.weights import load_weights, save_weights
 from simple_llama.reinforcement_learning.rlhf.assess import answers, assess, evaluate_config, scoring
 from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, parse_evaluate
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
@@ -141,9 +142,25 @@ def test_a_second_time_everything_comes_from_the_store(
     monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.inputs.build_model", None)
     assess.assess(config_of(job, "--share=all", f"--output={job.folder / 'again'}"), ranks)
     again = json.loads((job.folder / "again" / "report.json").read_text())
+    assert report["made_by"]["doubts"] == []
     assert again["models"] == report["models"] and again["baselines"] == report["baselines"]
     with pytest.raises(UserError, match=r"report\.html: expected no report there yet"):
         assess.assess(config_of(job, f"--output={job.folder / 'again'}"), ranks)
+
+
+def test_another_start_model_is_said(job: TinyJob, ranks: Ranks) -> None:
+    """A model whose run began with other weights: its rewards are not those of its training."""
+    start = load_weights(job.folder / "start.pth")
+    metadata = {"reference": {"weights": "0" * 32}, "dpo_config": {}}
+    save_weights(job.folder / "stranger.pth", start.state_dict, start.config, metadata)
+    flags = ["--device=cpu", "--share=all", f"--output={job.folder / 'stranger'}"]
+    places = ("model_path", "tokenize_path", "rlhf_dataset_path", "ref_cache_dir", "deepspeed_config")
+    given = [f"--{name}={job.settings[name]}" for name in places]
+    assess.assess(parse_evaluate([f"--models={job.folder / 'stranger.pth'}", *given, *flags]), ranks)
+    [doubt] = json.loads((job.folder / "stranger" / "report.json").read_text())["made_by"]["doubts"]
+    assert "stranger.pth was not trained from" in doubt and "0" * 32 in doubt
+    page = (job.folder / "stranger" / "report.html").read_text()
+    assert "<b>alarm</b>" in page and "shows no change in preference" in page
 
 
 def test_the_page_is_one_file(job: TinyJob, report: dict[str, Any]) -> None:
