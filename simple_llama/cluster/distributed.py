@@ -92,7 +92,7 @@ def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     rank, world_size, local_rank, local_world_size = _place()
     check_own_hostfile()
     raise_file_limit(world_size, local_rank)
-    torch_device = _device(device, local_rank, local_world_size)
+    torch_device = device_of(device, local_rank, local_world_size)
     _join(rank, world_size, world_size == local_world_size, torch_device, timeout_s)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it even where a group exists already
     place = socket.gethostname(), boot_id() or socket.gethostname(), _own_cores()
@@ -246,8 +246,9 @@ def _integer(name: str) -> int:
         raise UserError(f"environment variable {name}: expected a number, found {os.environ[name]!r}") from None
 
 
-def _device(wanted: str, local_rank: int, local_world_size: int | None) -> torch.device:
-    """The device of a rank. Found out before the group is made, so that no rank waits for one that cannot come."""
+def device_of(wanted: str, local_rank: int = 0, local_world_size: int | None = 1) -> torch.device:
+    """The device of a rank, or of a process that is none. Found out before the group is made, so that no rank waits for
+    one that cannot come."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: expected auto, cpu or cuda, found {wanted!r}")
     available = torch.cuda.is_available()

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from typing_extensions import Doc
@@ -60,7 +60,12 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
-class InputsConfig(EngineConfig, DataConfig, ChatConfig, ModelConfig):
+class ChatModelConfig(ChatConfig, ModelConfig):
+    """Which model, and how it chats."""
+
+
+@dataclass(frozen=True)
+class InputsConfig(EngineConfig, DataConfig, ChatModelConfig):
     """What decides the inputs: the model's and the tokenizer's files, the data, and how the model is computed."""
 
 
@@ -126,24 +131,10 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     start = open_start(config.model_path)
-    chat, given_tokenizer = _chat_format(config, start)
     loaded = start.load()
+    chat, given_tokenizer, digest, kept = open_chat(config, start, loaded)
     check_weights(loaded, dtype)
     architecture = start.architecture
-    if token_count(chat.tokenizer) > architecture.vocab_size:
-        own = start.own_tokenizer if is_shipped(Path(config.tokenize_path)) else None
-        raise UserError(
-            f"{own.source if own else config.tokenize_path}: {token_count(chat.tokenizer)} tokens, but the model "
-            f"{start.path} knows {architecture.vocab_size}; "
-            "expected the tokenizer that the model was trained with (tokenize_path)"
-        )
-    digest = tokenizer_digest(chat.tokenizer)
-    kept = loaded.metadata.get(TOKENIZER_KEY) if isinstance(loaded, WeightsFile) else None
-    if kept not in (None, digest):
-        raise UserError(
-            f"{config.tokenize_path}: expected the tokenizer of the folder that {start.path} was made of (digest "
-            f"{shown(kept)}), found another one ({digest}); give that folder as --tokenize_path"
-        )
     max_seq_len = config.max_seq_len or architecture.max_seq_len
     if max_seq_len > architecture.max_seq_len:
         window = ", its sliding window" if start.slides else ""
@@ -186,7 +177,37 @@ def _reads_alike(known: Inputs, chat: ChatFormat, digest: str, max_seq_len: int)
     )
 
 
-def _chat_format(config: InputsConfig, start: StartModel) -> tuple[ChatFormat, OwnTokenizer | None]:
+class OpenChat(NamedTuple):
+    """How a model chats."""
+
+    format: ChatFormat  # with its tokenizer
+    given: OwnTokenizer | None  # of `tokenize_path`, for exports that are folders; None: the model's own
+    digest: str  # of the tokenizer
+    kept: str | None  # of the one that belongs to a .pth which was made of a folder
+
+
+def open_chat(config: ChatModelConfig, start: StartModel, loaded: Loaded) -> OpenChat:
+    """The format of a model's chats. UserError for a tokenizer that is another model's."""
+    chat, given = _chat_format(config, start)
+    known = start.architecture.vocab_size
+    if token_count(chat.tokenizer) > known:
+        own = start.own_tokenizer if is_shipped(Path(config.tokenize_path)) else None
+        raise UserError(
+            f"{own.source if own else config.tokenize_path}: {token_count(chat.tokenizer)} tokens, but the model "
+            f"{start.path} knows {known}; "
+            "expected the tokenizer that the model was trained with (tokenize_path)"
+        )
+    digest = tokenizer_digest(chat.tokenizer)
+    kept = loaded.metadata.get(TOKENIZER_KEY) if isinstance(loaded, WeightsFile) else None
+    if kept not in (None, digest):
+        raise UserError(
+            f"{config.tokenize_path}: expected the tokenizer of the folder that {start.path} was made of (digest "
+            f"{shown(kept)}), found another one ({digest}); give that folder as --tokenize_path"
+        )
+    return OpenChat(chat, given, digest, kept)
+
+
+def _chat_format(config: ChatModelConfig, start: StartModel) -> tuple[ChatFormat, OwnTokenizer | None]:
     """The format of the model's chats, with its tokenizer: its own where `tokenize_path` is left at its default. And
     one that was given, for exports that are folders."""
     if is_shipped(Path(config.tokenize_path)) and not isinstance(start, StartFile):

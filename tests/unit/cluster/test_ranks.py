@@ -174,14 +174,14 @@ def test_more_ranks_than_gpus_fail_before_the_group(monkeypatch: pytest.MonkeyPa
 def test_device_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """auto takes CUDA where there is one, by local rank; cpu never does; a wrong word is named."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed._device("auto", 0, 1) == torch.device("cpu")
+    assert distributed.device_of("auto", 0, 1) == torch.device("cpu")
     with pytest.raises(UserError, match="torch finds no CUDA device"):
-        distributed._device("cuda", 0, 1)
+        distributed.device_of("cuda", 0, 1)
     with pytest.raises(UserError, match="expected auto, cpu or cuda, found 'gpu'"):
-        distributed._device("gpu", 0, 1)
+        distributed.device_of("gpu", 0, 1)
     two_gpus(monkeypatch)
-    assert distributed._device("auto", 1, None) == torch.device("cuda", 1)
-    assert distributed._device("cpu", 7, 8) == torch.device("cpu")
+    assert distributed.device_of("auto", 1, None) == torch.device("cuda", 1)
+    assert distributed.device_of("cpu", 7, 8) == torch.device("cpu")
 
 
 def test_a_difference_shows_only_what_differs() -> None:
