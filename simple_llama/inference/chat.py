@@ -10,7 +10,7 @@ from typing import NamedTuple, TextIO
 from simple_llama.common.errors import UserError
 from simple_llama.inference.terminal_text import TextStream, printable, side_by_side
 
-HELP = """\
+_HELP = """\
 /reset  a new conversation
 /help   this
 /quit   ends, as Ctrl-D does
@@ -174,7 +174,7 @@ class ChatSession:
             self._unknown = 0
             self._note("(a new conversation)")
         elif line == "/help":
-            self._note(HELP)
+            self._note(_HELP)
         else:
             self._note(f"(no command {line}; /help lists them, and //... says a line that begins with /)")
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from typing_extensions import Doc
 
 from simple_llama.common.settings import Bounds, CountOrNone, Settings
+from simple_llama.inference.steps import Steps
 from simple_llama.pretraining.kv_cache import KVCache
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 
@@ -91,21 +92,37 @@ def generate_together(
     assert not model.training, "generate: dropout would act"
     device = model.embeddings.weight.device
     rooms = [min(max_new_tokens, model.architecture.max_seq_len - len(ids)) for ids in prompts]
-    caches = [model.new_cache(len(ids) + max(room, 0)) for ids, room in zip(prompts, rooms, strict=True)]
-    generators = [sampling.generator(number) for number in (range(len(prompts)) if numbers is None else numbers)]
+    for ids in prompts:
+        model.check_length(len(ids))
     going = [index for index, room in enumerate(rooms) if room > 0]
-    done = _fill_shared(model, [prompts[i] for i in going], [caches[i] for i in going])
-    ahead = [torch.tensor(list(ids[done:]), device=device) for ids in prompts]
+    lengths = [len(prompts[index]) + rooms[index] for index in going]
+    steps = Steps(model, lengths) if Steps.fit(model, lengths) else None
+    caches = steps.caches if steps else [model.new_cache(length) for length in lengths]
+    generators = [sampling.generator(number) for number in (range(len(prompts)) if numbers is None else numbers)]
+    done = _fill_shared(model, [prompts[index] for index in going], caches)
+    ahead = [torch.tensor(list(prompts[index][done:]), device=device) for index in going]
     made = 0
     while going:
-        logits_BV = model.decode_together([ahead[i] for i in going], [caches[i] for i in going])
-        tokens_B = _next_tokens(logits_BV, sampling, [generators[i] for i in going])
+        logits_BV = steps.step(torch.cat(ahead)) if steps and made else model.decode_together(ahead, caches)
+        tokens_B = _next_tokens(logits_BV, sampling, [generators[index] for index in going])
         found = dict(zip(going, tokens_B.tolist(), strict=True))
         yield [found.get(index) for index in range(len(prompts))]
         made += 1
-        for row, index in enumerate(going):
-            ahead[index] = tokens_B[row : row + 1]
-        going = [index for index in going if found[index] not in stop_ids and made < rooms[index]]
+        ahead = list(tokens_B.split(1))
+        for row in reversed(range(len(going))):
+            if found[going[row]] in stop_ids or made >= rooms[going[row]]:
+                _drop(row, going, ahead)
+                if steps:
+                    steps.drop(row)
+                else:
+                    _drop(row, caches)
+
+
+def _drop(row: int, *lists: list[Any]) -> None:
+    """Takes an answer out of lists of all that go on; the last one takes its row."""
+    for rows in lists:
+        rows[row] = rows[-1]
+        rows.pop()
 
 
 def _next_tokens(logits_BV: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> torch.Tensor:

@@ -48,7 +48,7 @@ def printable(text: str) -> str:
     return text.translate({ord(c): c.encode("unicode_escape").decode() for c in steering})
 
 
-def wrapped(text: str, width: int) -> list[str]:
+def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most `width` columns; broken at spaces, and within a word that is wider alone."""
     lines: list[str] = []
     for line in text.expandtabs(4).split("\n"):
@@ -72,9 +72,9 @@ def side_by_side(titles: Sequence[str], texts: Sequence[str], width: int) -> str
     column = (width - len(_GAP)) // 2
     if column < _NARROWEST:
         parts = [f"{title}\n{'-' * max(width, 1)}\n{text}" for title, text in zip(titles, texts, strict=True)]
-        return "\n\n".join("\n".join(wrapped(part, max(width, 2))) for part in parts)
+        return "\n\n".join("\n".join(_wrapped(part, max(width, 2))) for part in parts)
     sides = [
-        [*wrapped(title, column), "-" * column, *wrapped(text, column)]
+        [*_wrapped(title, column), "-" * column, *_wrapped(text, column)]
         for title, text in zip(titles, texts, strict=True)
     ]
     rows = zip_longest(*sides, fillvalue="")

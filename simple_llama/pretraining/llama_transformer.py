@@ -85,7 +85,7 @@ class LLaMaTransformer(nn.Module):
             positions_T: each row's position in its own sequence.
             layout: which rows see which; UserError when a sequence of it is longer than the architecture's max_seq_len.
         """
-        self._check_length(layout.longest)
+        self.check_length(layout.longest)
         by = self._rotation(positions_T)
         # in compiled layers attention stays a call: what it does depends on the layout of each batch
         mix = partial(torch.compiler.disable(attend) if self.compiled else attend, layout=layout)
@@ -110,7 +110,7 @@ class LLaMaTransformer(nn.Module):
 
     def new_cache(self, max_len: int) -> KVCache:
         """An empty cache for one sequence of up to `max_len` tokens (UserError beyond max_seq_len)."""
-        self._check_length(max_len)
+        self.check_length(max_len)
         architecture, weight = self.architecture, self.embeddings.weight
         shape = (architecture.layers, max_len, architecture.key_heads)
         return KVCache(
@@ -152,7 +152,8 @@ class LLaMaTransformer(nn.Module):
         architecture = self.architecture
         return rotation(positions_T, architecture.rope_width, architecture.theta, architecture.rope_scaling)
 
-    def _check_length(self, tokens: int) -> None:
+    def check_length(self, tokens: int) -> None:
+        """UserError for a sequence of more tokens than the model takes."""
         if tokens > (limit := self.architecture.max_seq_len):
             raise UserError(f"sequence: expected at most the model's max_seq_len = {limit} tokens, found {tokens}")
 

@@ -33,7 +33,7 @@ _START = "start"
 
 
 @dataclass(frozen=True)
-class TalkConfig(Sampling, ChatModelConfig):
+class _TalkConfig(Sampling, ChatModelConfig):
     """Which model is talked to, and how it answers."""
 
     # === Talk ===
@@ -64,7 +64,7 @@ def talk(argv: Sequence[str] | None = None, description: str | None = None) -> N
     KeyboardInterrupt where a Ctrl-C has no answer to end and nobody sits there.
     """
     if set(sys.argv if argv is None else argv) & {"-h", "--help"}:
-        parse_settings(TalkConfig, argv, description)
+        parse_settings(_TalkConfig, argv, description)
     first = open_start(peek_settings(ModelConfig, argv).model_path)
     config = _settings(first, argv, description)
     bound_compiled_gemms()
@@ -80,12 +80,12 @@ def talk(argv: Sequence[str] | None = None, description: str | None = None) -> N
     _converse(speakers, config)
 
 
-def _settings(start: StartModel, argv: Sequence[str] | None, description: str | None) -> TalkConfig:
+def _settings(start: StartModel, argv: Sequence[str] | None, description: str | None) -> _TalkConfig:
     """The settings of a command line, over those of chats that the run which wrote the model had."""
     settings, source = _settings_of_run(start)
     names = [field.name for field in fields(ChatConfig)] + ["tokenize_path"]
-    own = without_moved(TalkConfig, {name: settings[name] for name in names if name in settings})
-    return parse_settings(TalkConfig, argv, description, own, source)
+    own = without_moved(_TalkConfig, {name: settings[name] for name in names if name in settings})
+    return parse_settings(_TalkConfig, argv, description, own, source)
 
 
 def _settings_of_run(start: StartModel) -> tuple[dict[str, Any], str]:
@@ -120,7 +120,7 @@ def _start_of(start: StartModel) -> StartModel:
     return found
 
 
-def _speaker(name: str, start: StartModel, config: TalkConfig, device: torch.device) -> terminal.Speaker:
+def _speaker(name: str, start: StartModel, config: _TalkConfig, device: torch.device) -> terminal.Speaker:
     """A model with its chat format, ready to answer."""
     chat = open_chat(config, start, start.load()).format
     fast = torch.bfloat16 if has_fast_bf16(device) else torch.float32
@@ -144,7 +144,7 @@ def _speaker(name: str, start: StartModel, config: TalkConfig, device: torch.dev
     return terminal.Speaker(name, about, encode, chat.decode, answer, most, chat.unknown_id)
 
 
-def _converse(speakers: Sequence[terminal.Speaker], config: TalkConfig) -> None:
+def _converse(speakers: Sequence[terminal.Speaker], config: _TalkConfig) -> None:
     """The conversation, on this process's streams. What is no answer goes to stderr where stdout is no terminal."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

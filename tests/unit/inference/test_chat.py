@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from simple_llama.common.errors import UserError
-from simple_llama.inference.chat import HELP, ChatSession, Speaker
+from simple_llama.inference.chat import _HELP, ChatSession, Speaker
 
 
 def echo(prompt: Sequence[int], most: int, number: int) -> Iterator[int]:
@@ -57,7 +57,7 @@ def test_commands() -> None:
     """/help, one that is none, text that begins with a slash, and /quit, behind which nothing is read."""
     answers, notes = converse(["/help", "/exit", "/etc is", "//quit", "/quit", "x"])
     assert answers == "/etc is\n/etc is|/etc is|/quit\n"
-    assert notes.startswith(f"{HELP}\n(no command /exit;")
+    assert notes.startswith(f"{_HELP}\n(no command /exit;")
 
 
 def test_answers_stream() -> None:

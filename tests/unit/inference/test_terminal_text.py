@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simple_llama.inference.terminal_text import TextStream, printable, side_by_side, wrapped
+from simple_llama.inference.terminal_text import TextStream, _wrapped, printable, side_by_side
 
 
 def utf8(ids: Sequence[int]) -> str:
@@ -46,11 +46,11 @@ def test_what_steers_a_terminal_is_spelled_out() -> None:
 
 def test_lines_fit() -> None:
     """Broken at spaces; within a word of 7 at width 5; wide characters take two columns, an accent none."""
-    assert wrapped("one two  three", 7) == ["one two", "three"]
-    assert wrapped("abcdefg hi\n\n  x", 5) == ["abcde", "fg hi", "", "  x"]
-    assert wrapped("\u6f22\u5b57\u6f22\u5b57", 5) == ["\u6f22\u5b57", "\u6f22\u5b57"]
-    assert wrapped("e\u0301" * 5, 5) == ["e\u0301" * 5]
-    assert wrapped("", 5) == [""]
+    assert _wrapped("one two  three", 7) == ["one two", "three"]
+    assert _wrapped("abcdefg hi\n\n  x", 5) == ["abcde", "fg hi", "", "  x"]
+    assert _wrapped("\u6f22\u5b57\u6f22\u5b57", 5) == ["\u6f22\u5b57", "\u6f22\u5b57"]
+    assert _wrapped("e\u0301" * 5, 5) == ["e\u0301" * 5]
+    assert _wrapped("", 5) == [""]
 
 
 def test_two_columns() -> None:

@@ -82,18 +82,18 @@ def test_a_line_is_a_turn_and_answers_alone_are_on_stdout(job: TinyJob, heard: l
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_special_tokens_that_are_spelled_stay_text(job: TinyJob, heard: list[list[int]]) -> None:
-    """A message "<EOU>": the prompt has one such token, which ends it. The shipped tokenizer knows ASCII alone:
+def test_special_tokens_that_are_spelled_stay_text(job: TinyJob, heard: list[list[int]], shared_dir: Path) -> None:
+    """A message "<EOU>": the prompt has one such token, which ends it. The original tokenizer knows ASCII alone:
     marks and accents are spelled in it, as in training, and what has no form there is said."""
     said("<EOU>\nx\n", flags(job))
     assert [prompt.count(SPECIAL_IDS["<EOU>"]) for prompt in heard] == [1, 2]
-    shipped = make_job(job.folder / "wide")
+    wide = job.folder / "wide.pth"
     loaded = load_weights(job.folder / "start.pth")
     weights = {k: t[torch.arange(8192) % 300] if len(t) == 300 else t for k, t in loaded.state_dict.items()}
-    save_weights(shipped.folder / "start.pth", weights, loaded.config, {})
+    save_weights(wide, weights, loaded.config, {})
     heard.clear()
-    path = str(shipped.folder / "start.pth")
-    _, notes = said("\u201cna\u00efve\u201d\n\u6f22\n", ["--model_path", path, *FEW, "--max_new_tokens", "1"])
+    paths = ["--model_path", str(wide), "--tokenize_path", str(shared_dir / "tokenizer" / "bpe_8k.json")]
+    _, notes = said("\u201cna\u00efve\u201d\n\u6f22\n", [*paths, *FEW, "--max_new_tokens", "1"])
     assert [prompt.count(SPECIAL_IDS["<UNK>"]) > 0 for prompt in heard] == [False, True]
     assert notes.count("does not know") == 1
 

@@ -1,0 +1,130 @@
+"""Steps of generation with little between the matrix products: a token for each of several sequences at once.
+
+`LLaMaTransformer.decode_together` is the specification, for every architecture; here, for plain multi-head attention,
+the same numbers to the rounding of the dtype. A step is a short list of calls; attention is one for all sequences.
+
+Shapes: B sequences, S rows of room, R query heads that each key head serves, K width of a head, D width of the stream,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch.nn import functional as F
+
+from simple_llama.ops.linear import linear
+from simple_llama.pretraining.attention_blocks import MHSelfAttention
+from simple_llama.pretraining.kv_cache import KVCache
+from simple_llama.pretraining.layers import FeedForward, RMSNorm
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.rotary import rotation
+
+_MOST_PADDING = 2  # times the rows of all sequences, which get as much room as the longest one
+
+
+class _Block(NamedTuple):
+    """The model's own weights of a block: no copies."""
+
+    norm1: torch.Tensor
+    qkv: torch.Tensor
+    out: torch.Tensor
+    norm2: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+class Steps:
+    """Keys and values of B sequences in one tensor, and steps over them."""
+
+    def __init__(self, model: LLaMaTransformer, rooms: Sequence[int]):
+        """Args: rooms: tokens of each sequence, at most."""
+        a, like = model.architecture, model.embeddings.weight
+        self._model, self._room, self._key_heads = model, max(rooms), a.key_heads
+        self._width, self._eps, self._scale = (a.width,), a.eps, a.key_width**-0.5
+        kept = like.new_zeros(a.layers, len(rooms), self._room, a.key_heads, 2, a.key_width)  # keys, then values
+        self._kept = list(kept)
+        self._blocks = [_weights(block) for block in model.decoder_blocks]
+        positions_S = torch.arange(self._room, device=like.device)
+        self._turns = rotation(positions_S, a.rope_width, a.theta, a.rope_scaling).turns  # (S, 1, K/2)
+        # the sequences as the model's own caches: what it fills, a step sees
+        self.caches = [KVCache(kept[:, row, :, :, 0], kept[:, row, :, :, 1]) for row in range(len(rooms))]
+
+    @staticmethod
+    def fit(model: LLaMaTransformer, rooms: Sequence[int]) -> bool:
+        """Whether steps know the architecture, the weights are here (partitioned ones, ZeRO-3, come only when a module
+        is called), and sequences of nearly one length waste little memory."""
+        a = model.architecture
+        plain = not (a.latent or a.lora or a.qkv_bias or a.out_bias or a.ffwd_bias or a.qk_norm)
+        whole = model.embeddings.weight.shape == (a.vocab_size, a.width)
+        level = bool(rooms) and len(rooms) * max(rooms) <= _MOST_PADDING * sum(rooms)
+        return plain and whole and level and a.key_width == a.value_width
+
+    def drop(self, row: int) -> None:
+        """Ends a sequence; the last one takes its row."""
+        last = self.caches.pop()
+        if row < len(self.caches):
+            for kept in self._kept:
+                kept[row, : last.length] = kept[len(self.caches), : last.length]
+            self.caches[row].length = last.length
+
+    @torch.no_grad()
+    def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) after one more token of each sequence."""
+        lengths = [cache.length for cache in self.caches]
+        count, end, room = len(lengths), max(lengths) + 1, self._room
+        last_B = torch.tensor(lengths)
+        rows_B = (last_B + room * torch.arange(count)).to(tokens_B.device)
+        last_B = last_B.to(tokens_B.device)
+        turns = self._turns[last_B].unsqueeze(1)  # (B, 1, 1, K/2)
+        x_BD = self._model.embeddings(tokens_B)
+        mask = None if min(lengths) == end - 1 else _mask(last_B, end, x_BD)
+        for kept, block in zip(self._kept, self._blocks, strict=True):
+            normed = F.rms_norm(x_BD, self._width, block.norm1, self._eps)
+            heads = linear(normed, block.qkv).view(count, self._key_heads, -1, kept.shape[-1])  # R queries, key, value
+            _turn(heads[:, :, :-1], turns)
+            kept = kept[:count]
+            kept.flatten(0, 1).index_copy_(0, rows_B, heads[:, :, -2:])
+            keys, values = kept[:, :end].unbind(3)
+            y = F.scaled_dot_product_attention(
+                heads[:, :, :-2], keys.transpose(1, 2), values.transpose(1, 2), mask, scale=self._scale
+            )
+            x_BD.add_(linear(y.reshape(count, -1), block.out))
+            normed = F.rms_norm(x_BD, self._width, block.norm2, self._eps)
+            gated = F.silu(linear(normed, block.gate), inplace=True).mul_(linear(normed, block.up))
+            x_BD.add_(linear(gated, block.down))
+        for cache in self.caches:
+            cache.length += 1
+        return linear(F.rms_norm(x_BD, self._width, self._model.norm.weight, self._eps), self._model.head_weight)
+
+
+def _weights(block: torch.nn.Module) -> _Block:
+    attention, ffwd = cast(MHSelfAttention, block.attention), cast(FeedForward, block.ffwd)
+    norm1, norm2 = cast(RMSNorm, block.norm1), cast(RMSNorm, block.norm2)
+    return _Block(
+        norm1.weight,
+        attention.qkv_linear.weight,
+        attention.out.weight,
+        norm2.weight,
+        ffwd.w1.weight,
+        ffwd.w3.weight,
+        ffwd.w2.weight,
+    )
+
+
+def _turn(heads: torch.Tensor, turns: torch.Tensor) -> None:
+    """Turns the pairs of queries and keys in place, in fp32 (rotary.py). The heads of fp32 rows begin where a complex
+    number can: rows and heads are of an even width."""
+    wide = heads.float()  # of fp32 the same memory
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns)
+    if wide is not heads:
+        heads.copy_(wide)
+
+
+def _mask(last_B: torch.Tensor, end: int, like: torch.Tensor) -> torch.Tensor:
+    """Additive (B, 1, 1, end): a sequence sees its own tokens, the newest one among them."""
+    beyond = torch.arange(end, device=last_B.device) > last_B.unsqueeze(1)
+    return like.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
