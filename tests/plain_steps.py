@@ -11,8 +11,8 @@ from settings_steps import State, flat, plan_of, step
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.run.start_engine import _build_policy
 from simple_llama.reinforcement_learning.rlhf.run.step import portions
-from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy
 
 Case = dict[str, Any]  # values by dotted key; `reduce_once` is a setting of ours
 Plain = tuple[list[float], list[State]]  # norms before the clip and states of two steps

@@ -24,8 +24,8 @@ from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
+from simple_llama.reinforcement_learning.rlhf.run.start_engine import _build_policy, _start_model
 from simple_llama.reinforcement_learning.rlhf.run.step import Learner, Portion, optimizer_step, portions
-from simple_llama.reinforcement_learning.rlhf.run.training_run import _build_policy, _start_model
 
 RATE = 1e-3
 State = dict[str, torch.Tensor]  # weight, exp_avg and exp_avg_sq, each of all parameters in one, fp32

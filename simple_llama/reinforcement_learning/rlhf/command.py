@@ -109,8 +109,10 @@ def _read_and_do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPO
     stopping.agree(ranks, at_once=True)
     if not config.dry_run:
         work(config, inputs, ranks)
-    elif ranks.is_main:
-        print(describe(config, inputs, ranks.world_size))
+        return
+    report = describe(config, inputs, ranks)
+    if ranks.is_main:
+        print(report)
 
 
 def _say_stopped(stop: stopping.Stopped, ranks: Ranks | None, config: CommandConfig | None) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from simple_llama.cluster.watchdog import WatchConfig
 from simple_llama.common.settings import parse_settings, peek_settings
+from simple_llama.reinforcement_learning.rlhf.foretell.fit import ForetellConfig
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import FolderConfig, settings_to_resume
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
@@ -22,15 +23,12 @@ class CommandConfig(WatchConfig):
 
 
 @dataclass(frozen=True)
-class DPOConfig(CommandConfig, RunConfig):
+class DPOConfig(ForetellConfig, CommandConfig, RunConfig):
     """Settings of a DPO run: defaults < with --resume the run's own < --config FILE.json < flags.
 
     Each stands with its owner, with its bounds: data/dataset_loader.py has DataConfig, objective/preference_loss.py has
     LossConfig, and so on; docs/settings.md lists them all. A function takes its owner's class, not this one.
     """
-
-    # === Dry run ===
-    dry_run: bool = False  # print what would be done, and end
 
 
 def parse_config(argv: Sequence[str] | None = None, description: str | None = None) -> DPOConfig:

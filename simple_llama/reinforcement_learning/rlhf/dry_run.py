@@ -4,45 +4,244 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from simple_llama.cluster.distributed import Ranks, barrier, fail_together, gather_objects
 from simple_llama.finetune.chat_format import about_system
+from simple_llama.ops.machine import peak_flops
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, full_ds_config, zero_stage
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
+from simple_llama.reinforcement_learning.rlhf.foretell import duration
+from simple_llama.reinforcement_learning.rlhf.foretell.fit import largest_that_fits
+from simple_llama.reinforcement_learning.rlhf.foretell.memory import (
+    Base,
+    Moment,
+    TrainedModel,
+    describe_engine,
+    measure_base,
+    moments,
+)
+from simple_llama.reinforcement_learning.rlhf.foretell.probe import Probed, probe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, estimate_memory, model_size
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, useful_flops
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.run.sampling import sample_prompts
 from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
-from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
+from simple_llama.reinforcement_learning.rlhf.run.start_warnings import SavedBytes, saved_bytes, start_warnings
 
-_STATE_BYTES = 12  # a weight: fp32, with AdamW's two moments
+_GIB = 2**30
+_MOST_PROBES = 3  # of batches that --fit_gb may have to lower
 
 
-def describe(config: DPOConfig, inputs: Inputs, world_size: int) -> str:
-    """The whole report as text; computes nothing on a device and writes nothing."""
-    pairs = inputs.data.train
-    plan = BatchPlan(pairs.rows, config.seed, world_size, config.batch_size, config.grad_accum_steps)
-    ds_config = full_ds_config(config, world_size)
+class _Foretold(NamedTuple):
+    """What is measured on every rank before the report is written."""
+
+    base: Base  # of the rank that takes most
+    rate: float  # FLOP/s of GEMMs, of the slowest rank
+    probed: list[Probed]  # of each rank; none without --probe
+    fitting: int | None  # pairs a micro-batch; None where nobody asks
+    fit_words: str
+
+
+def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
+    """The whole report as text (collective); writes nothing.
+
+    Without `probe` no model is made: what Python and torch take, and the rate of GEMMs, are measured.
+    """
+    job = _Job(config, inputs, ranks)
+    foretold = job.foretell()
+    pairs, plan, saved = inputs.data.train, job.plan(config.batch_size), job.saved()
     sections = {
         "config": json.dumps(asdict(replace(config, max_seq_len=inputs.max_seq_len)), indent=2),
-        "DeepSpeed": json.dumps(ds_config, indent=2),
+        "DeepSpeed": json.dumps(full_ds_config(config, ranks.world_size), indent=2),
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
         "system prompt": about_system(inputs.chat),
         "batches": _batch_arithmetic(config, plan, pairs),
-        "memory per rank (estimate)": _memory_table(config, config.reference, inputs, plan, ds_config),
-        "checkpoints": _checkpoints(config, inputs, plan.steps_per_epoch),
+        "memory per rank": job.memory(foretold),
+        "time": job.time(foretold, saved),
+        "checkpoints": _checkpoints(saved, inputs),
+        "warnings": "\n".join(job.warnings(saved)) or "none",
         "first pair (scored tokens in [[ ]])": _show_pair(inputs.chat.tokenizer, pairs[0]),
     }
     return "\n\n".join(f"== {title} ==\n{body}" for title, body in sections.items())
+
+
+class _Job:
+    """A run that is not started: what its parts of the report are counted from."""
+
+    def __init__(self, config: DPOConfig, inputs: Inputs, ranks: Ranks):
+        self.config, self.inputs, self.ranks = config, inputs, ranks
+        self.size, self.trained = _sizes(config, inputs)
+        self.missing = np.empty(0, np.int64)  # positions of pairs
+        if config.reference == "store":
+            with fail_together(ranks):
+                store = RefStore.open(config.ref_cache_dir, inputs.reference_id, make=False, mend=False)
+                self.missing = store.missing(inputs.data.pairs.keys)
+
+    def plan(self, batch_size: int) -> BatchPlan:
+        """Who would train on what, with so many pairs a micro-batch."""
+        config, rows = self.config, self.inputs.data.train.rows
+        return BatchPlan(rows, config.seed, self.ranks.world_size, batch_size, config.grad_accum_steps)
+
+    def saved(self) -> SavedBytes:
+        """The room of the checkpoints."""
+        config, steps = self.config, self.plan(self.config.batch_size).steps_per_epoch
+        return saved_bytes(config, config.epochs, steps, sum(self.size), self.trained, self.inputs.start)
+
+    # === Measured ===
+
+    def foretell(self) -> _Foretold:
+        """Measures, and looks for the largest batch where that is asked for (collective)."""
+        config, inputs, ranks = self.config, self.inputs, self.ranks
+        mine = measure_base(ranks, inputs.dtype)
+        barrier(ranks)  # so that all ranks multiply at once, as they will
+        told = gather_objects([*mine, peak_flops(ranks.device, inputs.dtype)], ranks, list[float])
+        base = Base(*(int(max(column)) for column in list(zip(*told, strict=True))[:2]))
+        rate = min(one[2] for one in told)
+        if not config.fit_gb:
+            plan = self.plan(config.batch_size)
+            return _Foretold(base, rate, probe(config, inputs, plan, base, ranks) if config.probe else [], None, "")
+        return self._fit(base, rate)
+
+    def _fit(self, base: Base, rate: float) -> _Foretold:
+        """The largest batch by arithmetic; with a probe lowered until what is measured fits (collective)."""
+        config, inputs, ranks = self.config, self.inputs, self.ranks
+        room, most, scale = config.fit_gb * _GIB, -(-len(inputs.data.train) // ranks.world_size), 1.0
+        probed: list[Probed] = []
+        fitting = most
+        for _ in range(_MOST_PROBES):
+            fitting = largest_that_fits(lambda size: self.estimate(size, base).sum * scale <= room, min(most, fitting))  # noqa: B023
+            if not (fitting and config.probe):
+                break
+            tried = replace(config, batch_size=fitting)
+            probed = probe(tried, inputs, self.plan(fitting), base, ranks)
+            taken = max(one.peak for one in probed)
+            if taken <= room:
+                break
+            scale, fitting = taken / self.estimate(fitting, base).sum, max(1, fitting - 1)
+        return _Foretold(base, rate, probed, fitting, self._fit_words(fitting, most, base, probed))
+
+    def _fit_words(self, fitting: int, most: int, base: Base, probed: list[Probed]) -> str:
+        """The answer to --fit_gb."""
+        asked = self.config.fit_gb
+        if not fitting:
+            least = self.estimate(1, base).sum / _GIB
+            return f"in {asked:g} GiB not even batch_size 1 fits: it takes {least:.3f} GiB (estimate)"
+        taken, kind = self.estimate(fitting, base).sum / _GIB, "estimate"
+        if probed:
+            taken, kind = max(one.peak for one in probed) / _GIB, "probe"
+        if taken > asked:
+            return f"in {asked:g} GiB no batch_size was found: {fitting} takes {taken:.3f} GiB ({kind})"
+        all_pairs = ", which are all pairs of a rank" if fitting == most else ""
+        return (
+            f"in {asked:g} GiB fits batch_size {fitting}{all_pairs}: it takes {taken:.3f} GiB ({kind}) and leaves "
+            f"{asked - taken:.3f} GiB; the largest by arithmetic, {'probed' if probed else 'not probed'}"
+        )
+
+    # === Counted ===
+
+    def moments(self, batch_size: int, base: Base) -> list[Moment]:
+        """What is in memory at the fullest moments of a run with so many pairs a micro-batch."""
+        config, inputs = self.config, self.inputs
+        model = TrainedModel(self.size, self.trained, inputs.architecture, inputs.dtype, config.reference == "online")
+        engine = describe_engine(config, full_ds_config(config, self.ranks.world_size), self.ranks)
+        return moments(model, engine, self.largest(batch_size), base)
+
+    def largest(self, batch_size: int) -> PairBatch:
+        """The largest micro-batch of the first epoch."""
+        return PairBatch.pack([self.inputs.data.train[i] for i in self.plan(batch_size).largest_micro_batch()])
+
+    def estimate(self, batch_size: int, base: Base) -> Moment:
+        """The fullest of these."""
+        return max(self.moments(batch_size, base), key=lambda moment: moment.sum)
+
+    def memory(self, foretold: _Foretold) -> str:
+        """What a rank takes: counted, and probed."""
+        batch_size = self.config.batch_size
+        found, batch = self.moments(batch_size, foretold.base), self.largest(batch_size)
+        fullest = max(found, key=lambda moment: moment.sum)
+        lines = [f"{name:22} {amount / _GIB:8.3f} GiB" for name, amount in fullest.parts.items() if amount]
+        others = ", ".join(f"{one.name} {one.sum / _GIB:.3f}" for one in found if one is not fullest)
+        lines.append(
+            f"{'sum':22} {fullest.sum / _GIB:8.3f} GiB (estimate by arithmetic, at the fullest moment: {fullest.name}; "
+            f"others: {others})"
+        )
+        if foretold.probed and not foretold.fit_words:
+            lines.append(_told_probe(foretold.probed))
+        if foretold.fit_words:
+            lines.append(foretold.fit_words)
+        weights = sum(self.size)
+        lines.append(
+            f"{weights:,} weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
+        )
+        return "\n".join(lines)
+
+    def time(self, foretold: _Foretold, saved: SavedBytes) -> str:
+        """A step, and the whole run."""
+        config, inputs, ranks = self.config, self.inputs, self.ranks
+        plan, batch = self.plan(config.batch_size), self.largest(config.batch_size)
+        rows = float(plan.rows_per_step(0)[: max(1, len(inputs.data.train) // plan.pairs_per_step)].mean())
+        rows /= ranks.world_size  # of a full step, on a rank
+        device, weight_bytes = ranks.device, sum(self.size) * inputs.dtype.itemsize
+        kind = "estimate"
+        if foretold.probed and not foretold.fit_words:
+            one = max(foretold.probed, key=lambda probed: probed.step_s(rows))
+            kind, speed = "probe", one.speed(rows, weight_bytes, device, config.activation_checkpointing)
+        else:
+            row_flops = useful_flops(self.size, inputs.architecture, batch, backward=True) / len(batch.tokens_T)
+            flops = row_flops * (4 / 3 if config.activation_checkpointing else 1)
+            speed = duration.estimated(flops * rows, row_flops, weight_bytes, foretold.rate, device)
+        steps, held_out = plan.steps_per_epoch * config.epochs, inputs.data.validation
+        prompts = sample_prompts(held_out, config.n_samples)
+        work = duration.Work(
+            steps=steps,
+            missing_rows=float(inputs.data.pairs.rows[self.missing].sum()) / ranks.world_size,
+            evaluations=1 + _union(steps, config.eval_interval, plan.steps_per_epoch),
+            held_out_rows=float(held_out.rows.sum()) / ranks.world_size if held_out else 0.0,
+            prompt_rows=sum(map(len, prompts)),
+            sample_tokens=config.sample_tokens,
+            saves=saved.ends + saved.between,
+            save_bytes=saved.state + saved.export,
+        )
+        return duration.told(work, speed, kind)
+
+    def warnings(self, saved: SavedBytes) -> list[str]:
+        """All that the run would say at its start, and what it would refuse."""
+        config, data = self.config, self.inputs.data
+        steps = self.plan(config.batch_size).steps_per_epoch * config.epochs
+        found = list(data.warnings) + start_warnings(config, steps, None if config.resume else saved, config.ckpt_dir)
+        if len(self.missing):
+            found.append(
+                f"{config.ref_cache_dir}: the reference store lacks {len(self.missing)} of {len(data.pairs)} pairs; "
+                "launch/precompute_ref.py computes them (how long: under time), without them the run does not start"
+            )
+        return found
+
+
+def _union(steps: int, interval: int, steps_per_epoch: int) -> int:
+    """How many of so many steps are a multiple of the interval (0: none), or end an epoch."""
+    ends, between = count_saves(steps_per_epoch, steps // steps_per_epoch, interval)
+    return ends + between
+
+
+def _told_probe(probed: list[Probed]) -> str:
+    """What the ranks found, in the words of the one that takes most."""
+    most = max(probed, key=lambda one: one.peak)
+    start, passes, step = (amount / _GIB for amount in most[:3])
+    return (
+        f"{'probe':22} {most.peak / _GIB:8.3f} GiB (start {start:.3f}, passes {passes:.3f}, a step by arithmetic on "
+        f"what is left {step:.3f})"
+    )
 
 
 def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -> str:
@@ -62,33 +261,6 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
     )
 
 
-def _memory_table(
-    config: EngineConfig, reference: str, inputs: Inputs, plan: BatchPlan, ds_config: dict[str, Any]
-) -> str:
-    """Weights, gradients, optimizer shard and activations of the largest micro-batch of the first epoch, in GiB."""
-    batch = PairBatch.pack([inputs.data.train[i] for i in plan.largest_micro_batch()])
-    size, trained = _sizes(config, inputs)
-    estimate = estimate_memory(
-        size,
-        trained,
-        inputs.architecture,
-        batch,
-        inputs.dtype,
-        plan.world_size,
-        zero_stage(ds_config),
-        config.activation_checkpointing,
-        config.reduce_once,
-    )
-    if reference == "online":
-        estimate = estimate._replace(weights=estimate.weights + sum(size) * inputs.dtype.itemsize)
-    lines = [f"{name:12} {amount / 2**30:8.3f} GiB" for name, amount in estimate._asdict().items()]
-    lines.append(f"{'sum':12} {sum(estimate) / 2**30:8.3f} GiB")
-    lines.append(
-        f"{sum(size):,} weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
-    )
-    return "\n".join(lines)
-
-
 def _sizes(config: PolicyConfig, inputs: Inputs) -> tuple[ModelSize, int]:
     """(weights of the model, how many of them are trained)."""
     with torch.device("meta"):  # counts, no memory
@@ -98,20 +270,17 @@ def _sizes(config: PolicyConfig, inputs: Inputs) -> tuple[ModelSize, int]:
     return size, lora if config.trainable == "lora" else sum(size)
 
 
-def _checkpoints(config: RunConfig, inputs: Inputs, steps_per_epoch: int) -> str:
+def _checkpoints(saved: SavedBytes, inputs: Inputs) -> str:
     """How often the run saves, and the room that this takes on the disk."""
-    size, trained = _sizes(config, inputs)
-    ends, between = count_saves(steps_per_epoch, config.epochs, config.save_interval)
-    exports = ends + (min(between, config.keep_exports) if config.keep_exports else between)
-    states = min(ends + between, config.keep_states)
-    export_bytes = inputs.start.export_dtype.itemsize * sum(size)
-    export, state = (count / 2**30 for count in (export_bytes, _STATE_BYTES * trained))
+    export, state = saved.export / _GIB, saved.state / _GIB
     kind = f"{inputs.start.export_suffix} files" if inputs.start.export_suffix else "Hugging Face folders"
     return "\n".join(
         [
-            f"{ends + between} saves: {ends} at epochs' ends, {between} between (save_interval)",
-            f"{exports} {kind} stay (keep_exports), {export:.3f} GiB each, {exports * export:.3f} GiB",
-            f"{states} states stay (keep_states), {state:.3f} GiB each, {states * state:.3f} GiB; one more in a save",
+            f"{saved.ends + saved.between} saves: {saved.ends} at epochs' ends, {saved.between} between "
+            "(save_interval)",
+            f"{saved.exports} {kind} stay (keep_exports), {export:.3f} GiB each, {saved.exports * export:.3f} GiB",
+            f"{saved.states} states stay (keep_states), {state:.3f} GiB each, {saved.states * state:.3f} GiB; one more "
+            "in a save",
         ]
     )
 

@@ -170,6 +170,7 @@ def test_who_takes_the_whole_config():
         "command.run_command",
         "command._read_and_do",
         "dry_run.describe",
+        "dry_run.__init__",
     ]
 
 
@@ -193,11 +194,13 @@ def test_each_setting_has_one_owner():
         "ScheduleConfig",
         "FolderConfig",
         "IntervalConfig",
+        "TrackerConfig",
         "EvaluationConfig",
         "SavesConfig",
         "ProfileConfig",
         "RunConfig",
         "WatchConfig",
         "CommandConfig",
+        "ForetellConfig",
         "DPOConfig",
     ]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -18,8 +17,12 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPa
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.dry_run import _batch_arithmetic, _checkpoints, describe
+from simple_llama.reinforcement_learning.rlhf.foretell.memory import Moment
+from simple_llama.reinforcement_learning.rlhf.foretell.probe import Probed
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
-from simple_llama.reinforcement_learning.rlhf.objective.cost import MemoryEstimate, ModelSize
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize
+from simple_llama.reinforcement_learning.rlhf.run import start_warnings
+from simple_llama.reinforcement_learning.rlhf.run.start_warnings import saved_bytes
 from tiny_hf import make_hf_job
 from tiny_job import TinyJob, make_job
 
@@ -52,17 +55,19 @@ def sections(report: str) -> dict[str, str]:
     return {part.split(" ==\n", 1)[0]: part.split(" ==\n", 1)[1] for part in parts}
 
 
-def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs) -> None:
-    """Eight parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
-    found = sections(describe(config, inputs, 3))
+def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> None:
+    """Ten parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
+    found = sections(describe(config, inputs, replace(ranks, world_size=3)))
     assert list(found) == [
         "config",
         "DeepSpeed",
         "data",
         "system prompt",
         "batches",
-        "memory per rank (estimate)",
+        "memory per rank",
+        "time",
         "checkpoints",
+        "warnings",
         "first pair (scored tokens in [[ ]])",
     ]
     assert json.loads(found["config"])["system_prompt"] == "Be kind."
@@ -70,27 +75,29 @@ def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs) -> None:
     assert json.loads(found["DeepSpeed"])["train_batch_size"] == 24
 
 
-def test_kept_dropped_and_held_out_pairs(job: TinyJob, config: DPOConfig, inputs: Inputs) -> None:
+def test_kept_dropped_and_held_out_pairs(job: TinyJob, config: DPOConfig, inputs: Inputs, ranks: Ranks) -> None:
     """25 records, the last one identical on both sides; what is held out and what is trained on are the 24 others."""
-    lines = sections(describe(config, inputs, 1))["data"].splitlines()
+    lines = sections(describe(config, inputs, ranks))["data"].splitlines()
     assert lines[0] == f"kept 24 of 25 pairs (1 identical); first identical: {job.folder}/pairs.jsonl:25"
     held_out = len(inputs.data.validation)
     assert 0 < held_out < 24
     assert lines[1:] == [f"{24 - held_out} pairs train, {held_out} are held out by prompt"]
 
 
-def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs) -> None:
     """2**30 weights, a quarter of them trained: 4 GiB a .pth, 12 / 4 = 3 GiB a state. 2 epochs of 100 steps with a save
     every 30: 30, 60, 90, 120, 150 and 180, and 100 and 200; of the 6 between, 3 stay where keep_exports says so."""
-    monkeypatch.setattr(dry_run, "_sizes", lambda *_: (ModelSize(2**30, 0, 0), 2**28))
     changed = replace(config, save_interval=30, keep_states=4)
-    assert _checkpoints(changed, inputs, 100).splitlines() == [
+
+    def lines(config: DPOConfig) -> list[str]:
+        return _checkpoints(saved_bytes(config, 2, 100, 2**30, 2**28, inputs.start), inputs).splitlines()
+
+    assert lines(changed) == [
         "8 saves: 2 at epochs' ends, 6 between (save_interval)",
         "8 .pth files stay (keep_exports), 4.000 GiB each, 32.000 GiB",
         "4 states stay (keep_states), 3.000 GiB each, 12.000 GiB; one more in a save",
     ]
-    few = _checkpoints(replace(changed, keep_exports=3), inputs, 100).splitlines()
-    assert few[1] == "5 .pth files stay (keep_exports), 4.000 GiB each, 20.000 GiB"
+    assert lines(replace(changed, keep_exports=3))[1] == "5 .pth files stay (keep_exports), 4.000 GiB each, 20.000 GiB"
 
 
 def test_a_tied_model_with_grouped_keys_by_hand(ranks: Ranks, tmp_path: Path) -> None:
@@ -100,8 +107,8 @@ def test_a_tied_model_with_grouped_keys_by_hand(ranks: Ranks, tmp_path: Path) ->
     config = DPOConfig(**job.settings)  # type: ignore[arg-type]
     inputs = load_inputs(config, ranks)
     assert dry_run._sizes(config, inputs) == (ModelSize(15_360, 9_600, 160), 25_120)
-    found = sections(describe(config, inputs, 2))
-    assert found["memory per rank (estimate)"].splitlines()[-1].startswith("25,120 weights; ")
+    found = sections(describe(config, inputs, replace(ranks, world_size=2)))
+    assert found["memory per rank"].splitlines()[-1].startswith("25,120 weights; ")
     assert found["checkpoints"].splitlines()[1].startswith("2 Hugging Face folders stay (keep_exports), 0.000 GiB")
 
 
@@ -129,31 +136,30 @@ def test_a_full_last_step_is_said_so(config: DPOConfig) -> None:
     )
 
 
-def test_memory_lines(config: DPOConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 1, 2, 3 and 0.5 GiB and their sum; the weights are counted by hand.
+def test_memory_lines(config: DPOConfig, inputs: Inputs, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two moments of 6 and 6.5 GiB: the fuller one with its parts. The weights are counted by hand.
 
     Width 32, 2 layers, vocabulary 300: embeddings and vocabulary matrix 9,600 each, layers 2 * 13,312, 5 norms of 32:
     45,984. The largest micro-batch is that of most rows.
     """
     asked: list[Any] = []
 
-    def estimate(*args: Any) -> MemoryEstimate:
+    def estimate(*args: Any) -> list[Moment]:
         asked.append(args)
-        return MemoryEstimate(2**30, 2**31, 3 * 2**30, 2**29)
+        return [Moment("start", {"all": 6 * 2**30}), Moment("passes", {"a": 2**30, "none": 0, "b": 11 * 2**29})]
 
-    monkeypatch.setattr(dry_run, "estimate_memory", estimate)
-    lines = sections(describe(config, inputs, 2))["memory per rank (estimate)"].splitlines()
-    assert lines[:5] == [
-        "weights         1.000 GiB",
-        "gradients       2.000 GiB",
-        "optimizer       3.000 GiB",
-        "activations     0.500 GiB",
-        "sum             6.500 GiB",
+    monkeypatch.setattr(dry_run, "moments", estimate)
+    lines = sections(describe(config, inputs, replace(ranks, world_size=2)))["memory per rank"].splitlines()
+    assert lines[:3] == [
+        "a                         1.000 GiB",
+        "b                         5.500 GiB",
+        "sum                       6.500 GiB (estimate by arithmetic, at the fullest moment: passes; others: "
+        "start 6.000)",
     ]
-    [(size, trained, _, batch, dtype, world_size, stage, recompute, reduce_once)] = asked
-    assert (sum(size), trained) == (45_984, 45_984)
-    assert (dtype, world_size, stage, recompute, reduce_once) == (torch.float32, 2, 2, False, False)
-    assert lines[5:] == [
+    model, engine, batch, _ = asked[-1]
+    assert (sum(model.size), model.trained, model.dtype.itemsize) == (45_984, 45_984, 4)
+    assert (engine.world_size, engine.stage, engine.accumulates, engine.recompute) == (2, 2, True, False)
+    assert lines[3:] == [
         f"45,984 weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
     ]
     plan = BatchPlan(inputs.data.train.rows, config.seed, 2, 2, 4)
@@ -162,12 +168,51 @@ def test_memory_lines(config: DPOConfig, inputs: Inputs, monkeypatch: pytest.Mon
     assert len(batch.tokens_T) == max(rows) > min(rows)
 
 
-def test_the_first_pair_is_shown_with_its_scored_tokens(config: DPOConfig, inputs: Inputs) -> None:
+def test_the_largest_batch_for_a_memory(
+    config: DPOConfig, inputs: Inputs, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that takes 1 GiB and a quarter for each pair: 8 fit in 3 GiB and leave nothing, all of a rank in 100, none
+    in 1.2. A probe that finds twice that has the batch lowered until it is at most 3 GiB: 2 * (1 + 2 / 4) = 3."""
+    sizes: list[int] = []
+    monkeypatch.setattr(dry_run._Job, "moments", lambda _, size, base: [Moment("all", {"all": 2**30 + size * 2**28})])
+
+    def words(fit_gb: float, probe: bool = False) -> str:
+        changed = replace(config, fit_gb=fit_gb, dry_run=True, probe=probe)
+        [line] = [one for one in describe(changed, inputs, ranks).splitlines() if one.startswith(f"in {fit_gb:g} GiB")]
+        return line
+
+    assert "in 3 GiB fits batch_size 8: it takes 3.000 GiB (estimate) and leaves 0.000 GiB" in words(3)
+    assert f"fits batch_size {len(inputs.data.train)}, which are all pairs of a rank" in words(100)
+    assert words(1.2) == "in 1.2 GiB not even batch_size 1 fits: it takes 1.250 GiB (estimate)"
+
+    def measured(config: DPOConfig, *_: object) -> list[Probed]:
+        sizes.append(config.batch_size)
+        return [Probed(0, 2 * (2**30 + config.batch_size * 2**28), 0, 0.0, 0.0, 0.0, 0.0)]
+
+    monkeypatch.setattr(dry_run, "probe", measured)
+    assert "fits batch_size 2: it takes 3.000 GiB (probe) and leaves 0.000 GiB" in words(3, probe=True)
+    assert sizes == [8, 2]
+
+
+def test_warnings_are_those_of_the_run(
+    job: TinyJob, config: DPOConfig, inputs: Inputs, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few held out (the data's own), a warm-up as long as the run, no room on the disk, and all pairs that the store
+    lacks, which are all."""
+    monkeypatch.setattr(start_warnings, "_free_bytes", lambda folder: 0)
+    lines = sections(describe(replace(config, warmup_iterations=6), inputs, ranks))["warnings"].splitlines()
+    assert lines[0] == inputs.data.warnings[0] and "pairs held out" in lines[0]
+    assert lines[1] == "warmup_iterations is 6, but the run has 6 steps: max_lr is never reached"
+    assert lines[2].startswith(f"{job.folder}/checkpoints: the checkpoints take up to 0.002 GiB, 0.000 GiB are free")
+    assert "the reference store lacks 24 of 24 pairs" in lines[3] and len(lines) == 4
+
+
+def test_the_first_pair_is_shown_with_its_scored_tokens(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> None:
     """[[ ]] stand around each answer and its <EOA>, and nowhere else. (Each text begins with the tokenizer's space.)"""
     tokenized = inputs.data.train[0]
     [pair] = inputs.data.conversations(inputs.data.train[:1])
     prompt = f"<SOT> Be kind.<EOT> \n\n<SOU> {pair.users[0]}<EOU> \n<SOA>"
-    assert sections(describe(config, inputs, 1))["first pair (scored tokens in [[ ]])"] == (
+    assert sections(describe(config, inputs, ranks))["first pair (scored tokens in [[ ]])"] == (
         f"chosen ({tokenized.chosen_len} tokens, {tokenized.chosen_scored} scored): "
         f"{prompt}[[ {pair.chosen[0]}<EOA>]]\n"
         f"rejected ({tokenized.rejected_len} tokens, {tokenized.rejected_scored} scored): "
@@ -176,7 +221,7 @@ def test_the_first_pair_is_shown_with_its_scored_tokens(config: DPOConfig, input
 
 
 def test_it_writes_nothing_and_computes_on_meta_only(
-    job: TinyJob, config: DPOConfig, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+    job: TinyJob, config: DPOConfig, inputs: Inputs, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No file appears or changes; the one model made has no memory, is never called, and none is read from disk."""
     devices: set[str] = set()
@@ -187,13 +232,13 @@ def test_it_writes_nothing_and_computes_on_meta_only(
         return count(model)
 
     def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a dry run computes nothing")
+        raise AssertionError("without a probe a dry run computes nothing with the model")
 
     monkeypatch.setattr(dry_run, "model_size", watched)
     monkeypatch.setattr(LLaMaTransformer, "hidden", refuse)
     monkeypatch.setattr(Inputs, "build_model", refuse)
     before = snapshot(job.folder)
-    describe(config, inputs, 2)
+    describe(config, inputs, replace(ranks, world_size=2))
     assert devices == {"meta"}
     assert snapshot(job.folder) == before and before.keys() == {"pairs.jsonl", "start.pth", "tokenizer.json"}
 

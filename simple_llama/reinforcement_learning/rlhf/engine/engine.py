@@ -48,7 +48,7 @@ class Engine:
         Args:
             start_weights: fp32 values of the model's parameters by name, as the checkpoint has them.
         """
-        deepspeed = _import_deepspeed(ranks.device)
+        deepspeed = import_deepspeed(ranks.device)
         self.utils = deepspeed.utils
         self.ds_config: dict[str, Any] = full_ds_config(config, ranks.world_size)
         if ranks.world_size == 1:  # reduce_once rounds its fp32 sums to bf16 where no dtype of communication is named
@@ -80,6 +80,31 @@ class Engine:
     def model(self) -> LLaMaTransformer:
         """The model with the current computing weights."""
         return self.engine.module.model
+
+    @property
+    def masters(self) -> list[int]:
+        """Sizes of this rank's flat groups of master weights."""
+        return [len(flat) for flat in self._flats]
+
+    @property
+    def _flats(self) -> list[torch.Tensor]:
+        zero = self.optimizer
+        return zero.fp32_partitioned_groups_flat if self.partitioned else zero.single_partition_of_fp32_groups
+
+    @property
+    def trained_weights(self) -> int:
+        """How many weights are trained."""
+        return sum(math.prod(_shape(parameter)) for parameter in self.trainable.values())
+
+    @property
+    def largest_parameter(self) -> int:
+        """Weights of the largest trained parameter."""
+        return max(math.prod(_shape(parameter)) for parameter in self.trainable.values())
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's states, and the gradients for them, lie on the host."""
+        return "offload_optimizer" in self.ds_config.get("zero_optimization", {})
 
     @property
     def partitioned(self) -> bool:
@@ -212,8 +237,7 @@ class Engine:
         ZeRO-2 (0.19.8) links all groups after the first group's step, when the others have no moments yet: without
         this the state of a second group could be neither saved nor loaded.
         """
-        zero = self.optimizer
-        flats = zero.fp32_partitioned_groups_flat if self.partitioned else zero.single_partition_of_fp32_groups
+        zero, flats = self.optimizer, self._flats
         for flat in flats:
             step = torch.zeros((), dtype=torch.float32, device=flat.device)
             zero.optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
@@ -226,7 +250,7 @@ class Engine:
 def dealt_model(start: Loaded, dtype: torch.dtype, config: EngineConfig, ranks: Ranks) -> LLaMaTransformer:
     """The start model for ZeRO-3, as `build_model` makes it (collective): each part's weights are dealt out as soon as
     they are read, so of the whole model a rank has its share and one part at a time."""
-    deepspeed = _import_deepspeed(ranks.device)
+    deepspeed = import_deepspeed(ranks.device)
     ds_config = full_ds_config(config, ranks.world_size)
     with _starting(config):  # as `deepspeed.initialize` does: before, it would take each rank to be alone
         backend = deepspeed.accelerator.get_accelerator().communication_backend_name()
@@ -256,7 +280,7 @@ def _starting(config: EngineConfig) -> Iterator[None]:
         raise UserError(_refusal(config.deepspeed_config, error)) from error
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """Imports deepspeed for this kind of device; late, since it looks for an accelerator and takes a second.
 
     It would otherwise choose a GPU by itself, also for a run that is told to use the CPU.

@@ -60,6 +60,7 @@ class RefStore:
         """An empty view of `folder`; use `RefStore.open`."""
         self.folder = folder
         self._reference = reference
+        self._mends = True
         self.set_aside: list[str] = []  # shards that the last `load` found damaged
         self.has_unbound = False  # whether it found shards that their names bind to no reference
         self._bound = self._unbound = np.empty(0, RECORD)  # each sorted by bytes, one per key, and none in both
@@ -67,17 +68,19 @@ class RefStore:
         self._table: np.ndarray | None = None  # of both
 
     @classmethod
-    def open(cls, cache_dir: str | os.PathLike[str], reference: dict, make: bool = True) -> RefStore:
+    def open(cls, cache_dir: str | os.PathLike[str], reference: dict, make: bool = True, mend: bool = True) -> RefStore:
         """Open the store of `reference` (see `reference_id`) below `cache_dir` and load it.
 
         Args:
             make: make the folder now; otherwise the first shard that is added makes it.
+            mend: rename damaged shards; otherwise the folder is only read.
 
         Raises:
             UserError: the folder cannot be made or read, or its reference.json tells of another reference.
         """
         name = digest(json.dumps(reference, sort_keys=True).encode()).hex()
         store = cls(Path(cache_dir) / name, reference)
+        store._mends = mend
         described = store.folder / "reference.json"
         if not os.path.exists(described):
             if make:
@@ -153,7 +156,8 @@ class RefStore:
                 except BadShardError as reason:
                     bad.add(path.name)
                     self.set_aside.append(path.name)
-                    set_aside(path, str(reason))
+                    if self._mends:
+                        set_aside(path, str(reason))
             if not gone:
                 break
         if others:

@@ -37,7 +37,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import versions
 _SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all
 _LONGEST_NAME = 200  # bytes; a file system takes 255, and temp names are longer than the name
 _SETTINGS = "config.json"
-_ONCE = {"resume", "dry_run", "debug"}  # settings of one start, which a later one does not take over
+_ONCE = {"resume", "dry_run", "probe", "fit_gb", "debug"}  # settings of one start, which a later one does not take over
 
 
 @dataclass(frozen=True)

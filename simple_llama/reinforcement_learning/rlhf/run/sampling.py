@@ -73,7 +73,7 @@ def _shares(lengths: Sequence[int]) -> Iterator[slice]:
         yield slice(first, len(lengths))
 
 
-def _sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
+def sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
     """The first `count` different prompts of `pairs` as token ids, up to where an answer begins."""
     prompts: dict[tuple[int, ...], None] = {}
     for pair in pairs:
@@ -103,7 +103,7 @@ class Samples:
         reference: the reference model, where it is in memory.
         """
         self.chat, self.engine, self.ranks = inputs.chat, engine, ranks
-        self.prompts = _sample_prompts(inputs.data.validation, config.n_samples)
+        self.prompts = sample_prompts(inputs.data.validation, config.n_samples)
         self.most_tokens = config.sample_tokens
         self.folder, self.writer = folder, writer
         self.inputs, self.sampling, self.reference = inputs, Sampling(temperature=1.0, seed=seed), reference

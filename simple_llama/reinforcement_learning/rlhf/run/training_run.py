@@ -21,16 +21,13 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
-from simple_llama.pretraining.llama_transformer import LLaMaTransformer, compiled_graphs
-from simple_llama.pretraining.weights import Loaded, empty_model
+from simple_llama.pretraining.llama_transformer import compiled_graphs
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
-from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, read_ds_config, zero_stage
-from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, dealt_model
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
-from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyConfig, compile_now
+from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
+from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, FirstStep, require_kept
@@ -58,6 +55,8 @@ from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
 from simple_llama.reinforcement_learning.rlhf.run.sampling import Samples
 from simple_llama.reinforcement_learning.rlhf.run.saves import Position, Saves, SavesConfig, course_of
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, learning_rate
+from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
+from simple_llama.reinforcement_learning.rlhf.run.start_warnings import saved_bytes, start_warnings
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, Portion, portions
 from simple_llama.reinforcement_learning.rlhf.run.trackers import (
     TENSORBOARD,
@@ -114,15 +113,11 @@ class TrainingRun:
         with fail_together(ranks):
             values = _reference_values(self.reference, inputs.data.pairs, self.bound, saved)
             self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
-        with inputs.start.reading() as start:
-            model = _start_model(config, inputs, start, ranks)
-            with fail_together(ranks):
-                policy = _build_policy(config, model, self.loss_fn, start.path)
-            work = partial(useful_flops, model_size(empty_model(start)), inputs.architecture, backward=True)
-            self.engine = Engine(policy, start.state_dict, config, ranks)
-        compile_now(policy.model, self.pairs[0], ranks.device, backward=True)
-        if config.compile:
-            LOGGER.info("compiled the decoder layers: %d graphs", compiled_graphs())
+        self.engine, size = start_engine(config, inputs, self.loss_fn, ranks)
+        work = partial(useful_flops, size, inputs.architecture, backward=True)
+        steps, trained = self.plan.steps_per_epoch, self.engine.trained_weights
+        room = saved_bytes(config, config.epochs, steps, sum(size), trained, inputs.start)
+        self.saved_bytes = None if saved else room
         if saved:
             checkpoint.load_state(saved, self.engine)
         self.log_folder = log_folder
@@ -165,12 +160,8 @@ class TrainingRun:
         LOGGER.info("run %s: %d pairs, %d held out, %d steps", name, *counts)
         if TENSORBOARD in tracker_names(self.config):
             LOGGER.info("to watch: tensorboard --logdir %s --host localhost", self.config.log_dir)
-        if self.config.warmup_iterations >= self.total_steps:
-            LOGGER.warning(
-                "warmup_iterations is %d, but the run has %d steps: max_lr is never reached",
-                self.config.warmup_iterations,
-                self.total_steps,
-            )
+        for warning in start_warnings(self.config, self.total_steps, self.saved_bytes, self.config.ckpt_dir):
+            LOGGER.warning("%s", warning)
 
     def check_start(self) -> None:
         """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known."""
@@ -377,26 +368,6 @@ def _reference_values(
         require_kept(before, store, reference.content, bound, str(saved.folder))
         values = replace(values, records=before.records)
     return values.to_json()
-
-
-def _start_model(config: EngineConfig, inputs: Inputs, start: Loaded, ranks: Ranks) -> LLaMaTransformer:
-    """The start model in the computing dtype (collective); of ZeRO-3 this rank's share of it."""
-    if zero_stage(read_ds_config(config)) == 3:
-        return dealt_model(start, inputs.dtype, config, ranks)
-    with fail_together(ranks):
-        return inputs.build_model(start, ranks.device, dropout=config.dropout)
-
-
-def _build_policy(config: PolicyConfig, model: LLaMaTransformer, loss_fn: PreferenceLoss, source: Path) -> DPOPolicy:
-    """The start model, of that file, as a policy, with the weights that are to be trained marked."""
-    model.activation_checkpointing = config.activation_checkpointing
-    if config.trainable == "lora":
-        names = [name for name, _ in model.named_parameters() if "_lora_layer." in name]
-        if not names:
-            raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {source}")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in names)
-    return DPOPolicy(model, loss_fn)
 
 
 def due(step: int, interval: int) -> bool:

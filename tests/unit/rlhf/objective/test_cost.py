@@ -9,19 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.objective.cost import (
-    MemoryEstimate,
-    ModelSize,
-    estimate_memory,
-    model_size,
-    useful_flops,
-)
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, useful_flops
 
 BATCH = PairBatch.pack([TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3)])
 VOCAB = 50
@@ -81,63 +74,6 @@ def test_a_tied_head_works_once_and_is_held_once() -> None:
     assert sum(model_size(model)) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_memory_of_a_tied_model_by_hand() -> None:
-    """26,624 + 1,600 + 160 = 28,384 weights on 2 ranks, bf16, ZeRO-2: 2 bytes each; gradients 4 and moments and masters
-    12 of half of them. The head's fp32 gradient and logits are those of an untied head: 7,720 as below."""
-    size = model_size(LLaMaTransformer(replace(tiny(), tied_head=True)))
-    found = estimate_memory(size, sum(size), tiny(), BATCH, torch.bfloat16, world_size=2, stage=2)
-    assert found == MemoryEstimate(56_768, 4 * 14_192, 12 * 14_192, 14_592 + 7_720)
-
-
 def test_grouped_keys_cost_as_many_products() -> None:
     """Fewer keys are read by as many queries: attention's products are those of multi-head attention."""
     assert useful_flops(SIZE, replace(tiny(), key_heads=1), BATCH, backward=False) == 116_864
-
-
-@pytest.mark.parametrize(
-    ("stage", "expected"),
-    [
-        (1, (20_000, 40_000, 30_000)),
-        (2, (20_000, 10_000, 30_000)),
-        (3, (5_000, 10_000, 30_000)),
-    ],
-)
-def test_each_zero_stage_divides_one_part_more(stage: int, expected: tuple[int, int, int]) -> None:
-    """10,000 weights on 4 ranks, bf16: 2, 4 and 12 bytes each; stage 1 divides the last, 2 the second, 3 the first."""
-    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.bfloat16, world_size=4, stage=stage)
-    assert found[:3] == expected
-
-
-def test_weights_that_are_not_trained_cost_only_themselves() -> None:
-    """1,200 of 10,000 weights trained on 2 ranks, ZeRO-2: 20,000 bytes of weights, 600 * 4 and 600 * 12 beside them."""
-    found = estimate_memory(SIZE, 1_200, tiny(), BATCH, torch.bfloat16, world_size=2, stage=2)
-    assert found[:3] == (20_000, 2_400, 7_200)
-
-
-@pytest.mark.parametrize(("stage", "bytes_a_weight"), [(2, 4 + 16), (3, 4 + 16)])
-def test_one_fp32_rank_has_nothing_to_divide(stage: int, bytes_a_weight: int) -> None:
-    """4 + 4 + 12 bytes a weight on one rank, as ds_configs/README.md says (4 + 16 / N)."""
-    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.float32, world_size=1, stage=stage)
-    assert found.weights + found.gradients + found.optimizer == bytes_a_weight * 10_000
-
-
-def test_one_reduction_a_step_keeps_whole_gradients() -> None:
-    """10,000 weights on 4 ranks: 4 bytes each of this rank's own sum, and of a quarter of the ranks' sum."""
-    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.bfloat16, 4, 2, reduce_once=True)
-    assert found[:3] == (20_000, 40_000 + 10_000, 30_000)
-
-
-def test_activations_by_hand() -> None:
-    """bf16 rows, fp32 head; no stage divides them.
-
-    layers   6 rows * (10 * 32 + 3 * 96) * 2 layers * 2 bytes = 14,592
-    head     5 scored rows * 32 * 2 bytes = 320; 5 * 50 logits * 4 bytes = 1,000; 50 * 32 gradients * 4 bytes = 6,400
-    """
-    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.bfloat16, world_size=4, stage=3)
-    assert found == MemoryEstimate(5_000, 10_000, 30_000, 14_592 + 320 + 1_000 + 6_400)
-
-
-def test_recomputation_keeps_one_vector_a_layer_and_one_whole_layer() -> None:
-    """6 rows * (32 * 2 layers + 10 * 32 + 3 * 96) * 2 bytes = 8,064, and the same 7,720 of the head."""
-    found = estimate_memory(SIZE, 10_000, tiny(), BATCH, torch.bfloat16, 4, 3, recompute=True)
-    assert found.activations == 8_064 + 7_720

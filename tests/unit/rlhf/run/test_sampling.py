@@ -11,7 +11,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, _sample_prompts, _shares
+from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, _shares, sample_prompts
 from tiny_job import TINY, make_job
 
 PROMPT = [8, 21, 22, 6]
@@ -84,12 +84,12 @@ def test_prompts_are_different_and_end_with_start_of_answer() -> None:
     """Prompts a, a, b, a, c: the first two different ones are a and b; there are only three in all."""
     a, b, c = [8, 20, 6], [8, 21, 22, 6], [9, 6]
     pairs = [pair_of(prompt, answer) for prompt, answer in ((a, 50), (a, 51), (b, 50), (a, 52), (c, 50))]
-    assert _sample_prompts(pairs, 2) == [a, b]
-    assert _sample_prompts(pairs, 9) == [a, b, c]
-    assert _sample_prompts(pairs, 0) == [] and _sample_prompts([], 3) == []
+    assert sample_prompts(pairs, 2) == [a, b]
+    assert sample_prompts(pairs, 9) == [a, b, c]
+    assert sample_prompts(pairs, 0) == [] and sample_prompts([], 3) == []
 
 
 def test_the_prompt_is_the_chosen_chats() -> None:
     """Where the chats differ before their last answers, the chosen one is asked about: all but its scored tokens."""
     pair = TokenizedPair.from_chats([8, 20, 30, 6, 40, 41, 7], 3, [8, 20, 31, 6, 42, 7], 2)
-    assert _sample_prompts([pair], 1) == [[8, 20, 30, 6]]
+    assert sample_prompts([pair], 1) == [[8, 20, 30, 6]]

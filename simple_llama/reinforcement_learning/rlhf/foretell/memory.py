@@ -1,0 +1,203 @@
+"""Memory of a rank by arithmetic: what stands in it at each of the moments that may be the fullest.
+
+    start    the weights are read and dealt into DeepSpeed's flat buffers
+    passes   forward and backward of the largest micro-batch, gradients of the ones before it added up
+    step     the gradients flat beside themselves, for AdamW
+
+What Python, torch, DeepSpeed and the data take is measured of this process (`measure_base`), the rest is counted, by
+the accounting of the ZeRO paper (arXiv:1910.02054, Sec. 3.1) with the buffers that DeepSpeed 0.19.8 makes. An estimate.
+
+Shapes: T packed rows, N scored tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.ops.logprob import CHUNK_ROWS
+from simple_llama.ops.machine import has_fast_bf16, resident_bytes
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, without_communication, zero_stage
+from simple_llama.reinforcement_learning.rlhf.engine.engine import import_deepspeed
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize
+
+_SHAPES = 140  # GEMMs of other shapes: more than a process keeps (`bound_compiled_gemms`)
+_BUCKET = 500_000_000  # elements of a bucket where the JSON names none: DeepSpeed's own default
+
+
+class Base(NamedTuple):
+    """Bytes of this process before a model is in it."""
+
+    resident: int  # Python, torch, DeepSpeed, the data
+    compiled: int  # code that oneDNN makes for the shapes of GEMMs, on a CPU
+
+
+class TrainedModel(NamedTuple):
+    """What of the memory the model decides."""
+
+    size: ModelSize
+    trained: int  # weights that have a gradient and an optimizer state
+    architecture: Architecture
+    dtype: torch.dtype
+    online: bool = False  # whether the reference is in memory too
+    mapped: int = 4  # bytes of a weight in the start file, which is mapped while it is read
+
+    @property
+    def largest(self) -> int:
+        """Weights of the largest trained parameter, at most."""
+        return min(self.trained, self.size.head)
+
+
+class Engine(NamedTuple):
+    """What of it DeepSpeed and the ranks decide."""
+
+    device: str  # its type
+    world_size: int
+    stage: int
+    bucket: int = _BUCKET  # elements that are exchanged at once
+    buckets: bool = True  # whether gradients go through them
+    offloads: bool = False
+    recompute: bool = False
+    reduce_once: bool = False
+    accumulates: bool = True  # several micro-batches a step
+
+
+class Moment(NamedTuple):
+    """What is in memory at one of the moments, in bytes by its name."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def sum(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+def describe_engine(config: EngineConfig, ds_config: dict[str, Any], ranks: Ranks) -> Engine:
+    """The settings as numbers."""
+    if ranks.world_size == 1:
+        ds_config = without_communication(ds_config, config.reduce_once or ranks.device.type == "cuda")
+    zero = ds_config.get("zero_optimization", {})
+    return Engine(
+        device=ranks.device.type,
+        world_size=ranks.world_size,
+        stage=zero_stage(ds_config),
+        bucket=int(zero.get("reduce_bucket_size", _BUCKET)),
+        buckets=bool(zero.get("contiguous_gradients", True)),
+        offloads="offload_optimizer" in zero,
+        recompute=config.activation_checkpointing,
+        reduce_once=config.reduce_once,
+        accumulates=config.grad_accum_steps > 1,
+    )
+
+
+def moments(model: TrainedModel, engine: Engine, batch: PairBatch, base: Base) -> list[Moment]:
+    """The moments that may be the fullest, of a rank whose largest micro-batch this is."""
+    item, weights, shard = model.dtype.itemsize, sum(model.size), -(-model.trained // engine.world_size)
+    on_cpu = engine.device == "cpu"
+    # On a GPU only what torch allocates there counts, as in perf/peak_memory_gb.
+    ground = {"Python, torch and data": base.resident} if on_cpu else {}
+    held = {
+        "weights": (weights // engine.world_size if engine.stage == 3 else weights) * item,
+        "reference": weights * item if model.online else 0,
+        "masters and moments": 12 * shard if on_cpu or not engine.offloads else 0,
+    }
+    start = {**ground, **held, "start file": weights * model.mapped if on_cpu else 0}
+    steady = {**ground, "compiled GEMMs": base.compiled, **held}
+    summed = _summed(model, engine, shard)
+    passes = {
+        **steady,
+        "gradients": summed + _flowing(model, engine),
+        "activations": _activations(model, engine, batch),
+        "head": _head(model, engine, batch),
+    }
+    step = {**steady, "gradients": max(summed, 4 * shard) + step_extra([shard], model.largest, engine.offloads)}
+    return [Moment("start", start), Moment("passes", passes), Moment("step", step)]
+
+
+def _summed(model: TrainedModel, engine: Engine, shard: int) -> int:
+    """Bytes of gradients that are kept from one micro-batch to the next."""
+    if engine.reduce_once:
+        return 4 * model.trained
+    kept = 4 * shard if engine.accumulates or engine.stage == 3 else 0
+    return kept + (4 * shard if engine.offloads and engine.device == "cpu" else 0)
+
+
+def _flowing(model: TrainedModel, engine: Engine) -> int:
+    """Bytes of gradients and weights on their way in a backward pass, at most."""
+    item = model.dtype.itemsize
+    if not engine.buckets:
+        return item * model.trained
+    way = min(engine.bucket, model.trained)
+    gathered = min(sum(model.size), engine.bucket) * item if engine.stage == 3 else 0
+    return 2 * way * item + way * 4 + gathered
+
+
+def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
+    """Bytes that the layers keep for the backward pass, with what one of them needs while it is computed.
+
+    A row and layer without recomputation: 7 vectors of the width, 3 more of bf16 for what the norms keep in fp32, the
+    output of the QKV matrix, rotated queries and keys, the output of attention twice, 4 hidden vectors of SwiGLU; and
+    the keys and values of each branch behind its prefix. As torch's saved_tensors_hooks count them.
+    """
+    shape, item, rows = model.architecture, model.dtype.itemsize, len(batch.tokens_T)
+    queries, values = shape.heads * shape.key_width, shape.heads * shape.value_width
+    keys, key_values = shape.key_heads * shape.key_width, shape.key_heads * shape.value_width
+    norms = 7 if item == 4 else 10
+    of_row = norms * shape.width + 2 * (queries + keys) + key_values + 2 * values + 4 * shape.hidden_width
+    branches = sum(block.prefix + block.rows for block in batch.layout.blocks if block.prefix)
+    of_layer = item * (rows * of_row + branches * (keys + key_values))
+    moving = item * rows * (3 * shape.hidden_width + 4 * shape.width)
+    between = rows * shape.width * item * shape.layers
+    return moving + (between + of_layer if engine.recompute else of_layer * shape.layers)
+
+
+def _head(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
+    """Bytes of the head: a chunk of logits, the gradient of the vocabulary matrix, and where that is bf16 on a CPU its
+    wider copy."""
+    scored, item, shape = len(batch.targets_N), model.dtype.itemsize, model.architecture
+    chunk, matrix = min(scored, CHUNK_ROWS[engine.device]), shape.vocab_size * shape.width
+    wide = (4 + 2) * matrix if item == 2 and engine.device == "cpu" else 0
+    return 4 * chunk * shape.vocab_size + 4 * matrix + wide + scored * shape.width * (4 + item)
+
+
+def step_extra(masters: Sequence[int], largest: int, offloads: bool) -> int:
+    """Bytes that an optimizer step needs beside what is there after the backward passes.
+
+    DeepSpeed flattens the summed gradients of a group beside themselves, and before that takes each one's norm in fp64.
+
+    Args:
+        masters: sizes of a rank's flat groups. largest: weights of the largest parameter.
+    """
+    flat = 0 if offloads else 4 * max(masters)
+    return max(flat, 8 * min(largest, max(masters)))
+
+
+def measure_base(ranks: Ranks, dtype: torch.dtype) -> Base:
+    """What this process takes without a model: DeepSpeed imported, and the GEMMs of many shapes made."""
+    import_deepspeed(ranks.device)
+    before = resident_bytes(ranks.device)
+    if ranks.device.type != "cpu":
+        return Base(before, 0)
+    _make_gemms(dtype)
+    return Base(before, max(0, resident_bytes(ranks.device) - before))
+
+
+def _make_gemms(dtype: torch.dtype) -> None:
+    """Multiplies and attends in as many shapes as a process keeps the code of: packed lengths are always others."""
+    shapes = _SHAPES if dtype == torch.bfloat16 and has_fast_bf16("cpu") else 1
+    weight_OI = torch.zeros(64, 64, dtype=dtype, requires_grad=True)
+    for rows in range(100, 100 + shapes):
+        x_TI = torch.zeros(rows, 64, dtype=dtype, requires_grad=True)
+        F.linear(x_TI, weight_OI).sum().backward()
+        if rows % 2:
+            continue
+        heads = x_TI.detach().view(1, rows, 2, 32).transpose(1, 2).requires_grad_()
+        F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).sum().backward()

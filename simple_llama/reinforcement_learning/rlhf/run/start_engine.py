@@ -1,0 +1,59 @@
+"""The model that a run starts from as a policy under DeepSpeed, with the weights that are to be trained marked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from simple_llama.cluster.distributed import Ranks, fail_together
+from simple_llama.common.errors import UserError
+from simple_llama.common.logging import LOGGER
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer, compiled_graphs
+from simple_llama.pretraining.weights import Loaded, empty_model
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, read_ds_config, zero_stage
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, dealt_model
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyConfig, compile_now
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+
+
+class Started(NamedTuple):
+    """What a run steps."""
+
+    engine: Engine
+    size: ModelSize  # of its model
+
+
+def start_engine(config: EngineConfig, inputs: Inputs, loss_fn: PreferenceLoss, ranks: Ranks) -> Started:
+    """The policy of the start weights under DeepSpeed, compiled where it is to be (collective)."""
+    with inputs.start.reading() as start:
+        model = _start_model(config, inputs, start, ranks)
+        with fail_together(ranks):
+            policy = _build_policy(config, model, loss_fn, start.path)
+        size = model_size(empty_model(start))
+        engine = Engine(policy, start.state_dict, config, ranks)
+    compile_now(policy.model, inputs.data.train[0], ranks.device, backward=True)
+    if config.compile:
+        LOGGER.info("compiled the decoder layers: %d graphs", compiled_graphs())
+    return Started(engine, size)
+
+
+def _start_model(config: EngineConfig, inputs: Inputs, start: Loaded, ranks: Ranks) -> LLaMaTransformer:
+    """The start model in the computing dtype (collective); of ZeRO-3 this rank's share of it."""
+    if zero_stage(read_ds_config(config)) == 3:
+        return dealt_model(start, inputs.dtype, config, ranks)
+    with fail_together(ranks):
+        return inputs.build_model(start, ranks.device, dropout=config.dropout)
+
+
+def _build_policy(config: PolicyConfig, model: LLaMaTransformer, loss_fn: PreferenceLoss, source: Path) -> DPOPolicy:
+    """The start model, of that file, as a policy, with the weights that are to be trained marked."""
+    model.activation_checkpointing = config.activation_checkpointing
+    if config.trainable == "lora":
+        names = [name for name, _ in model.named_parameters() if "_lora_layer." in name]
+        if not names:
+            raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {source}")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+    return DPOPolicy(model, loss_fn)

@@ -1,0 +1,114 @@
+"""Memory by hand.
+
+Two layers of width 32 with 2 heads of 16 and 96 hidden numbers, 50 tokens; a pair of prefix 3, branches of 2 and 3
+tokens: 6 packed rows, 5 scored; the second branch's 2 rows see 3 + 2 keys.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.foretell import memory
+from simple_llama.reinforcement_learning.rlhf.foretell.memory import Base, Engine, TrainedModel, moments, step_extra
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize
+
+BATCH = PairBatch.pack([TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3)])
+TINY = TrainingConfig(n_embd=32, n_layers=2, n_heads=2, multiple_of=16, max_seq_len=512)
+MODEL = TrainedModel(ModelSize(8000, 1600, 400), 10_000, Architecture.of(TINY, 50), torch.bfloat16)
+ALONE = Engine("cpu", 1, 2, buckets=False)
+BASE = Base(1_000_000, 50_000)
+
+
+def parts(engine: Engine, model: TrainedModel = MODEL) -> dict[str, dict[str, int]]:
+    """The moments by name."""
+    return {moment.name: moment.parts for moment in moments(model, engine, BATCH, BASE)}
+
+
+def test_one_rank_in_bf16_by_hand() -> None:
+    """10,000 weights: 20,000 bytes, masters and moments 120,000; 40,000 of the mapped file while they are read.
+
+    gradients    40,000 of fp32 sums and 20,000 of bf16 on their way; in a step the sums twice
+    activations  a row and layer 10 * 32 + 2 * (32 + 32) + 32 + 2 * 32 + 4 * 96 = 928 numbers; 6 rows and 5 keys of
+                 32 + 32: 5,888 numbers, in two layers of 2 bytes 23,552; on their way 2 * 6 * (3 * 96 + 4 * 32) = 4,992
+    head         5 * 50 logits of 4 bytes; 1,600 * (4 + 4 + 2); 5 rows of 32 * (4 + 2): 1,000 + 16,000 + 960
+    """
+    found = parts(ALONE)
+    held = {"Python, torch and data": 1_000_000, "weights": 20_000, "reference": 0, "masters and moments": 120_000}
+    assert found["start"] == {**held, "start file": 40_000}
+    steady = {**held, "compiled GEMMs": 50_000}
+    assert found["passes"] == {**steady, "gradients": 60_000, "activations": 28_544, "head": 17_960}
+    assert found["step"] == {**steady, "gradients": 80_000}
+
+
+def test_layers_keep_what_is_counted() -> None:
+    """What autograd saves of the real layers, weights left out, is what the formula counts, to 3 %: norms' factors,
+    logsumexp and rotations are small."""
+    shape = Architecture.of(TrainingConfig(n_embd=128, n_layers=2, n_heads=4, max_seq_len=512), 100)
+    numbers = list(range(10, 90))
+    pairs = [TokenizedPair.from_chats(numbers + [5] * 40, 40, numbers + [6] * 30, 30) for _ in range(3)]
+    batch = PairBatch.pack(pairs)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = LLaMaTransformer(shape).to(dtype)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict = saved, own: set = own) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+        moving = dtype.itemsize * len(batch.tokens_T) * (3 * shape.hidden_width + 4 * shape.width)
+        counted = memory._activations(MODEL._replace(architecture=shape, dtype=dtype), ALONE, batch) - moving
+        assert sum(storage.nbytes() for storage in saved.values()) == pytest.approx(counted, rel=0.03)
+
+
+def test_recomputation_keeps_one_vector_a_layer_and_one_whole_layer() -> None:
+    """6 rows * 32 * 2 layers * 2 bytes = 768, one layer 11,776, and the same 4,992 on their way."""
+    assert parts(ALONE._replace(recompute=True))["passes"]["activations"] == 768 + 11_776 + 4_992
+
+
+@pytest.mark.parametrize(("stage", "weights"), [(2, 20_000), (3, 5_000)])
+def test_ranks_share_states_and_with_stage_3_weights(stage: int, weights: int) -> None:
+    """10,000 weights on 4 ranks: masters and moments of a quarter."""
+    found = parts(Engine("cpu", 4, stage))["step"]
+    assert (found["weights"], found["masters and moments"]) == (weights, 30_000)
+
+
+def test_a_frozen_reference_and_few_trained_weights() -> None:
+    """The reference is 20,000 bytes more; 1,200 trained weights have 14,400 of states."""
+    found = parts(ALONE, MODEL._replace(online=True, trained=1_200))["step"]
+    assert (found["reference"], found["masters and moments"]) == (20_000, 14_400)
+
+
+def test_one_reduction_a_step_keeps_whole_sums() -> None:
+    """10,000 fp32 sums on each of 4 ranks, whatever the accumulation."""
+    found = parts(Engine("cpu", 4, 2, reduce_once=True, bucket=1000))
+    assert found["passes"]["gradients"] == 40_000 + 2 * 1000 * 2 + 1000 * 4
+
+
+def test_a_gpu_counts_what_its_allocator_gives() -> None:
+    """No Python, no file; offloaded states are on the host."""
+    found = parts(Engine("cuda", 1, 2, offloads=True))["start"]
+    assert found == {"weights": 20_000, "reference": 0, "masters and moments": 0, "start file": 0}
+
+
+def test_what_a_step_adds_by_hand() -> None:
+    """The larger group flat, 4 * 700, or the norm of the largest parameter in fp64, 8 * 400; offloaded: only that."""
+    assert step_extra([700, 300], 100, offloads=False) == 2800
+    assert step_extra([700, 300], 400, offloads=False) == 3200
+    assert step_extra([700, 300], 100, offloads=True) == 800
+
+
+def test_the_base_is_measured(ranks: Ranks) -> None:
+    """More than Python alone, less than a machine; fp32 makes no code to speak of."""
+    found = memory.measure_base(ranks, torch.float32)
+    assert 50 << 20 < found.resident < 8 << 30 and 0 <= found.compiled < 100 << 20
