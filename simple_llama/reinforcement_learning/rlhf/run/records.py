@@ -251,3 +251,8 @@ def first_answers(folder: Path) -> list[str]:
 def append_samples(folder: Path, step: int, prompts: list[str], answers: list[str]) -> None:
     """Adds a line to samples.jsonl."""
     _append_record(folder / "samples.jsonl", {"step": step, "prompts": prompts, "answers": answers})
+
+
+def append_warning(folder: Path, step: int, level: str, name: str, text: str) -> None:
+    """Adds a line to warnings.jsonl."""
+    _append_record(folder / "warnings.jsonl", {"step": step, "level": level, "name": name, "text": text})

@@ -34,7 +34,6 @@ from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bo
 from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig, evaluate
 from simple_llama.reinforcement_learning.rlhf.run.interval import Interval, IntervalConfig
-from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig, StepProfile
 from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, log_line, rewind
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import (
@@ -64,6 +63,13 @@ from simple_llama.reinforcement_learning.rlhf.run.trackers import (
     check_trackers,
     open_trackers,
     tracker_names,
+)
+from simple_llama.reinforcement_learning.rlhf.run.watch_health import (
+    WARNINGS,
+    HealthWatch,
+    StepSums,
+    costliest,
+    facts_of,
 )
 
 # Largest honest difference of the step-0 loss from its paper's value, relative where that is above 1.
@@ -124,10 +130,13 @@ class TrainingRun:
         self.writer = self.open_records(name, saved)  # last: a run that is refused leaves the records as they were
         self.say_start(name)
         peak = peak_flops(ranks.device, inputs.dtype) * ranks.world_size
-        self.interval = Interval(MetricSums(ranks.device, work), self.engine.communication, peak, ranks)
+        self.sums = StepSums(ranks.device, work)
+        self.interval = Interval(self.sums, self.engine.communication, peak, ranks)
         self.samples = Samples(
             inputs, self.engine, config, ranks, log_folder, self.writer, config.seed, self.reference.model
         )
+        facts = facts_of(config, inputs.data, self.total_steps, config.beta)
+        self.health = HealthWatch(log_folder, facts, self.writer, ranks)
         steps = self.plan.steps_per_epoch
         self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, config, steps, check_lock, ranks)
         self.at = self.saves.resume(saved, self.measures_at(saved.facts.step)) if saved else Position()
@@ -146,7 +155,8 @@ class TrainingRun:
                     write_records(self.log_folder, settings, self.engine.ds_config)
                 keep_settings(self.config, name, settings)
                 unmark_finished(self.log_folder)
-                rewind(self.log_folder / "samples.jsonl", done, evaluated)
+                for of_evaluations in ("samples.jsonl", WARNINGS):
+                    rewind(self.log_folder / of_evaluations, done, evaluated)
                 drop_held_out(self.log_folder, done)
                 write_data_facts(self.log_folder, self.inputs.data)
             set_up_log(self.log_folder / "train.log", self.ranks)
@@ -173,8 +183,9 @@ class TrainingRun:
             auditor.bind(reference.store)
         auditor.audit(self.engine.logps, reference.logps, "step-0 audit")
         self.evaluate(0)
-        own = self.engine.own_matrices(self.ranks)
-        self.writer.scalars(0, weight_facts(own, self.inputs.dtype, self.ranks.device))
+        weights = weight_facts(self.engine.own_matrices(self.ranks), self.inputs.dtype, self.ranks.device)
+        self.writer.scalars(0, weights)
+        self.health.see(0, weights)
         expected = self.loss_fn.at_start()
         if self.held_out and expected is not None:
             LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
@@ -198,6 +209,7 @@ class TrainingRun:
         """This rank's micro-batches of step `index` (from 0); between two of them the run may stop (collective)."""
         if self.config.dropout > 0:  # a resumed run must drop the same units
             torch.manual_seed(self.config.seed + 1_000_003 * index + self.ranks.rank)
+        self.sums.begin_step()
         parts = portions(self.plan.step(index), self.ranks.rank, self.pairs)
         yield from self.stoppable(parts, f"step {index + 1}")
         watchdog.started()
@@ -275,6 +287,8 @@ class TrainingRun:
             values["perf/compiled_graphs"] = compiled_graphs()  # stays level: a rise is a recompilation
         self.writer.scalars(step, values)
         log_line(f"step {step}/{self.total_steps}", values)
+        mine = self.plan.step(step - 1)[self.ranks.rank]
+        self.health.see(step, values, lambda: costliest(self.pairs, mine, self.sums.losses, self.ranks))
         if not self.held_out:
             self.at.last_loss = values["loss"]
         self.interval.start()
@@ -297,7 +311,9 @@ class TrainingRun:
                 with fail_together(ranks):
                     if ranks.is_main:
                         write_held_out(self.log_folder, step, found, self.held_out)
-            self.writer.scalars(step, {**values, **self.samples.take(step)})
+            values |= self.samples.take(step)
+            self.writer.scalars(step, values)
+            self.health.see(step, values)
 
     def save(self) -> None:
         """A checkpoint of where the run stands (collective)."""
