@@ -31,7 +31,7 @@ from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConf
 from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, append_samples, first_answers
 
 _GREEDY = Sampling()
-_ANSWERS_OF_KL = 4  # that are sampled of each prompt
+_ANSWERS_OF_KL = 16  # that are sampled to estimate it, or one of each prompt where there are more
 _MOST_CACHED = 4096  # tokens whose keys and values are held at once, beside a run's other memory
 
 
@@ -168,11 +168,12 @@ class Samples:
 
     def spoken(self, numbers: range) -> Spoken:
         """Answers that the policy samples to the prompts of these numbers: the same whichever rank makes them."""
-        which = [number for number in numbers for _ in range(_ANSWERS_OF_KL)]
-        own = [_ANSWERS_OF_KL * number + index for number in numbers for index in range(_ANSWERS_OF_KL)]
+        each = max(1, _ANSWERS_OF_KL // len(self.prompts))
+        which = [number for number in numbers for _ in range(each)]
+        own = [each * number + index for number in numbers for index in range(each)]
         prompts = [self.prompts[number] for number in which]
         answers = _answers(self.engine.model, self.chat.stop_ids, prompts, self.most_tokens, self.sampling, own)
-        grouped = [answers[first : first + _ANSWERS_OF_KL] for first in range(0, len(answers), _ANSWERS_OF_KL)]
+        grouped = [answers[first : first + each] for first in range(0, len(answers), each)]
         kept = [[answer for answer in group if answer] for group in grouped]  # none where the prompt leaves no room
         return Spoken.pack([self.prompts[number] for number in numbers], kept)
 
