@@ -26,6 +26,14 @@ GOLDEN = ROOT / "tests" / "golden" / "before"
 # Metrics that lines did not have.
 NOT_THEN = {"logps/accuracies", "eval_logps/accuracies", "eval_longer_is_chosen"}
 NOT_THEN |= {f"samples/{name}" for name in ("repeated_trigrams", "tokens", "ended", "empty", "unknown")}
+NOT_THEN |= {f"samples/{name}" for name in ("kl", "kl_low", "kl_high")}
+NOT_THEN |= {f"eval_{name}" for name in ("log_ratio/chosen", "log_ratio/rejected", "margin_length_correlation")}
+NOT_THEN |= {"rewards/saturated"}
+
+
+def without_spaces(texts: list[str]) -> list[str]:
+    """What of them is no white space."""
+    return ["".join(text.split()) for text in texts]
 
 
 class Near(NamedTuple):
@@ -116,8 +124,9 @@ def test_run_is_taken_up_and_ends_as_it_did_then(folder: Path, ranks: Ranks, nam
     for line, expected in zip(now[kept:], then[kept:], strict=True):
         assert line == pytest.approx(expected, rel=near.relative, abs=near.metric), line["step"]
     samples, expected = records(folder / "runs" / name / "samples.jsonl"), records(ended / "samples.jsonl")
-    assert [(line["step"], line["prompts"]) for line in samples] == [
-        (line["step"], line["prompts"]) for line in expected
+    # then with a space after each special token, which the format has not
+    assert [(line["step"], without_spaces(line["prompts"])) for line in samples] == [
+        (line["step"], without_spaces(line["prompts"])) for line in expected
     ]
     (file,) = ended.glob("dpo_*.pth")
     found, weights = load_weights(path).state_dict, load_weights(file).state_dict
