@@ -19,6 +19,7 @@ import numpy as np
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
 from simple_llama.common.logging import LOGGER
+from simple_llama.reinforcement_learning.rlhf.report.statistics import groups_of
 from simple_llama.reinforcement_learning.rlhf.run.records import read_records
 
 
@@ -32,6 +33,11 @@ class HeldOutPairs:
     counts_N2: np.ndarray  # int32 scored tokens
     origins: tuple[str, ...]  # file:record
     prompts_N: np.ndarray | None = None  # pairs that answer one prompt have one number; None where none were written
+
+    @property
+    def groups_N(self) -> np.ndarray:
+        """The number of each pair's prompt, from 0; each pair's own where prompts were not written."""
+        return groups_of(range(len(self.origins)) if self.prompts_N is None else self.prompts_N.tolist())
 
     @property
     def ratios_N2(self) -> np.ndarray:
@@ -90,6 +96,13 @@ class RunFacts:
     def steps(self) -> int:
         """Optimizer steps that are recorded."""
         return max((line["step"] for line in self.history), default=0)
+
+    @property
+    def pairs_at_end(self) -> HeldOutPairs | None:
+        """The held-out pairs of the last evaluation, where that kept them."""
+        last, pairs = self.evaluations[-1] if self.evaluations else {}, self.held_out
+        same = pairs and pairs.step == last.get("step") and len(pairs.origins) == value(last, "eval_pairs")
+        return pairs if same else None
 
     def at(self, step: Any) -> Mapping[str, Any]:
         """The evaluation after `step` steps; empty where there was none."""

@@ -20,7 +20,12 @@ from simple_llama.reinforcement_learning.rlhf.report.charts import (
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import extremes
 from simple_llama.reinforcement_learning.rlhf.report.page import Page, number
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
-from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import (
+    interval_of,
+    last_interval,
+    log_ratio,
+    margin_nats,
+)
 from simple_llama.reinforcement_learning.rlhf.report.statistics import reliability
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
 
@@ -37,10 +42,11 @@ class PairText(NamedTuple):
     rejected: str
 
 
-def add_rules(page: Page, first: Mapping[str, Any], last: Mapping[str, Any]) -> None:
+def add_rules(page: Page, facts: RunFacts) -> None:
     """The accuracy beside what it has to beat: bars."""
+    first, last = facts.evaluations[0], facts.evaluations[-1]
     longer = value(last, "eval_longer_is_chosen")
-    low, high = interval_of(last)
+    low, high = last_interval(facts)
     bars = [
         Bar("the policy", value(last, "eval_rewards/accuracies"), low, high),
         Bar("the start model finds it likelier", value(first, "eval_logps/accuracies")),

@@ -33,7 +33,13 @@ from simple_llama.reinforcement_learning.rlhf.report.run_charts import (
     add_rules,
     shown_pairs,
 )
-from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats, verdict
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import (
+    interval_of,
+    last_interval,
+    log_ratio,
+    margin_nats,
+    verdict,
+)
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
 _NAME = "report.html"
@@ -105,7 +111,7 @@ def _write(facts: RunFacts, weights: str, seconds: float | None, texts: Mapping[
         "start": dict(first),
         "last": dict(last),
         "best": dict(facts.at(facts.best.get("step"))),
-        "accuracy_interval": interval_of(last),
+        "accuracy_interval": last_interval(facts) if last else None,
         "final_metrics": facts.final_metrics(),
         "warnings": [{"level": level, "step": step, "text": text} for level, step, text in facts.warnings],
         "data": dict(facts.data),
@@ -165,14 +171,15 @@ def _add_before_and_after(page: Page, facts: RunFacts) -> None:
     rows: list[list[Cell]] = [["step", *(int(line["step"]) for line in lines.values()), "optimizer steps"]]
     for title, find, unit in _compared(facts.beta):
         rows.append([title, *(_known(find(line)) for line in lines.values()), unit])
-    rows.insert(2, ["its 95 % interval", *map(_interval, lines.values()), "Wilson's"])
+    intervals = {name: interval_of(line) for name, line in lines.items()} | {"last": last_interval(facts)}
+    shown = [_interval(line, *intervals[name]) for name, line in lines.items()]
+    rows.insert(2, ["its 95 % interval", *shown, "Wilson's"])
     page.table(["held out", *lines, "unit"], rows)
-    add_rules(page, lines["start"], lines["last"])
+    add_rules(page, facts)
 
 
-def _interval(line: Mapping[str, Any]) -> str | None:
-    """The interval of an evaluation's accuracy. At step 0 every pair is a tie: 0.5 is no estimate."""
-    low, high = interval_of(line)
+def _interval(line: Mapping[str, Any], low: float, high: float) -> str | None:
+    """The interval of an evaluation's accuracy as text. At step 0 every pair is a tie: 0.5 is no estimate."""
     if line["step"] == 0:
         return "by definition"
     return f"{low:.3f} to {high:.3f}" if low == low else None

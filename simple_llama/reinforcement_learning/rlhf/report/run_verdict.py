@@ -6,12 +6,21 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from simple_llama.reinforcement_learning.rlhf.report.page import number
-from simple_llama.reinforcement_learning.rlhf.report.read_run import RunFacts, value
+from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
+from simple_llama.reinforcement_learning.rlhf.report.statistics import (
+    Interval,
+    paired_bootstrap,
+    preferred,
+    share_interval,
+)
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
 
 # What a share of the sample answers may change before the language is said to have changed.
 _REPEATED, _ENDED, _EMPTY = 0.10, 0.25, 0.10
+_DRAWN, _FEWEST_DRAWS, _MOST_DRAWS = 20_000_000, 200, 4000  # of prompts: seconds, whatever is held out
 _FLAT_NATS = 0.05  # a log-ratio below is said not to have moved
 
 
@@ -22,7 +31,7 @@ def verdict(facts: RunFacts) -> list[str]:
     if not evaluations:
         return ["Nothing was held out, so nothing says whether the run helped.", *_training(facts), *_warned(facts)]
     first, last = evaluations[0], evaluations[-1]
-    said = [*_accuracy(first, last), *_rules(first, last), *_margin(facts, last), *_best(facts, last)]
+    said = [*_accuracy(facts, first, last), *_rules(facts, first, last), *_margin(facts, last), *_best(facts, last)]
     return [*said, *_language(facts), *_warned(facts)]
 
 
@@ -32,6 +41,16 @@ def interval_of(line: Mapping[str, Any]) -> tuple[float, float]:
     if not (0 <= accuracy <= 1 and pairs >= 1):
         return math.nan, math.nan
     return accuracy_interval(accuracy, round(pairs))
+
+
+def last_interval(facts: RunFacts) -> tuple[float, float]:
+    """The interval of the last accuracy. Where the pairs are recorded, several that answer one prompt count for what
+    they are worth; else each counts as one."""
+    pairs = facts.pairs_at_end
+    if pairs is None:
+        return interval_of(facts.evaluations[-1])
+    found = share_interval(preferred(pairs.margins_N), pairs.groups_N)
+    return found.low, found.high
 
 
 def margin_nats(line: Mapping[str, Any], beta: float, prefix: str = "eval_") -> float:
@@ -50,11 +69,11 @@ def log_ratio(line: Mapping[str, Any], side: str, beta: float) -> float:
     return value(line, f"eval_rewards/{side}") / beta
 
 
-def _accuracy(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
+def _accuracy(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
     """Whether the policy prefers the chosen answers of pairs that it was not trained on."""
     before, after = (value(line, "eval_rewards/accuracies") for line in (first, last))
-    low, high = interval_of(last)
-    if not math.isfinite(low):
+    low, high = last_interval(facts)
+    if not math.isfinite(low + after):
         yield "Held-out accuracy is not recorded."
         return
     found = (
@@ -76,23 +95,38 @@ def _accuracy(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str
         )
 
 
-def _rules(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
-    """The accuracy beside those of rules that read nothing, and of the start model's own preference."""
-    accuracy, (low, high) = value(last, "eval_rewards/accuracies"), interval_of(last)
+def _rules(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
+    """The accuracy beside those of rules that read nothing, and of the start model's own preference: on the same pairs
+    where these are recorded, which tells more than the interval of the accuracy alone."""
+    accuracy, (low, high) = value(last, "eval_rewards/accuracies"), last_interval(facts)
     longer, raw = value(last, "eval_longer_is_chosen"), value(first, "eval_logps/accuracies")
-    name = "the longer answer is chosen" if not longer < 0.5 else "the shorter answer is chosen"
-    for rule, share in ((name, max(longer, 1 - longer)), ("the start model finds it likelier", raw)):
-        if not (math.isfinite(share) and math.isfinite(low)):
+    by_length = "the longer answer is chosen" if not longer < 0.5 else "the shorter answer is chosen"
+    differences = _differences(facts.pairs_at_end) if facts.pairs_at_end else {}
+    for rule, share in ((by_length, max(longer, 1 - longer)), ("the start model finds it likelier", raw)):
+        if not math.isfinite(share + low + accuracy):
             continue
-        if low > share:
-            words = "below the policy, beyond the interval"
-        elif high < share:
-            words = "above the policy, beyond the interval: a reader who knows this rule alone does better"
+        found = differences.get(rule, Interval(accuracy - share, low - share, high - share))
+        less = f"{abs(found.value):.3f} {'less' if found.value > 0 else 'more'} than the policy"
+        if found.is_above:
+            words = f"{less}, beyond chance"
+        elif found.is_below:
+            words = f"{less}, beyond chance: who knows this rule alone does better"
         else:
-            words = (
-                f"{'below' if share < accuracy else 'not below'} the policy, and within its interval: not told apart"
-            )
+            words = f"{less}, which chance may explain: not told apart"
         yield f'The rule "{rule}" scores {share:.3f} on the same pairs: {words}.'
+
+
+def _differences(pairs: HeldOutPairs) -> dict[str, Interval]:
+    """How much more of the recorded pairs the policy tells right than each rule does, by the rules' names."""
+    ref_N2, gaps_N = pairs.ref_N2.astype(np.float64), pairs.length_gaps_N
+    rules = {
+        "the longer answer is chosen": preferred(gaps_N),
+        "the shorter answer is chosen": preferred(-gaps_N),
+        "the start model finds it likelier": preferred(ref_N2[:, 0] - ref_N2[:, 1]),
+    }
+    hits_N = preferred(pairs.margins_N)
+    draws = max(_FEWEST_DRAWS, min(_MOST_DRAWS, _DRAWN // len(hits_N)))
+    return {name: paired_bootstrap(hits_N, rule_N, pairs.groups_N, draws=draws) for name, rule_N in rules.items()}
 
 
 def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:

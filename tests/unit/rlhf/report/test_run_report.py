@@ -47,7 +47,8 @@ def folder(tmp_path: Path) -> Path:
     change = np.stack([np.arange(N), np.zeros(N)], 1).astype(np.float32)
     origins = np.array([f"{BAD}:{i}" for i in range(N)])
     counts = rng.integers(1, 30, (N, 2)).astype(np.int32)
-    np.savez(found / "held_out.npz", step=4, logps_N2=ref + change, ref_N2=ref, counts_N2=counts, origins=origins)
+    arrays = {"logps_N2": ref + change, "ref_N2": ref, "counts_N2": counts, "origins": origins, "prompts": np.arange(N)}
+    np.savez(found / "held_out.npz", step=4, **arrays)
     return found
 
 
@@ -149,7 +150,7 @@ def test_the_pairs_that_changed_most(folder: Path) -> None:
     assert pairs
     assert np.allclose(pairs.margins_N, np.arange(N), atol=1e-4)
     assert shown_pairs(pairs) == ([11, 10, 9, 8], [0, 1, 2, 3])
-    few = type(pairs)(4, pairs.logps_N2[:3], pairs.ref_N2[:3], pairs.counts_N2[:3], pairs.origins[:3])
+    few = type(pairs)(4, pairs.logps_N2[:3], pairs.ref_N2[:3], pairs.counts_N2[:3], pairs.origins[:3], np.arange(3))
     assert shown_pairs(few) == ([2], [0])
 
 

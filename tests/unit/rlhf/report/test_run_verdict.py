@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from simple_llama.reinforcement_learning.rlhf.report.read_run import RunFacts
-from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats, verdict
+from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import (
+    interval_of,
+    last_interval,
+    log_ratio,
+    margin_nats,
+    verdict,
+)
 
 
 def evaluation(step: int, accuracy: float, **others: float) -> dict[str, Any]:
@@ -41,11 +49,43 @@ def test_rules_that_read_nothing_stand_beside_it() -> None:
     """0.70 of 100 (0.60 to 0.78): above 0.55, not told apart from 0.65; a rule at 0.9 is better. The rule is "shorter"
     where fewer than half of the longer answers are chosen."""
     said = verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.7, eval_longer_is_chosen=0.35)))
-    assert 'The rule "the shorter answer is chosen" scores 0.650' in said[1]
-    assert "within its interval: not told apart" in said[1]
-    assert 'finds it likelier" scores 0.550 on the same pairs: below the policy, beyond' in said[2]
+    assert said[1].startswith('The rule "the shorter answer is chosen" scores 0.650 on the same pairs: 0.050 less than')
+    assert "not told apart" in said[1]
+    assert 'The rule "the start model finds it likelier" scores 0.550 on the same pairs: 0.150 less' in said[2]
+    assert "beyond chance." in said[2]
     said = verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.7, eval_longer_is_chosen=0.9)))
-    assert '"the longer answer is chosen" scores 0.900 on the same pairs: above the policy, beyond' in said[1]
+    assert '"the longer answer is chosen" scores 0.900 on the same pairs: 0.200 more than the policy, beyond' in said[1]
+
+
+def held_out(right: list[int], prompts: list[int]) -> HeldOutPairs:
+    """Pairs of step 9 whose margin is 1 where `right`, else -1; the chosen answer is always the shorter one."""
+    ref_N2 = np.zeros((len(right), 2), np.float32)
+    logps_N2 = np.stack([2 * np.array(right, np.float32) - 1, ref_N2[:, 0]], 1)
+    counts_N2 = np.tile(np.array([[3, 4]], np.int32), (len(right), 1))
+    return HeldOutPairs(9, logps_N2, ref_N2, counts_N2, tuple(map(str, prompts)), np.array(prompts))
+
+
+def test_pairs_of_one_prompt_are_no_independent_draws() -> None:
+    """80 of 100 right: 0.71 to 0.87 where each pair has its own prompt. In ten prompts of ten pairs that are right or
+    wrong together they are worth ten: 0.49 to 0.94, and nothing is shown."""
+    right = [1] * 80 + [0] * 20
+    lines = evaluation(0, 0.5), evaluation(9, 0.8)
+    apart = facts_of(*lines, held_out=held_out(right, list(range(100))))
+    assert last_interval(apart) == pytest.approx(interval_of(lines[1]))
+    together = facts_of(*lines, held_out=held_out(right, [i // 10 for i in range(100)]))
+    assert last_interval(together) == pytest.approx((0.490, 0.943), abs=1e-3)
+    assert "does not show that anything was learned" in verdict(together)[0]
+
+
+def test_a_rule_is_compared_on_the_same_pairs() -> None:
+    """The policy has 80 of 100 right, "the longer answer" none by the pairs, and the interval of the difference is the
+    bootstrap's; pairs of another step, or another number of them, say
+    nothing of the last evaluation."""
+    lines = evaluation(0, 0.5), evaluation(9, 0.8, eval_longer_is_chosen=0.5)
+    pairs = held_out([1] * 80 + [0] * 20, list(range(100)))
+    assert "0.800 less than the policy, beyond chance" in verdict(facts_of(*lines, held_out=pairs))[1]
+    for other in (dataclasses.replace(pairs, step=5), held_out([1] * 80, list(range(80)))):
+        assert "0.300 less than the policy, beyond chance" in verdict(facts_of(*lines, held_out=other))[1]
 
 
 def test_margins_are_in_nats_whichever_way_they_were_recorded() -> None:
