@@ -59,7 +59,7 @@ class Steps:
         is called), and sequences of nearly one length waste little memory."""
         a = model.architecture
         plain = not (a.latent or a.lora or a.qkv_bias or a.out_bias or a.ffwd_bias or a.qk_norm)
-        whole = model.embeddings.weight.shape == (a.vocab_size, a.width)
+        whole = all(weight.numel() for weight in model.parameters())
         level = bool(rooms) and len(rooms) * max(rooms) <= _MOST_PADDING * sum(rooms)
         return plain and whole and level and a.key_width == a.value_width
 

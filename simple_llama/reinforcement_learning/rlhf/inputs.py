@@ -7,7 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from typing_extensions import Doc
@@ -131,9 +131,10 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     start = open_start(config.model_path)
+    chat, given_tokenizer = chat_format(config, start)
     loaded = start.load()
-    chat, given_tokenizer, digest, kept = open_chat(config, start, loaded)
     check_weights(loaded, dtype)
+    digest, kept = check_tokenizer(chat, config, start, loaded)
     architecture = start.architecture
     max_seq_len = config.max_seq_len or architecture.max_seq_len
     if max_seq_len > architecture.max_seq_len:
@@ -177,18 +178,11 @@ def _reads_alike(known: Inputs, chat: ChatFormat, digest: str, max_seq_len: int)
     )
 
 
-class OpenChat(NamedTuple):
-    """How a model chats."""
-
-    format: ChatFormat  # with its tokenizer
-    given: OwnTokenizer | None  # of `tokenize_path`, for exports that are folders; None: the model's own
-    digest: str  # of the tokenizer
-    kept: str | None  # of the one that belongs to a .pth which was made of a folder
-
-
-def open_chat(config: ChatModelConfig, start: StartModel, loaded: Loaded) -> OpenChat:
-    """The format of a model's chats. UserError for a tokenizer that is another model's."""
-    chat, given = _chat_format(config, start)
+def check_tokenizer(
+    chat: ChatFormat, config: ChatModelConfig, start: StartModel, loaded: Loaded
+) -> tuple[str, str | None]:
+    """UserError where a chat format's tokenizer is another model's. Gives its digest, and that of the one that belongs
+    to a .pth which was made of a folder."""
     known = start.architecture.vocab_size
     if token_count(chat.tokenizer) > known:
         own = start.own_tokenizer if is_shipped(Path(config.tokenize_path)) else None
@@ -204,10 +198,10 @@ def open_chat(config: ChatModelConfig, start: StartModel, loaded: Loaded) -> Ope
             f"{config.tokenize_path}: expected the tokenizer of the folder that {start.path} was made of (digest "
             f"{shown(kept)}), found another one ({digest}); give that folder as --tokenize_path"
         )
-    return OpenChat(chat, given, digest, kept)
+    return digest, kept
 
 
-def _chat_format(config: ChatModelConfig, start: StartModel) -> tuple[ChatFormat, OwnTokenizer | None]:
+def chat_format(config: ChatModelConfig, start: StartModel) -> tuple[ChatFormat, OwnTokenizer | None]:
     """The format of the model's chats, with its tokenizer: its own where `tokenize_path` is left at its default. And
     one that was given, for exports that are folders."""
     if is_shipped(Path(config.tokenize_path)) and not isinstance(start, StartFile):

@@ -26,7 +26,7 @@ from simple_llama.interop.open_start import open_start
 from simple_llama.ops.machine import bound_compiled_gemms, has_fast_bf16
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import build_model
-from simple_llama.reinforcement_learning.rlhf.inputs import ChatModelConfig, ModelConfig, open_chat
+from simple_llama.reinforcement_learning.rlhf.inputs import ChatModelConfig, ModelConfig, chat_format, check_tokenizer
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import without_moved
 
 _START = "start"
@@ -122,11 +122,12 @@ def _start_of(start: StartModel) -> StartModel:
 
 def _speaker(name: str, start: StartModel, config: _TalkConfig, device: torch.device) -> terminal.Speaker:
     """A model with its chat format, ready to answer."""
-    chat = open_chat(config, start, start.load()).format
+    chat, _ = chat_format(config, start)
     fast = torch.bfloat16 if has_fast_bf16(device) else torch.float32
     dtype = fast if config.dtype == "auto" else getattr(torch, config.dtype)
     with start.reading() as loaded:
         model = build_model(loaded, dtype, device).eval()
+        check_tokenizer(chat, config, start, loaded)
     spelling = Spelling(chat.tokenizer, chat.unknown_id)
 
     def encode(users: Sequence[str], answers: Sequence[str]) -> list[int]:
