@@ -73,10 +73,15 @@ def test_a_run_ends_with_a_report_and_says_where(job, ranks):
     assert (finished["step"], finished["weights"]) == (6, str(path)) and finished["seconds"] > 0
     assert finished["report"] == str(folder / "report.html")
     assert "Held-out accuracy" in (folder / "report.html").read_text()
+    texts = json.loads((folder / "report.json").read_text())["pairs"].values()  # of the pairs at both ends
+    records = [json.loads(line) for line in (job.folder / "pairs.jsonl").read_text().splitlines()]
+    said = {(record["Accepted"][0], record["Rejected"][0]) for record in records}
+    assert len(texts) == 2 and {(text["chosen"], text["rejected"]) for text in texts} <= said
+    assert all("say " in text["prompt"] and text["chosen"] not in text["prompt"] for text in texts)
     last = (folder / "train.log").read_text().splitlines()[-1]
     assert f"report: {folder / 'report.html'}; to talk to the result: python launch/chat.py --model_path {path}" in last
     (folder.parent / "again" / "report.html").mkdir(parents=True)
-    run_job(job, ranks, run_name="again")
+    run_job(job, ranks, run_name="again", epochs=1, n_samples=0, eval_interval=0)
     finished = json.loads((folder.parent / "again" / "finished.json").read_text())
     assert finished["report"] is None and finished["metrics"]["loss"] == job.curve("loss", "again")[-1]
 

@@ -87,7 +87,7 @@ def texts_of(chat: ChatFormat, held_out: PairSet) -> Texts:
 def _pair_text(chat: ChatFormat, held_out: PairSet, position: int) -> PairText:
     """A pair as text: the prompt with its special tokens, answers without."""
     pair = held_out[position]
-    prompt = chat.tokenizer.decode(pair.prompt_ids.tolist(), skip_special_tokens=False)
+    prompt = chat.spell(pair.prompt_ids.tolist())
     sides = ((pair.prefix, pair.chosen, pair.chosen_scored), (pair.prefix, pair.rejected, pair.rejected_scored))
     answers = []
     for prefix, branch, scored in sides:
