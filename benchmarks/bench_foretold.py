@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import save_weights
 
-STEPS, MICRO_BATCHES = 4, 8  # of a run, at least
+STEPS, MICRO_BATCHES = 4, 6  # of a run, at least
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Bench:
 
     only: str = ""  # FIRST:END of the configurations; "": all
     results: str = root_path("runs", "foretold.json")  # where the numbers of all calls are kept
+    most_s: float = 0.0  # begin no configuration after so many seconds, and pass over those that are kept; 0: all
     table: bool = False  # make the table of what is there, and run nothing
 
 
@@ -60,7 +62,7 @@ SIZES = {
     "34m": Size(512, 8, 8),
     "86m": Size(768, 10, 12),
 }
-VOCABULARY = 8192
+SCRIPT = "simple_llama/reinforcement_learning/rlhf/apply_dpo.py"
 MIXES = {"short": (24, 48), "middle": (120, 80), "long": (500, 160), "uneven": (0, 0)}  # words of prompt and answers
 
 
@@ -84,45 +86,45 @@ class Case(NamedTuple):
 
 CASES = (
     # one rank, bf16: sizes, batches, lengths
-    Case("4m", "short", 4, 4),
-    Case("4m", "middle", 16, 2),
-    Case("18m", "short", 8, 4),
-    Case("18m", "middle", 4, 4),
-    Case("18m", "long", 4, 2),
+    Case("4m", "short", 2, 2),
+    Case("4m", "middle", 8, 1),
+    Case("18m", "short", 4, 2),
+    Case("18m", "middle", 2, 2),
+    Case("18m", "long", 2, 2),
     Case("34m", "short", 1, 1),
-    Case("34m", "short", 1, 8),
-    Case("34m", "middle", 8, 2),
-    Case("34m", "long", 4, 2),
-    Case("34m", "uneven", 4, 4),
-    Case("86m", "short", 4, 2),
-    Case("86m", "middle", 4, 2),
+    Case("34m", "short", 1, 4),
+    Case("34m", "middle", 4, 2),
+    Case("34m", "long", 2, 2),
+    Case("34m", "uneven", 2, 4),
+    Case("86m", "short", 2, 2),
+    Case("86m", "middle", 2, 1),
     # one rank, fp32
-    Case("4m", "middle", 4, 4, deepspeed="zero2_fp32"),
-    Case("18m", "short", 4, 4, deepspeed="zero2_fp32"),
-    Case("18m", "middle", 8, 2, deepspeed="zero2_fp32"),
-    Case("34m", "middle", 4, 1, deepspeed="zero2_fp32"),
-    # one rank: recomputation, offload, losses, the reference in memory, decay, no accumulation
-    Case("34m", "middle", 8, 2, ours={"activation_checkpointing": True}),
-    Case("34m", "long", 8, 1, ours={"activation_checkpointing": True}),
-    Case("18m", "middle", 8, 2, deepspeed="zero2_offload"),
-    Case("34m", "short", 4, 4, deepspeed="zero2_offload"),
-    Case("18m", "middle", 8, 2, ours={"loss": "ipo"}),
-    Case("34m", "middle", 4, 2, ours={"loss": "hinge", "weight_decay": 0.1}),
-    Case("34m", "middle", 4, 2, ours={"reference": "online"}),
-    Case("34m", "middle", 8, 1),
-    Case("34m", "middle", 4, 2, deepspeed="zero3_bf16"),
+    Case("4m", "middle", 4, 2, deepspeed="zero2_fp32"),
+    Case("18m", "short", 1, 4, deepspeed="zero2_fp32"),
+    Case("18m", "short", 4, 2, deepspeed="zero2_fp32"),
+    Case("18m", "middle", 4, 2, deepspeed="zero2_fp32"),
+    Case("34m", "middle", 2, 1, deepspeed="zero2_fp32"),
+    # one rank: recomputation, offload, losses, decay, the reference in memory, ZeRO-1 and 3
+    Case("34m", "middle", 4, 2, ours={"activation_checkpointing": True}),
+    Case("18m", "long", 4, 1, deepspeed="zero2_fp32", ours={"activation_checkpointing": True}),
+    Case("18m", "short", 4, 2, deepspeed="zero2_offload"),
+    Case("34m", "short", 2, 2, deepspeed="zero2_offload"),
+    Case("18m", "short", 4, 2, ours={"loss": "ipo"}),
+    Case("34m", "short", 2, 2, deepspeed="zero2_fp32", ours={"loss": "hinge", "weight_decay": 0.1}),
+    Case("34m", "short", 2, 2, ours={"reference": "online"}),
+    Case("34m", "short", 2, 2, deepspeed="zero3_bf16"),
     # two ranks
-    Case("18m", "short", 4, 4, 2),
-    Case("34m", "middle", 4, 2, 2),
-    Case("34m", "middle", 4, 4, 2, ours={"reduce_once": True}),
-    Case("34m", "middle", 4, 1, 2),
-    Case("18m", "middle", 4, 2, 2, deepspeed="zero3_bf16"),
-    Case("34m", "middle", 4, 2, 2, deepspeed="zero3_bf16"),
-    Case("34m", "long", 2, 2, 2, deepspeed="zero3_bf16", ours={"activation_checkpointing": True}),
-    Case("18m", "middle", 4, 2, 2, deepspeed="zero2_fp32"),
-    Case("34m", "middle", 4, 2, 2, deepspeed="zero2_offload"),
-    Case("86m", "short", 4, 2, 2),
-    Case("34m", "uneven", 4, 2, 2, ours={"loss": "ipo"}),
+    Case("18m", "short", 2, 2, 2),
+    Case("34m", "short", 2, 2, 2),
+    Case("34m", "short", 2, 2, 2, ours={"reduce_once": True}),
+    Case("34m", "middle", 2, 1, 2),
+    Case("18m", "short", 2, 2, 2, deepspeed="zero3_bf16"),
+    Case("34m", "middle", 2, 1, 2, deepspeed="zero3_bf16"),
+    Case("18m", "long", 1, 2, 2, deepspeed="zero3_bf16", ours={"activation_checkpointing": True}),
+    Case("18m", "short", 2, 2, 2, deepspeed="zero2_fp32"),
+    Case("34m", "short", 2, 2, 2, deepspeed="zero2_offload"),
+    Case("86m", "short", 1, 2, 2),
+    Case("18m", "uneven", 2, 2, 2, deepspeed="zero2_fp32", ours={"loss": "ipo"}),
 )
 
 
@@ -148,8 +150,7 @@ def settings_of(case: Case, folder: Path) -> dict[str, Any]:
         "epochs": 1,
         "warmup_iterations": 1,
         "eval_interval": 0,
-        "n_samples": 2,
-        "sample_tokens": 8,
+        "n_samples": 0,
         **{key: str(folder / key) for key in ("ckpt_dir", "ref_cache_dir", "log_dir")},
         **case.ours,
     }
@@ -213,10 +214,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     settings = settings_of(case, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(settings))
-    report, _ = start("launch/train_dpo.py", path, case.ranks, ["--dry_run", "--probe"])
-    if settings.get("reference") != "online":
-        start("launch/precompute_ref.py", path, 1)
-    _, peak_gib = start("launch/train_dpo.py", path, case.ranks)
+    report, _ = start(SCRIPT, path, case.ranks, ["--dry_run", "--probe"])
+    _, peak_gib = start(SCRIPT, path, case.ranks)
     lines = [json.loads(line) for line in (folder / "log_dir" / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["perf/step_time_s"] for line in lines if "perf/step_time_s" in line]
     full = seconds[1:-1] if len(seconds) > 3 else seconds[1:]  # the first one warms up, the last one may be short
@@ -262,7 +261,10 @@ def main(bench: Bench) -> None:
     found = json.loads(path.read_text()) if path.exists() else {}
     first, _, end = bench.only.partition(":")
     numbers = range(int(first or 0), int(end or len(CASES))) if bench.only else range(len(CASES))
+    began = time.monotonic()
     for number in () if bench.table else numbers:
+        if bench.most_s and (str(number) in found or time.monotonic() - began > bench.most_s):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found[str(number)] = measure(CASES[number], Path(folder))
         print(*row(number, found[str(number)]), file=sys.stderr, flush=True)

@@ -34,10 +34,13 @@ from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, useful_flops
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.run.health import warnings_of
+from simple_llama.reinforcement_learning.rlhf.run.run_facts import weight_facts
 from simple_llama.reinforcement_learning.rlhf.run.sampling import sample_prompts
 from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import SavedBytes, saved_bytes, start_warnings
+from simple_llama.reinforcement_learning.rlhf.run.watch_health import facts_of
 
 _GIB = 2**30
 _MOST_PROBES = 3  # of batches that --fit_gb may have to lower
@@ -61,6 +64,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
     job = _Job(config, inputs, ranks)
     foretold = job.foretell()
     pairs, plan, saved = inputs.data.train, job.plan(config.batch_size), job.saved()
+    warned = job.warnings(saved)
     sections = {
         "config": json.dumps(asdict(replace(config, max_seq_len=inputs.max_seq_len)), indent=2),
         "DeepSpeed": json.dumps(full_ds_config(config, ranks.world_size), indent=2),
@@ -70,7 +74,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
         "memory per rank": job.memory(foretold),
         "time": job.time(foretold, saved),
         "checkpoints": _checkpoints(saved, inputs),
-        "warnings": "\n".join(job.warnings(saved)) or "none",
+        "warnings": "\n".join(warned) or "none",
         "first pair (scored tokens in [[ ]])": _show_pair(inputs.chat.tokenizer, pairs[0]),
     }
     return "\n\n".join(f"== {title} ==\n{body}" for title, body in sections.items())
@@ -216,7 +220,8 @@ class _Job:
         return duration.told(work, speed, kind)
 
     def warnings(self, saved: SavedBytes) -> list[str]:
-        """All that the run would say at its start, and what it would refuse."""
+        """All that the run would say at its start, by the functions that it calls, and what it would refuse
+        (collective)."""
         config, data = self.config, self.inputs.data
         steps = self.plan(config.batch_size).steps_per_epoch * config.epochs
         found = list(data.warnings) + start_warnings(config, steps, None if config.resume else saved, config.ckpt_dir)
@@ -225,7 +230,19 @@ class _Job:
                 f"{config.ref_cache_dir}: the reference store lacks {len(self.missing)} of {len(data.pairs)} pairs; "
                 "launch/precompute_ref.py computes them (how long: under time), without them the run does not start"
             )
-        return found
+        with self.inputs.start.reading() as start:
+            matrices = (start.state_dict[name] for name in _trained_matrices(config, self.inputs))
+            weights = weight_facts(matrices, self.inputs.dtype, self.ranks.device)
+        facts = facts_of(config, data, steps, config.beta)
+        return found + [f"{one.level}: {one.text}" for one in warnings_of([{"step": 0, **weights}], facts)]
+
+
+def _trained_matrices(config: PolicyConfig, inputs: Inputs) -> list[str]:
+    """Names of the trained weights of two dimensions."""
+    with torch.device("meta"):
+        model = LLaMaTransformer(inputs.architecture)
+    matrices = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
+    return [name for name in matrices if config.trainable == "all" or "_lora_layer." in name]
 
 
 def _union(steps: int, interval: int, steps_per_epoch: int) -> int:

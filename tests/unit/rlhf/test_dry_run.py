@@ -205,6 +205,10 @@ def test_warnings_are_those_of_the_run(
     assert lines[1] == "warmup_iterations is 6, but the run has 6 steps: max_lr is never reached"
     assert lines[2].startswith(f"{job.folder}/checkpoints: the checkpoints take up to 0.002 GiB, 0.000 GiB are free")
     assert "the reference store lacks 24 of 24 pairs" in lines[3] and len(lines) == 4
+    monkeypatch.setattr(inputs.data, "largest_prompt_share", 0.5)
+    lines = sections(describe(replace(config, max_lr=1e-12, min_lr=1e-12), inputs, ranks))["warnings"].splitlines()
+    assert lines[-2].startswith("notice: one prompt has 50% of the 24 pairs")
+    assert lines[-1].startswith("alarm: the rate is too small to move the weights: all 6 steps")
 
 
 def test_the_first_pair_is_shown_with_its_scored_tokens(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> None:
