@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -29,9 +30,10 @@ _PROJECT = "simple-llama-dpo"  # at a tracker, unless its own variable names ano
 _NAMES = "trackers.json"  # in the run's folder: how each tracker calls the run, for a resume
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 30.0, 1800.0  # between two tries to reach a tracker
 _MOST_UNSENT = 100_000  # lines of metrics
-_PATIENCE = {  # of MLflow's client, which would try for minutes while training stands still
+_MLFLOW = {  # what its client reads: it would try for minutes while training stands still, and refuse a folder
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
 }
 
 
@@ -99,7 +101,7 @@ class _WandB:
     def __init__(self, folder: Path, run: str, settings: Mapping[str, Any], names: dict[str, str]):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        known = names.get("wandb") or wandb.util.generate_id()
+        known = names.get("wandb") or secrets.token_hex(4)
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
         self.run = wandb.init(
             project=project, name=run, id=known, resume="allow", dir=str(folder), config=dict(settings)
@@ -118,7 +120,7 @@ class _MLflow:
     """A run of MLflow, wherever MLFLOW_TRACKING_URI leads. A resumed run goes on under the same id."""
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, Any], names: dict[str, str]):
-        for name, value in _PATIENCE.items():
+        for name, value in _MLFLOW.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
         from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
