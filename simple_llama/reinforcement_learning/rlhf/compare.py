@@ -19,6 +19,7 @@ from simple_llama.reinforcement_learning.rlhf.report.comparison import groups_of
 from simple_llama.reinforcement_learning.rlhf.report.comparison_page import comparison_json, comparison_page
 from simple_llama.reinforcement_learning.rlhf.report.comparison_words import (
     course_table,
+    distance_table,
     held_out_table,
     settings_table,
     verdict,
@@ -60,7 +61,7 @@ def compare_runs(config: CompareConfig) -> str:
     verdicts = [sentence for group in groups for sentence in verdict(group)]
     if not any(len(group.runs) > 1 for group in groups):
         verdicts.insert(0, "No two finished runs have the same held-out pairs: nothing says which is better.")
-    tables = [held_out_table(runs, groups), settings_table(runs), course_table(runs)]
+    tables = [held_out_table(runs, groups), distance_table(runs, groups), settings_table(runs), course_table(runs)]
     output = Path(config.output or config.log_dir)
     atomic_write_json(output / "comparison.json", comparison_json(runs, groups, verdicts, notes))
     page = comparison_page(runs, groups, verdicts, notes, tables)

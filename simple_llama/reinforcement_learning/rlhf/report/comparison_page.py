@@ -194,14 +194,14 @@ def _loss_charts(runs: Sequence[Standing]) -> list[tuple[str, str]]:
 
 
 def _guard_charts(runs: Sequence[Standing]) -> list[tuple[str, str]]:
-    """What tells whether the language of the sampled answers breaks, where answers were sampled."""
+    """What tells whether the language of the sampled answers breaks, where it was ever more than 0."""
     return [
         (
             line_chart(f"Sample answers: {words}", "step", words, [_named(run, name) for run in runs]),
             "Of the answers to a few held-out prompts at each evaluation.",
         )
         for name, words in _GUARDS.items()
-        if any(name in values for run in runs for values in run.evaluations)
+        if any(values.get(name) for run in runs for values in run.evaluations)
     ]
 
 

@@ -115,37 +115,54 @@ def _beware(best: Standing) -> Iterator[str]:
 
 def held_out_table(runs: Sequence[Standing], groups: Sequence[Group]) -> Table:
     """Where each run stands on its held-out pairs. Letters say which runs have the same ones, where not all have."""
-    by_run = {run.label: (index, group) for index, group in enumerate(groups) for run in group.runs}
+    letters = {run.label: f" {chr(ord('A') + i % 26)}" for i, group in enumerate(groups) for run in group.runs}
     rows = []
     for run in runs:
-        index, group = by_run.get(run.label, (None, None))
-        letter = "" if len(groups) < 2 or index is None else f" {chr(ord('A') + index % 26)}"
-        judged = group if group and len(group.runs) > 1 else None
         beta, values = run.run.beta, run.values
         chosen, rejected = (log_ratio(values, side, beta) if run.pairs else None for side in ("chosen", "rejected"))
-        equal = judged.margins_at_shared_distance()[run.label] if judged else None
         rows.append(
             {
                 "run": run.label,
-                "pairs": f"{run.pairs:,}{letter}",
+                "pairs": f"{run.pairs:,}{letters.get(run.label, '') if len(groups) > 1 else ''}",
                 "accuracy": _interval(run.accuracy, "{:.3f}"),
                 "margin / beta": _interval(run.margin, "{:.2f}"),
                 "chosen": _value(chosen, "{:+.2f}"),
                 "rejected": _value(rejected, "{:+.2f}"),
                 "KL": _interval(run.kl, "{:.3g}"),
-                "margin at equal distance": _value(equal, "{:.2f}"),
-                "frontier": _NONE if judged is None else "yes" if run in judged.frontier() else "no",
-                "loss": _value(values.get("eval_loss"), "{:.4f} ") + run.loss_name,
             }
         )
-    empty = {name for name in rows[0] if all(row[name] == _NONE for row in rows)}
-    headers = [name for name in rows[0] if name not in empty]
-    return Table(
-        "Held out, with 95 % intervals. Margin / beta and log-ratios (chosen, rejected): nats an answer. KL: nats an "
-        "answer token. Losses are not comparable across losses and betas",
-        headers,
-        [[row[name] for name in headers] for row in rows],
+    return _table(
+        "Held out, with 95 % intervals. Margin / beta and log-ratios (chosen, rejected): nats an answer. KL to the "
+        "reference: nats an answer token",
+        rows,
     )
+
+
+def distance_table(runs: Sequence[Standing], groups: Sequence[Group]) -> Table:
+    """What each run has for how far it went from its reference, and losses, each with what scales it."""
+    by_run = {run.label: group for group in groups for run in group.runs if len(group.runs) > 1}
+    rows = []
+    for run in runs:
+        group = by_run.get(run.label)
+        rows.append(
+            {
+                "run": run.label,
+                "distance": _value(group.distance(run), "{:.3g}") if group else _NONE,
+                "margin at equal distance": _value(group and group.margins_at_shared_distance()[run.label], "{:.2f}"),
+                "frontier": ("yes" if run in group.frontier() else "no") if group else _NONE,
+                "loss": _value(run.values.get("eval_loss"), "{:.4f}"),
+                "loss of": run.loss_name,
+            }
+        )
+    measures = dict.fromkeys(MEASURES[group.measure] for group in by_run.values())
+    caption = f"Against the distance from the reference ({'; '.join(measures)}). " if measures else ""
+    return _table(f"{caption}Losses are not comparable across losses and betas", rows)
+
+
+def _table(caption: str, rows: Sequence[Mapping[str, str]]) -> Table:
+    """A table of rows by their headers, without columns in which nothing stands."""
+    headers = [name for name in rows[0] if any(row[name] != _NONE for row in rows)]
+    return Table(caption, headers, [[row[name] for name in headers] for row in rows])
 
 
 def course_table(runs: Sequence[Standing]) -> Table:
