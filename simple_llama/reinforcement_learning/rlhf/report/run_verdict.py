@@ -20,8 +20,7 @@ from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_inter
 
 # What a share of the sample answers may change before the language is said to have changed.
 _REPEATED, _ENDED, _EMPTY = 0.10, 0.25, 0.10
-_DRAWN, _FEWEST_DRAWS, _MOST_DRAWS = 20_000_000, 200, 4000  # of prompts: seconds, whatever is held out
-_FLAT_NATS = 0.05  # a log-ratio below is said not to have moved
+_FLAT = 0.1  # of the margin: a log-ratio below is said not to have moved
 
 
 def verdict(facts: RunFacts) -> list[str]:
@@ -125,8 +124,7 @@ def _differences(pairs: HeldOutPairs) -> dict[str, Interval]:
         "the start model finds it likelier": preferred(ref_N2[:, 0] - ref_N2[:, 1]),
     }
     hits_N = preferred(pairs.margins_N)
-    draws = max(_FEWEST_DRAWS, min(_MOST_DRAWS, _DRAWN // len(hits_N)))
-    return {name: paired_bootstrap(hits_N, rule_N, pairs.groups_N, draws=draws) for name, rule_N in rules.items()}
+    return {name: paired_bootstrap(hits_N, rule_N, pairs.groups_N) for name, rule_N in rules.items()}
 
 
 def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
@@ -141,12 +139,15 @@ def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
         yield f"{said}."
         return
     parts = f"log-prob of chosen answers {chosen:+.2f}, of rejected ones {rejected:+.2f} nats"
-    if margin > 0 and chosen < -_FLAT_NATS:
-        yield f"{said}: {parts}. Chosen answers became less likely too: it learned what to leave, not what to say."
-    elif margin > 0:
-        yield f"{said}: {parts}. Chosen answers did not become less likely."
+    if margin <= 0:
+        words = "The rejected answers gained"
+    elif chosen < -_FLAT * margin:
+        words = "Chosen answers became less likely too: it learned what to leave, more than what to say"
     else:
-        yield f"{said}: {parts}. The rejected answers gained."
+        words = (
+            f"Chosen answers {'became likelier' if chosen > _FLAT * margin else 'stayed about as likely as they were'}"
+        )
+    yield f"{said}: {parts}. {words}."
 
 
 def _best(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:

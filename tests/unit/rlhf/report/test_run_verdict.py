@@ -101,7 +101,8 @@ def test_margins_are_in_nats_whichever_way_they_were_recorded() -> None:
     ("chosen", "rejected", "words"),
     [
         (-1.0, -3.0, "Chosen answers became less likely too"),
-        (0.5, -1.5, "Chosen answers did not become less likely"),
+        (0.5, -1.5, "Chosen answers became likelier"),
+        (-0.1, -2.1, "Chosen answers stayed about as likely"),
         (-3.0, -1.0, "The rejected answers gained"),
     ],
 )
