@@ -2,8 +2,8 @@
 
 <log_dir>/<run>/   config.json  ds_config.json  environment.json  data.json  train.log
                    metrics.jsonl  samples.jsonl  held_out.npz  metrics.csv  trackers.json
-                   events.out.tfevents.*
-                   finished.json (at the end)  lock (while a run writes here)
+                   warnings.jsonl  events.out.tfevents.*
+                   report.html  report.json  finished.json (at the end)  lock (while a run writes here)
 <ckpt_dir>/<run>/  config.json, the same: all hosts see it, and `--resume` begins with it  lock
 """
 
