@@ -1,17 +1,17 @@
 """What a run shows on TensorBoard: curves in groups, a page that answers "does it work", a table of runs, texts.
 
-    eval/...  perf/...  samples/...  train/...     one curve a chart
-    custom scalars                                 the same curves, those that belong together in one chart
-    held_out/...                                   histograms
+    eval/...  held_out/...  perf/...  samples/...  train/...     one curve a chart, in the order of the first screen
+    custom scalars                                               those that belong together in one chart
 
-Metrics keep the names of metrics.jsonl behind their group. What is no curve stays in metrics.jsonl alone.
+Behind their group metrics keep the names of metrics.jsonl. `eval` has loss and rewards, so that they are seen first,
+`held_out` what else is said of these pairs, and histograms. What is no curve stays in metrics.jsonl alone.
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +22,21 @@ from simple_llama.reinforcement_learning.rlhf.run.event_file import EventFile
 
 _NO_CURVES = ("epoch", "eval_pairs", "weights/median", "weights/bits")
 _OWN_GROUPS = ("perf/", "samples/")
+_FIRST = ("loss", "rewards/")  # of what is held out: on the first screen
 _LAYOUT = {  # title, with the unit: curves
     "does it work": {
         "loss": ("train/loss", "eval/loss"),
-        "accuracy (eval/longer_is_chosen: a rule that reads nothing)": (
+        "accuracy (longer_is_chosen: a rule that reads nothing)": (
             "train/rewards/accuracies",
             "eval/rewards/accuracies",
-            "eval/longer_is_chosen",
+            "held_out/longer_is_chosen",
         ),
         "reward margin (beta x nats)": ("train/rewards/margins", "eval/rewards/margins"),
         "held out: log-probs of the policy less those of the reference (nats an answer)": (
-            "eval/log_ratio/chosen",
-            "eval/log_ratio/rejected",
+            "held_out/log_ratio/chosen",
+            "held_out/log_ratio/rejected",
         ),
-        "held out: log-probs of the policy (nats an answer)": ("eval/logps/chosen", "eval/logps/rejected"),
+        "held out: log-probs of the policy (nats an answer)": ("held_out/logps/chosen", "held_out/logps/rejected"),
     },
     "is it still itself": {
         "KL to the reference on its own answers (nats a token, 95 % interval)": (
@@ -50,7 +51,7 @@ _LAYOUT = {  # title, with the unit: curves
             "samples/unknown",
         ),
         "sample answers: mean tokens": ("samples/tokens",),
-        "margin explained by length (correlation)": ("eval/margin_length_correlation",),
+        "margin explained by length (correlation)": ("held_out/margin_length_correlation",),
     },
     "how it learns": {
         "gradient norm": ("train/grad_norm",),
@@ -58,30 +59,28 @@ _LAYOUT = {  # title, with the unit: curves
         "share of saturated pairs": ("train/rewards/saturated",),
     },
 }
-# Columns of the table of runs: settings that decide what is learned, then results.
+# Columns of the table of runs: settings that decide what is learned, of which TensorBoard shows the first five in the
+# order of the alphabet until others are ticked; then results.
 _SETTINGS = (
     *(field.name for field in fields(LossConfig)),
     "max_lr",
     "min_lr",
     "warmup_iterations",
     "epochs",
-    "batch_size",
-    "grad_accum_steps",
     "weight_decay",
     "max_grad_norm",
-    "dropout",
     "trainable",
     "max_seq_len",
     "val_share",
     "seed",
 )
-_NAMED_BY = {"model": "model_path", "data": "rlhf_dataset_path"}  # of a path its last part
+_PATHS = ("model_path", "rlhf_dataset_path")  # of each its last part
 _RESULTS = (
     "eval/loss",
     "eval/rewards/accuracies",
     "eval/rewards/margins",
-    "eval/log_ratio/chosen",
-    "eval/log_ratio/rejected",
+    "held_out/log_ratio/chosen",
+    "held_out/log_ratio/rejected",
     "samples/kl",
     "samples/ended",
     "train/loss",
@@ -96,7 +95,8 @@ def _curve_name(name: str) -> str | None:
     if name in _NO_CURVES:
         return None
     if name.startswith("eval_"):
-        return f"eval/{name.removeprefix('eval_')}"
+        plain = name.removeprefix("eval_")
+        return f"{'eval' if plain.startswith(_FIRST) else 'held_out'}/{plain}"
     return name if name.startswith(_OWN_GROUPS) else f"train/{name}"
 
 
@@ -136,8 +136,9 @@ class Board:
 
 def _table_settings(settings: Settings) -> dict[str, bool | float | str]:
     """A run's settings as the table of runs has them."""
-    found = {name: getattr(settings, name) for name in _SETTINGS}
-    return found | {name: Path(getattr(settings, path)).name for name, path in _NAMED_BY.items()}
+    has = asdict(settings)  # pyright: ignore[reportArgumentType] - settings are dataclasses
+    found = {name: has[name] for name in _SETTINGS} | {name: Path(has[name]).name for name in _PATHS}
+    return found | {"pairs_a_rank": has["batch_size"] * has["grad_accum_steps"]}
 
 
 def _sample_page(prompt: str, before: str, after: str) -> str:

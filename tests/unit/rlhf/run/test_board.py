@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.run.board import _RESULTS, Board, _as_markdown, _curve_name, _sample_page
+
+Layout: Any = layout_pb2.Layout  # pyright: ignore[reportAttributeAccessIssue]
+HParams: Any = plugin_data_pb2.HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_curves_stand_in_groups() -> None:
     """Training, held out, speed, samples; what counts or never changes is no curve."""
     names = ("loss", "rewards/margins", "eval_loss", "eval_log_ratio/chosen", "perf/mfu", "samples/kl")
-    shown = ["train/loss", "train/rewards/margins", "eval/loss", "eval/log_ratio/chosen", "perf/mfu", "samples/kl"]
+    shown = ["train/loss", "train/rewards/margins", "eval/loss", "held_out/log_ratio/chosen", "perf/mfu", "samples/kl"]
     assert [_curve_name(name) for name in names] == shown
     assert {_curve_name(name) for name in ("epoch", "eval_pairs", "weights/median", "weights/bits")} == {None}
 
@@ -32,14 +36,14 @@ def test_the_first_page_and_the_table_of_runs(tmp_path: Path) -> None:
     board.file.close()
     found = EventAccumulator(str(tmp_path)).Reload()
     [event] = found.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
     assert charts["loss"] == ["train/loss", "eval/loss"] and layout.category[0].title == "does it work"
     content = found.summary_metadata
-    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"].plugin_data.content)
+    start = HParams.FromString(content["_hparams_/session_start_info"].plugin_data.content)
     hparams = start.session_start_info.hparams
-    assert hparams["beta"].number_value == 0.25 and hparams["model"].string_value == "small.pth"
-    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"].plugin_data.content).experiment
+    assert hparams["beta"].number_value == 0.25 and hparams["model_path"].string_value == "small.pth"
+    experiment = HParams.FromString(content["_hparams_/experiment"].plugin_data.content).experiment
     assert [metric.name.tag for metric in experiment.metric_infos] == list(_RESULTS)
     assert "_hparams_/session_end_info" in content
     assert found.Tags()["histograms"] == ["held_out/margin_nats"]

@@ -243,7 +243,7 @@ def test_names_of_a_whole_run_are_the_documented_ones(tmp_path: Path, ranks: Ran
     tags = board(tmp_path / "runs" / "tiny").Tags()
     no_curves = {"epoch", "eval_pairs", "weights/median", "weights/bits"}
     assert set(tags["scalars"]) == {_curve_name(name) for name in documented - no_curves}
-    assert {name.split("/")[0] for name in tags["scalars"]} == {"train", "eval", "samples", "perf"}
+    assert {name.split("/")[0] for name in tags["scalars"]} == {"train", "eval", "held_out", "samples", "perf"}
     pages = [f"{name}/text_summary" for name in ("samples/prompt_0", "warnings")]
     assert set(tags["tensors"]) == {"custom_scalars__config__", *pages}
     spread = ("margin_nats", "reward_chosen", "reward_rejected", "chosen_less_rejected_tokens")
