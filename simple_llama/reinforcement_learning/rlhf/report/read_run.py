@@ -19,6 +19,7 @@ import numpy as np
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
 from simple_llama.common.logging import LOGGER
+from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.report.statistics import groups_of
 from simple_llama.reinforcement_learning.rlhf.run.records import read_records
 
@@ -128,6 +129,12 @@ def value(record: Mapping[str, Any], name: str) -> float:
     """A metric of a record; NaN where it has none that is a number."""
     found = record.get(name)
     return float(found) if isinstance(found, (int, float)) and not isinstance(found, bool) else math.nan
+
+
+def from_project(path: str) -> str:
+    """A path from the project's folder, where commands are typed; as it is where it lies elsewhere."""
+    found = Path(path)
+    return str(found.relative_to(root_path())) if found.is_relative_to(root_path()) else path
 
 
 def read_run(folder: Path) -> RunFacts:

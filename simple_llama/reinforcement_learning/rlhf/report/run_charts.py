@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,12 @@ from simple_llama.reinforcement_learning.rlhf.report.charts import (
 )
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import extremes
 from simple_llama.reinforcement_learning.rlhf.report.page import Page, number
-from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
+from simple_llama.reinforcement_learning.rlhf.report.read_run import (
+    HeldOutPairs,
+    RunFacts,
+    from_project,
+    value,
+)
 from simple_llama.reinforcement_learning.rlhf.report.run_verdict import (
     interval_of,
     last_interval,
@@ -223,7 +229,7 @@ def _add_extremes(page: Page, pairs: HeldOutPairs, texts: Mapping[int, PairText]
         for i in positions:
             if i in texts:
                 text = texts[i]
-                note = f"{pairs.origins[i]}: margin {pairs.margins_N[i]:+.2f} nats"
+                note = f"{from_project(pairs.origins[i])}: margin {pairs.margins_N[i]:+.2f} nats"
                 page.side_by_side(text.prompt, text.rejected, text.chosen, ("rejected", "chosen"), note)
 
 
@@ -232,4 +238,4 @@ def _pair_row(pairs: HeldOutPairs, i: int) -> list[Any]:
     (before_chosen, before_rejected), (chosen, rejected) = pairs.ref_N2[i].tolist(), pairs.logps_N2[i].tolist()
     tokens = " / ".join(number(int(count)) for count in pairs.counts_N2[i])
     numbers = (pairs.margins_N[i], before_chosen, chosen, before_rejected, rejected)
-    return [pairs.origins[i], *(round(float(found), 2) for found in numbers), tokens]
+    return [Path(pairs.origins[i]).name, *(round(float(found), 2) for found in numbers), tokens]

@@ -20,12 +20,18 @@ from simple_llama.cluster.watchdog import WatchConfig
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write, atomic_write_json, read_json
 from simple_llama.common.logging import LOGGER
-from simple_llama.common.paths import package_path, root_path
+from simple_llama.common.paths import package_path
 from simple_llama.finetune.chat_format import ChatFormat
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import plain
 from simple_llama.reinforcement_learning.rlhf.report.page import Cell, Page
-from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, read_run, value
+from simple_llama.reinforcement_learning.rlhf.report.read_run import (
+    HeldOutPairs,
+    RunFacts,
+    from_project,
+    read_run,
+    value,
+)
 from simple_llama.reinforcement_learning.rlhf.report.run_charts import (
     PairText,
     add_curves,
@@ -242,7 +248,7 @@ def _add_data(page: Page, facts: RunFacts) -> None:
     page.heading("Data")
     rows = [[title, _cell(facts.data.get(name))] for title, name in _DATA]
     if facts.data:
-        page.table(["", ""], rows, str(facts.settings.get("rlhf_dataset_path", "")))
+        page.table(["", ""], rows, _setting(facts.settings.get("rlhf_dataset_path", "")))
     else:
         page.paragraph(f"{facts.settings.get('rlhf_dataset_path', 'Not recorded')}; its facts are not recorded.")
     if isinstance(found := facts.data.get("warnings"), list) and found:
@@ -251,7 +257,7 @@ def _add_data(page: Page, facts: RunFacts) -> None:
         page.quotation(str(report), "What the loader kept, dropped and ignored")
     files = facts.data.get("files")
     if isinstance(files, list) and files:
-        page.quotation("\n".join(map(str, files)), "Files")
+        page.quotation("\n".join(from_project(str(file)) for file in files), "Files")
 
 
 _DATA = (
@@ -309,7 +315,7 @@ def _changed(settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
 
 def _setting(found: Any) -> str:
     """A setting as text."""
-    return _below(found) if isinstance(found, str) else str(found)
+    return from_project(found) if isinstance(found, str) else str(found)
 
 
 def _plain(found: Any) -> Any:
@@ -332,26 +338,26 @@ def _add_settings(page: Page, facts: RunFacts) -> None:
 def _commands(facts: RunFacts, weights: str) -> list[str]:
     """What to type next, from the project's folder."""
     settings = facts.settings
-    config = shlex.quote(_below(str(facts.folder / "config.json")))
-    model = shlex.quote(_below(weights))
+    config = shlex.quote(from_project(str(facts.folder / "config.json")))
+    model = shlex.quote(from_project(weights))
     again = f"--config {config} --run_name {shlex.quote(facts.name + '-again')}"
     if settings.get("resume") is True:
         again += " --no_resume"
-    folder = shlex.quote(_below(str(Path(str(settings.get("ckpt_dir", ""))) / facts.name)))
+    folder = shlex.quote(from_project(str(Path(str(settings.get("ckpt_dir", ""))) / facts.name)))
     return [
         "# talk to the result, beside the model that it began as",
         f"{chat_command(settings, weights)} --against start",
         "# evaluate it on the pairs that the run held out, or on others (--rlhf_dataset_path)",
         f"python launch/evaluate.py --models {folder}",
         "# its curves",
-        f"tensorboard --logdir {shlex.quote(_below(str(facts.folder)))} --host localhost",
+        f"tensorboard --logdir {shlex.quote(from_project(str(facts.folder)))} --host localhost",
         "# the weights in another form or dtype",
         f"python launch/export.py --source {model} --output exported",
         "# the same run again, under another name; put the number of processes behind deepspeed (--num_gpus)",
         f"deepspeed launch/precompute_ref.py --config {config}",
         f"deepspeed launch/train_dpo.py {again}",
         "# this page again, from the run's files",
-        f"python -m {_MODULE} {shlex.quote(_below(str(facts.folder)))}",
+        f"python -m {_MODULE} {shlex.quote(from_project(str(facts.folder)))}",
     ]
 
 
@@ -360,17 +366,11 @@ _MODULE = "simple_llama.reinforcement_learning.rlhf.report.run_report"
 
 def chat_command(settings: Mapping[str, Any], weights: str) -> str:
     """The command that talks to a model of a run with these settings."""
-    command = f"python launch/chat.py --model_path {shlex.quote(_below(weights))}"
+    command = f"python launch/chat.py --model_path {shlex.quote(from_project(weights))}"
     tokenizer = str(settings.get("tokenize_path", ""))
     if tokenizer and Path(tokenizer).parts[-3:] != Path(package_path("dataset", "bpe_8k.json")).parts[-3:]:
-        command += f" --tokenize_path {shlex.quote(_below(tokenizer))}"
+        command += f" --tokenize_path {shlex.quote(from_project(tokenizer))}"
     return command
-
-
-def _below(path: str) -> str:
-    """A path from the project's folder, where commands are typed; as it is where it lies elsewhere."""
-    found = Path(path)
-    return str(found.relative_to(root_path())) if found.is_relative_to(root_path()) else path
 
 
 def _made_again(folder: Path) -> Path:

@@ -81,14 +81,16 @@ mark { color: inherit; background: var(--mark); border-bottom: 2px solid var(--m
   main { padding: .75rem .9rem 3rem; }
   .answers { grid-template-columns: 1fr; }
   .answer + .answer { border-left: 0; border-top: 1px solid var(--line); }
-  table { width: max-content; }
+  table { width: max-content; font-size: .8rem; }
+  th, td { padding-right: .5rem; }
   td { max-width: 16rem; } }
 @media print {
   :root { --ground: #fff; --panel: #f3f3f3; --ink: #000; --soft: #444; --line: #bbb; --grid: #ddd; color-scheme: light;
     --accent: #0b62a8; --del: #fde3dc; --del-line: #b3390f; --mark: #d9efdc; --mark-line: #1f7a34; --alarm: #b3261e;
     --notice: #8a5a00; --s0: #0b62a8; --s1: #c2410c; --s2: #0f766e; --s3: #7c3aed; --s4: #8a6100; --s5: #be185d;
     --s6: #374151; --s7: #4d7c0f; }
-  body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 12px; }
+  body { font-size: 12px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   .figures { grid-template-columns: 1fr 1fr; }
   .pair > .prompt, .answer .text { max-height: none; overflow: visible; }
