@@ -14,7 +14,7 @@ from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
 
 _CHANCE = 0.5
 _MISCALIBRATED = 0.1  # calibration error
-_FEW_ENDED, _MANY_EMPTY = 0.5, 0.05  # shares that are a fault where the start model has a better one
+_MANY_EMPTY = 0.05  # a share of empty answers that is a fault, unless the start model has as many
 _WORSE, _MORE_UNKNOWN = 0.1, 0.01  # rises of the shares of repeated trigrams and of <UNK> that are a fault
 
 
@@ -106,15 +106,17 @@ def _is_real(name: str, model: Mapping[str, Any], numbers: Mapping[str, Any]) ->
         f"By its own log-probs it ranks {percent(model['preference'])} of the pairs rightly, the start model "
         f"{percent(start)}: {points(gained)}, {real}."
     ]
-    if chosen < 0:
+    if model["log_ratio_chosen"].is_below:
         found.append(
             f"The chosen answers have become less likely themselves ({chosen:+.2f} nats; the rejected ones "
-            f"{rejected:+.2f}): common in honest runs, and the answers below show whether it hurts."
+            f"{rejected:+.2f}): common in honest runs, and answers (--generate) show whether it hurts."
         )
     if model["calibration"]["error"] > _MISCALIBRATED:
+        bins = model["calibration"]["bins"]
+        more = sum(one["count"] * (one["accuracy"] - one["confidence"]) for one in bins) > 0
         found.append(
-            f"Its rewards are no probabilities: sigmoid of the margin at beta {numbers['beta']:g} is off by "
-            f"{percent(model['calibration']['error'])} on average."
+            f"Its rewards are no probabilities: at beta {numbers['beta']:g} it is right {'more' if more else 'less'} "
+            f"often than sigmoid of the margin says, by {percent(model['calibration']['error'])} on average."
         )
     return found
 
@@ -158,8 +160,7 @@ def _faults(now: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
     faults, change = [], now["change"]
     if now["repeated_trigrams"] - start["repeated_trigrams"] > _WORSE:
         faults.append("it repeats itself more than before")
-    few = now["ended"].value < _FEW_ENDED and now["ended"].value < start["ended"].value
-    if few or change["ended"].is_below:
+    if change["ended"].is_below:
         faults.append("fewer answers end by themselves")
     if now["empty"].value > max(_MANY_EMPTY, start["empty"].value) or change["empty"].is_above:
         faults.append(f"{percent(now['empty'])} of the answers are empty")

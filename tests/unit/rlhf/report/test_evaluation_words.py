@@ -62,6 +62,8 @@ def test_of_several_models() -> None:
 def test_chosen_answers_that_fall() -> None:
     """Said where the log-prob of the chosen answers falls; a start model alone has its own ranking."""
     assert "The chosen answers have become less likely" in verdict(np.full(10, -1.0))
+    assert "right more often than sigmoid of the margin says, by 37.8 %" in verdict(np.full(10, 1.0))
+    assert "right less often than sigmoid of the margin says, by 62.2 %" in verdict(np.full(10, -1.0))
     assert "The chosen answers have become less likely" not in verdict(np.full(10, 1.0))
     alone = ScoredPairs(np.ones((4, 2), int), np.arange(4), ["x"] * 4, {START: np.tile([[-1.0, -2]], (4, 1))}, 0.5, 0)
     [only] = words.verdict("the pairs", pair_numbers(alone), {}, {})
@@ -82,6 +84,7 @@ def test_language_that_holds_and_breaks() -> None:
     assert "holds as far as counting can tell" in language(good)
     assert "it repeats itself more than before" in language(good._replace(repeated_trigrams=0.3))
     assert "fewer answers end by themselves" in language(good._replace(ended=(False,) * 10))
+    assert "holds as far as counting" in language(good._replace(ended=(True,) * 8 + (False,) * 2))
     assert "30.0 % (10.8 to 60.3) of the answers are empty" in language(good._replace(texts=("",) * 3 + ("fine",) * 7))
     assert "5.0 % of the tokens are <UNK>" in language(good._replace(unknown=0.05))
 
