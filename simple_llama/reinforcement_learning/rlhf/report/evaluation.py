@@ -117,26 +117,29 @@ def _add_pairs(page: Page, scored: ScoredPairs, numbers: Mapping[str, Any]) -> N
         f"{numbers['pairs']:,} pairs, {numbers['prompts']:,} prompts; beta {numbers['beta']:g}."
     )
     page.table(
-        [
-            "model",
-            "accuracy",
-            "margin",
-            "loss (ln 2 = 0.693)",
-            "own ranking",
-            "gained in ranking",
-            "chosen",
-            "rejected",
-        ],
+        ["model", "accuracy", "lengths weighed alike", "margin (nats)", "loss (ln 2 = 0.693)"],
         [
             [
                 name,
                 percent(one["accuracy"]),
-                nats(one["margin"]),
-                _plain_interval(one["loss"]),
+                percent(one["balanced_accuracy"]),
+                _bounded(one["margin"], 2),
+                _bounded(one["loss"]),
+            ]
+            for name, one in models.items()
+        ],
+        "Against the start model. Lengths weighed alike: mean of the accuracies where the chosen answer is longer and "
+        "where it is shorter; a rule that only counts tokens has 50 %.",
+    )
+    page.table(
+        ["model", "own ranking", "gained", "chosen (nats)", "rejected (nats)"],
+        [
+            [
+                name,
                 percent(one["preference"]),
                 points(one["preference_gained"]),
-                nats(one["log_ratio_chosen"]),
-                nats(one["log_ratio_rejected"]),
+                _bounded(one["log_ratio_chosen"], 2),
+                _bounded(one["log_ratio_rejected"], 2),
             ]
             for name, one in models.items()
         ],
@@ -174,7 +177,7 @@ def _add_comparison(page: Page, compared: Sequence[Mapping[str, Any]]) -> None:
                 points(both["accuracy"]),
                 points(both["preference"]),
                 nats(both["margin"]),
-                _plain_interval(both["loss"]),
+                _bounded(both["loss"]),
             ]
             for both in compared
         ],
@@ -297,7 +300,7 @@ def _add_answers(page: Page, found: Evaluation, language: Mapping[str, Any]) -> 
         [
             name,
             form,
-            _plain_interval(one["tokens"], 1),
+            _bounded(one["tokens"], 1),
             percent(one["ended"]),
             percent(one["empty"]),
             percent(one["repeated_trigrams"]),
@@ -388,7 +391,7 @@ def _add_origin(page: Page, facts: Mapping[str, Any]) -> None:
     )
 
 
-def _plain_interval(number: Interval, digits: int = 3) -> str:
+def _bounded(number: Interval, digits: int = 3) -> str:
     """A number with its bounds."""
     return f"{number.value:.{digits}f} ({number.low:.{digits}f} to {number.high:.{digits}f})"
 

@@ -22,6 +22,8 @@ def percent(share: float | Interval) -> str:
     """`78.1 % (72.3 to 83.0)`, or of a number alone `78.1 %`."""
     if not isinstance(share, Interval):
         return f"{100 * share:.1f} %"
+    if math.isnan(share.value):
+        return "undefined"
     return f"{100 * share.value:.1f} %{_bounds(share, 100, 1)}"
 
 

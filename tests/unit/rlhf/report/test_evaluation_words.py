@@ -98,3 +98,4 @@ def test_judge_and_numbers_in_words() -> None:
     assert "4 verdicts went by the place" in words._judge("m", judge_numbers([0.5] * 4, [True] * 4))
     assert words.nats(Interval(1, float("nan"), float("nan"))) == "+1.00 nats (too few prompts for an interval)"
     assert words.percent(0.5) == "50.0 %"
+    assert words.percent(Interval(*[float("nan")] * 3)) == "undefined"
