@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import gc
 import os
 import re
 import resource
@@ -110,12 +112,23 @@ def resident_bytes(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Lets `peak_bytes` begin anew, where the system can (man 5 proc); the maximum of `peak_memory_gb` stays."""
+    """Lets `peak_bytes`, and `peak_memory_gb`, begin anew, where the system can (man 5 proc)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
+
+
+def release(device: torch.device) -> None:
+    """Gives back to the system what is no longer used, and forgets the peak."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        with contextlib.suppress(AttributeError, OSError):  # glibc's own
+            ctypes.CDLL(None).malloc_trim(0)
+    forget_peak(device)
 
 
 def _status_bytes(field: str) -> int:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from simple_llama.cluster.distributed import Ranks, barrier, fail_together, gather_objects
 from simple_llama.finetune.chat_format import about_system
-from simple_llama.ops.machine import peak_flops
+from simple_llama.ops.machine import peak_flops, release
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
@@ -123,15 +123,19 @@ class _Job:
         room, most, scale = config.fit_gb * _GIB, -(-len(inputs.data.train) // ranks.world_size), 1.0
         probed: list[Probed] = []
         fitting = most
-        for _ in range(_MOST_PROBES):
-            fitting = largest_that_fits(lambda size: self.estimate(size, base).sum * scale <= room, min(most, fitting))  # noqa: B023
+
+        def fits(size: int) -> bool:
+            return self.estimate(size, base).sum * scale <= room
+
+        for left in reversed(range(_MOST_PROBES)):
+            fitting = largest_that_fits(fits, min(most, fitting))
             if not (fitting and config.probe):
                 break
-            tried = replace(config, batch_size=fitting)
-            probed = probe(tried, inputs, self.plan(fitting), base, ranks)
+            probed = probe(replace(config, batch_size=fitting), inputs, self.plan(fitting), base, ranks)
             taken = max(one.peak for one in probed)
-            if taken <= room:
+            if taken <= room or not left:
                 break
+            release(ranks.device)  # or the next probe would stand on what this one left
             scale, fitting = taken / self.estimate(fitting, base).sum, max(1, fitting - 1)
         return _Foretold(base, rate, probed, fitting, self._fit_words(fitting, most, base, probed))
 
