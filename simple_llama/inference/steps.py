@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch.nn import functional as F
 
-from simple_llama.ops.linear import linear
+from simple_llama.ops.linear import emulates_bf16, linear
 from simple_llama.pretraining.attention_blocks import MHSelfAttention
 from simple_llama.pretraining.kv_cache import KVCache
 from simple_llama.pretraining.layers import FeedForward, RMSNorm
@@ -26,7 +26,7 @@ _MOST_PADDING = 2  # times the rows of all sequences, which get as much room as 
 
 
 class _Block(NamedTuple):
-    """The model's own weights of a block: no copies."""
+    """The model's own weights of a block, matrices (I, O): no copies."""
 
     norm1: torch.Tensor
     qkv: torch.Tensor
@@ -74,6 +74,7 @@ class Steps:
     @torch.no_grad()
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) after one more token of each sequence."""
+        times = _upcast_times if emulates_bf16(self._model.head_weight) else _times
         lengths = [cache.length for cache in self.caches]
         count, end, room = len(lengths), max(lengths) + 1, self._room
         last_B = torch.tensor(lengths)
@@ -84,7 +85,7 @@ class Steps:
         mask = None if min(lengths) == end - 1 else _mask(last_B, end, x_BD)
         for kept, block in zip(self._kept, self._blocks, strict=True):
             normed = F.rms_norm(x_BD, self._width, block.norm1, self._eps)
-            heads = linear(normed, block.qkv).view(count, self._key_heads, -1, kept.shape[-1])  # R queries, key, value
+            heads = times(normed, block.qkv).view(count, self._key_heads, -1, kept.shape[-1])  # R queries, key, value
             _turn(heads[:, :, :-1], turns)
             kept = kept[:count]
             kept.flatten(0, 1).index_copy_(0, rows_B, heads[:, :, -2:])
@@ -92,13 +93,13 @@ class Steps:
             y = F.scaled_dot_product_attention(
                 heads[:, :, :-2], keys.transpose(1, 2), values.transpose(1, 2), mask, scale=self._scale
             )
-            x_BD.add_(linear(y.reshape(count, -1), block.out))
+            x_BD = times(y.reshape(count, -1), block.out, x_BD)
             normed = F.rms_norm(x_BD, self._width, block.norm2, self._eps)
-            gated = F.silu(linear(normed, block.gate), inplace=True).mul_(linear(normed, block.up))
-            x_BD.add_(linear(gated, block.down))
+            gated = F.silu(times(normed, block.gate), inplace=True).mul_(times(normed, block.up))
+            x_BD = times(gated, block.down, x_BD)
         for cache in self.caches:
             cache.length += 1
-        return linear(F.rms_norm(x_BD, self._width, self._model.norm.weight, self._eps), self._model.head_weight)
+        return times(F.rms_norm(x_BD, self._width, self._model.norm.weight, self._eps), self._model.head_weight.t())
 
 
 def _weights(block: torch.nn.Module) -> _Block:
@@ -106,13 +107,24 @@ def _weights(block: torch.nn.Module) -> _Block:
     norm1, norm2 = cast(RMSNorm, block.norm1), cast(RMSNorm, block.norm2)
     return _Block(
         norm1.weight,
-        attention.qkv_linear.weight,
-        attention.out.weight,
+        attention.qkv_linear.weight.t(),
+        attention.out.weight.t(),
         norm2.weight,
-        ffwd.w1.weight,
-        ffwd.w3.weight,
-        ffwd.w2.weight,
+        ffwd.w1.weight.t(),
+        ffwd.w3.weight.t(),
+        ffwd.w2.weight.t(),
     )
+
+
+def _times(x_BI: torch.Tensor, weight_IO: torch.Tensor, onto_BO: torch.Tensor | None = None) -> torch.Tensor:
+    """x W, added to `onto_BO` where there is one: rounded once."""
+    return torch.mm(x_BI, weight_IO) if onto_BO is None else torch.addmm(onto_BO, x_BI, weight_IO)
+
+
+def _upcast_times(x_BI: torch.Tensor, weight_IO: torch.Tensor, onto_BO: torch.Tensor | None = None) -> torch.Tensor:
+    """`_times` in fp32, where the CPU has no bf16 units (ops/linear.py)."""
+    product = linear(x_BI, weight_IO.t(), upcast=True)
+    return product if onto_BO is None else onto_BO + product
 
 
 def _turn(heads: torch.Tensor, turns: torch.Tensor) -> None:

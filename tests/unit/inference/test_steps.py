@@ -72,3 +72,15 @@ def test_long_and_short_answers_together() -> None:
     columns = zip(*generate_together(model, prompts, 3, ()), strict=True)
     alone = [[step[0] for step in generate_together(model, [ids], 3, ())] for ids in prompts]
     assert list(map(list, columns)) == alone
+
+
+def test_without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bf16 products are emulated, steps multiply in fp32, as the model does."""
+    monkeypatch.setattr("simple_llama.inference.steps.emulates_bf16", lambda tensor: True)
+    monkeypatch.setattr("simple_llama.ops.linear.emulates_bf16", lambda tensor: True)
+    model = tiny_model().to(torch.bfloat16)
+    steps, own = Steps(model, [8]), [model.new_cache(8)]
+    model.decode_together([torch.tensor(PROMPTS[0])], steps.caches)
+    model.decode_together([torch.tensor(PROMPTS[0])], own)
+    expected = model.decode_together([torch.tensor([7])], own)
+    torch.testing.assert_close(steps.step(torch.tensor([7])), expected, atol=64 * 2**-7, rtol=16 * 2**-7)
