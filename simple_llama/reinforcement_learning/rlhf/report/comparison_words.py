@@ -172,7 +172,6 @@ def course_table(runs: Sequence[Standing]) -> Table:
     rows = []
     for run in runs:
         intervals, values = run.intervals, run.values
-        seconds = _seconds(intervals)
         speeds = [found["perf/pairs_per_second"] for found in intervals if "perf/pairs_per_second" in found]
         memory = [found["perf/peak_memory_gb"] for found in intervals if "perf/peak_memory_gb" in found]
         rows.append(
@@ -183,21 +182,12 @@ def course_table(runs: Sequence[Standing]) -> Table:
                 str(run.count_warnings("notice")),
                 _value(values.get("samples/tokens"), "{:.1f}"),
                 *(_value(values.get(f"samples/{name}"), "{:.0%}") for name in ("ended", "repeated_trigrams", "empty")),
-                _value(seconds and seconds / 60, "{:.1f}"),
+                _value(run.run.step_seconds / 60, "{:.1f}"),
                 _value(statistics.median(speeds) if speeds else None, "{:.3g}"),
                 _value(max(memory, default=None), "{:.2f}"),
             ]
         )
     return Table("How they went", headers, rows)
-
-
-def _seconds(intervals: Sequence[Mapping[str, float]]) -> float | None:
-    """Time of the optimizer steps alone."""
-    before, total = 0.0, 0.0
-    for found in intervals:
-        total += found.get("perf/step_time_s", 0.0) * (found["step"] - before)
-        before = found["step"]
-    return total or None
 
 
 def settings_table(runs: Sequence[Standing]) -> Table:
@@ -258,7 +248,7 @@ def _interval(found: Interval | None, form: str) -> str:
 
 def _value(value: float | None, form: str) -> str:
     """A number that may not have been recorded."""
-    return _NONE if value is None else form.format(value)
+    return _NONE if value is None or math.isnan(value) else form.format(value)
 
 
 def _listed(names: Sequence[str]) -> str:

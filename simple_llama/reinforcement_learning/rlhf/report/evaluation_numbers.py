@@ -19,7 +19,6 @@ import numpy as np
 from simple_llama.reinforcement_learning.rlhf.report.statistics import (
     Interval,
     balanced_accuracy,
-    correlation,
     length_bins,
     mean_interval,
     paired_bootstrap,
@@ -27,6 +26,7 @@ from simple_llama.reinforcement_learning.rlhf.report.statistics import (
     reliability,
     share_interval,
 )
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import correlation
 
 START = "start"  # the name of the start model among the models
 

@@ -105,6 +105,15 @@ class RunFacts:
         same = pairs and pairs.step == last.get("step") and len(pairs.origins) == value(last, "eval_pairs")
         return pairs if same else None
 
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of the optimizer steps alone, all starts together; NaN where they were not recorded."""
+        before, total = 0, 0.0
+        for line in self.intervals:
+            total += value(line, "perf/step_time_s") * (line["step"] - before)
+            before = line["step"]
+        return total if before else math.nan
+
     def at(self, step: Any) -> Mapping[str, Any]:
         """The evaluation after `step` steps; empty where there was none."""
         return next((line for line in self.evaluations if line["step"] == step), {})

@@ -278,10 +278,6 @@ def _add_time(page: Page, facts: RunFacts, seconds: float | None) -> None:
     """How long it took, how fast it went, what memory it had."""
     page.heading("Time and memory")
     lines = facts.intervals
-    steps = [line["step"] for line in lines]
-    spans = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
-    per_step = [value(line, "perf/step_time_s") for line in lines]
-    in_steps = sum(span * each for span, each in zip(spans, per_step, strict=True))
 
     def middle(name: str) -> float | None:
         known = [found for found in (value(line, name) for line in lines) if found == found]
@@ -292,7 +288,7 @@ def _add_time(page: Page, facts: RunFacts, seconds: float | None) -> None:
         ["", "", "unit"],
         [
             ["this start of the run, with evaluations and saves", seconds, "s"],
-            ["optimizer steps, all starts together", _known(in_steps) if lines else None, "s"],
+            ["optimizer steps, all starts together", _known(facts.step_seconds), "s"],
             ["a step, median", middle("perf/step_time_s"), "s"],
             ["pairs", middle("perf/pairs_per_second"), "a second, median"],
             ["tokens", middle("perf/tokens_per_second"), "a second, median"],

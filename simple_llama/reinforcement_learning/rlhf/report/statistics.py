@@ -157,13 +157,6 @@ def reliability(margins_N: np.ndarray, bins: int = 10) -> Reliability:
     return Reliability(error, tuple(found))
 
 
-def correlation(ones_N: np.ndarray, others_N: np.ndarray) -> float:
-    """Pearson's; 0 where one of the two does not vary."""
-    ones_N, others_N = ones_N - np.mean(ones_N), others_N - np.mean(others_N)
-    scale = math.sqrt(float(np.sum(ones_N**2)) * float(np.sum(others_N**2)))
-    return float(np.sum(ones_N * others_N)) / scale if scale else 0.0
-
-
 def length_bins(lengths_N: np.ndarray, most: int = 5) -> list[np.ndarray]:
     """Positions of the pairs in up to `most` groups of neighbouring lengths with about as many pairs each; equal
     lengths stay together."""

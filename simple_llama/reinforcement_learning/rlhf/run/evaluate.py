@@ -126,11 +126,11 @@ def _held_out(metrics: dict[str, float], table_N9: np.ndarray) -> HeldOut:
     seen_N = held_out.counts_N2[:, 0] > 0  # every pair scores a token
     ratios_2 = (table_N9[seen_N, :2] - table_N9[seen_N, 2:4]).mean(axis=0) if seen_N.any() else (0.0, 0.0)
     metrics["eval_log_ratio/chosen"], metrics["eval_log_ratio/rejected"] = map(float, ratios_2)
-    metrics["eval_margin_length_correlation"] = _correlation(held_out.margins_N[seen_N], held_out.length_gaps_N[seen_N])
+    metrics["eval_margin_length_correlation"] = correlation(held_out.margins_N[seen_N], held_out.length_gaps_N[seen_N])
     return held_out
 
 
-def _correlation(xs_N: np.ndarray, ys_N: np.ndarray) -> float:
+def correlation(xs_N: np.ndarray, ys_N: np.ndarray) -> float:
     """Pearson's, in [-1, 1]; 0 where it is not defined: fewer than two pairs, or one of both does not vary."""
     if len(xs_N) < 2:
         return 0.0

@@ -19,7 +19,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import _correlation, accuracy_interval, evaluate
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval, correlation, evaluate
 from tiny_job import TINY
 
 VOCAB = 20
@@ -66,9 +66,9 @@ def by_hand(model: LLaMaTransformer, pairs: Sequence[TokenizedPair]) -> dict[str
     columns = zip(*rows, strict=True)
     means = {f"eval_{name}": sum(column) / len(rows) for name, column in zip(names, columns, strict=True)}
     gaps = [float(pair.chosen_scored - pair.rejected_scored) for pair in pairs]
-    correlation = statistics.correlation([row[4] / BETA for row in rows], gaps) if len(rows) > 1 else 0.0
+    together = statistics.correlation([row[4] / BETA for row in rows], gaps) if len(rows) > 1 else 0.0
     ratios = {f"eval_log_ratio/{side}": means[f"eval_rewards/{side}"] / BETA for side in ("chosen", "rejected")}
-    return {**means, **ratios, "eval_margin_length_correlation": correlation, "eval_pairs": len(rows)}
+    return {**means, **ratios, "eval_margin_length_correlation": together, "eval_pairs": len(rows)}
 
 
 @pytest.mark.parametrize("micro_batches", [[(2, 0), (1,), ()], [(), (0, 1, 2)], [(1,), (2,), (0,)]])
@@ -120,7 +120,7 @@ def test_only_this_ranks_share_is_counted(model: LLaMaTransformer, ranks: Ranks)
 )
 def test_correlation_of_margin_and_length(margins: list[float], gaps: list[int], expected: float) -> None:
     """Pearson's by hand; the last: sums of products 4 of squares 5 and 5. 0 where one of both does not vary."""
-    assert _correlation(np.array(margins), np.array(gaps)) == pytest.approx(expected, abs=1e-12)
+    assert correlation(np.array(margins), np.array(gaps)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_an_empty_micro_batch_still_makes_its_forward(model: LLaMaTransformer, ranks: Ranks) -> None:
