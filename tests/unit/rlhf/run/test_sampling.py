@@ -46,8 +46,8 @@ def test_answers_end_with_the_stop_token(chat: SimpleLLaMAChat) -> None:
 
 
 def test_dropout_is_off_and_the_training_flag_is_kept(chat: SimpleLLaMAChat) -> None:
-    """A model in training with dropout 0.9 answers as without; afterwards it is in training still. Its blocks are called
-    for the prompt; steps of a token, which know no dropout, use their weights."""
+    """A model in training with dropout 0.9 answers as without; afterwards it is in training still. Its blocks are
+    called for the prompt; steps of a token, which know no dropout, use their weights."""
     [letter] = chat.tokenizer.encode(" a", add_special_tokens=False).ids
     model = one_token_model(letter, dropout=0.9).train()
     dropped = []
