@@ -3,6 +3,7 @@ refuses."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 import torch
@@ -85,6 +86,7 @@ def _repeated_ngrams(ids: Sequence[int], size: int) -> tuple[int, int]:
 
 
 def refuses(text: str) -> bool:
-    """Whether an answer declines: one of `REFUSALS` in its first characters, whatever case and apostrophe."""
+    """Whether an answer declines: one of `REFUSALS`, as whole words, in its first characters, whatever case and
+    apostrophe."""
     start = " ".join(text[:_LOOKED_AT].replace("\u2019", "'").lower().split())
-    return any(phrase in start for phrase in REFUSALS)
+    return any(re.search(rf"\b{re.escape(phrase)}\b", start) for phrase in REFUSALS)

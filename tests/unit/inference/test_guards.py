@@ -40,4 +40,5 @@ def test_refusals() -> None:
     assert all(refuses(f"Well. {phrase} x") for phrase in REFUSALS)
     assert refuses("I\u2019M SORRY,\nbut that would hurt someone.")
     assert not refuses("Of course: cut the onions first.") and not refuses("")
+    assert not refuses("As an aid to memory, write it down.") and refuses("As an AI, no.")
     assert refuses("x" * 180 + " I cannot") and not refuses("x" * 200 + " I cannot")
