@@ -25,6 +25,7 @@ from simple_llama.common.files import append_to
 from simple_llama.common.logging import LOGGER
 
 Item = TypeVar("Item")
+_bars: dict[str, tqdm] = {}  # the last one of each name
 _MOST_KEPT = 1000  # messages before the log is opened; a start says some tens
 
 
@@ -85,11 +86,26 @@ def _close_log() -> None:
         handler.close()
 
 
-def progress(iterable: Iterable[Item], total: int, desc: str, ranks: Ranks) -> Iterable[Item]:
-    """`iterable` with a progress bar of `total` steps on rank 0's terminal; untouched on other ranks and in files."""
-    if not (ranks.is_main and sys.stderr.isatty()):
+def progress(iterable: Iterable[Item], total: int | None, desc: str, ranks: Ranks | None = None) -> Iterable[Item]:
+    """`iterable` with a progress bar of `total` steps, with rate and remaining time, on rank 0's terminal; untouched on
+    other ranks and in files.
+
+    Args:
+        total: None: not known before, so only counted.
+        ranks: None: shown where the log shows what is no error, as it does on rank 0.
+    """
+    is_main = ranks.is_main if ranks else LOGGER.isEnabledFor(logging.INFO)
+    if not (is_main and sys.stderr.isatty()):
         return iterable
-    return tqdm(iterable, total=total, desc=desc, dynamic_ncols=True, file=sys.stderr)
+    bar = tqdm(iterable, total=total, desc=desc, dynamic_ncols=True, file=sys.stderr)
+    _bars[desc] = bar
+    return bar
+
+
+def note_on_bar(desc: str, words: str) -> None:
+    """Shows a few words behind the bar of that name, where there is one."""
+    if desc in _bars:
+        _bars[desc].set_postfix_str(words)
 
 
 class _LogFile(logging.FileHandler):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simple_llama.cluster.console import _close_log, progress, set_up_log
+from simple_llama.cluster.console import _close_log, note_on_bar, progress, set_up_log
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
@@ -121,6 +121,23 @@ def test_no_bar_in_a_file_or_on_other_ranks(monkeypatch: pytest.MonkeyPatch) -> 
     assert progress(items, 2, "pairs", ranks(0)) is items
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert progress(items, 2, "pairs", ranks(1)) is items
+
+
+def test_a_bar_has_words_behind_it_and_no_total_where_none_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and accuracy of the last line stand behind the bar of that name, and nowhere where there is none. Without
+    ranks a bar is shown where the log is: not before it is set up, and not on rank 1."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    items = [1, 2]
+    assert progress(items, None, "reading") is items
+    set_up_log(None, ranks(1))
+    assert progress(items, None, "reading") is items
+    set_up_log(None, ranks(0))
+    note_on_bar("no such bar", "loss 1.0")
+    for _ in progress(iter(items), None, "reading"):
+        note_on_bar("reading", "loss 0.5")
+    assert "reading: 2it" in terminal.getvalue() and "loss 0.5" in terminal.getvalue()
+    assert "1.0" not in terminal.getvalue()
 
 
 def test_a_message_does_not_break_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

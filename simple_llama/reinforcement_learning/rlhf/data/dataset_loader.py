@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from typing_extensions import Doc
 
 from simple_llama.cluster import watchdog
+from simple_llama.cluster.console import progress
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest, shown
 from simple_llama.common.logging import LOGGER
@@ -156,7 +157,8 @@ class RLDatasetLoader:
         faults = Faults()
         try:
             records = (record for file in data_files(path) for record in read_records(file, faults))
-            conversations = _read_conversations(records, self._options, count, extra_keys, faults)
+            counted = progress(records, None, "reading and tokenizing pairs")
+            conversations = _read_conversations(counted, self._options, count, extra_keys, faults)
             found = _keep_usable(_tokenize(conversations, self._chat, speller, count), max_seq_len, seed, count)
         except UserError as fault:  # of a whole file
             faults.add(fault)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from simple_llama.cluster import stopping, watchdog
-from simple_llama.cluster.console import progress, set_up_log
+from simple_llama.cluster.console import note_on_bar, progress, set_up_log
 from simple_llama.cluster.distributed import Ranks, fail_together, gather_objects, require_same, shared
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
@@ -287,6 +287,7 @@ class TrainingRun:
             values["perf/compiled_graphs"] = compiled_graphs()  # stays level: a rise is a recompilation
         self.writer.scalars(step, values)
         log_line(f"step {step}/{self.total_steps}", values)
+        note_on_bar("train", f"loss {values['loss']:.4f}, accuracy {values['rewards/accuracies']:.3f}")
         mine = self.plan.step(step - 1)[self.ranks.rank]
         self.health.see(step, values, lambda: costliest(self.pairs, mine, self.sums.losses, self.ranks))
         if not self.held_out:
