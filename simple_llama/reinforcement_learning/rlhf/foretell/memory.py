@@ -3,6 +3,7 @@
     start    the weights are read and dealt into DeepSpeed's flat buffers
     passes   forward and backward of the largest micro-batch, gradients of the ones before it added up
     step     the gradients flat beside themselves, for AdamW
+    save     masters and moments once more, parameter by parameter, on the host
 
 What Python, torch, DeepSpeed and the data take is measured of this process (`measure_base`), the rest is counted, by
 the accounting of the ZeRO paper (arXiv:1910.02054, Sec. 3.1) with the buffers that DeepSpeed 0.19.8 makes. An estimate.
@@ -119,7 +120,8 @@ def moments(model: TrainedModel, engine: Engine, batch: PairBatch, base: Base) -
         "head": _head(model, engine, batch),
     }
     step = {**steady, "gradients": max(summed, 4 * shard) + step_extra([shard], model.largest, engine.offloads)}
-    return [Moment("start", start), Moment("passes", passes), Moment("step", step)]
+    save = {**steady, "state that is written": 12 * shard if on_cpu else 0}
+    return [Moment("start", start), Moment("passes", passes), Moment("step", step), Moment("save", save)]
 
 
 def _summed(model: TrainedModel, engine: Engine, shard: int) -> int:

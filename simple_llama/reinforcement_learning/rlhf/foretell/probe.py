@@ -16,7 +16,7 @@ import torch
 
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, all_reduce_sum, barrier, broadcast_object, gather_objects
-from simple_llama.ops.machine import forget_peak, peak_bytes, resident_bytes, synchronize
+from simple_llama.ops.machine import forget_peak, peak_bytes, release, resident_bytes, synchronize
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, MicroBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
@@ -36,7 +36,7 @@ class Probed(NamedTuple):
 
     start: int  # peak up to the end of the set-up
     passes: int  # peak of the forward and backward passes
-    step: int  # what an optimizer step comes to, by arithmetic on what is resident after them
+    step: int  # what an optimizer step or a save comes to, by arithmetic on what is resident after them
     largest_s: float  # the largest micro-batch
     row_s: float  # a packed row of other micro-batches
     last_s: float  # what the last micro-batch of a step takes more
@@ -109,9 +109,14 @@ def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks) -> li
     largest_rows, largest_s = timed(largest, last=True)
     if several:  # only then gradients were there when it was computed
         peak = peak_bytes(device)
-    step = resident_bytes(device) + step_extra(engine.masters, engine.largest_parameter, engine.offloads)
+    release(device)  # what malloc keeps of the passes is used again
+    masters = sum(engine.masters)
+    extra = step_extra(engine.masters, engine.largest_parameter, engine.offloads)
+    if device.type == "cpu":  # a save holds masters and moments once more, without the 4 bytes of gradients
+        extra = max(extra, 8 * masters)
+    step = resident_bytes(device) + extra
     last_s = max(0.0, largest_s - largest_rows * row_s) if several else 0.0
-    update_s = _update_s(sum(engine.masters), ranks, inputs.dtype)
+    update_s = _update_s(masters, ranks, inputs.dtype)
     return [peak, step, largest_s, row_s, last_s, update_s]
 
 

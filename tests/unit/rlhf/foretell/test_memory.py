@@ -44,6 +44,7 @@ def test_one_rank_in_bf16_by_hand() -> None:
     steady = {**held, "compiled GEMMs": 50_000}
     assert found["passes"] == {**steady, "gradients": 60_000, "activations": 28_544, "head": 17_960}
     assert found["step"] == {**steady, "gradients": 80_000}
+    assert found["save"] == {**steady, "state that is written": 120_000}
 
 
 def test_layers_keep_what_is_counted() -> None:
