@@ -32,6 +32,8 @@ from simple_llama.reinforcement_learning.rlhf.run.health import CHECKS, Facts, w
 KEPT = Path(root_path("tests", "golden", "warnings.npz"))
 PAGE = Path(root_path("docs", "warnings.md"))
 COUNTED_SEEDS, CALIBRATION_SEEDS = 20_000, 10_000  # the first of each
+# Of faults that were changed after their first seeds had been counted: others, which nobody had seen.
+_ANEW = {(fault, strength): 4000 for fault in ("spikes", "swapped") for strength in STRENGTHS} | {("swapped", 2): 6000}
 # What checks read; all else that a run records is not kept.
 TRAINED = ("rewards/accuracies", "rewards/saturated", "grad_norm")
 EVALUATED = (
@@ -60,14 +62,14 @@ class Bench:
     calibration: bool = False  # with the seeds that thresholds were fixed on; nothing is written
 
 
-def specs(bench: Bench) -> Iterator[Spec]:
-    """All runs, those without a fault first."""
+def which_runs(bench: Bench) -> Iterator[tuple[int, str, int]]:
+    """Seed, fault and strength of all runs, those without a fault first."""
     first = CALIBRATION_SEEDS if bench.calibration else COUNTED_SEEDS
-    yield from (drawn(first + number) for number in range(bench.clean))
+    yield from ((first + number, "", 0) for number in range(bench.clean))
     for place, fault in enumerate(FAULTS):
         for strength in STRENGTHS:
-            start = first + 1000 + 200 * place + 60 * (strength - 1)
-            yield from (drawn(start + number, fault, strength) for number in range(bench.runs))
+            start = first + 1000 + 200 * place + 60 * (strength - 1) + _ANEW.get((fault, strength), 0)
+            yield from ((start + number, fault, strength) for number in range(bench.runs))
 
 
 def alarms(run: Made) -> list[str]:
@@ -80,8 +82,8 @@ def alarms(run: Made) -> list[str]:
 
 def keep(runs: Sequence[Made], path: Path) -> None:
     """Writes what checks read of the runs: half precision, a row a line."""
-    trained = [_rows(one, "loss", TRAINED) for one in runs]
-    evaluated = [_rows(one, "eval_loss", EVALUATED) for one in runs]
+    trained = [_rows(one, "grad_norm", TRAINED) for one in runs]
+    evaluated = [_rows(one, "eval_rewards/accuracies", EVALUATED) for one in runs]
     with atomic_path(path) as temp, temp.open("wb") as file:
         np.savez_compressed(
             file,
@@ -133,7 +135,8 @@ def _lines(rows: list[list[float]], names: Sequence[str]) -> Iterator[dict[str, 
 class Counted(NamedTuple):
     """What alarms made of the runs."""
 
-    recall: dict[tuple[str, int], float]  # by fault and strength: share of runs with the fault's own alarm
+    runs: dict[tuple[str, int], int]  # by fault and strength
+    recall: dict[tuple[str, int], float]  # share of these with the fault's own alarm
     clean: int  # runs without a fault
     false: Counter[str]  # alarms of these
     with_any: int  # of these
@@ -151,7 +154,8 @@ def count(runs: Sequence[Made]) -> Counted:
         else:
             clean, with_any = clean + 1, with_any + bool(names)
             false.update(names)
-    return Counted({key: sum(hits) / len(hits) for key, hits in found.items()}, clean, false, with_any)
+    recall = {key: sum(hits) / len(hits) for key, hits in found.items()}
+    return Counted({key: len(hits) for key, hits in found.items()}, recall, clean, false, with_any)
 
 
 def recall_table(counted: Counted) -> str:
@@ -205,7 +209,8 @@ masters, so what counts is whether all steps together reach the next bf16 number
 Each run trains a one-layer model of a made-up language on made-up preferences, by the project's own step, loss,
 evaluation and metrics; `benchmarks/small_runs.py` says how. Faults are causes, not edited numbers. The thresholds were
 fixed on other seeds (`--calibration`). What the runs recorded is kept in `tests/golden/warnings.npz`, and a test
-counts it again.
+counts it again. Of `gradient_spikes` and `swapped` the faults, and of `swapped` the rule too, were changed after a
+first count missed the mark; they were then counted on seeds that nobody had looked at.
 
 Recall is the share of runs with the fault that gave the fault's own alarm:
 
@@ -222,7 +227,7 @@ def main(bench: Bench) -> None:
     """Makes all runs, keeps what they recorded, and writes the page."""
     init_ranks("cpu")
     torch.set_num_threads(1)  # more only get in each other's way: the largest matrix has 2,000 numbers
-    started, every = time.monotonic(), list(specs(bench))
+    started, every = time.monotonic(), [drawn(*which) for which in which_runs(bench)]
     runs = []
     for number, spec in enumerate(every, 1):
         runs.append(run(spec))

@@ -44,17 +44,18 @@ from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import P
 from simple_llama.reinforcement_learning.rlhf.run.divergence import Spoken, k3_sums, kl_metrics, spoken_logps
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
 from simple_llama.reinforcement_learning.rlhf.run.health import Facts
-from simple_llama.reinforcement_learning.rlhf.run.metrics import TOTALS, MetricSums
+from simple_llama.reinforcement_learning.rlhf.run.metrics import TOTALS
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import weight_facts
 from simple_llama.reinforcement_learning.rlhf.run.schedule import learning_rate
 from simple_llama.reinforcement_learning.rlhf.run.step import optimizer_step, portions
+from simple_llama.reinforcement_learning.rlhf.run.watch_health import StepSums
 
 CPU = torch.device("cpu")
 STRENGTHS = (1, 2, 3)
 _STARTS = 8  # start models that runs of one thousand seeds share
 _SAMPLES, _SAMPLE_TOKENS = 4, 24  # the language's longest answer has 15
 _GREEDY = Sampling()
-_GARBAGE = (25, 100, 200)  # tokens
+_GARBAGE = (50, 150, 230)  # tokens
 _EVALUATIONS = 2  # after the one at the start
 
 
@@ -190,8 +191,9 @@ FAULTS = {
     "swapped": Fault(
         "swapped",
         "labels of the training pairs are swapped, those held out are not",
-        "share of the pairs: 0.8, 0.9, 1",
-        pairs=_in_shares((0.8, 0.9, 1.0), Preference.swapped),
+        "share of the pairs: 0.8, 0.95, 1",
+        lambda spec, level: replace(spec, held_out=200),
+        _in_shares((0.8, 0.95, 1.0), Preference.swapped),
     ),
     "still": Fault(
         "still",
@@ -285,7 +287,7 @@ class SmallRun:
         self.policy = DPOPolicy(self.model, PreferenceLoss(beta=spec.beta))
         config = DPOConfig(max_lr=spec.rate, min_lr=0.0)
         self.loop = PlainLoop(self.policy, LoadedModel(weights, ARCHITECTURE, Path()), config, CPU)
-        self.sums = MetricSums(CPU)
+        self.sums = StepSums(CPU)
 
     @property
     def facts(self) -> Facts:
@@ -302,6 +304,7 @@ class SmallRun:
 
     def step(self, index: int) -> dict[str, float]:
         """An optimizer step, and its line."""
+        self.sums.begin_step()
         rate, parts = self.spec.rate_at(index), portions(self.plan.step(index), 0, self.train)
         norm = optimizer_step(self.loop, parts, self.ref_logps, rate, self.sums, CPU)
         means = self.sums.means()
@@ -328,8 +331,8 @@ class SmallRun:
         """KL to the reference on sampled answers to the same prompts."""
         sampled = self.answers(Sampling(temperature=1.0, seed=self.spec.seed))
         spoken = Spoken.pack(self.prompts, [[answer] for answer in sampled])
-        logps = (spoken_logps(model, spoken) for model in (self.model, self.reference))
-        return kl_metrics(k3_sums(*logps, spoken.counts), spoken.counts)
+        policy_N, ref_N = spoken_logps(self.model, spoken), spoken_logps(self.reference, spoken)
+        return kl_metrics(k3_sums(policy_N, ref_N, spoken.counts), spoken.counts)
 
     def answers(self, sampling: Sampling) -> list[Tokens]:
         """Answers to the sample prompts, with what ended them."""

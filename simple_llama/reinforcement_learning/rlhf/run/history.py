@@ -30,7 +30,8 @@ class Curve(NamedTuple):
         return int(self.steps[-1])
 
     def since(self, holds: np.ndarray) -> int:
-        """The step from which on `holds` (N,) is true without a break; it is true at the end."""
+        """The step from which on `holds` (N,) is true without a break; it has to be true at the end."""
+        assert holds[-1]
         broken = np.flatnonzero(~holds)
         return int(self.steps[broken[-1] + 1 if len(broken) else 0])
 

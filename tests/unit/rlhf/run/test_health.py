@@ -97,6 +97,8 @@ def test_saturated_without_gradient() -> None:
     ]
     found = only(lines)
     assert (found.step, found.name) == (16, "saturated") and "90%" in found.text and "(since step 9)" in found.text
+    last = [*lines[:-2], {**lines[-2], "rewards/saturated": 1.0}, {**lines[-1], "rewards/saturated": 0.8}]
+    assert named(last) == ["saturated"], "the mean of the eight counts, not the last one"
     assert not named([{**line, "rewards/saturated": 0.89} for line in lines])
     assert not named([{**line, "grad_norm": max(line["grad_norm"], 0.21)} for line in lines])
 
@@ -126,7 +128,7 @@ def test_far_from_the_reference() -> None:
 
 @pytest.mark.parametrize(
     ("accuracies", "expected"),
-    [([0.5, 0.42, 0.4], True), ([0.5, 0.4], False), ([0.5, 0.44, 0.4], False), ([0.5, 0.5, 0.4, 0.4], False)],
+    [([0.5, 0.49, 0.42], True), ([0.5, 0.4], False), ([0.5, 0.4, 0.44], False), ([0.5, 0.5, 0.4], False)],
 )
 def test_labels_look_swapped(accuracies: list[float], expected: bool) -> None:
     """0.42 of 200 is at most 0.489, 0.44 at most 0.509; one evaluation is too few, and 0.5 once is not throughout."""
