@@ -260,8 +260,8 @@ def _told_probe(probed: list[Probed]) -> str:
     most = max(probed, key=lambda one: one.peak)
     start, passes, step = (amount / _GIB for amount in most[:3])
     return (
-        f"{'probe':22} {most.peak / _GIB:8.3f} GiB (start {start:.3f}, passes {passes:.3f}, a step or save by arithmetic "
-        f"on what is left {step:.3f})"
+        f"{'probe':22} {most.peak / _GIB:8.3f} GiB (start {start:.3f}, passes {passes:.3f}, a step or save by "
+        f"arithmetic on what is left {step:.3f})"
     )
 
 
