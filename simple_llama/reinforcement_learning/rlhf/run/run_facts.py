@@ -76,7 +76,7 @@ def drop_held_out(folder: Path, done: int) -> None:
     path = folder / _HELD_OUT
     with contextlib.suppress(OSError):
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 beyond = int(found["step"]) > done
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
             beyond = True
