@@ -108,13 +108,13 @@ CASES = (
     Case("18m", "short", 4, 2, deepspeed="zero2_fp32"),
     Case("18m", "middle", 4, 2, deepspeed="zero2_fp32"),
     Case("34m", "middle", 2, 1, deepspeed="zero2_fp32"),
-    # one rank: recomputation, offload, losses, decay, the reference in memory, ZeRO-1 and 3
+    # one rank: recomputation, offload, losses, decay, the reference in memory, ZeRO-3
     Case("34m", "middle", 4, 2, ours={"activation_checkpointing": True}),
     Case("18m", "long", 4, 1, deepspeed="zero2_fp32", ours={"activation_checkpointing": True}),
     Case("18m", "short", 4, 2, deepspeed="zero2_offload"),
     Case("34m", "short", 2, 2, deepspeed="zero2_offload"),
-    Case("18m", "short", 4, 2, ours={"loss": "ipo"}),
-    Case("34m", "short", 2, 2, deepspeed="zero2_fp32", ours={"loss": "hinge", "weight_decay": 0.1}),
+    Case("18m", "short", 4, 2, ours={"loss_type": "ipo"}),
+    Case("34m", "short", 2, 2, deepspeed="zero2_fp32", ours={"loss_type": "hinge", "weight_decay": 0.1}),
     Case("34m", "short", 2, 2, ours={"reference": "online"}),
     Case("34m", "short", 2, 2, deepspeed="zero3_bf16"),
     # two ranks
@@ -128,7 +128,7 @@ CASES = (
     Case("18m", "short", 2, 2, 2, deepspeed="zero2_fp32"),
     Case("34m", "short", 2, 2, 2, deepspeed="zero2_offload"),
     Case("86m", "short", 1, 2, 2),
-    Case("18m", "uneven", 2, 2, 2, deepspeed="zero2_fp32", ours={"loss": "ipo"}),
+    Case("18m", "uneven", 2, 2, 2, deepspeed="zero2_fp32", ours={"loss_type": "ipo"}),
 )
 
 

@@ -22,12 +22,12 @@ import torch
 import tyro
 
 from benchmarks import measure
+from simple_llama.cluster.distributed import init_ranks
 from simple_llama.common.paths import package_path, root_path
-from simple_llama.dataset.tokenizer import load_tokenizer
-from simple_llama.pretraining.weights import build_model, load_weights
+from simple_llama.pretraining.weights import build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
-from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.inputs import InputsConfig, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 
 # name: (pairs a micro-batch, threads, whether bf16 units are there, variables)
@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[int, int, bool, dict[str, str]]] = {
     "as it is, again": (16, 2, True, {}),
     "a pair a micro-batch": (1, 2, True, {}),
     "one thread": (16, 1, True, {}),
+    "oneDNN without tiles": (16, 2, True, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}),
     "oneDNN without bf16 units": (16, 2, True, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     "no bf16 units": (16, 2, False, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     "AVX2": (
@@ -51,7 +52,7 @@ KINDS: dict[str, tuple[int, int, bool, dict[str, str]]] = {
 class Bench:
     """What is measured."""
 
-    model: str = root_path("demo", "start.pth")  # weights
+    model: str = root_path("demo", "start.pth")  # whatever a run takes
     data: str = package_path("reinforcement_learning", "rl_dataset")  # preference pairs
     tokenizer: str = package_path("dataset", "bpe_8k.json")  # tokenizer JSON
     pairs: int = 1000  # of the data, at most
@@ -66,13 +67,13 @@ def sums_of(bench: Bench, kind: str) -> dict[str, np.ndarray]:
     torch.set_num_threads(threads)
     if not units:
         torch.cpu._is_avx512_bf16_supported = lambda: False  # what `machine.has_fast_bf16` asks
-    start = load_weights(bench.model)
-    tokenizer = load_tokenizer(bench.tokenizer)
-    loader = RLDatasetLoader(bench.data, tokenizer, start.architecture.max_seq_len, val_share=0.0, seed=0)
-    pairs = loader.train[: bench.pairs]
+    files = {"model_path": bench.model, "rlhf_dataset_path": bench.data, "tokenize_path": bench.tokenizer}
+    inputs = load_inputs(InputsConfig(**files, val_share=0.0, seed=0), init_ranks("cpu"))
+    pairs = inputs.data.train.select(slice(bench.pairs))
     found: dict[str, np.ndarray] = {"counts": pairs.keys["counts"]}
     for dtype in (torch.float32, torch.bfloat16):
-        model = build_model(start, dtype, "cpu")
+        with inputs.start.reading() as start:
+            model = build_model(start, dtype, "cpu")
         sums_N2 = np.zeros((len(pairs), 2), np.float32)
         for part in sweep(pairs.rows, size, 1)[0]:
             sums_N2[list(part)] = pair_logps(model, PairBatch.pack([pairs[i] for i in part])).numpy()

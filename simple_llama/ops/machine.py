@@ -43,6 +43,11 @@ def has_fast_bf16(device: torch.device | str) -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def has_tiles() -> bool:
+    """Whether this CPU multiplies bf16 in AMX's tiles, where the rounding of a row depends on how many there are."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def cpu_emulates_bf16() -> bool:
     """Whether a bf16 GEMM on this CPU is emulated; a constant to `torch.compile` (`compile_layers`)."""
     return not has_fast_bf16("cpu")

@@ -51,7 +51,7 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
     # one rank's word, or two ranks could share out differently
     missing = broadcast_positions(store.missing(pairs.keys), len(pairs), ranks)
     LOGGER.info("reference store %s: %d of %d pairs are there", store.folder, len(pairs) - len(missing), len(pairs))
-    auditor = Auditor(pairs, Bound(inputs.dtype, ranks.device.type), config.batch_size, config.seed, ranks)
+    auditor = Auditor(pairs, Bound.here(inputs.dtype, ranks.device.type), config.batch_size, config.seed, ranks)
     unbound = auditor.finds_unbound(store)
     if not len(missing) and not unbound:
         auditor.bind(store)

@@ -86,9 +86,8 @@ def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks) -> li
     def timed(micro_batch: MicroBatch, last: bool) -> tuple[int, float]:
         """(packed rows, seconds) of a micro-batch."""
         watchdog.beat("probing")
-        ref_B2 = torch.zeros(len(micro_batch), 2, device=device)
-        if inputs.dtype == torch.float32:  # margins far from 0 make gradients denormal: fp32 is many times slower then
-            ref_B2 = engine.logps(PairBatch.pack([pairs[i] for i in micro_batch]).to(device))
+        # as at a run's start: margins far from 0 make gradients denormal, and a CPU many times slower
+        ref_B2 = engine.logps(PairBatch.pack([pairs[i] for i in micro_batch]).to(device))
         barrier(ranks)
         synchronize(device)
         started = time.perf_counter()

@@ -25,6 +25,7 @@ from simple_llama.cluster.distributed import (
 )
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
+from simple_llama.ops.machine import has_tiles
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
@@ -38,6 +39,10 @@ _A_TOKEN = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 # benchmarks/bench_rounding.py on models of 3 and 16 million weights: fp32 1.2e-4 (AVX2 against AVX-512), bf16 0.055
 # (without and with bf16 units); another model showed 0.09 in bf16. On one machine, micro-batches and threads: 4e-6, 0.
 _AN_ANSWER = {torch.float32: 1.2e-3, torch.bfloat16: 0.9}
+# With AMX's tiles a row of a bf16 product rounds otherwise among other numbers of rows, so sums depend on what else is
+# in the micro-batch: those of 24 pairs of SmolLM2-135M, alone and four together, by up to 1.1 nats an answer and 0.029
+# a token (0.36 an answer on average). Some three times that is allowed there, however long the answer.
+_A_TOKEN_IN_TILES = 0.1
 _LAST_PLACES = 2.0**-20  # of a sum: some eight units in its last place, which summing in another order may move
 
 _DRAWN, _FEWEST, _DRAWN_UNBOUND = 64, 16, 256  # pairs
@@ -57,9 +62,17 @@ class Bound(NamedTuple):
 
     dtype: torch.dtype
     device: str  # its type
+    tiles: bool = False  # of AMX: whether it is a CPU that has them
+
+    @classmethod
+    def here(cls, dtype: torch.dtype, device: str) -> Bound:
+        """That of this machine."""
+        return cls(dtype, device, has_tiles())
 
     def of(self, ref_B2: torch.Tensor, counts_B2: torch.Tensor) -> torch.Tensor:
         """Nats (B, 2) for answers of such sums and so many scored tokens."""
+        if self.tiles and self.device == "cpu" and self.dtype == torch.bfloat16:
+            return _A_TOKEN_IN_TILES * counts_B2
         by_tokens_B2 = _A_TOKEN[self.dtype] * counts_B2
         if self.device != "cpu":
             return by_tokens_B2

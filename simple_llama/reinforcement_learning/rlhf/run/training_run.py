@@ -115,7 +115,7 @@ class TrainingRun:
         saved = _state_to_resume(ckpt_folder, course, self.total_steps, ranks) if config.resume else None
         self.reference = open_reference(config, inputs, ranks)
         require_same("reference store (digest)", self.reference.content, ranks)
-        self.bound = Bound(inputs.dtype, ranks.device.type)
+        self.bound = Bound.here(inputs.dtype, ranks.device.type)
         with fail_together(ranks):
             values = _reference_values(self.reference, inputs.data.pairs, self.bound, saved)
             self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)

@@ -62,11 +62,14 @@ def unbind(store: RefStore) -> None:
 
 def test_bound_is_the_smaller_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 1e-4 a token up to 0.01 an answer: 0.0003 for 3 tokens, 0.01 for 1000, and 2^-20 of a sum of 2^14 nats,
-    which is 2^-6. CUDA: 0.1 for 1000. bf16: 0.03 for 3 tokens, 0.5 for 1000. No number is beyond it."""
+    which is 2^-6. CUDA: 0.1 for 1000. bf16: 0.03 for 3 tokens, 0.5 for 1000. In AMX's tiles bf16 has 0.1 a token, 0.3
+    for 3 and 100 for 1000, and fp32 what it has without. No number is beyond it."""
     monkeypatch.setattr(audit, "_AN_ANSWER", {torch.float32: 0.01, torch.bfloat16: 0.5})
     sums, counts = torch.tensor([-9.0, -3000.0, -(2.0**14)]), torch.tensor([3, 1000, 1000])
     on_cuda = Bound(torch.float32, "cuda")
-    for bound, expected in ((FP32, (3e-4, 0.01, 2**-6)), (on_cuda, (3e-4, 0.1, 0.1)), (BF16, (0.03, 0.5, 0.5))):
+    in_tiles = {BF16._replace(tiles=True): (0.3, 100.0, 100.0), FP32._replace(tiles=True): (3e-4, 0.01, 2**-6)}
+    without = {FP32: (3e-4, 0.01, 2**-6), on_cuda: (3e-4, 0.1, 0.1), BF16: (0.03, 0.5, 0.5)}
+    for bound, expected in {**without, **in_tiles}.items():
         assert bound.of(sums, counts).tolist() == [pytest.approx(value) for value in expected]
     ours = torch.tensor([[-1.0, -2.00029], [-1.0, -2.00031], [math.nan, -2.0], [-math.inf, -2.0]])
     far = FP32.exceeded(ours, torch.tensor([[-1.0, -2.0]]), torch.full((4, 2), 3))
