@@ -67,8 +67,10 @@ def sums_of(bench: Bench, kind: str) -> dict[str, np.ndarray]:
     torch.set_num_threads(threads)
     if not units:
         torch.cpu._is_avx512_bf16_supported = lambda: False  # what `machine.has_fast_bf16` asks
-    files = {"model_path": bench.model, "rlhf_dataset_path": bench.data, "tokenize_path": bench.tokenizer}
-    inputs = load_inputs(InputsConfig(**files, val_share=0.0, seed=0), init_ranks("cpu"))
+    config = InputsConfig(
+        model_path=bench.model, rlhf_dataset_path=bench.data, tokenize_path=bench.tokenizer, val_share=0.0, seed=0
+    )
+    inputs = load_inputs(config, init_ranks("cpu"))
     pairs = inputs.data.train.select(slice(bench.pairs))
     found: dict[str, np.ndarray] = {"counts": pairs.keys["counts"]}
     for dtype in (torch.float32, torch.bfloat16):

@@ -55,11 +55,11 @@ class Steps:
 
     @staticmethod
     def fit(model: LLaMaTransformer, rooms: Sequence[int]) -> bool:
-        """Whether steps know the architecture, the weights are here (partitioned ones, ZeRO-3, come only when a module
-        is called), and sequences of nearly one length waste little memory."""
+        """Whether steps know the architecture, the weights stay here (those of ZeRO-3, which have a `ds_tensor`, come
+        when a module is called, and go again), and sequences of nearly one length waste little memory."""
         a = model.architecture
         plain = not (a.latent or a.lora or a.qkv_bias or a.out_bias or a.ffwd_bias or a.qk_norm)
-        whole = all(weight.numel() for weight in model.parameters())
+        whole = all(weight.numel() and not hasattr(weight, "ds_tensor") for weight in model.parameters())
         level = bool(rooms) and len(rooms) * max(rooms) <= _MOST_PADDING * sum(rooms)
         return plain and whole and level and a.key_width == a.value_width
 

@@ -63,6 +63,11 @@ def test_where_steps_do_not_fit() -> None:
     model = tiny_model()
     model.embeddings.weight.data = torch.empty(0)
     assert not Steps.fit(model, [8])
+    gathered = tiny_model()
+    vars(gathered.norm.weight)["ds_tensor"] = torch.zeros(
+        1
+    )  # as ZeRO-3 marks weights, those too that are whole just now
+    assert not Steps.fit(gathered, [8])
 
 
 def test_long_and_short_answers_together() -> None:

@@ -182,6 +182,7 @@ def test_each_setting_has_one_owner():
     assert [owner.__name__ for owner in reversed(owners)] == [
         "ModelConfig",
         "ChatConfig",
+        "ChatModelConfig",
         "DataConfig",
         "PolicyConfig",
         "BatchConfig",
