@@ -211,7 +211,8 @@ evaluation and metrics; `benchmarks/small_runs.py` says how. Faults are causes, 
 fixed on other seeds (`--calibration`). What the runs recorded is kept in `tests/golden/warnings.npz`, and a test
 counts it again. Of `gradient_spikes` and `swapped` the faults, and of `swapped` the rule too, were changed after a
 first count missed the mark, the middle strength of `swapped` after a second one too; they were then counted on seeds
-that nobody had looked at.
+that nobody had looked at. The threshold of `still` came down to 0.3, and its strengths with it, after a run that
+learned had got it: `make demo`, at 0.46.
 
 Recall is the share of runs with the fault that gave the fault's own alarm:
 

@@ -198,8 +198,8 @@ FAULTS = {
     "still": Fault(
         "still",
         "bf16, and a rate that moves few weights",
-        "sum of the rates, of half the distance to the next number: 1.2, 0.5, 0.1",
-        lambda spec, level: _carrying(spec, (1.2, 0.5, 0.1)[level]),
+        "sum of the rates, of half the distance to the next number: 0.5, 0.2, 0.05",
+        lambda spec, level: _carrying(spec, (0.5, 0.2, 0.05)[level]),
     ),
     "loops": Fault("answers_loop", "chosen answers loop", _OF_CHOSEN, _fast, _chosen(_SHARES, loops), loops),
     "empty": Fault("answers_empty", "chosen answers are empty", _OF_CHOSEN, _fast, _chosen(_SHARES, is_empty)),

@@ -34,7 +34,7 @@ _LOOPS, _LOOPS_RISE = 0.3, 0.2  # share of trigrams from, and more than at the s
 _EMPTY, _EMPTY_RISE = 0.5, 0.25  # share of answers
 _ENDED_DROP, _ENDED = 0.6, 0.4  # share of answers that ended by themselves: less than at the start, and at most
 _UNKNOWN, _UNKNOWN_RISE = 0.05, 0.04  # share of answer tokens
-_STILL = 1.0  # of the distance to the next weight: the sum of all rates
+_STILL = 0.3  # of half the distance to the next weight: the sum of all rates; smaller weights move before
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _swapped(history: History, facts: Facts) -> str | None:
 
 
 def _still(history: History, facts: Facts) -> str | None:
-    """All steps together cannot carry the median weight to the next number of its dtype."""
+    """All steps together cannot carry the median weight near the next number of its dtype."""
     medians, bits = history.curve("weights/median"), history.curve("weights/bits")
     if not medians or not bits or medians.last <= 0:
         return None
@@ -388,8 +388,8 @@ CHECKS = {
         "alarm",
         _still,
         "weights/median",
-        "the sum of all learning rates is less than half the distance from `weights/median` to the next number of "
-        "`weights/bits`",
+        f"the sum of all learning rates is less than {_STILL:g} of half the distance from `weights/median` to the next "
+        "number of `weights/bits`",
         "A larger max_lr, more epochs, or a DeepSpeed file that computes in fp32",
     ),
     "answers_loop": _Check(
