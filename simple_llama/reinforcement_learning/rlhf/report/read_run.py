@@ -21,7 +21,7 @@ from simple_llama.common.files import read_json
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.report.statistics import groups_of
-from simple_llama.reinforcement_learning.rlhf.run.records import read_records
+from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, read_records
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def read_run(folder: Path) -> RunFacts:
         raise UserError(f"{folder}: expected a run's folder with its metrics.jsonl, found none")
     warnings = [
         (str(line.get("level", "notice")), line["step"], str(line.get("text", "")))
-        for line in _records(folder / "warnings.jsonl")
+        for line in _records(folder / WARNINGS)
     ]
     return RunFacts(
         folder=folder,

@@ -8,7 +8,7 @@ alarms were fixed on one set of small runs and counted on another: benchmarks/be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -246,69 +246,63 @@ def _still(history: History, facts: Facts) -> str | None:
 
 
 class _Change(NamedTuple):
-    """A metric of sample answers, at the start and now."""
+    """A metric of sample answers at the start and now, and the step since which it is beyond its threshold."""
 
-    curve: Curve
     start: float
-
-    @property
-    def rise(self) -> float:
-        return self.curve.last - self.start
+    now: float
+    since: int
 
 
-def _changes(history: History, name: str) -> Iterator[_Change]:
-    """The metric's change since step 0; none where there is nothing to compare."""
-    curve = history.curve(name)
-    if len(curve) > 1 and curve.steps[0] == 0:
-        yield _Change(curve.trained(), float(curve.values[0]))
+def _change(history: History, name: str, bound: float, least: float, falls: bool = False) -> _Change | None:
+    """The metric's change since step 0 where it is now at `bound` or beyond, and has moved there by `least` or more;
+    None where it is not, or where there is nothing to compare."""
+    curve, sign = history.curve(name), -1.0 if falls else 1.0
+    if len(curve) < 2 or curve.steps[0] != 0:
+        return None
+    start, trained = float(curve.values[0]), curve.trained()
+    if sign * trained.last < sign * bound or sign * (trained.last - start) < least:
+        return None
+    return _Change(start, trained.last, trained.since(sign * trained.values >= sign * bound))
 
 
 def _answers_loop(history: History, facts: Facts) -> str | None:
     """Sample answers repeat themselves, and did less at the start."""
-    for change in _changes(history, "samples/repeated_trigrams"):
-        if change.curve.last >= _LOOPS and change.rise >= _LOOPS_RISE:
-            since = change.curve.since(change.curve.values >= _LOOPS)
-            return (
-                f"answers loop: {change.curve.last:.0%} of their trigrams stood in the same answer before, "
-                f"{change.start:.0%} at the start (since step {since})"
-            )
-    return None
+    if not (found := _change(history, "samples/repeated_trigrams", _LOOPS, _LOOPS_RISE)):
+        return None
+    return (
+        f"answers loop: {found.now:.0%} of their trigrams stood in the same answer before, {found.start:.0%} at the "
+        f"start (since step {found.since})"
+    )
 
 
 def _answers_empty(history: History, facts: Facts) -> str | None:
     """Sample answers end at once, and did less at the start."""
-    for change in _changes(history, "samples/empty"):
-        if change.curve.last >= _EMPTY and change.rise >= _EMPTY_RISE:
-            since = change.curve.since(change.curve.values >= _EMPTY)
-            return (
-                f"answers are empty: {change.curve.last:.0%} of them end at once, {change.start:.0%} at the start "
-                f"(since step {since})"
-            )
-    return None
+    if not (found := _change(history, "samples/empty", _EMPTY, _EMPTY_RISE)):
+        return None
+    return (
+        f"answers are empty: {found.now:.0%} of them end at once, {found.start:.0%} at the start "
+        f"(since step {found.since})"
+    )
 
 
 def _answers_run_on(history: History, facts: Facts) -> str | None:
     """Sample answers no longer end by themselves."""
-    for change in _changes(history, "samples/ended"):
-        if change.curve.last <= _ENDED and -change.rise >= _ENDED_DROP:
-            since = change.curve.since(change.curve.values <= _ENDED)
-            return (
-                f"answers no longer end: {change.curve.last:.0%} of them end by themselves, {change.start:.0%} at the "
-                f"start (since step {since})"
-            )
-    return None
+    if not (found := _change(history, "samples/ended", _ENDED, _ENDED_DROP, falls=True)):
+        return None
+    return (
+        f"answers no longer end: {found.now:.0%} of them end by themselves, {found.start:.0%} at the start "
+        f"(since step {found.since})"
+    )
 
 
 def _answers_unknown(history: History, facts: Facts) -> str | None:
     """Sample answers have the token that stands for what the tokenizer does not know."""
-    for change in _changes(history, "samples/unknown"):
-        if change.curve.last >= _UNKNOWN and change.rise >= _UNKNOWN_RISE:
-            since = change.curve.since(change.curve.values >= _UNKNOWN)
-            return (
-                f"answers have <UNK>: {change.curve.last:.1%} of their tokens, {change.start:.1%} at the start "
-                f"(since step {since})"
-            )
-    return None
+    if not (found := _change(history, "samples/unknown", _UNKNOWN, _UNKNOWN_RISE)):
+        return None
+    return (
+        f"answers have <UNK>: {found.now:.1%} of their tokens, {found.start:.1%} at the start "
+        f"(since step {found.since})"
+    )
 
 
 CHECKS = {

@@ -18,6 +18,8 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Settings
 from simple_llama.reinforcement_learning.rlhf.run.board import Board
 
+WARNINGS = "warnings.jsonl"
+
 _MOST_IN_A_LINE = 64 << 20  # bytes: sample answers of a run's prompts are far shorter
 _MOST_BYTES = 16 << 30  # of a file: some ten million lines
 _MOST_READ = 1 << 30  # bytes of a file whose records are all held at once
@@ -254,5 +256,5 @@ def append_samples(folder: Path, step: int, prompts: list[str], answers: list[st
 
 
 def append_warning(folder: Path, step: int, level: str, name: str, text: str) -> None:
-    """Adds a line to warnings.jsonl."""
-    _append_record(folder / "warnings.jsonl", {"step": step, "level": level, "name": name, "text": text})
+    """Adds a line to the file of warnings."""
+    _append_record(folder / WARNINGS, {"step": step, "level": level, "name": name, "text": text})

@@ -35,7 +35,7 @@ from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptV
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig, evaluate
 from simple_llama.reinforcement_learning.rlhf.run.interval import Interval, IntervalConfig
 from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig, StepProfile
-from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, log_line, rewind
+from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter, log_line, rewind
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import (
     drop_held_out,
     histograms_of,
@@ -65,7 +65,6 @@ from simple_llama.reinforcement_learning.rlhf.run.trackers import (
     tracker_names,
 )
 from simple_llama.reinforcement_learning.rlhf.run.watch_health import (
-    WARNINGS,
     HealthWatch,
     StepSums,
     costliest,

@@ -17,10 +17,9 @@ from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutp
 from simple_llama.reinforcement_learning.rlhf.run.health import Facts, Finding, findings
 from simple_llama.reinforcement_learning.rlhf.run.history import History
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
-from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, append_warning, read_records
+from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter, append_warning, read_records
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, learning_rate
 
-WARNINGS = "warnings.jsonl"
 _MOST_NAMED = 8  # pairs
 _SPIKE = "gradient_spikes"
 

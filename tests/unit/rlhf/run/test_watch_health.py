@@ -17,8 +17,8 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, 
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
 from simple_llama.reinforcement_learning.rlhf.run.health import Facts
-from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter
-from simple_llama.reinforcement_learning.rlhf.run.watch_health import WARNINGS, HealthWatch, StepSums, costliest
+from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter
+from simple_llama.reinforcement_learning.rlhf.run.watch_health import HealthWatch, StepSums, costliest
 
 FACTS = Facts(pairs=80, held_out=20, total_steps=100, beta=0.1, rates=1.0, largest_prompt_share=0.5)
 PAIRS = PairSet.of(
