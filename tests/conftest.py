@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from simple_llama.ops.machine import bound_compiled_gemms
+from simple_llama.ops.machine import prepare_gemms
 
 ROOT = Path(__file__).resolve().parents[1]
 WHY_DESELECTED = {
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[DESELECTED] = []
     torch.set_num_threads(2)
     os.environ["OMP_NUM_THREADS"] = "2"
-    bound_compiled_gemms()  # as each command does: what one test calls must not change the environment of the next
+    prepare_gemms()  # as each command does: what one test calls must not change the environment of the next
     for name in list(os.environ):
         if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
             del os.environ[name]  # a test that means to be a rank sets its own

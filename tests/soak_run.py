@@ -129,13 +129,13 @@ class Twins:
         whole_run, hit_run = self.folder(whole, "ckpt_dir"), self.folder(hit, "ckpt_dir")
         same("files of the run", *(visible(folder) for folder in (whole_run, hit_run)))
         same("latest", *((folder / "latest").read_text() for folder in (whole_run, hit_run)))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            same(name, *(records(self.folder(twin, "log_dir") / name) for twin in (whole, hit)))
         exported = [path.name for path in sorted(whole_run.glob("dpo_*.pth"))]
         for name in exported:
             same_tensors(name, *(load_weights(run / name).state_dict for run in (whole_run, hit_run)))
         print(f"equal bit for bit: the weights in {len(exported)} .pth files")
         self.judge_states(whole_run, hit_run)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            same(name, *(records(self.folder(twin, "log_dir") / name) for twin in (whole, hit)))
         left = [path.name for folder in FOLDERS for path in self.folder(hit, folder).rglob(".*.tmp")]
         print(f"temp files that were left: {len(left)} {sorted({re.sub('[0-9a-f]{4,}', '*', n) for n in left})}")
 
@@ -252,12 +252,16 @@ def same(what: str, whole: object, hit: object) -> None:
 
 
 def same_tensors(what: str, whole: dict[str, torch.Tensor], hit: dict[str, torch.Tensor]) -> None:
-    """Fails where they are not equal bit for bit."""
+    """Fails where they are not equal bit for bit, and says all that differ."""
     if whole.keys() != hit.keys():
         raise Failure(f"{what}: names differ: {sorted(whole.keys() ^ hit.keys())}")
-    for name, tensor in whole.items():
-        if not torch.equal(tensor, hit[name]):
-            raise Failure(f"{what}: {name} differs by up to {(tensor - hit[name]).abs().max():.3g}")
+    differ = [
+        f"{name}: {(tensor != hit[name]).sum()} of {tensor.numel()} by up to {(tensor - hit[name]).abs().max():.3g}"
+        for name, tensor in whole.items()
+        if not torch.equal(tensor, hit[name])
+    ]
+    if differ:
+        raise Failure(f"{what}: {len(differ)} of {len(whole)} tensors differ:\n  " + "\n  ".join(differ))
 
 
 def apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:

@@ -23,15 +23,29 @@ _CACHE_BOUNDS = (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPAC
 _PRIMITIVES_KEPT = "128"  # more than the shapes of a micro-batch: as fast as with all of them
 
 
-def bound_compiled_gemms() -> None:
-    """Bounds how many compiled GEMMs this process keeps on a CPU with bf16 units; to be called before its first one.
+def prepare_gemms() -> None:
+    """Asks the libraries of a CPU's GEMMs for few compiled ones and for equal results; to be called before the first.
 
-    There oneDNN compiles code for every new shape, and packed lengths are always new: of the 1,024 that it and ATen
-    keep, each takes some 0.6 MiB. Set in the environment, where both look; what a person has set stays.
+    With bf16 units oneDNN compiles code for every new shape, and packed lengths are always new: of the 1,024 that it
+    and ATen keep, each takes some 0.6 MiB. MKL promises the same bits from run to run in its conditional numerical
+    reproducibility alone, where reductions and the dealing to threads are fixed (oneMKL guide, "MKL_CBWR"; on the CPUs
+    of others than Intel it would take slower code). Set in the environment, where all look; what a person has set
+    stays.
     """
     for names in _CACHE_BOUNDS:
         if not any(name in os.environ for name in names):
             os.environ[names[0]] = _PRIMITIVES_KEPT
+    if _is_intel():
+        os.environ.setdefault("MKL_CBWR", "AUTO")
+
+
+@functools.cache
+def _is_intel() -> bool:
+    """Whether this is a CPU of Intel's; False where the system does not say."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 @functools.cache

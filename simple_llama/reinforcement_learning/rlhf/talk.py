@@ -23,7 +23,7 @@ from simple_llama.finetune.chat_format import Chat
 from simple_llama.inference import chat as terminal
 from simple_llama.inference.generate import Sampling, generate
 from simple_llama.interop.open_start import open_start
-from simple_llama.ops.machine import bound_compiled_gemms, has_fast_bf16
+from simple_llama.ops.machine import has_fast_bf16, prepare_gemms
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import build_model
 from simple_llama.reinforcement_learning.rlhf.inputs import ChatModelConfig, ModelConfig, chat_format, check_tokenizer
@@ -67,7 +67,7 @@ def talk(argv: Sequence[str] | None = None, description: str | None = None) -> N
         parse_settings(_TalkConfig, argv, description)
     first = open_start(peek_settings(ModelConfig, argv).model_path)
     config = _settings(first, argv, description)
-    bound_compiled_gemms()
+    prepare_gemms()
     device = device_of(config.device)
     speakers = [_speaker(first.path.name, first, config, device)]
     if config.against == _START:

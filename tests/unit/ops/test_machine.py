@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from simple_llama.ops.machine import _measured_gemm_flops, bound_compiled_gemms, peak_flops
+from simple_llama.ops.machine import _is_intel, _measured_gemm_flops, peak_flops, prepare_gemms
 
 CPU = torch.device("cpu")
 
@@ -37,13 +40,33 @@ def test_peak_of_a_known_gpu_is_its_data_sheet(monkeypatch: pytest.MonkeyPatch) 
     assert peak_flops(CPU, torch.bfloat16) == 1.0
 
 
-def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither is set: both are bounded. One is set, by oneDNN's other name: only ATen's is. Set again: no change."""
+@pytest.mark.parametrize("intel", [False, True])
+def test_what_a_person_has_set_stays(intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is set: all is, MKL's for a CPU of Intel's alone. One is set, by oneDNN's other name: the others are.
+    Set again: no change."""
     onednn, other, aten = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+    monkeypatch.setattr("simple_llama.ops.machine._is_intel", lambda: intel)
+    mkl = {"MKL_CBWR": "AUTO"} if intel else {}
     for before, after in (({}, {onednn: "128", aten: "128"}), ({other: "9"}, {other: "9", aten: "128"})):
         monkeypatch.setattr("os.environ", dict(before))
-        bound_compiled_gemms()
-        assert os.environ == after
-        os.environ[aten] = "7"
-        bound_compiled_gemms()
-        assert os.environ == {**after, aten: "7"}
+        prepare_gemms()
+        assert os.environ == {**after, **mkl}
+        own = {aten: "7", **dict.fromkeys(mkl, "AVX2")}
+        os.environ.update(own)
+        prepare_gemms()
+        assert os.environ == {**after, **own}
+
+
+def test_gemms_of_mkl_are_asked_to_be_equal() -> None:
+    """On a CPU of Intel's a command's first GEMM says so, though torch is imported before the environment is set."""
+    code = """
+import torch
+from simple_llama.ops.machine import prepare_gemms
+prepare_gemms()
+torch.ones(9, 9) @ torch.ones(9, 9)
+"""
+    if not (_is_intel() and torch.backends.mkl.is_available()):
+        pytest.skip("no MKL on a CPU of Intel's")
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"} | {"MKL_VERBOSE": "1"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert re.search(r"SGEMM.*CNR:AUTO", said.stdout), said.stdout

@@ -28,7 +28,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConf
 from simple_llama.reinforcement_learning.rlhf.engine.engine import import_deepspeed
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize
 
-_SHAPES = 140  # GEMMs of other shapes: more than a process keeps (`bound_compiled_gemms`)
+_SHAPES = 140  # GEMMs of other shapes: more than a process keeps (`prepare_gemms`)
 _BUCKET = 500_000_000  # elements of a bucket where the JSON names none: DeepSpeed's own default
 
 
