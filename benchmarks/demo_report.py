@@ -7,8 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
 from simple_llama.reinforcement_learning.rlhf.run.records import read_records
+from simple_llama.reinforcement_learning.rlhf.run.statistics import accuracy_interval
 
 _SHOWN = 4  # prompts: the first ones of the held-out split, which its seed decides and no answer
 _COLUMN = 57  # characters of an answer's column

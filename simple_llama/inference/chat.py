@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import NamedTuple, TextIO
 
 from simple_llama.common.errors import UserError
+from simple_llama.inference.guards import ENDED_AT_ONCE
 from simple_llama.inference.terminal_text import TextStream, printable, side_by_side
 
 _HELP = """\
@@ -140,7 +141,7 @@ class ChatSession:
     def _show_both(self, streams: Sequence[TextStream]) -> None:
         """Both answers side by side."""
         names = [speaker.name for speaker in self._speakers]
-        texts = [printable(stream.text) or "(ended at once)" for stream in streams]
+        texts = [printable(stream.text) or ENDED_AT_ONCE for stream in streams]
         self._out.write(side_by_side(names, texts, self._width()) + "\n")
         self._out.flush()
 
@@ -156,7 +157,7 @@ class ChatSession:
                 why = "the conversation is as long as the model takes; /reset" if full else "--max_new_tokens"
                 self._note(f"({whose}cut at {room} tokens: {why})")
             elif not stream.text and len(self._speakers) == 1:
-                self._note("(ended at once)")
+                self._note(ENDED_AT_ONCE)
 
     def _warn_of_unknown(self, prompts: Sequence[Sequence[int]]) -> None:
         """Says how much of a message the tokenizer does not know."""

@@ -5,7 +5,7 @@ Greedy unless asked otherwise, so that a change of an answer is a change of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Annotated, Any
@@ -116,6 +116,45 @@ def generate_together(
                     steps.drop(row)
                 else:
                     _drop(row, caches)
+
+
+def answer_together(
+    model: LLaMaTransformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    sampling: Sampling = _GREEDY,
+    numbers: Sequence[int] | None = None,
+    beat: Callable[[], object] | None = None,
+) -> list[list[int]]:
+    """Token ids of the whole answers of `generate_together`, each with the stop token that ended it.
+
+    Args:
+        beat: called with each round of tokens.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for tokens in generate_together(model, prompts, max_new_tokens, stop_ids, sampling, numbers):
+        if beat:
+            beat()
+        for answer, token in zip(answers, tokens, strict=True):
+            if token is not None:
+                answer.append(token)
+    return answers
+
+
+def groups_with_room(lengths: Sequence[int], most_cached: int, most_together: int | None = None) -> list[range]:
+    """Neighbouring answers that are made together: as many as have room for their keys and values.
+
+    Args:
+        lengths: tokens of each, with its prompt. most_cached: of all in a group, which has one answer at least.
+    """
+    found, first, total = list[range](), 0, 0
+    for place, length in enumerate(lengths):
+        if place > first and (place - first == most_together or total + length > most_cached):
+            found.append(range(first, place))
+            first, total = place, 0
+        total += length
+    return [*found, range(first, len(lengths))] if lengths else []
 
 
 def _drop(row: int, *lists: list[Any]) -> None:

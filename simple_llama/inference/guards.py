@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+ENDED_AT_ONCE = "(ended at once)"  # shown for an empty answer
 _COUNTED = ("answers", "tokens", "trigrams", "repeated", "ended", "empty", "unknown")
 
 # Phrases of a refusal, in its first characters: lower case, straight apostrophes.

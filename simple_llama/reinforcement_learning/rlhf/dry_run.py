@@ -18,7 +18,7 @@ from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.foretell import duration
 from simple_llama.reinforcement_learning.rlhf.foretell.fit import largest_that_fits
 from simple_llama.reinforcement_learning.rlhf.foretell.memory import (
@@ -36,7 +36,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConf
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from simple_llama.reinforcement_learning.rlhf.run.health import warnings_of
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import weight_facts
-from simple_llama.reinforcement_learning.rlhf.run.sampling import sample_prompts
+from simple_llama.reinforcement_learning.rlhf.run.sampling import ANSWERS_OF_KL, sample_prompts
 from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import SavedBytes, saved_bytes, start_warnings
@@ -211,12 +211,16 @@ class _Job:
             speed = duration.estimated(flops * rows, row_flops, weight_bytes, foretold.rate, device)
         steps, held_out = plan.steps_per_epoch * config.epochs, inputs.data.validation
         prompts = sample_prompts(held_out, config.n_samples)
+        prompt_rows, spoken_rows = sum(map(len, prompts)), 0
+        if prompts and zero_stage(full_ds_config(config, ranks.world_size)) != 3:
+            spoken_rows = prompt_rows + ANSWERS_OF_KL * config.sample_tokens
         work = duration.Work(
             steps=steps,
             missing_rows=float(inputs.data.pairs.rows[self.missing].sum()) / ranks.world_size,
             evaluations=1 + _union(steps, config.eval_interval, plan.steps_per_epoch),
             held_out_rows=float(held_out.rows.sum()) / ranks.world_size if held_out else 0.0,
-            prompt_rows=sum(map(len, prompts)),
+            prompt_rows=prompt_rows / ranks.world_size,
+            spoken_rows=spoken_rows / ranks.world_size,
             sample_tokens=config.sample_tokens,
             saves=saved.ends + saved.between,
             save_bytes=saved.state + saved.export,

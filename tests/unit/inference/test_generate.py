@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.inference.generate import Sampling, _next_tokens, generate, generate_together
+from simple_llama.inference.generate import Sampling, _next_tokens, generate, generate_together, groups_with_room
 from simple_llama.inference.steps import Steps
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from tiny_model import MLA, PROMPT, PROMPTS, tiny_model
@@ -150,6 +150,14 @@ def shares(sampling: Sampling, draws: int = 4000) -> list[float]:
     generators = [sampling.generator(number) for number in range(draws)]
     found = _next_tokens(LOGITS.expand(draws, 4), sampling, generators)
     return (found.bincount(minlength=4) / draws).tolist()
+
+
+def test_answers_are_made_together_as_far_as_memory_goes() -> None:
+    """At most 16 and 16,384 tokens a group, neighbours together, none lost; one alone though it is too long."""
+    assert groups_with_room([10] * 20, 16384, 16) == [range(16), range(16, 20)]
+    assert groups_with_room([9000, 9000, 100, 20000], 16384, 16) == [range(1), range(1, 3), range(3, 4)]
+    assert groups_with_room([4, 5, 6, 12, 1, 2], 10) == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+    assert groups_with_room([], 16384) == []
 
 
 def test_draws_have_the_probabilities() -> None:

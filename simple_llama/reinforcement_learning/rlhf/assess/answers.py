@@ -7,6 +7,7 @@ same others. Q prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from simple_llama.cluster import stopping, watchdog
@@ -16,7 +17,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.ascii_text import Spelling
 from simple_llama.finetune.chat_format import ChatFormat, SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import encode_serving_prompt
-from simple_llama.inference.generate import Sampling, generate_together
+from simple_llama.inference.generate import Sampling, answer_together, groups_with_room
 from simple_llama.inference.guards import count_language, language_metrics, refuses
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import AnswersConfig
@@ -95,37 +96,23 @@ def _answer(
     ranks: Ranks,
 ) -> list[list[int]]:
     """Token ids of the answers (Q,), with the stop token that ended one (collective)."""
-    groups = _groups([len(ids) + config.max_new_tokens for ids in prompts])
+    lengths = [len(ids) + config.max_new_tokens for ids in prompts]
+    groups = groups_with_room(lengths, _MOST_CACHED, _MOST_TOGETHER)
     mine: list[tuple[int, list[list[int]]]] = []
     turns = range(ranks.rank, ranks.rank + len(groups), ranks.world_size)
-    sampling = Sampling(config.temperature, config.top_p, seed)
+    sampling, beat = Sampling(config.temperature, config.top_p, seed), partial(watchdog.beat, "answers")
     with evaluating(model):
         for number in progress(turns, total=len(turns), desc="answers", ranks=ranks):
             if number < len(groups):
                 places = groups[number]
                 some = [prompts[place] for place in places]
-                answers: list[list[int]] = [[] for _ in some]
-                for tokens in generate_together(model, some, config.max_new_tokens, chat.stop_ids, sampling, places):
-                    watchdog.beat("answers")
-                    for answer, token in zip(answers, tokens, strict=True):
-                        if token is not None:
-                            answer.append(token)
+                room, stop_ids = config.max_new_tokens, chat.stop_ids
+                answers = answer_together(model, some, room, stop_ids, sampling, places, beat)
                 mine.append((number, answers))
             stopping.agree(ranks)
     everybody = gather_objects(mine, ranks, list[tuple[int, list[list[int]]]])
     by_group = dict(pair for one in everybody for pair in one)
     return [answer for number in range(len(groups)) for answer in by_group[number]]
-
-
-def _groups(lengths: Sequence[int]) -> list[range]:
-    """Neighbouring prompts that are answered together: as many as have room for their keys and values."""
-    found, first, total = [], 0, 0
-    for place, length in enumerate(lengths):
-        if place > first and (place - first == _MOST_TOGETHER or total + length > _MOST_CACHED):
-            found.append(range(first, place))
-            first, total = place, 0
-        total += length
-    return [*found, range(first, len(lengths))] if lengths else []
 
 
 def _found(answers: Sequence[Sequence[int]], chat: ChatFormat) -> Answers:

@@ -13,6 +13,7 @@ from simple_llama.ops.machine import synchronize
 _SHARE = {"cpu": 0.25, "cuda": 0.4}
 _DISK = 0.3e9  # bytes a second that a disk takes
 _PIECE = 1 << 24  # bytes whose reading is timed
+_TOGETHER = 2.0  # a token of each of several answers at once, in tokens of one
 FORWARD = 1 / 3  # of the time of a forward and a backward pass
 
 
@@ -32,7 +33,8 @@ class Work(NamedTuple):
     missing_rows: float  # pairs that the reference store lacks
     evaluations: int
     held_out_rows: float
-    prompt_rows: int  # of the sample answers
+    prompt_rows: float  # of the greedy sample answers
+    spoken_rows: float  # of the answers of which the KL is estimated, with their prompts; 0: of none
     sample_tokens: int  # of one answer
     saves: int
     save_bytes: int  # of one
@@ -79,7 +81,10 @@ def token_s(weight_bytes: int, device: torch.device) -> float:
 def _hours(work: Work, speed: Speed) -> _Hours:
     """Seconds of each part; saves at a stated rate of the disk."""
     row_s = speed.forward_row_s
-    samples_s = work.prompt_rows * row_s + work.sample_tokens * speed.token_s if work.prompt_rows else 0.0
+    round_s = _TOGETHER * work.sample_tokens * speed.token_s
+    samples_s = work.prompt_rows * row_s + round_s if work.prompt_rows else 0.0
+    if work.spoken_rows:  # the policy reads the prompts, then it and the reference all rows
+        samples_s += 3 * work.spoken_rows * row_s + round_s
     return _Hours(
         reference_s=work.missing_rows * row_s,
         training_s=work.steps * speed.step_s,

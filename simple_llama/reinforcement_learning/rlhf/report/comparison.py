@@ -23,7 +23,7 @@ from simple_llama.reinforcement_learning.rlhf.report.standing import (
     starts_apart,
     why_not_comparable,
 )
-from simple_llama.reinforcement_learning.rlhf.report.statistics import mean_interval, paired_bootstrap, preferred
+from simple_llama.reinforcement_learning.rlhf.run.statistics import mean_interval, paired_bootstrap, preferred
 
 _ERROR, _POWER = 0.05, 0.8  # of all comparisons together; of "about N pairs"
 _EXACT = 1000  # pairs up to which a sign test is summed exactly

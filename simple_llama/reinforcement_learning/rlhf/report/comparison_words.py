@@ -12,7 +12,7 @@ from simple_llama.common.files import listed
 from simple_llama.reinforcement_learning.rlhf.report.comparison import Difference, Group, pairs_needed
 from simple_llama.reinforcement_learning.rlhf.report.run_verdict import log_ratio
 from simple_llama.reinforcement_learning.rlhf.report.standing import Standing
-from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
+from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval
 
 MEASURES = {  # of the distance from the reference
     "kl": "KL to the reference, nats an answer token",

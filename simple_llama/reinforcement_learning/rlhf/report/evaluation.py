@@ -25,8 +25,7 @@ from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import (
 )
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_words import nats, percent, points, verdict
 from simple_llama.reinforcement_learning.rlhf.report.page import Page
-from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval, accuracy_interval
 
 HTML, JSON = "report.html", "report.json"
 _OWN = "the start's own ranking"

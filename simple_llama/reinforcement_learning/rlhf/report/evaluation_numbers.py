@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simple_llama.reinforcement_learning.rlhf.report.statistics import (
+from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     Interval,
     balanced_accuracy,
+    correlation,
     length_bins,
     mean_interval,
     paired_bootstrap,
@@ -26,7 +27,6 @@ from simple_llama.reinforcement_learning.rlhf.report.statistics import (
     reliability,
     share_interval,
 )
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import correlation
 
 START = "start"  # the name of the start model among the models
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import START
-from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
+from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval
 
 _CHANCE = 0.5
 _MISCALIBRATED = 0.1  # calibration error

@@ -9,6 +9,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
+from simple_llama.inference.guards import ENDED_AT_ONCE
 from simple_llama.reinforcement_learning.rlhf.report.style import STYLE
 from simple_llama.reinforcement_learning.rlhf.report.words import marked_differences
 
@@ -133,7 +134,7 @@ class Page:
             self._figures = []
 
 
-_ENDED = '<span class="aside">(ended at once)</span>'
+_ENDED = f'<span class="aside">{ENDED_AT_ONCE}</span>'
 
 
 def _text(text: str) -> str:

@@ -20,18 +20,16 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import root_path
-from simple_llama.reinforcement_learning.rlhf.report.statistics import groups_of
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import PairSums
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, read_records
+from simple_llama.reinforcement_learning.rlhf.run.statistics import groups_of
 
 
 @dataclass(frozen=True)
-class HeldOutPairs:
+class HeldOutPairs(PairSums):
     """The held-out pairs at the last evaluation that kept them."""
 
     step: int
-    logps_N2: np.ndarray  # fp32 log-prob sums of chosen and rejected, nats
-    ref_N2: np.ndarray  # fp32: the reference's
-    counts_N2: np.ndarray  # int32 scored tokens
     origins: tuple[str, ...]  # file:record
     prompts_N: np.ndarray | None = None  # pairs that answer one prompt have one number; None where none were written
 
@@ -39,22 +37,6 @@ class HeldOutPairs:
     def groups_N(self) -> np.ndarray:
         """The number of each pair's prompt, from 0; each pair's own where prompts were not written."""
         return groups_of(range(len(self.origins)) if self.prompts_N is None else self.prompts_N.tolist())
-
-    @property
-    def ratios_N2(self) -> np.ndarray:
-        """fp64 log pi / pi_ref, nats an answer."""
-        return self.logps_N2.astype(np.float64) - self.ref_N2
-
-    @property
-    def margins_N(self) -> np.ndarray:
-        """fp64: how much more the chosen answer gained than the rejected one, nats."""
-        ratios_N2 = self.ratios_N2
-        return ratios_N2[:, 0] - ratios_N2[:, 1]
-
-    @property
-    def length_gaps_N(self) -> np.ndarray:
-        """Scored tokens of the chosen answer less those of the rejected one."""
-        return self.counts_N2[:, 0] - self.counts_N2[:, 1]
 
 
 @dataclass(frozen=True)
@@ -215,7 +197,7 @@ def _held_out(path: Path) -> HeldOutPairs | None:
             prompts_N = arrays.get("prompts")
             lengths = {len(origins), len(origins if prompts_N is None else prompts_N)}
             if {logps_N2.shape, ref_N2.shape, counts_N2.shape} == {(length, 2) for length in lengths}:
-                return HeldOutPairs(step, logps_N2, ref_N2, counts_N2, origins, prompts_N)
+                return HeldOutPairs(logps_N2, ref_N2, counts_N2, step, origins, prompts_N)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             problem = str(error) or type(error).__name__
     LOGGER.warning("left out of the report: %s: %s", path, problem)

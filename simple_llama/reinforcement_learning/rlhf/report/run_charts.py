@@ -32,8 +32,7 @@ from simple_llama.reinforcement_learning.rlhf.report.run_verdict import (
     log_ratio,
     margin_nats,
 )
-from simple_llama.reinforcement_learning.rlhf.report.statistics import reliability
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+from simple_llama.reinforcement_learning.rlhf.run.statistics import accuracy_interval, reliability
 
 _STEP = "optimizer step"
 _BINS = 8  # of the reliability curve

@@ -10,13 +10,13 @@ import numpy as np
 
 from simple_llama.reinforcement_learning.rlhf.report.page import number
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
-from simple_llama.reinforcement_learning.rlhf.report.statistics import (
+from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     Interval,
+    accuracy_interval,
     paired_bootstrap,
     preferred,
     share_interval,
 )
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
 
 # What a share of the sample answers may change before the language is said to have changed.
 _REPEATED, _ENDED, _EMPTY = 0.10, 0.25, 0.10

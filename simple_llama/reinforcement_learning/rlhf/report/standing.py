@@ -17,14 +17,14 @@ import numpy as np
 
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
 from simple_llama.reinforcement_learning.rlhf.report.run_verdict import log_ratio, margin_nats
-from simple_llama.reinforcement_learning.rlhf.report.statistics import (
+from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     Interval,
+    accuracy_interval,
     groups_of,
     mean_interval,
     preferred,
     share_interval,
 )
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
 
 _EVALUATED = {"eval_pairs", *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))}
 _FINGERPRINT = ("eval_logps/chosen", "eval_logps/rejected")  # at step 0, of the start model

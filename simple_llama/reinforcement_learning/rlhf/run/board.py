@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from simple_llama.common.settings import Settings
+from simple_llama.inference.guards import ENDED_AT_ONCE
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
 from simple_llama.reinforcement_learning.rlhf.run.event_file import EventFile
 
@@ -87,7 +88,6 @@ _RESULTS = (
     "train/rewards/accuracies",
 )
 _AS_IT_IS = frozenset(string.ascii_letters + string.digits + " ")  # in Markdown and HTML
-NOTHING = "(ended at once)"  # shown for an empty answer
 
 
 def _curve_name(name: str) -> str | None:
@@ -143,7 +143,7 @@ def _table_settings(settings: Settings) -> dict[str, bool | float | str]:
 
 def _sample_page(prompt: str, before: str, after: str) -> str:
     """Markdown of one prompt with both answers side by side, wrapped by the browser."""
-    cells = [_as_markdown(text or NOTHING) for text in (before, after)]
+    cells = [_as_markdown(text or ENDED_AT_ONCE) for text in (before, after)]
     return f"{_as_markdown(prompt)}\n\n| start model | policy |\n| :-- | :-- |\n| {cells[0]} | {cells[1]} |\n"
 
 

@@ -22,9 +22,7 @@ from simple_llama.ops.logprob import token_logps
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import Loaded, empty_model, fill
 from simple_llama.reinforcement_learning.rlhf.objective.policy import evaluating
-
-_DRAWS = 2000  # of the bootstrap
-_BOOTSTRAP = 0x5A  # its seed
+from simple_llama.reinforcement_learning.rlhf.run.statistics import ratio_interval
 
 
 class Spoken(NamedTuple):
@@ -107,16 +105,9 @@ def k3_sums(policy_N: torch.Tensor, ref_N: torch.Tensor, counts: Sequence[int]) 
 
 
 def kl_metrics(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-    """KL in nats a token, and its 95 % interval: a percentile bootstrap over whole answers, whose tokens depend on
-    each other. Nothing without an answer."""
-    if not sums:
+    """KL in nats a token, and its 95 % interval: a bootstrap over whole answers, whose tokens depend on each other.
+    Nothing with fewer than two answers."""
+    if len(sums) < 2:
         return {}
-    sums_A, counts_A = np.array(sums), np.array(counts, dtype=np.float64)
-    drawn_SA = np.random.default_rng(_BOOTSTRAP).integers(len(sums_A), size=(_DRAWS, len(sums_A)))
-    means_S = sums_A[drawn_SA].sum(axis=1) / counts_A[drawn_SA].sum(axis=1)
-    low, high = np.percentile(means_S, (2.5, 97.5))
-    return {
-        "samples/kl": float(sums_A.sum() / counts_A.sum()),
-        "samples/kl_low": float(low),
-        "samples/kl_high": float(high),
-    }
+    found = ratio_interval(np.array(sums), np.array(counts), np.arange(len(sums)))
+    return {"samples/kl": found.value, "samples/kl_low": found.low, "samples/kl_high": found.high}

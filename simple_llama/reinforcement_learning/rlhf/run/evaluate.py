@@ -5,7 +5,6 @@ Shapes: B pairs of a micro-batch, N held-out pairs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,6 +21,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutp
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
+from simple_llama.reinforcement_learning.rlhf.run.statistics import correlation
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,22 @@ class EvaluationConfig(Settings):
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What an evaluation found, the same on every rank: means by name, and each held-out pair, in their order."""
+class PairSums:
+    """Log-prob sums of pairs, of a policy and of its reference."""
 
-    metrics: dict[str, float]
-    logps_N2: np.ndarray  # fp32 log-prob sums of chosen and rejected, nats
+    logps_N2: np.ndarray  # fp32 sums of chosen and rejected, nats
     ref_N2: np.ndarray  # fp32: the reference's
-    losses_N: np.ndarray  # fp32
-    rewards_N2: np.ndarray  # fp32 implicit rewards
     counts_N2: np.ndarray  # int32 scored tokens
+
+    @property
+    def ratios_N2(self) -> np.ndarray:
+        """fp64 (N, 2): log pi / pi_ref, nats an answer."""
+        return self.logps_N2.astype(np.float64) - self.ref_N2
 
     @property
     def margins_N(self) -> np.ndarray:
         """fp64 (N,): log pi / pi_ref of the chosen answer less that of the rejected one, nats."""
-        ratios_N2 = self.logps_N2.astype(np.float64) - self.ref_N2
+        ratios_N2 = self.ratios_N2
         return ratios_N2[:, 0] - ratios_N2[:, 1]
 
     @property
@@ -62,13 +64,13 @@ class HeldOut:
         return self.counts_N2[:, 0] - self.counts_N2[:, 1]
 
 
-def accuracy_interval(accuracy: float, pairs: float) -> tuple[float, float]:
-    """Where the accuracy over all possible pairs lies with 95 % confidence (Wilson's score interval, 1927)."""
-    z = 1.959964
-    middle = accuracy + z * z / (2 * pairs)
-    half = z * math.sqrt(accuracy * (1 - accuracy) / pairs + z * z / (4 * pairs * pairs))
-    scale = 1 + z * z / pairs
-    return (middle - half) / scale, (middle + half) / scale
+@dataclass(frozen=True)
+class HeldOut(PairSums):
+    """What an evaluation found, the same on every rank: each held-out pair, in their order, and means by name."""
+
+    losses_N: np.ndarray  # fp32
+    rewards_N2: np.ndarray  # fp32 implicit rewards
+    metrics: dict[str, float]
 
 
 def evaluate(
@@ -122,18 +124,9 @@ def _held_out(metrics: dict[str, float], table_N9: np.ndarray) -> HeldOut:
     """The columns by their names, and the metrics that are of pairs, not of sums."""
     columns = (table_N9[:, :2], table_N9[:, 2:4], table_N9[:, 4], table_N9[:, 5:7])
     logps_N2, ref_N2, losses_N, rewards_N2 = (column.astype(np.float32) for column in columns)
-    held_out = HeldOut(metrics, logps_N2, ref_N2, losses_N, rewards_N2, table_N9[:, 7:].astype(np.int32))
+    held_out = HeldOut(logps_N2, ref_N2, table_N9[:, 7:].astype(np.int32), losses_N, rewards_N2, metrics)
     seen_N = held_out.counts_N2[:, 0] > 0  # every pair scores a token
     ratios_2 = (table_N9[seen_N, :2] - table_N9[seen_N, 2:4]).mean(axis=0) if seen_N.any() else (0.0, 0.0)
     metrics["eval_log_ratio/chosen"], metrics["eval_log_ratio/rejected"] = map(float, ratios_2)
     metrics["eval_margin_length_correlation"] = correlation(held_out.margins_N[seen_N], held_out.length_gaps_N[seen_N])
     return held_out
-
-
-def correlation(xs_N: np.ndarray, ys_N: np.ndarray) -> float:
-    """Pearson's, in [-1, 1]; 0 where it is not defined: fewer than two pairs, or one of both does not vary."""
-    if len(xs_N) < 2:
-        return 0.0
-    x_N, y_N = xs_N - xs_N.mean(), ys_N - ys_N.mean()
-    scale = math.sqrt(float((x_N * x_N).sum()) * float((y_N * y_N).sum()))
-    return min(max(float((x_N * y_N).sum()) / scale, -1.0), 1.0) if scale > 0 else 0.0

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
 from simple_llama.reinforcement_learning.rlhf.run.history import Curve, History
+from simple_llama.reinforcement_learning.rlhf.run.statistics import accuracy_interval
 
 _WINDOW = 8  # lines of training that are taken together
 

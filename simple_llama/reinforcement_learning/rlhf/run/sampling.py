@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,14 @@ import torch
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, all_reduce_sum, fail_together, gather_objects
 from simple_llama.common.logging import LOGGER
-from simple_llama.inference.generate import Sampling, generate_together
-from simple_llama.inference.guards import count_language, language_metrics
+from simple_llama.inference.generate import Sampling, answer_together, groups_with_room
+from simple_llama.inference.guards import ENDED_AT_ONCE, count_language, language_metrics
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import evaluating
-from simple_llama.reinforcement_learning.rlhf.run.board import NOTHING
 from simple_llama.reinforcement_learning.rlhf.run.divergence import (
     Spoken,
     k3_sums,
@@ -31,7 +31,7 @@ from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConf
 from simple_llama.reinforcement_learning.rlhf.run.records import RunWriter, append_samples, first_answers
 
 _GREEDY = Sampling()
-_ANSWERS_OF_KL = 16  # that are sampled to estimate it, or one of each prompt where there are more
+ANSWERS_OF_KL = 16  # that are sampled to estimate it, or one of each prompt where there are more
 _MOST_CACHED = 4096  # tokens whose keys and values are held at once, beside a run's other memory
 
 
@@ -48,29 +48,13 @@ def _answers(
     With the stop token that ended one. Each new token is a sign of life. `numbers` tells sampled answers apart.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers, beat = list[list[int]](), partial(watchdog.beat, "sample answers")
     with evaluating(model):
-        for share in _shares([len(ids) + max_new_tokens for ids in prompts]):
-            watchdog.beat("sample answers")
-            own = generate_together(model, prompts[share], max_new_tokens, stop_ids, sampling, numbers[share])
-            for tokens in own:
-                watchdog.beat("sample answers")
-                for answer, token in zip(answers[share], tokens, strict=True):
-                    if token is not None:
-                        answer.append(token)
+        for places in groups_with_room([len(ids) + max_new_tokens for ids in prompts], _MOST_CACHED):
+            beat()
+            some, own = ([column[place] for place in places] for column in (prompts, numbers))
+            answers += answer_together(model, some, max_new_tokens, stop_ids, sampling, own, beat)
     return answers
-
-
-def _shares(lengths: Sequence[int]) -> Iterator[slice]:
-    """Neighbouring prompts that are answered together: as many as have room for their keys and values."""
-    first, total = 0, 0
-    for index, length in enumerate(lengths):
-        if total and total + length > _MOST_CACHED:
-            yield slice(first, index)
-            first, total = index, 0
-        total += length
-    if lengths:
-        yield slice(first, len(lengths))
 
 
 def sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
@@ -168,7 +152,7 @@ class Samples:
 
     def spoken(self, numbers: range) -> Spoken:
         """Answers that the policy samples to the prompts of these numbers: the same whichever rank makes them."""
-        each = max(1, _ANSWERS_OF_KL // len(self.prompts))
+        each = max(1, ANSWERS_OF_KL // len(self.prompts))
         which = [number for number in numbers for _ in range(each)]
         own = [each * number + index for number in numbers for index in range(each)]
         prompts = [self.prompts[number] for number in which]
@@ -197,4 +181,4 @@ class Samples:
             before = start[index] if index < len(start) else "(not recorded at step 0)"
             self.writer.sample(step, index, prompt, before, after)
             whose = f"step {step}" if step else "start model"
-            LOGGER.info("sample %d, %s: %s", index, whose, repr(after) if after else NOTHING)
+            LOGGER.info("sample %d, %s: %s", index, whose, repr(after) if after else ENDED_AT_ONCE)

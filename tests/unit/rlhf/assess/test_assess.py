@@ -177,13 +177,6 @@ def test_the_page_is_one_file(job: TinyJob, report: dict[str, Any]) -> None:
     assert report["made_by"]["data"]["digest"] in page
 
 
-def test_groups_do_not_depend_on_ranks() -> None:
-    """At most 16 prompts and 16,384 tokens a group, neighbours together, none lost."""
-    assert answers._groups([10] * 20) == [range(16), range(16, 20)]
-    assert answers._groups([9000, 9000, 100, 20000]) == [range(1), range(1, 3), range(3, 4)]
-    assert answers._groups([]) == []
-
-
 def test_names_and_categories(job: TinyJob, tmp_path: Path, ranks: Ranks) -> None:
     """Models by the shortest ends of their paths that differ; a record's category, or its file."""
     config = EvaluateConfig(models="a/x.pth,b/x.pth", model_path="s")

@@ -13,7 +13,7 @@ from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import (
     judge_numbers,
     pair_numbers,
 )
-from simple_llama.reinforcement_learning.rlhf.report.statistics import Interval
+from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval
 
 
 def verdict(*margins: np.ndarray, longer: np.ndarray | None = None, start: float = -5.0) -> str:

@@ -62,7 +62,7 @@ def held_out(right: list[int], prompts: list[int]) -> HeldOutPairs:
     ref_N2 = np.zeros((len(right), 2), np.float32)
     logps_N2 = np.stack([2 * np.array(right, np.float32) - 1, ref_N2[:, 0]], 1)
     counts_N2 = np.tile(np.array([[3, 4]], np.int32), (len(right), 1))
-    return HeldOutPairs(9, logps_N2, ref_N2, counts_N2, tuple(map(str, prompts)), np.array(prompts))
+    return HeldOutPairs(logps_N2, ref_N2, counts_N2, 9, tuple(map(str, prompts)), np.array(prompts))
 
 
 def test_pairs_of_one_prompt_are_no_independent_draws() -> None:

@@ -70,11 +70,11 @@ def test_k3_by_hand() -> None:
 
 def test_interval_of_the_kl() -> None:
     """A mean over tokens, not over answers: (1 + 9) / (1 + 3). Between the answers' own means 1 and 3, and one number
-    where all say the same; nothing without an answer."""
+    where all say the same; nothing of one answer, which has no interval."""
     found = kl_metrics([1.0, 9.0], [1, 3])
     assert found == {"samples/kl": 2.5, "samples/kl_low": 1.0, "samples/kl_high": 3.0}
     assert set(kl_metrics([2.0, 4.0, 6.0], [1, 2, 3]).values()) == {2.0}
-    assert kl_metrics([], []) == {}
+    assert kl_metrics([], []) == kl_metrics([1.0], [1]) == {}
 
 
 def test_the_estimate_is_the_divergence(start: Path) -> None:

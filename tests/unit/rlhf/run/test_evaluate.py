@@ -19,7 +19,8 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval, correlation, evaluate
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
+from simple_llama.reinforcement_learning.rlhf.run.statistics import accuracy_interval, correlation
 from tiny_job import TINY
 
 VOCAB = 20

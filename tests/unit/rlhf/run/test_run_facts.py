@@ -20,7 +20,7 @@ def test_held_out_pairs_are_kept_until_their_step_is_made_anew(tmp_path: Path) -
     does any a damaged one."""
     pairs = PairSet.of([TokenizedPair.from_chats([1, 2, 3], 1, [1, 2, 4, 5], 2)], [("pairs.jsonl", 7)])
     logps_N2, ref_N2, rewards_N2 = np.array([[[-1.0, -2.0]], [[-1.5, -1.0]], [[0.1, 0.2]]], np.float32)
-    found = HeldOut({}, logps_N2, ref_N2, np.array([0.5], np.float32), rewards_N2, np.array([[1, 2]], np.int32))
+    found = HeldOut(logps_N2, ref_N2, np.array([[1, 2]], np.int32), np.array([0.5], np.float32), rewards_N2, {})
     write_held_out(tmp_path, 4, found, pairs)
     path = tmp_path / "held_out.npz"
     drop_held_out(tmp_path, 4)

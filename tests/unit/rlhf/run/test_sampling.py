@@ -11,7 +11,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, _shares, sample_prompts
+from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, sample_prompts
 from tiny_job import TINY, make_job
 
 PROMPT = [8, 21, 22, 6]
@@ -63,14 +63,6 @@ def test_each_token_is_a_sign_of_life(chat: SimpleLLaMAChat, monkeypatch: pytest
     [letter] = chat.tokenizer.encode(" a", add_special_tokens=False).ids
     _answers(one_token_model(letter), chat.stop_ids, [PROMPT, [6]], 3)
     assert beats == ["sample answers"] * 4
-
-
-def test_prompts_are_answered_together_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for 10 tokens: 4 and 5 together, 6 apart, 12 alone though it is too long, 1 and 2; the order stays."""
-    monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.run.sampling._MOST_CACHED", 10)
-    lengths = [4, 5, 6, 12, 1, 2]
-    assert [lengths[share] for share in _shares(lengths)] == [[4, 5], [6], [12], [1, 2]]
-    assert list(_shares([])) == []
 
 
 # === prompts ===

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simple_llama.reinforcement_learning.rlhf.report import statistics
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
+from simple_llama.reinforcement_learning.rlhf.run.statistics import accuracy_interval
 
 ALONE = np.arange(4)
 

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import accuracy_interval
-
 _Z = 1.959964  # of the normal distribution, both sides together 5 %
 _FEWEST_DRAWS, _MOST_DRAWS, _MOST_DRAWN = 500, 4000, 50_000_000  # samples, and prompts in all of them together
 _DRAWN_AT_ONCE = 1 << 22
@@ -53,6 +51,14 @@ class Reliability(NamedTuple):
 
     error: float  # expected calibration error: mean |accuracy - confidence| of the bins, weighted by their pairs
     bins: tuple[ReliabilityBin, ...]  # those that have pairs
+
+
+def accuracy_interval(accuracy: float, pairs: float) -> tuple[float, float]:
+    """Where the accuracy over all possible pairs lies with 95 % confidence (Wilson's score interval, 1927)."""
+    middle = accuracy + _Z * _Z / (2 * pairs)
+    half = _Z * math.sqrt(accuracy * (1 - accuracy) / pairs + _Z * _Z / (4 * pairs * pairs))
+    scale = 1 + _Z * _Z / pairs
+    return (middle - half) / scale, (middle + half) / scale
 
 
 def groups_of(names: Sequence[Any]) -> np.ndarray:
@@ -95,8 +101,13 @@ def share_interval(hits_N: np.ndarray, groups_N: np.ndarray) -> Interval:
 def paired_bootstrap(ours_N: np.ndarray, theirs_N: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> Interval:
     """The mean of ours - theirs on the same pairs, with the percentiles 2.5 and 97.5 of it over 4,000 samples of as
     many prompts, drawn with replacement (Efron, 1979); of many prompts fewer samples, but 500."""
-    differences_N2 = np.stack([ours_N - theirs_N, np.ones(len(ours_N))], 1)
-    return _bootstrap(differences_N2, groups_N, lambda sums_DK: sums_DK[:, 0] / sums_DK[:, 1], seed)
+    return ratio_interval(ours_N - theirs_N, np.ones(len(ours_N)), groups_N, seed)
+
+
+def ratio_interval(tops_N: np.ndarray, bottoms_N: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> Interval:
+    """Sum of `tops_N` over sum of `bottoms_N`, by the same bootstrap over groups."""
+    columns_N2 = np.stack([tops_N, bottoms_N], 1).astype(float)
+    return _bootstrap(columns_N2, groups_N, lambda sums_DK: sums_DK[:, 0] / sums_DK[:, 1], seed)
 
 
 def balanced_accuracy(hits_N: np.ndarray, longer_N: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> Interval:
@@ -136,6 +147,15 @@ def _bootstrap(
         found.append(combine(np.stack([column_G[drawn_DG].sum(1) for column_G in sums_GK.T], 1)))
     low, high = np.nanpercentile(np.concatenate(found), [2.5, 97.5])
     return Interval(value, float(low), float(high))
+
+
+def correlation(xs_N: np.ndarray, ys_N: np.ndarray) -> float:
+    """Pearson's, in [-1, 1]; 0 where it is not defined: fewer than two pairs, or one of both does not vary."""
+    if len(xs_N) < 2:
+        return 0.0
+    x_N, y_N = xs_N - xs_N.mean(), ys_N - ys_N.mean()
+    scale = math.sqrt(float((x_N * x_N).sum()) * float((y_N * y_N).sum()))
+    return min(max(float((x_N * y_N).sum()) / scale, -1.0), 1.0) if scale > 0 else 0.0
 
 
 def reliability(margins_N: np.ndarray, bins: int = 10) -> Reliability:
