@@ -144,10 +144,15 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    else:
-        with contextlib.suppress(AttributeError, OSError):  # glibc's own
-            ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     forget_peak(device)
+
+
+def trim_heap() -> None:
+    """Gives back to the system what malloc keeps of freed memory: glibc's keeps blocks of some MiB, as of activations
+    and of a state that was written, and a process seems to need both at once."""
+    with contextlib.suppress(AttributeError, OSError):  # glibc's own
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int:

@@ -16,6 +16,7 @@ from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_toget
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Count, CountOrNone, Settings
+from simple_llama.ops.machine import trim_heap
 from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
@@ -178,7 +179,9 @@ class Saves:
         loss = None if math.isnan(at.last_loss) else at.last_loss
         facts = StateFacts(at.done, name, loss, at.unfinished, self.course, self.reference_values)
         keep = self.settings.keep_states
+        trim_heap()  # a state is held whole on its way to the disk: on a CPU it is a run's fullest moment
         self.newest = write_state(self.folder, self.engine, facts, keep, self.ranks, self.newest, self.check_lock)
+        trim_heap()
         return self.newest
 
     def _export(self, weights: Mapping[str, torch.Tensor], path: Path, at: Position, measured: bool) -> bool:
