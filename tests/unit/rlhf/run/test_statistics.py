@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from simple_llama.reinforcement_learning.rlhf.report import statistics
+from simple_llama.reinforcement_learning.rlhf.run import statistics
 from simple_llama.reinforcement_learning.rlhf.run.statistics import accuracy_interval
 
 ALONE = np.arange(4)
