@@ -150,7 +150,7 @@ def test_the_pairs_that_changed_most(folder: Path) -> None:
     assert pairs
     assert np.allclose(pairs.margins_N, np.arange(N), atol=1e-4)
     assert shown_pairs(pairs) == ([11, 10, 9, 8], [0, 1, 2, 3])
-    few = type(pairs)(4, pairs.logps_N2[:3], pairs.ref_N2[:3], pairs.counts_N2[:3], pairs.origins[:3], np.arange(3))
+    few = type(pairs)(pairs.logps_N2[:3], pairs.ref_N2[:3], pairs.counts_N2[:3], 4, pairs.origins[:3], np.arange(3))
     assert shown_pairs(few) == ([2], [0])
 
 
