@@ -4,7 +4,8 @@
     class BatchConfig(Settings):
         batch_size: Annotated[int, Bounds(1, WHOLE)] = 16  # pairs per micro-batch per rank
 
-The comment behind a field, or a `Doc` in its annotation, is its help text. A command's settings inherit those of all
+The comment behind a field, or a `Doc` in its annotation, is its help text. A default of None, of a field `float | None`
+say, means unset: its owner tells what is then taken. A command's settings inherit those of all
 owners; a function takes the smallest class that has what it reads.
 """
 
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -101,7 +102,7 @@ def _check_values(settings: Settings) -> None:
             _check_text(name, value, _is_path(hints[name]))
     for name in names:
         for bounds in (extra for extra in getattr(hints[name], "__metadata__", ()) if isinstance(extra, Bounds)):
-            if not bounds.hold(getattr(settings, name)):
+            if getattr(settings, name) is not None and not bounds.hold(getattr(settings, name)):
                 raise UserError(f"{name}: expected {bounds}, found {shown(getattr(settings, name))}")
 
 
@@ -255,7 +256,7 @@ def _typed_settings(kind: type[Settings], found: Any, source: str) -> dict[str, 
     if unknown:
         raise UserError(f"{source}: {_unknown(unknown, list(known))}")
     return {
-        name: _typed(f"{source}: {name}", value, known[name].default, get_args(hints[name]))
+        name: _typed_or_unset(f"{source}: {name}", value, known[name].default, hints[name])
         for name, value in settings.items()
     }
 
@@ -269,6 +270,16 @@ def _unknown(names: Sequence[str], known: Sequence[str]) -> str:
     if len(names) > _MOST_UNKNOWN:
         words.append(f"and {len(names) - _MOST_UNKNOWN} more")
     return "; ".join(words) + "; --help lists all settings"
+
+
+def _typed_or_unset(place: str, value: Any, default: Any, hint: Any) -> Any:
+    """A JSON value as the type of a setting's default; where that is None, unset, as its annotation's, or null."""
+    if default is not None:
+        return _typed(place, value, default, get_args(hint))
+    if value is None:
+        return None
+    kind = next(one for one in get_args(hint) if one is not type(None))
+    return _typed(place, value, "" if get_origin(kind) is Literal else kind(), get_args(kind))
 
 
 def _typed(place: str, value: Any, default: Any, choices: tuple[Any, ...]) -> Any:

@@ -20,6 +20,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.command import run_command
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.report.run_report import chat_command, texts_of, write_report
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import name_run, own_folders
@@ -99,7 +100,7 @@ def finish(run: TrainingRun, seconds: float) -> None:
 
 def precompute_and_train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
     """The whole job (collective): the reference pass for pairs that the store lacks, then training."""
-    if config.reference == "store":
+    if config.reference == "store" and PreferenceLoss.of(config).needs_reference:
         precompute(config, inputs, ranks)
     return train(config, inputs, ranks)
 

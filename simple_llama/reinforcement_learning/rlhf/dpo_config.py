@@ -9,6 +9,7 @@ from typing import Literal
 from simple_llama.cluster.watchdog import WatchConfig
 from simple_llama.common.settings import parse_settings, peek_settings
 from simple_llama.reinforcement_learning.rlhf.foretell.fit import ForetellConfig
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import resolved
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import FolderConfig, settings_to_resume
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
@@ -32,7 +33,8 @@ class DPOConfig(ForetellConfig, CommandConfig, RunConfig):
 
 
 def parse_config(argv: Sequence[str] | None = None, description: str | None = None) -> DPOConfig:
-    """Settings from a command line (default: this process's); see `parse_settings`. A run to resume gives its own."""
+    """Settings from a command line (default: this process's); see `parse_settings`. A run to resume gives its own, the
+    loss its defaults."""
     folders = peek_settings(FolderConfig, argv)
     own, source = settings_to_resume(folders, DPOConfig) if folders.resume else ({}, "")
-    return parse_settings(DPOConfig, argv, description, own, source)
+    return resolved(parse_settings(DPOConfig, argv, description, own, source))

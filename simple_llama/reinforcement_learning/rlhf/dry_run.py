@@ -33,6 +33,7 @@ from simple_llama.reinforcement_learning.rlhf.foretell.probe import Probed, prob
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, useful_flops
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from simple_llama.reinforcement_learning.rlhf.run.health import warnings_of
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import weight_facts
@@ -71,6 +72,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
         "system prompt": about_system(inputs.chat),
         "batches": _batch_arithmetic(config, plan, pairs),
+        "loss": _about_loss(job.loss_fn),
         "memory per rank": job.memory(foretold),
         "time": job.time(foretold, saved),
         "checkpoints": _checkpoints(saved, inputs),
@@ -86,8 +88,10 @@ class _Job:
     def __init__(self, config: DPOConfig, inputs: Inputs, ranks: Ranks):
         self.config, self.inputs, self.ranks = config, inputs, ranks
         self.size, self.trained = _sizes(config, inputs)
+        self.loss_fn = PreferenceLoss.of(config)
+        self.reference = config.reference if self.loss_fn.needs_reference else "none"
         self.missing = np.empty(0, np.int64)  # positions of pairs
-        if config.reference == "store":
+        if self.reference == "store":
             with fail_together(ranks):
                 store = RefStore.open(config.ref_cache_dir, inputs.reference_id, make=False, mend=False)
                 self.missing = store.missing(inputs.data.pairs.keys)
@@ -161,7 +165,7 @@ class _Job:
     def moments(self, batch_size: int, base: Base) -> list[Moment]:
         """What is in memory at the fullest moments of a run with so many pairs a micro-batch."""
         config, inputs = self.config, self.inputs
-        model = TrainedModel(self.size, self.trained, inputs.architecture, inputs.dtype, config.reference == "online")
+        model = TrainedModel(self.size, self.trained, inputs.architecture, inputs.dtype, self.reference == "online")
         engine = describe_engine(config, full_ds_config(config, self.ranks.world_size), self.ranks)
         return moments(model, engine, self.largest(batch_size), base)
 
@@ -284,6 +288,14 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
             f"{packed} packed tokens an epoch; both chats whole would be {whole} ({whole / packed:.2f} times as many)",
         ]
     )
+
+
+def _about_loss(loss_fn: PreferenceLoss) -> str:
+    """Its options, and what it must be before the first step."""
+    first = loss_fn.at_start()
+    if not loss_fn.needs_reference:
+        return f"{loss_fn}; reads no reference: no store is opened"
+    return f"{loss_fn}; at the start {'of the sums in the store' if first is None else f'{first:.6f}'}"
 
 
 def _sizes(config: PolicyConfig, inputs: Inputs) -> tuple[ModelSize, int]:

@@ -34,7 +34,7 @@ def test_documented_defaults():
         "min_lr": 1e-7,
         "dropout": 0.0,
     }
-    assert {name: getattr(DPOConfig(), name) for name in expected} == expected
+    assert {name: getattr(parse_config([]), name) for name in expected} == expected
 
 
 def test_defaults_then_file_then_flags(tmp_path):

@@ -56,7 +56,7 @@ def sections(report: str) -> dict[str, str]:
 
 
 def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> None:
-    """Ten parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
+    """Eleven parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
     found = sections(describe(config, inputs, replace(ranks, world_size=3)))
     assert list(found) == [
         "config",
@@ -64,6 +64,7 @@ def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs, ranks: Rank
         "data",
         "system prompt",
         "batches",
+        "loss",
         "memory per rank",
         "time",
         "checkpoints",
@@ -82,6 +83,15 @@ def test_kept_dropped_and_held_out_pairs(job: TinyJob, config: DPOConfig, inputs
     held_out = len(inputs.data.validation)
     assert 0 < held_out < 24
     assert lines[1:] == [f"{24 - held_out} pairs train, {held_out} are held out by prompt"]
+
+
+def test_a_loss_and_what_it_needs(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> None:
+    """DPO begins at ln 2; with a likelihood beside it, at what the store says. SimPO misses no reference."""
+    told = {name: sections(describe(replace(config, loss_type=name), inputs, ranks)) for name in ("sigmoid", "simpo")}
+    assert told["sigmoid"]["loss"].endswith("at the start 0.693147")
+    assert told["simpo"]["loss"] == "simpo (beta 2.0, gamma 1.0, nll_weight 0.0); reads no reference: no store is opened"
+    assert "reference store lacks" in told["sigmoid"]["warnings"]
+    assert "reference" not in told["simpo"]["warnings"] + told["simpo"]["time"]
 
 
 def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs) -> None:

@@ -67,8 +67,9 @@ def probe(config: RunConfig, inputs: Inputs, plan: BatchPlan, base: Base, ranks:
     Args: base: of this process, whose GEMMs are made: a run has not yet made them at its start.
     """
     with watchdog.patience("probing"):
-        frozen = open_reference(config, inputs, ranks) if config.reference == "online" else None
         loss_fn = PreferenceLoss.of(config)
+        in_memory = config.reference == "online" and loss_fn.needs_reference
+        frozen = open_reference(config, inputs, ranks) if in_memory else None
         engine = start_engine(config, inputs, loss_fn, ranks).engine
         start = max(0, peak_bytes(ranks.device) - base.compiled)
         found = _passes(engine, inputs, plan, ranks)

@@ -18,8 +18,8 @@ from simple_llama.common.settings import Bounds, Settings
 from simple_llama.ops import logprob
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.objective.losses import Scores
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DPOPolicy(nn.Module):
 
         Args:
             batch: B packed pairs on the model's device.
-            ref_logps_B2: fp32 log-prob sums of the frozen reference, (chosen, rejected).
+            ref_logps_B2: fp32 log-prob sums of the frozen reference, (chosen, rejected); no numbers without one.
         """
 
         def loss_of(logps_b2: torch.Tensor, pairs: slice) -> torch.Tensor:

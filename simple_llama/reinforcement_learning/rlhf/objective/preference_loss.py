@@ -3,50 +3,140 @@
 from __future__ import annotations
 
 import functools
-import inspect
+import math
+import re
 from collections.abc import Collection
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.settings import Settings
-from simple_llama.reinforcement_learning.rlhf.objective.losses import (
-    LOSSES,
-    Beta,
-    LabelSmoothing,
-    Loss,
-    Scores,
-    log_ratios,
-)
+from simple_llama.common.files import shown
+from simple_llama.common.settings import Bounds, Settings
+from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES, NLL_WEIGHT, Loss, keywords
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
+
+# Values of an option that ask for nothing, so that a loss without it need not refuse them: files of runs have them.
+_ASKS_NOTHING = {"label_smoothing": 0.0, NLL_WEIGHT: 0.0, "f_divergence": "reverse_kl"}
+_TERM = re.compile(r"(\w+)(?::(.*))?")
 
 
 @dataclass(frozen=True)
 class LossConfig(Settings):
-    """The options of all losses, written out; a test holds them against the losses' signatures."""
+    """The options of all losses. One that is not given has the default of the loss, see "Losses" below."""
 
     # === Loss ===
     loss_type: Annotated[
-        Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"],
-        Doc("preference loss; ipo is of sums over the tokens, where TRL takes means"),
+        str,
+        Doc("preference loss, by its name in the table of losses, or a weighted sum: sigmoid:0.8,bco_pair:0.2,sft:1"),
     ] = "sigmoid"
-    beta: Beta = 0.5
-    label_smoothing: LabelSmoothing = 0.0
+    beta: Annotated[
+        float | None,
+        Bounds(0, math.inf, above=True, below=True),
+        Doc("strength of the pull towards the reference; of losses without one the scale of what they compare"),
+    ] = None
+    label_smoothing: Annotated[
+        float | None,
+        Bounds(0, 0.5, below=True),
+        Doc("assumed share of swapped labels, in [0, 0.5); counts with sigmoid too, where TRL ignores it"),
+    ] = None
+    nll_weight: Annotated[
+        float | None,
+        Bounds(0, 1000),
+        Doc("weight of the chosen answer's negative log-likelihood, mean over its tokens, beside the loss (RPO)"),
+    ] = None
+    f_divergence: Annotated[
+        Literal["reverse_kl", "forward_kl", "js", "alpha"] | None,
+        Doc("divergence from the reference, in losses of the log-ratio margin (f-DPO)"),
+    ] = None
+    f_alpha: Annotated[
+        float | None,
+        Bounds(0, 1, above=True, below=True),
+        Doc("of f_divergence alpha: 0 is the reverse KL, 1 the forward KL; TRL's coefficient is 1 less this"),
+    ] = None
+    gamma: Annotated[
+        float | None, Bounds(0, 1000), Doc("margin that simpo (nats a token, times beta) or slic asks for")
+    ] = None
+    discopop_tau: Annotated[
+        float | None, Bounds(0, 1, above=True), Doc("how sharply discopop changes from one of its parts to the other")
+    ] = None
+    dpop_lambda: Annotated[
+        float | None, Bounds(0, 10000), Doc("what dpop asks for a nat by which the chosen answer became less likely")
+    ] = None
+    length_penalty: Annotated[
+        float | None, Bounds(0, 1000), Doc("alpha of rdpo: nats of margin for each token that an answer is longer")
+    ] = None
 
     def check_rules(self) -> None:
         """UserError for a loss that does not exist, and for an option that the chosen loss does not have."""
-        if self.loss_type not in LOSSES:
-            raise UserError(f"loss_type: expected one of {', '.join(LOSSES)}; found {self.loss_type!r}")
-        own = options(LOSSES[self.loss_type])
-        for field in fields(LossConfig):
-            value = getattr(self, field.name)
-            if field.name not in ("loss_type", *own) and value != field.default:
+        terms = self._terms
+        for name in _OPTIONS:
+            value = getattr(self, name)
+            if value is None or any(name in term.values for term in terms):
+                continue
+            if name == "f_alpha" and any("f_divergence" in term.values for term in terms):
+                raise UserError(f"f_alpha: expected f_divergence 'alpha' with it, found {shown(self.f_divergence)}")
+            nothing = _ASKS_NOTHING.get(name)
+            if value != nothing:
+                words = "none" if nothing is None else f"{nothing:g}" if isinstance(nothing, float) else nothing
                 raise UserError(
-                    f"{field.name}: expected {field.default:g} with loss_type {self.loss_type!r}, which ignores it, "
-                    f"found {value}; use one of {', '.join(_with_option(field.name))} or leave it out"
+                    f"{name}: expected {words} with loss_type {self.loss_type!r}, which ignores it, found {value}; use "
+                    f"one of {', '.join(_with_option(name))} or leave it out"
                 )
+        for term in terms:
+            for name in term.loss.positive:
+                if term.values[name] == 0:
+                    raise UserError(f"{name}: expected a number above 0 with loss_type {term.name!r}, found 0")
+
+    def own_options(self) -> dict[str, Any]:
+        """The options that the loss has, with what they are; None where the losses of a sum have several defaults."""
+        found: dict[str, Any] = {}
+        for term in self._terms:
+            for name, value in term.values.items():
+                found[name] = value if found.get(name, value) == value else None
+        return found
+
+    @functools.cached_property
+    def _terms(self) -> list[Term]:
+        """The losses that `loss_type` names, each with its options. UserError for a name or weight that is none."""
+        terms: list[Term] = []
+        for part in self.loss_type.split(","):
+            found = _TERM.fullmatch(part.strip())
+            name, weight = (found[1], _number(found[2])) if found else (part, 1.0)
+            if name not in LOSSES:
+                raise UserError(f"loss_type: expected one of {', '.join(LOSSES)}; found {shown(name)}")
+            if not 0 < weight < math.inf:
+                raise UserError(f"loss_type: expected a finite weight above 0 behind {name}:, found {shown(part)}")
+            if any(term.name == name for term in terms):
+                raise UserError(f"loss_type: expected each loss once, found {name} twice in {shown(self.loss_type)}")
+            terms.append(Term(name, weight, LOSSES[name], _values(LOSSES[name], self)))
+        return terms
+
+
+_OPTIONS = tuple(field.name for field in fields(LossConfig) if field.name != "loss_type")
+SomeConfig = TypeVar("SomeConfig", bound=LossConfig)
+
+
+class Term(NamedTuple):
+    """A loss of a weighted sum, with its options."""
+
+    name: str
+    weight: float
+    loss: Loss
+    values: dict[str, Any]
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name} {value}" for name, value in self.values.items())
+        weight = "" if self.weight == 1 else f"{self.weight:g} "
+        return f"{weight}{self.name}" + (f" ({options})" if options else "")
+
+
+def resolved(config: SomeConfig) -> SomeConfig:
+    """The same settings with the defaults of their loss written out."""
+    own = config.own_options()
+    return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})
 
 
 @dataclass(frozen=True)
@@ -60,37 +150,76 @@ class PreferenceLoss(LossConfig):
 
     def __call__(self, scores: Scores) -> torch.Tensor:
         """Loss (B,) of each pair."""
-        loss = LOSSES[self.loss_type]
-        return loss.function(scores, **{name: getattr(self, name) for name in options(loss)})
+        first, *others = self._terms
+        losses_B = _weighted(first, scores)
+        for term in others:
+            losses_B = losses_B + _weighted(term, scores)
+        return losses_B
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self._terms))
 
     def rewards(self, scores: Scores) -> torch.Tensor:
-        """Implicit rewards (B, 2): beta * log(pi / pi_ref), Sec. 4 of arXiv:2305.18290."""
-        return self.beta * log_ratios(scores)
+        """Rewards (B, 2) that the loss, the first one of a sum, implies; see docs/losses.md."""
+        _, _, loss, values = self._terms[0]
+        return loss.rewards(scores, **{name: values[name] for name in keywords(loss.rewards) if name in values})
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of the fields of `Scores` that it reads."""
+        return set().union(*(term.loss.fields_read(term.values) for term in self._terms))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it compares the policy with a reference."""
+        return "ref_B2" in self.reads
 
     def require(self, given: Collection[str]) -> None:
         """UserError where the loss reads a field of `Scores` that is not `given`."""
-        for name in LOSSES[self.loss_type].reads:
+        for name in sorted(self.reads):
             if name not in given:
                 raise UserError(f"loss_type {self.loss_type!r} reads {name}, which this run does not give")
 
     def at_start(self) -> float | None:
-        """The loss of any pair while the policy is the reference (margin 0): what the first step must show.
+        """The loss of any pair while the policy is the reference (log-ratios 0): what the first step must show.
 
-        None for a loss that does not read the reference, whose first value depends on the pair.
+        None for a loss that reads more than log-ratios, whose first value depends on the pair: see `foretold`.
         """
-        if "ref_B2" not in LOSSES[self.loss_type].reads:
+        if any(term.values.get(NLL_WEIGHT) or not term.loss.of_ratios for term in self._terms):
             return None
         equal_12 = torch.full((1, 2), -1.0, dtype=torch.float64)
         return self(Scores(equal_12, equal_12, torch.ones(1, 2, dtype=torch.int64))).item()
 
+    def foretold(self, ref_B2: torch.Tensor, counts_B2: torch.Tensor) -> float:
+        """The mean loss, in fp64, of pairs with these sums of the reference and scored tokens, while it is the
+        policy."""
+        sums_B2 = ref_B2.double()
+        return self(Scores(sums_B2, sums_B2, counts_B2)).mean().item()
 
-@functools.cache
-def options(loss: Loss) -> tuple[str, ...]:
-    """Names of a loss's own options: its keyword-only parameters."""
-    parameters = inspect.signature(loss.function).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+def _weighted(term: Term, scores: Scores) -> torch.Tensor:
+    """A term's losses (B,), times its weight."""
+    losses_B = term.loss.losses(scores, term.values)
+    return losses_B if term.weight == 1 else term.weight * losses_B
+
+
+def _number(text: str | None) -> float:
+    """A weight; NaN for what is no number, 1 where none is given."""
+    try:
+        return 1.0 if text is None else float(text)
+    except ValueError:
+        return math.nan
+
+
+def _values(loss: Loss, config: LossConfig) -> dict[str, Any]:
+    """A loss's options: as given, else its defaults; f_alpha only where it counts."""
+    given = {name: getattr(config, name) for name in loss.defaults if getattr(config, name) is not None}
+    values = {**loss.defaults, **given}
+    if values.get("f_divergence") != "alpha":
+        values.pop("f_alpha", None)
+    return values
 
 
 def _with_option(name: str) -> list[str]:
     """The losses that have an option."""
-    return [loss_type for loss_type, loss in LOSSES.items() if name in options(loss)]
+    return [loss_type for loss_type, loss in LOSSES.items() if name in loss.defaults]

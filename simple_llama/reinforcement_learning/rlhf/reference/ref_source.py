@@ -5,6 +5,7 @@ Both are a function `logps(batch)`; another source (adapters switched off, say) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -47,7 +48,7 @@ class Reference:
     """A run's reference."""
 
     logps: Logps
-    content: str  # digest of all that will be looked up
+    content: str  # digest of all that will be looked up; "none" where there is no reference
     store: RefStore | None = None  # where it comes from one
     model: LLaMaTransformer | None = None  # where it stays in memory
 
@@ -73,6 +74,12 @@ def from_store(store: RefStore) -> Logps:
         return torch.from_numpy(store.lookup(batch.keys)).to(batch.tokens_T.device, non_blocking=True)
 
     return look_up
+
+
+def without(batch: PairBatch) -> torch.Tensor:
+    """For a loss that reads no reference: no numbers (NaN), so that a loss which read them after all would end the
+    run."""
+    return torch.full((len(batch.counts), 2), math.nan, device=batch.tokens_T.device)
 
 
 def from_model(frozen: LLaMaTransformer) -> Logps:

@@ -31,12 +31,11 @@ from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import L
 from simple_llama.reinforcement_learning.rlhf.run.exports import free_path, is_export, prune_exports, weights_name
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 
-# Settings that a resumed run must share with the saved one: they decide the data order, the loss or the update.
+# Settings that a resumed run must share with the saved one, beside its loss: they decide the data order or the update.
 # Not reduce_once: like another number of ranks, it changes only the order in which fp32 sums are made.
 _SAME_ON_RESUME = (
     "seed",
     "epochs",
-    *(field.name for field in fields(LossConfig)),
     "warmup_iterations",
     "max_lr",
     "min_lr",
@@ -84,10 +83,16 @@ def course_of(settings: dict[str, Any], pairs_per_step: int, inputs: Inputs) -> 
     """What a resumed run must share with the saved one; the same pairs a step may be dealt to other ranks."""
     return {
         **{name: settings[name] for name in _SAME_ON_RESUME},
+        **loss_course(LossConfig(**{field.name: settings[field.name] for field in fields(LossConfig)})),
         "pairs_per_step": pairs_per_step,
         "data": inputs.data_digest,
         "reference": inputs.reference_id,
     }
+
+
+def loss_course(config: LossConfig) -> dict[str, Any]:
+    """Of a run's course: its loss and the options that it has, as they are where they were not given."""
+    return {"loss_type": config.loss_type, **config.own_options()}
 
 
 class Saves:

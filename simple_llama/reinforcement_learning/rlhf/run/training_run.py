@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from simple_llama.cluster import stopping, watchdog
@@ -28,7 +29,7 @@ from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now
-from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss, resolved
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, FirstStep, require_kept
 from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
@@ -52,7 +53,7 @@ from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
     write_records,
 )
 from simple_llama.reinforcement_learning.rlhf.run.sampling import Samples
-from simple_llama.reinforcement_learning.rlhf.run.saves import Position, Saves, SavesConfig, course_of
+from simple_llama.reinforcement_learning.rlhf.run.saves import Position, Saves, SavesConfig, course_of, loss_course
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, learning_rate
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import saved_bytes, start_warnings
@@ -101,7 +102,8 @@ class TrainingRun:
         with fail_together(ranks):
             if ranks.is_main:
                 check_trackers(config)
-        self.config, self.inputs, self.ranks = config, inputs, ranks
+        self.config = config = resolved(config)
+        self.inputs, self.ranks = inputs, ranks
         self.pairs, self.held_out = inputs.data.train, inputs.data.validation
         self.plan = BatchPlan(
             self.pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps
@@ -112,7 +114,7 @@ class TrainingRun:
         course = course_of(asdict(config), self.plan.pairs_per_step, inputs)
         # before the store is looked into: of another model's nobody should be asked to fill one
         saved = _state_to_resume(ckpt_folder, course, self.total_steps, ranks) if config.resume else None
-        self.reference = open_reference(config, inputs, ranks)
+        self.reference = open_reference(config, inputs, ranks, self.loss_fn.needs_reference)
         require_same("reference store (digest)", self.reference.content, ranks)
         self.bound = Bound.here(inputs.dtype, ranks.device.type)
         with fail_together(ranks):
@@ -167,6 +169,7 @@ class TrainingRun:
         """What the run is about to do."""
         counts = len(self.pairs), len(self.held_out), self.total_steps
         LOGGER.info("run %s: %d pairs, %d held out, %d steps", name, *counts)
+        LOGGER.info("loss: %s", self.loss_fn)
         if TENSORBOARD in tracker_names(self.config):
             LOGGER.info("to watch: tensorboard --logdir %s --host localhost", self.config.log_dir)
         for warning in start_warnings(self.config, self.total_steps, self.saved_bytes, self.config.ckpt_dir):
@@ -174,6 +177,19 @@ class TrainingRun:
 
     def check_start(self) -> None:
         """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known."""
+        if self.loss_fn.needs_reference:
+            self._check_reference()
+        else:
+            LOGGER.info("step 0: %s reads no reference: nothing says beforehand what it must be", self.config.loss_type)
+        self.evaluate(0)
+        weights = weight_facts(self.engine.own_matrices(self.ranks), self.inputs.dtype, self.ranks.device)
+        self.writer.scalars(0, weights)
+        self.health.see(0, weights)
+        self._check_first_loss()
+        self.interval.start()
+
+    def _check_reference(self) -> None:
+        """Pairs drawn anew: the reference's numbers are those of the model that the run starts from (collective)."""
         config, reference = self.config, self.reference
         auditor = Auditor(self.inputs.data.pairs, self.bound, config.batch_size, config.seed, self.ranks)
         if reference.store and auditor.finds_unbound(reference.store):
@@ -181,12 +197,20 @@ class TrainingRun:
         elif reference.store:
             auditor.bind(reference.store)
         auditor.audit(self.engine.logps, reference.logps, "step-0 audit")
-        self.evaluate(0)
-        weights = weight_facts(self.engine.own_matrices(self.ranks), self.inputs.dtype, self.ranks.device)
-        self.writer.scalars(0, weights)
-        self.health.see(0, weights)
-        expected = self.loss_fn.at_start()
-        if self.held_out and expected is not None:
+
+    def _check_first_loss(self) -> None:
+        """The held-out loss of step 0 is what the loss gives of log-ratios of 0 or of the store's sums (collective)."""
+        if not (self.held_out and self.loss_fn.needs_reference):
+            return
+        expected, store = self.loss_fn.at_start(), self.reference.store
+        with fail_together(self.ranks):
+            if expected is None and store:
+                keys = self.held_out.keys
+                sums_N2, counts_N2 = (torch.from_numpy(np.array(part)) for part in (store.lookup(keys), keys["counts"]))
+                expected = self.loss_fn.foretold(sums_N2, counts_N2)
+        if expected is None:
+            LOGGER.info("step 0: without a store nothing says beforehand what %s must be", self.config.loss_type)
+        else:
             LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
             if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[self.inputs.dtype] * max(expected, 1.0):
                 problem = UserError(
@@ -195,7 +219,6 @@ class TrainingRun:
                     "ref_cache_dir and run launch/precompute_ref.py again"
                 )
                 raise shared(problem, self.ranks)
-        self.interval.start()
 
     # === A step ===
 
@@ -216,11 +239,12 @@ class TrainingRun:
     def first_step(self, index: int) -> FirstStep | None:
         """What step `index` (from 0) is compared with, where its policy must be the reference: none but the first.
 
-        None for compiled layers in bf16: with gradients they are another graph than without, which rounds elsewhere
-        (0.48 nats an answer were seen). The audit, whose graph is the reference pass's, has looked at these.
+        None for a loss without a reference. None for compiled layers in bf16: with gradients they are another graph
+        than without, which rounds elsewhere (0.48 nats an answer were seen). The audit, whose graph is the reference
+        pass's, has looked at these.
         """
         rounds_elsewhere = self.config.compile and self.inputs.dtype == torch.bfloat16
-        if index > 0 or self.config.dropout > 0 or rounds_elsewhere:
+        if index > 0 or self.config.dropout > 0 or rounds_elsewhere or not self.loss_fn.needs_reference:
             return None
         mine = [micro_batch for micro_batch in self.plan.step(index)[self.ranks.rank] if micro_batch]
         return FirstStep(self.pairs, mine, self.bound, self.ranks)
@@ -349,13 +373,17 @@ def _state_to_resume(folder: Path, course: dict[str, Any], total_steps: int, ran
         saved = checkpoint.newest_state(folder)
     require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files}, ranks)
     with fail_together(ranks):
-        defaults = {field.name: field.default for field in fields(LossConfig)}
-        checkpoint.check_same_run(saved, course, total_steps, later=defaults)
+        later = {**loss_course(LossConfig(course["loss_type"])), "loss_type": LossConfig().loss_type}
+        checkpoint.check_same_run(saved, course, total_steps, later=later)
     return saved
 
 
-def open_reference(config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks) -> ref_source.Reference:
-    """Where reference log-probs come from (collective)."""
+def open_reference(
+    config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks, needed: bool = True
+) -> ref_source.Reference:
+    """Where reference log-probs come from (collective); where they are not `needed`, nothing is opened."""
+    if not needed:
+        return ref_source.Reference(ref_source.without, "none")
     if config.reference == "online":
         frozen = inputs.build_reference(ranks.device).requires_grad_(False)
         compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)

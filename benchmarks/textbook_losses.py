@@ -1,0 +1,206 @@
+"""Every preference loss once more, written from its paper alone: one pair, complex numpy numbers, no stable forms.
+
+For tests and for docs/losses.md. It imports nothing of what it checks. Gradients are complex steps: f(x + ih) has
+h f'(x) as its imaginary part, without a difference that cancels (Squire and Trapp 1998).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+_STEP = 1e-30
+
+Sums = tuple[Any, Any, Any, Any, int, int]  # log pi (w, l), log pi_ref (w, l), scored tokens (w, l)
+
+
+def value_and_gradient(name: str, sums: Sums, options: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
+    """A loss of one pair, and its slopes by the policy's two log-prob sums; no numbers (NaN) where a formula overflows.
+
+    Args:
+        name: of `FORMULAS`, or a weighted sum of such names.
+        options: of the loss, by the settings' names; `nll_weight` as well.
+    """
+    chosen, rejected, *rest = sums
+    steps = [(0.0, 0.0), (_STEP, 0.0), (0.0, _STEP)]
+    with np.errstate(all="ignore"):
+        found = [_value(name, (chosen + 1j * one, rejected + 1j * two, *rest), options) for one, two in steps]
+    return float(found[0].real), (float(found[1].imag) / _STEP, float(found[2].imag) / _STEP)
+
+
+def _value(name: str, sums: Any, options: Mapping[str, Any]) -> Any:
+    """A weighted sum of losses."""
+    total = np.complex128(0)
+    for part in name.split(","):
+        loss, _, weight = part.partition(":")
+        own = FORMULAS[loss](sums, options)
+        likelihood = 0 if loss in ("sft", "orpo") else options.get("nll_weight", 0) * sft(sums, options)
+        total += float(weight or 1) * (own + likelihood)
+    return total
+
+
+def log_sigmoid(x: Any) -> Any:
+    """log(1 / (1 + e^-x))."""
+    return np.log(1 / (1 + np.exp(-x)))
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e^-x)."""
+    return 1 / (1 + np.exp(-x))
+
+
+def positive(x: Any) -> Any:
+    """max(0, x)."""
+    return x if x.real > 0 else 0 * x
+
+
+def derivatives_of_f(sums: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """f'(u) of the two answers, f-DPO (arXiv:2309.16240), Table 1, without constants that a difference takes away."""
+    chosen, rejected, ref_chosen, ref_rejected, _, _ = sums
+    alpha = options.get("f_alpha", 0.5)
+    f = {
+        "reverse_kl": lambda u: np.log(u) + 1,
+        "forward_kl": lambda u: -1 / u,
+        "js": lambda u: np.log(2 * u / (1 + u)),
+        "alpha": lambda u: (1 - u**-alpha) / alpha,
+    }[options.get("f_divergence", "reverse_kl")]
+    return f(np.exp(chosen - ref_chosen)), f(np.exp(rejected - ref_rejected))
+
+
+def margin(sums: Any, options: Mapping[str, Any]) -> Any:
+    """d, of sums."""
+    chosen, rejected = derivatives_of_f(sums, options)
+    return chosen - rejected
+
+
+def ratios(sums: Any) -> tuple[Any, Any]:
+    """log pi / pi_ref of both answers."""
+    return sums[0] - sums[2], sums[1] - sums[3]
+
+
+def mean_margin(sums: Any, options: Mapping[str, Any]) -> Any:
+    """d of means over the tokens; the divergences without their constants would not cancel here."""
+    one = np.float64(1)
+    constant = derivatives_of_f((one, one, one, one, 1, 1), options)[0]
+    chosen, rejected = derivatives_of_f(sums, options)
+    return (chosen - constant) / sums[4] - (rejected - constant) / sums[5]
+
+
+def dpo(s: Any, o: Mapping[str, Any]) -> Any:
+    """DPO, Eq. 7, with Mitchell's smoothing."""
+    e, x = o["label_smoothing"], o["beta"] * margin(s, o)
+    return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
+
+
+def robust(s: Any, o: Mapping[str, Any]) -> Any:
+    """rDPO, Eq. 12: the unbiased estimate of DPO's loss under flips."""
+    e, x = o["label_smoothing"], o["beta"] * margin(s, o)
+    return ((1 - e) * -log_sigmoid(x) - e * -log_sigmoid(-x)) / (1 - 2 * e)
+
+
+def exo_pair(s: Any, o: Mapping[str, Any]) -> Any:
+    """EXO-pref: KL(softmax of the pair || smoothed labels)."""
+    e, x = o["label_smoothing"], o["beta"] * margin(s, o)
+    q_w, q_l = np.exp(x) / (np.exp(x) + 1), 1 / (np.exp(x) + 1)
+    return q_w * np.log(q_w / (1 - e)) + q_l * np.log(q_l / e)
+
+
+def discopop(s: Any, o: Mapping[str, Any]) -> Any:
+    """Log-ratio modulated loss."""
+    x = o["beta"] * margin(s, o)
+    modulation = sigmoid(x / o["discopop_tau"])
+    return (1 - modulation) * -log_sigmoid(x) + modulation * np.exp(-x)
+
+
+def nca_pair(s: Any, o: Mapping[str, Any]) -> Any:
+    """NCA with K = 2 and rewards 1, 0."""
+    r_w, r_l = (o["beta"] * ratio for ratio in ratios(s))
+    return -(log_sigmoid(r_w) + log_sigmoid(-r_w) / 2 + log_sigmoid(-r_l) / 2)
+
+
+def bco_pair(s: Any, o: Mapping[str, Any]) -> Any:
+    """BCO, its shift 0."""
+    r_w, r_l = (o["beta"] * ratio for ratio in ratios(s))
+    return -log_sigmoid(r_w) - log_sigmoid(-r_l)
+
+
+def sppo_hard(s: Any, o: Mapping[str, Any]) -> Any:
+    """SPPO: squared distance of log-ratios to +- 1 / (2 beta)."""
+    r_w, r_l = ratios(s)
+    return (r_w - 1 / (2 * o["beta"])) ** 2 + (r_l + 1 / (2 * o["beta"])) ** 2
+
+
+def apo_zero(s: Any, o: Mapping[str, Any]) -> Any:
+    """APO-zero."""
+    r_w, r_l = (o["beta"] * ratio for ratio in ratios(s))
+    return -sigmoid(r_w) + sigmoid(r_l) + 1
+
+
+def apo_down(s: Any, o: Mapping[str, Any]) -> Any:
+    """APO-down."""
+    r_w, r_l = (o["beta"] * ratio for ratio in ratios(s))
+    return sigmoid(r_w) - sigmoid(r_w - r_l) + 1
+
+
+def dpop(s: Any, o: Mapping[str, Any]) -> Any:
+    """DPO-Positive."""
+    chosen, _, ref_chosen, *_ = s
+    penalty = positive(ref_chosen - chosen)
+    r_w, r_l = ratios(s)
+    return -log_sigmoid(o["beta"] * (r_w - r_l - o["dpop_lambda"] * penalty))
+
+
+def rdpo(s: Any, o: Mapping[str, Any]) -> Any:
+    """R-DPO."""
+    r_w, r_l = ratios(s)
+    alpha = o["length_penalty"]
+    return -log_sigmoid(o["beta"] * r_w - o["beta"] * r_l + (alpha * s[4] - alpha * s[5]))
+
+
+def sft(s: Any, o: Mapping[str, Any]) -> Any:
+    """Mean negative log-likelihood of a chosen token."""
+    return -s[0] / s[4]
+
+
+def simpo(s: Any, o: Mapping[str, Any]) -> Any:
+    """SimPO."""
+    return -log_sigmoid(o["beta"] / s[4] * s[0] - o["beta"] / s[5] * s[1] - o["gamma"])
+
+
+def orpo(s: Any, o: Mapping[str, Any]) -> Any:
+    """ORPO."""
+    p_w, p_l = np.exp(s[0] / s[4]), np.exp(s[1] / s[5])
+    odds_ratio = (p_w / (1 - p_w)) / (p_l / (1 - p_l))
+    return sft(s, o) - o["beta"] * log_sigmoid(np.log(odds_ratio))
+
+
+def cpo(s: Any, o: Mapping[str, Any]) -> Any:
+    """CPO's preference term."""
+    e, x = o["label_smoothing"], o["beta"] * s[0] - o["beta"] * s[1]
+    return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
+
+
+FORMULAS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
+    "sigmoid": dpo,
+    "hinge": lambda s, o: positive(1 - o["beta"] * margin(s, o)),
+    "ipo": lambda s, o: (margin(s, o) - 1 / (2 * o["beta"])) ** 2,
+    "robust": robust,
+    "sigmoid_norm": lambda s, o: -log_sigmoid(o["beta"] * mean_margin(s, o)),
+    "ipo_norm": lambda s, o: (mean_margin(s, o) - 1 / (2 * o["beta"])) ** 2,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "dpop": dpop,
+    "rdpo": rdpo,
+    "sft": sft,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": cpo,
+    "slic": lambda s, o: positive(o["gamma"] - s[0] + s[1]),
+}

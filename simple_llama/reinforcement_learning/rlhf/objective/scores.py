@@ -1,0 +1,96 @@
+"""What preference losses read of B pairs, and what they make of it first: log-ratios, their divergences, means.
+
+Shapes: B pairs; column 0 is chosen, column 1 rejected.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# Nats behind which an exponential goes on as its tangent: fp32 ends at 88, and losses square the value.
+EXPONENT_LIMIT = 30.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What losses read of B pairs; a field that the data or the mode does not give is None."""
+
+    logps_B2: torch.Tensor  # log-prob sums of the policy over the scored tokens (nats, fp32)
+    ref_B2: torch.Tensor | None = None  # the same of the frozen reference
+    counts_B2: torch.Tensor | None = None  # scored tokens
+
+
+def log_ratios(scores: Scores) -> torch.Tensor:
+    """log pi / pi_ref of each answer (B, 2)."""
+    assert scores.ref_B2 is not None
+    return scores.logps_B2 - scores.ref_B2
+
+
+def token_means(sums_B2: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """Sums over each answer as means over its scored tokens (B, 2)."""
+    assert scores.counts_B2 is not None
+    return sums_B2 / scores.counts_B2
+
+
+def margin(values_B2: torch.Tensor) -> torch.Tensor:
+    """Chosen less rejected (B,)."""
+    return values_B2[:, 0] - values_B2[:, 1]
+
+
+def divergence_scores(scores: Scores, f_divergence: str, f_alpha: float) -> torch.Tensor:
+    """f'(u) (B, 2) of u = pi / pi_ref, 0 at u = 1: what f-DPO puts in place of log u, arXiv:2309.16240, Table 1.
+
+        reverse_kl  log u               forward_kl  1 - 1 / u
+        js          log(2 u / (1 + u))  alpha       (1 - u^-a) / a, a in (0, 1)
+
+    alpha lies between the two KLs, which are its limits a -> 0 and a -> 1. The same in TRL (1.16), whose
+    f_alpha_divergence_coef is 1 - a. 1 / u and u^-a overflow where the policy has lost an answer: e^x goes on as its
+    tangent behind x = 30 nats, so that losses and gradients stay finite and still pull. TRL has no bound for forward
+    KL, and one for alpha behind which nothing pulls.
+    """
+    ratios_B2 = log_ratios(scores)
+    if f_divergence == "reverse_kl":
+        return ratios_B2
+    if f_divergence == "forward_kl":
+        return -_bounded_expm1(-ratios_B2)
+    if f_divergence == "js":
+        return math.log(2) + F.logsigmoid(ratios_B2)
+    assert f_divergence == "alpha", f_divergence
+    return -_bounded_expm1(-f_alpha * ratios_B2) / f_alpha
+
+
+def _bounded_expm1(x: torch.Tensor) -> torch.Tensor:
+    """e^x - 1, and behind EXPONENT_LIMIT the tangent of that."""
+    beyond = F.relu(x - EXPONENT_LIMIT)  # no slope at the limit itself, where the clamp below has one
+    return torch.expm1(x.clamp(max=EXPONENT_LIMIT)) + math.exp(EXPONENT_LIMIT) * beyond
+
+
+# === Rewards: what a loss implies that an answer is worth (B, 2), in `rewards/*` of the curves ===
+
+
+def implicit_rewards(
+    scores: Scores, *, beta: float, f_divergence: str = "reverse_kl", f_alpha: float = 0.5
+) -> torch.Tensor:
+    """beta * log(pi / pi_ref), Sec. 4 of arXiv:2305.18290; beta * f'(pi / pi_ref) with another divergence."""
+    return beta * divergence_scores(scores, f_divergence, f_alpha)
+
+
+def length_rewards(scores: Scores, *, beta: float, length_penalty: float) -> torch.Tensor:
+    """beta * log(pi / pi_ref) + alpha * scored tokens: the reward whose optimum under a length penalty is pi."""
+    ratios_B2 = log_ratios(scores)
+    assert scores.counts_B2 is not None
+    return beta * ratios_B2 + length_penalty * scores.counts_B2.to(ratios_B2.dtype)
+
+
+def policy_rewards(scores: Scores, *, beta: float = 1.0) -> torch.Tensor:
+    """beta * log pi of the whole answer."""
+    return beta * scores.logps_B2
+
+
+def mean_policy_rewards(scores: Scores, *, beta: float = 1.0) -> torch.Tensor:
+    """beta * log pi of the answer's mean token."""
+    return beta * token_means(scores.logps_B2, scores)
