@@ -94,8 +94,9 @@ format: $(CHECKED) ## rewrite the files as `make check` wants them
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: $(INSTALLED) ## make the pages that come from the code: docs/settings.md, docs/one_pair.md
+docs: $(INSTALLED) ## make the pages that come from the code: docs/settings.md, docs/losses.md, docs/one_pair.md
 	$(BIN)/python -m docs.settings
+	$(BIN)/python -m docs.losses
 	$(BIN)/python -m docs.one_pair
 
 tensorboard: $(INSTALLED) ## curves of all runs and of the demo, on http://localhost:6006

@@ -95,7 +95,7 @@ def dpo(s: Any, o: Mapping[str, Any]) -> Any:
 
 
 def robust(s: Any, o: Mapping[str, Any]) -> Any:
-    """rDPO, Eq. 12: the unbiased estimate of DPO's loss under flips."""
+    """rDPO: the unbiased estimate of DPO's loss under flips."""
     e, x = o["label_smoothing"], o["beta"] * margin(s, o)
     return ((1 - e) * -log_sigmoid(x) - e * -log_sigmoid(-x)) / (1 - 2 * e)
 

@@ -263,7 +263,7 @@ policy's sums are the same:
 
 The margin is what the policy has gained over the reference on the chosen answer, less what it has gained on the
 rejected one: d = {_number(before.margin)}. With beta = {BETA} the loss is -log sigmoid(beta d) = {before.loss:.4f},
-which is ln 2 (`objective/losses.py`).
+which is ln 2 (`objective/ratio_losses.py`).
 
 Its slope is {seen.coefficients[0]:.4f} for the chosen sum and {seen.coefficients[1]:.4f} for the rejected one: minus
 and plus beta sigmoid(-beta d). These two coefficients are all that the rest of the backward pass knows of the loss:

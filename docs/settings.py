@@ -19,7 +19,6 @@ from simple_llama.common.paths import root_path
 from simple_llama.common.settings import WHOLE, Bounds, FilePath
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
-from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import options
 
 PAGE = Path(root_path("docs", "settings.md"))
 INTRODUCTION = """\
@@ -36,10 +35,8 @@ folder.
 LOSSES_INTRODUCTION = """\
 ## Losses
 
-    d = (log pi(chosen) - log pi_ref(chosen)) - (log pi(rejected) - log pi_ref(rejected))
-
-of sums over the scored tokens. An option that the chosen loss has not is refused. Losses of one name differ between
-trainers: where ours is not that of others, or its beta does not carry over, it is said.
+Which options a `loss_type` has, and what they are where they are unset. An option that is given and that the loss does
+not have is refused. [losses.md](losses.md) says what each loss is, where it comes from, and how it was checked.
 """
 SHOWN = {"system_prompt": "the project's own"}  # defaults that a table has no room for
 
@@ -67,24 +64,23 @@ def _section(owner: type, declared: list[Any]) -> str:
         what = docs[0] if docs else comments.get(field.name)
         if not what:
             raise ValueError(f"{owner.__name__}.{field.name}: expected a Doc, or a comment behind it on one line")
-        rows.append(f"| `{field.name}` | {_default(field)} | {_values(hints[field.name])} | {_escaped(what)} |")
+        rows.append(f"| `{field.name}` | {_default(field)} | {_values(hints[field.name])} | {escaped(what)} |")
     home = owner.__module__.replace(".", "/") + ".py"
     about = (inspect.getdoc(owner) or "").partition("\n\n")[0]
-    about = textwrap.fill(_escaped(f"`{home}`: {about}"), 120, break_long_words=False, break_on_hyphens=False)
+    about = textwrap.fill(escaped(f"`{home}`: {about}"), 120, break_long_words=False, break_on_hyphens=False)
     table = ["| setting | default | values | what |", "|---|---|---|---|", *rows]
     return "\n".join([f"## {owner.__name__}", "", about, "", *table, ""])
 
 
 def _losses() -> str:
-    """What each `loss_type` computes, and which options it has."""
-    rows = ["| loss_type | options | what |", "|---|---|---|"]
+    """Which options each `loss_type` has, with their defaults."""
+    rows = ["| loss_type | options |", "|---|---|"]
     for name, loss in LOSSES.items():
-        what = " ".join((inspect.getdoc(loss.function) or "").split())
-        rows.append(f"| `{name}` | {', '.join(f'`{option}`' for option in options(loss))} | {_escaped(what)} |")
+        rows.append(f"| `{name}` | {', '.join(f'`{option}` {value}' for option, value in loss.defaults.items())} |")
     return "\n".join([LOSSES_INTRODUCTION, *rows, ""])
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown shows as it is, also in a table."""
     return text.replace("<", "\\<").replace("|", "\\|")
 
@@ -108,6 +104,8 @@ def _comments(owner: type) -> dict[str, str]:
 
 def _default(field: Any) -> str:
     """A default as a table shows it; paths from the checkout's root."""
+    if field.default is None:
+        return "unset"
     text = str(field.default).removeprefix(f"{root_path()}/")
     return SHOWN.get(field.name) or (f"`{text}`" if text else "(empty)")
 
@@ -118,6 +116,8 @@ def _values(hint: Any) -> str:
     if get_origin(hint) is Annotated:
         hint, *rest = get_args(hint)
         marks = tuple(rest)
+    if type(None) in get_args(hint):
+        hint = next(one for one in get_args(hint) if one is not type(None))
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     bounds = [mark for mark in marks if isinstance(mark, Bounds)]

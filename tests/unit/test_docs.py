@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import pytest
 from typing_extensions import Doc
 
-from docs import one_pair, settings
+from docs import losses, one_pair, settings
 from simple_llama.common.settings import WHOLE, Bounds, Count, PathText, Settings
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from tiny_job import TINY
@@ -92,6 +92,28 @@ def test_help_of_the_command_line_is_that_of_the_page(capsys: pytest.CaptureFixt
     helps = {name: what.replace("\\", "") for name, what in rows if name in fields}
     assert helps.keys() == fields
     assert [name for name, what in helps.items() if f"{what} (default:" not in words] == []
+
+
+def test_losses_page_is_made_from_the_losses() -> None:
+    """docs/losses.md is what `make docs` writes, but for its errors' powers of ten, which a CPU may round otherwise."""
+    power = re.compile(r"\| 1e-\d+ \| 1e-\d+ \|")
+    written, made = losses.PAGE.read_text(), losses.page()
+    assert power.sub("#", written) == power.sub("#", made), "run `make docs`"
+    assert losses.outcomes().keys() == losses.found_errors().keys() - {"orpo:2,hinge:0.5"}
+
+
+def test_a_setting_that_may_be_unset_is_shown_as_that() -> None:
+    """Its values are those that it has when it is given."""
+
+    @dataclass(frozen=True)
+    class Unset(Settings):
+        """Has defaults of its owner."""
+
+        rate: Annotated[float | None, Bounds(0, 1)] = None  # how fast
+        kind: Literal["a", "b"] | None = None  # which
+
+    page = settings.page(Unset)
+    assert "| `rate` | unset | 0 to 1 | how fast |" in page and "| `kind` | unset | `a`, `b` | which |" in page
 
 
 def test_one_pair_page_is_made_by_the_program() -> None:

@@ -132,7 +132,8 @@ def _standing(label: str, folder: Path) -> Standing:
     run = read_run(folder)
     if not 0 < run.beta < math.inf:
         raise UserError(
-            f"{folder / _RECORDS[0]}: expected settings with beta above 0, found {shown(run.settings.get('beta'))}"
+            f"{folder / _RECORDS[0]}: expected a loss with a reference and settings with beta above 0, found "
+            f"{shown(run.settings.get('loss_type', 'sigmoid'))}, {shown(run.settings.get('beta'))}"
         )
     return Standing(label, run)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -14,10 +15,11 @@ from simple_llama.cluster import stopping
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.weights import load_weights
-from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
+from simple_llama.reinforcement_learning.rlhf.apply_dpo import precompute_and_train, train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.run import training_run
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
@@ -317,3 +319,37 @@ def test_other_losses_start_where_their_papers_say(job, ranks, loss):
     name, expected = loss
     run_job(job, ranks, loss_type=name, epochs=1)
     assert job.curve("loss")[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_loss_without_a_reference_asks_for_none(job, ranks, caplog):
+    """SimPO, stopped and resumed: no store, no pass, no log-ratios; its own beta of 2 stands in config.json and counts
+    in the state. The margin that it is after grows. Another beta is another run."""
+    config = parse_config([f"--{name}={value}" for name, value in job.settings.items()] + ["--loss_type=simpo"])
+    inputs = load_inputs(config, ranks)
+    precompute_and_train(replace(config, epochs=1), inputs, ranks)
+    assert not (job.folder / "ref_cache").exists()
+    assert "step 0: simpo reads no reference" in caplog.text and "audit" not in caplog.text
+    assert "loss: simpo (beta 2.0, gamma 1.0, nll_weight 0.0)" in caplog.text
+    kept = json.loads((job.folder / "runs" / "tiny" / "config.json").read_text())
+    assert (kept["beta"], kept["gamma"], kept["label_smoothing"], kept["f_divergence"]) == (2.0, 1.0, None, None)
+    first, *_, last = [line for line in job.lines() if "eval_loss" in line]
+    assert last["eval_rewards/margins"] > first["eval_rewards/margins"] != 0
+    assert not any("log_ratio" in name for line in job.lines() for name in line)
+    with pytest.raises(UserError, match="cannot resume: beta was 2.0, is now 1.0"):
+        train(replace(config, epochs=1, beta=1.0, resume=True), inputs, ranks)
+    train(replace(config, epochs=1, beta=None, resume=True), inputs, ranks)
+
+
+def test_first_loss_is_foretold_from_the_store(job, ranks, caplog, monkeypatch):
+    """A likelihood beside DPO: 0.8 ln 2 and what the store's sums say, which are the policy's at step 0. Another value
+    is refused."""
+    run_job(job, ranks, loss_type="sft,sigmoid:0.8", epochs=1)
+    first = job.lines()[0]
+    likelihood = -first["eval_rewards/chosen"]  # sft stands first: log pi of the mean token
+    assert likelihood > 1 and first["eval_loss"] == pytest.approx(0.8 * math.log(2) + likelihood, rel=1e-5)
+    (told,) = re.findall(r"step-0 held-out loss (\S+), expected (\S+)", caplog.text)
+    assert [float(text) for text in told] == pytest.approx([first["eval_loss"]] * 2, abs=1e-5)
+    right = PreferenceLoss.foretold
+    monkeypatch.setattr(PreferenceLoss, "foretold", lambda *args: right(*args) + 0.01)
+    with pytest.raises(UserError, match="step 0: the held-out loss is"):
+        run_job(job, ranks, loss_type="sft,sigmoid:0.8", run_name="other")

@@ -89,7 +89,9 @@ def test_a_loss_and_what_it_needs(config: DPOConfig, inputs: Inputs, ranks: Rank
     """DPO begins at ln 2; with a likelihood beside it, at what the store says. SimPO misses no reference."""
     told = {name: sections(describe(replace(config, loss_type=name), inputs, ranks)) for name in ("sigmoid", "simpo")}
     assert told["sigmoid"]["loss"].endswith("at the start 0.693147")
-    assert told["simpo"]["loss"] == "simpo (beta 2.0, gamma 1.0, nll_weight 0.0); reads no reference: no store is opened"
+    assert (
+        told["simpo"]["loss"] == "simpo (beta 2.0, gamma 1.0, nll_weight 0.0); reads no reference: no store is opened"
+    )
     assert "reference store lacks" in told["sigmoid"]["warnings"]
     assert "reference" not in told["simpo"]["warnings"] + told["simpo"]["time"]
 

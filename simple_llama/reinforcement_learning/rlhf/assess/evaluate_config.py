@@ -18,7 +18,7 @@ from simple_llama.interop.open_start import start_metadata
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig
 from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import InputsConfig
-from simple_llama.reinforcement_learning.rlhf.objective.losses import Beta
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import Beta
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import StoreConfig
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import without_moved
 
@@ -149,7 +149,7 @@ def _settings_of(about: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict):
         return {}
     names = {*_FROM_RUN, *(field.name for kind in (DataConfig, ChatConfig) for field in fields(kind))}
-    return {name: found[name] for name in names if name in found}
+    return {name: found[name] for name in names if found.get(name) is not None}
 
 
 def default_folder(stamp: str) -> Path:

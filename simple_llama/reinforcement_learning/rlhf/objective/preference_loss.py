@@ -20,6 +20,8 @@ from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 
 # Values of an option that ask for nothing, so that a loss without it need not refuse them: files of runs have them.
 _ASKS_NOTHING = {"label_smoothing": 0.0, NLL_WEIGHT: 0.0, "f_divergence": "reverse_kl"}
+_BETA = Bounds(0, math.inf, above=True, below=True)
+Beta = Annotated[float, _BETA, Doc("what rewards and losses multiply log-ratios by")]  # of a command without a loss
 _TERM = re.compile(r"(\w+)(?::(.*))?")
 
 
@@ -34,7 +36,7 @@ class LossConfig(Settings):
     ] = "sigmoid"
     beta: Annotated[
         float | None,
-        Bounds(0, math.inf, above=True, below=True),
+        _BETA,
         Doc("strength of the pull towards the reference; of losses without one the scale of what they compare"),
     ] = None
     label_smoothing: Annotated[
@@ -133,6 +135,14 @@ class Term(NamedTuple):
         return f"{weight}{self.name}" + (f" ({options})" if options else "")
 
 
+def reads_reference(loss_type: str) -> bool:
+    """Whether the loss of a run compares the policy with a reference; True for a name that is not known here."""
+    try:
+        return PreferenceLoss(loss_type).needs_reference
+    except UserError:
+        return True
+
+
 def resolved(config: SomeConfig) -> SomeConfig:
     """The same settings with the defaults of their loss written out."""
     own = config.own_options()
@@ -163,6 +173,11 @@ class PreferenceLoss(LossConfig):
         """Rewards (B, 2) that the loss, the first one of a sum, implies; see docs/losses.md."""
         _, _, loss, values = self._terms[0]
         return loss.rewards(scores, **{name: values[name] for name in keywords(loss.rewards) if name in values})
+
+    @property
+    def scale(self) -> float:
+        """What its rewards are divided by to have nats: beta of its first loss, 1 where that has none."""
+        return float(self._terms[0].values.get("beta", 1.0))
 
     @property
     def reads(self) -> set[str]:

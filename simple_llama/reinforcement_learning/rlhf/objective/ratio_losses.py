@@ -102,8 +102,8 @@ def exo_pair_loss(
     f_alpha: float = 0.5,
 ) -> torch.Tensor:
     """q (log q - log(1 - e)) + (1 - q) (log(1 - q) - log e) with q = sigmoid(beta d): EXO-pref, Eq. 16,
-    arXiv:2402.00856, the KL from the pair's softmax to labels smoothed by e > 0. The same in TRL (1.16), which replaces
-    e = 0 by 1e-3."""
+    arXiv:2402.00856, the KL from the pair's softmax to labels smoothed by e > 0. The same in TRL (1.16), but for its
+    log e in fp32."""
     x_B = beta * margin(divergence_scores(scores, f_divergence, f_alpha))
     right_B = torch.sigmoid(x_B) * (F.logsigmoid(x_B) - math.log1p(-label_smoothing))
     return right_B + torch.sigmoid(-x_B) * (F.logsigmoid(-x_B) - math.log(label_smoothing))
@@ -129,7 +129,7 @@ def discopop_loss(
 
 
 def dpop_loss(scores: Scores, *, beta: float = 0.3, dpop_lambda: float = 50.0) -> torch.Tensor:
-    """-log sigmoid(beta (r_w - r_l - lambda max(0, -r_w))): DPO-Positive, Eq. 3, arXiv:2402.13228 (Smaug): an answer
+    """-log sigmoid(beta (r_w - r_l - lambda max(0, -r_w))): DPO-Positive, arXiv:2402.13228 (Smaug): an answer
     that becomes less likely than it was costs, although the margin grows. Not in TRL."""
     ratios_B2 = log_ratios(scores)
     return -F.logsigmoid(beta * (margin(ratios_B2) - dpop_lambda * F.relu(-ratios_B2[:, 0])))
@@ -155,7 +155,7 @@ def nca_pair_loss(scores: Scores, *, beta: float = 0.1) -> torch.Tensor:
 
 
 def bco_pair_loss(scores: Scores, *, beta: float = 0.1) -> torch.Tensor:
-    """-log sigmoid(beta r_w) - log sigmoid(-beta r_l): BCO, Eq. 8 of arXiv:2404.04656 without its shift delta.
+    """-log sigmoid(beta r_w) - log sigmoid(-beta r_l): BCO, arXiv:2404.04656, without its shift delta.
 
     delta is a running mean of rewards, which a resumed run would have to keep: it is 0 here and in TRL (1.16);
     LLaMA-Factory and ms-swift have it.

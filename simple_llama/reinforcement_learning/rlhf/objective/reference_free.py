@@ -54,7 +54,7 @@ def cpo_loss(scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.0)
 
 
 def slic_loss(scores: Scores, *, gamma: float = 1.0) -> torch.Tensor:
-    """max(0, gamma - p_w + p_l): SLiC-HF's rank calibration, Eq. 2, arXiv:2305.10425, its delta being gamma. Its
+    """max(0, gamma - p_w + p_l): SLiC-HF's rank calibration, arXiv:2305.10425, its delta being gamma. Its
     regulariser is nll_weight here, of the mean token of the chosen answer. Not in TRL, whose hinge is of log-ratios."""
     return F.relu(gamma - margin(scores.logps_B2))
 

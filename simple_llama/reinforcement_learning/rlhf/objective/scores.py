@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# Nats behind which an exponential goes on as its tangent: fp32 ends at 88, and losses square the value.
-EXPONENT_LIMIT = 30.0
+# Nats behind which an exponential goes on as its tangent: fp32 ends at 88, and ipo squares the value.
+_EXPONENT_LIMIT = 30.0
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def divergence_scores(scores: Scores, f_divergence: str, f_alpha: float) -> torc
 
 
 def _bounded_expm1(x: torch.Tensor) -> torch.Tensor:
-    """e^x - 1, and behind EXPONENT_LIMIT the tangent of that."""
-    beyond = F.relu(x - EXPONENT_LIMIT)  # no slope at the limit itself, where the clamp below has one
-    return torch.expm1(x.clamp(max=EXPONENT_LIMIT)) + math.exp(EXPONENT_LIMIT) * beyond
+    """e^x - 1, and behind _EXPONENT_LIMIT the tangent of that."""
+    beyond = F.relu(x - _EXPONENT_LIMIT)  # no slope at the limit itself, where the clamp below has one
+    return torch.expm1(x.clamp(max=_EXPONENT_LIMIT)) + math.exp(_EXPONENT_LIMIT) * beyond
 
 
 # === Rewards: what a loss implies that an answer is worth (B, 2), in `rewards/*` of the curves ===

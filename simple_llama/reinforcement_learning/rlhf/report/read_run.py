@@ -20,6 +20,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import root_path
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import reads_reference
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import PairSums
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, read_records
 from simple_llama.reinforcement_learning.rlhf.run.statistics import groups_of
@@ -62,8 +63,10 @@ class RunFacts:
 
     @property
     def beta(self) -> float:
-        """What an implicit reward is divided by to have nats; NaN where it is not known."""
-        return value(self.settings, "beta")
+        """What an implicit reward is divided by to have nats; NaN where it is not known, or the loss has no
+        reference."""
+        known = reads_reference(str(self.settings.get("loss_type", "sigmoid")))
+        return value(self.settings, "beta") if known else math.nan
 
     @property
     def evaluations(self) -> list[Mapping[str, Any]]:

@@ -125,6 +125,8 @@ def _held_out(metrics: dict[str, float], table_N9: np.ndarray) -> HeldOut:
     columns = (table_N9[:, :2], table_N9[:, 2:4], table_N9[:, 4], table_N9[:, 5:7])
     logps_N2, ref_N2, losses_N, rewards_N2 = (column.astype(np.float32) for column in columns)
     held_out = HeldOut(logps_N2, ref_N2, table_N9[:, 7:].astype(np.int32), losses_N, rewards_N2, metrics)
+    if np.isnan(ref_N2).any():  # the loss reads no reference
+        return held_out
     seen_N = held_out.counts_N2[:, 0] > 0  # every pair scores a token
     ratios_2 = (table_N9[seen_N, :2] - table_N9[seen_N, 2:4]).mean(axis=0) if seen_N.any() else (0.0, 0.0)
     metrics["eval_log_ratio/chosen"], metrics["eval_log_ratio/rejected"] = map(float, ratios_2)

@@ -136,7 +136,7 @@ class TrainingRun:
         self.samples = Samples(
             inputs, self.engine, config, ranks, log_folder, self.writer, config.seed, self.reference.model
         )
-        facts = facts_of(config, inputs.data, self.total_steps, config.beta)
+        facts = facts_of(config, inputs.data, self.total_steps, self.loss_fn.scale)
         self.health = HealthWatch(log_folder, facts, self.writer, ranks)
         steps = self.plan.steps_per_epoch
         self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, config, steps, check_lock, ranks)

@@ -1,0 +1,80 @@
+"""What losses are compared on: made-up pairs, each loss with options that are not its defaults, slopes by autograd.
+
+Shapes: B pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from benchmarks.textbook_losses import value_and_gradient
+from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
+
+DIVERGENCES = ("forward_kl", "js", "alpha")
+SUM = "sigmoid:0.8,bco_pair:0.2,sft:1"  # MPO's
+_DIVERGED = [name for name, loss in LOSSES.items() if "f_divergence" in loss.defaults]
+_SMOOTHED = [name for name, loss in LOSSES.items() if "label_smoothing" in loss.defaults]
+VARIANTS: Sequence[PreferenceLoss] = (
+    *(PreferenceLoss(name) for name in LOSSES),
+    *(PreferenceLoss(name, f_divergence=divergence) for name in _DIVERGED for divergence in DIVERGENCES),
+    *(PreferenceLoss(name, 0.3, 0.2) for name in _SMOOTHED),
+    PreferenceLoss("sigmoid", 2.0, nll_weight=0.2),
+    PreferenceLoss("robust", 0.3, 0.4, f_divergence="alpha", f_alpha=0.25),
+    PreferenceLoss("simpo", 1.0, gamma=0.3),
+    PreferenceLoss("slic", gamma=4.0, nll_weight=0.5),
+    PreferenceLoss("discopop", 0.05, discopop_tau=0.5),
+    PreferenceLoss("dpop", 0.1, dpop_lambda=5.0),
+    PreferenceLoss("rdpo", 0.1, length_penalty=0.5),
+    PreferenceLoss(SUM, 0.1),
+    PreferenceLoss("orpo:2,hinge:0.5", 0.1),
+)
+
+
+def random_scores(pairs: int) -> Scores:
+    """Answers of 1 to 40 tokens of about 2 nats, fp64, and log-ratios of about 3 nats."""
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.randint(1, 41, (pairs, 2), generator=generator)
+    ref = -counts * (0.5 + 3 * torch.rand(pairs, 2, dtype=torch.float64, generator=generator))
+    moved = 3 * torch.randn(pairs, 2, dtype=torch.float64, generator=generator)
+    return Scores(torch.minimum(ref + moved, -0.05 * counts), ref, counts)
+
+
+def slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (B,) and their gradient (B, 2) by the policy's sums."""
+    logps = scores.logps_B2.clone().requires_grad_()
+    losses = loss(replace(scores, logps_B2=logps))
+    (gradient,) = torch.autograd.grad(losses.sum(), logps)
+    return losses.detach(), gradient
+
+
+def textbook_slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the textbook; NaN where a formula overflows."""
+    assert scores.ref_B2 is not None and scores.counts_B2 is not None
+    sums = zip(scores.logps_B2.tolist(), scores.ref_B2.tolist(), scores.counts_B2.tolist(), strict=True)
+    options = loss.own_options()
+    found = [value_and_gradient(loss.loss_type, (*logps, *ref, *counts), options) for logps, ref, counts in sums]
+    losses, gradients = zip(*found, strict=True)
+    return torch.tensor(losses, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)
+
+
+def largest_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative where the expected number is above 1, of the numbers that both have; NaN where
+    these are less than seven in eight."""
+    both = found.isfinite() & expected.isfinite()
+    if both.double().mean() < 7 / 8:
+        return math.nan
+    return float(((found - expected).abs() / expected.abs().clamp(min=1))[both].max())
+
+
+def errors(loss: PreferenceLoss, pairs: int = 64) -> tuple[float, float]:
+    """How far values and gradients of random pairs lie from the textbook's (`largest_error`)."""
+    scores = random_scores(pairs)
+    (value, gradient), (right, slope) = slopes(loss, scores), textbook_slopes(loss, scores)
+    assert value.isfinite().all() and gradient.isfinite().all()
+    return largest_error(value, right), largest_error(gradient, slope)

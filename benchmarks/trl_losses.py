@@ -1,0 +1,235 @@
+"""Asks TRL's own trainers what their losses give of made-up pairs, and records how ours differ.
+
+    python -m benchmarks.trl_losses
+
+Where TRL 1.16 is installed (`make bench` has it). Its losses stand inside its trainers, which are made here without
+their set-up: only what the loss reads is there. The record is benchmarks/trl_losses.json; docs/losses.md shows it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks.check_losses import SUM, VARIANTS, largest_error, random_scores, slopes
+from simple_llama.common.files import atomic_write
+from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES, NLL_WEIGHT
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
+
+OUTCOMES = Path(__file__).with_name("trl_losses.json")
+_VERSION = "1.16."
+_PAIRS = 16
+_AGREES = {torch.float64: 1e-10, torch.float32: 1e-4}
+_NAMES = {"ipo_norm": "ipo"}  # ours: TRL's; all others are called the same
+_DIVERGENCES = {"js": "js_divergence", "alpha": "alpha_divergence"}
+_ABSENT = {"dpop", "rdpo", "slic"}
+# What TRL's source says where it computes something else; the comparison must find that it does.
+_KNOWN = {
+    "ipo": "takes means over the tokens: our ipo_norm",
+    "sigmoid": "ignores label_smoothing",
+    "exo_pair": "makes log e in fp32",
+}
+_TOKENS = "one pair at a time; a micro-batch's likelihood is a mean over its tokens, ours over its pairs"
+_CERTAIN = "not finite where an answer is certain"
+_NOTES = {
+    "sft": _TOKENS,
+    "cpo": _TOKENS,
+    SUM: _TOKENS,
+    "orpo": f"{_TOKENS}, and theirs is of the prompt's tokens too",
+    "bco_pair": "no shift either",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the comparison of a loss showed."""
+
+    words: str
+    error: str  # largest difference of values and slopes where both compute the same; empty where they never do
+
+
+def main() -> None:
+    """Compares all losses, and records the outcomes."""
+    version = importlib.metadata.version("trl")
+    assert version.startswith(_VERSION), f"expected TRL {_VERSION}*, found {version}"
+    found = {name: compare(name) for name in (*LOSSES, SUM)}
+    for name, outcome in found.items():
+        print(f"{name:32} {outcome.words} {outcome.error}")
+    record = {name: asdict(outcome) for name, outcome in found.items()}
+    atomic_write(OUTCOMES, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def compare(name: str) -> Outcome:
+    """One loss, with every set of options that the tests have for it."""
+    if name in _ABSENT:
+        return Outcome("has none", "")
+    worst, differs, not_finite = dict[torch.dtype, float](), list[float](), list[str]()
+    for loss in (one for one in VARIANTS if one.loss_type == name):
+        if loss.nll_weight and name != "cpo":
+            continue  # TRL's DPO trainer has no such term
+        # of alpha its table of dtypes lacks fp64, and orpo makes fp32 of what it is given
+        dtype = torch.float32 if name == "orpo" or loss.f_divergence == "alpha" else torch.float64
+        error = difference(loss, dtype)
+        if error <= _AGREES[dtype]:
+            worst[dtype] = max(worst.get(dtype, 0.0), error)
+        else:
+            differs.append(error)
+        if not all(part.isfinite().all() for part in their_slopes(loss, _extremes())):
+            not_finite.append(loss.own_options().get("f_divergence", ""))
+    parts = ["agrees"] if worst else []
+    if differs:
+        ends = dict.fromkeys(f"{error:.0e}" for error in (min(differs), max(differs)))
+        parts.append(f"{_KNOWN[name]} ({' to '.join(ends)})")
+    if name in _NOTES:
+        parts.append(_NOTES[name])
+    if not_finite:
+        kinds = ", ".join(dict.fromkeys(not_finite))
+        parts.append(f"not finite at log-ratios of +-1000 ({kinds})" if kinds else _CERTAIN)
+    units = {torch.float64: "", torch.float32: " in fp32"}
+    return Outcome(
+        "; ".join(parts), ", ".join(f"{worst[one]:.0e}{unit}" for one, unit in units.items() if one in worst)
+    )
+
+
+def _extremes() -> Scores:
+    """Log-ratios of -1000, 0 and 1000 on each side, fp32, answers of ten tokens."""
+    ratios = torch.cartesian_prod(*[torch.tensor([-1000.0, 0.0, 1000.0])] * 2)
+    ref = torch.full_like(ratios, -1000.0)
+    return Scores(ref + ratios, ref, torch.full(ratios.shape, 10))
+
+
+def difference(loss: PreferenceLoss, dtype: torch.dtype) -> float:
+    """The largest difference of values and slopes of random pairs, relative where they are above 1."""
+    scores = random_scores(_PAIRS)
+    assert scores.ref_B2 is not None and scores.counts_B2 is not None
+    scores = Scores(scores.logps_B2.to(dtype), scores.ref_B2.to(dtype), scores.counts_B2)
+    ours, theirs = slopes(loss, scores), their_slopes(loss, scores)
+    return max(largest_error(one.double(), other.double()) for one, other in zip(theirs, ours, strict=True))
+
+
+def their_slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (B,) and slopes (B, 2) of TRL, a pair at a time: a micro-batch's mean over tokens is of that pair then."""
+    assert scores.ref_B2 is not None and scores.counts_B2 is not None
+    losses, gradients = [], []
+    for logps_2, ref_2, counts_2 in zip(scores.logps_B2, scores.ref_B2, scores.counts_B2, strict=True):
+        sums_2 = logps_2.clone().requires_grad_()
+        value = _loss(loss, sums_2, ref_2, counts_2)
+        (gradient_2,) = torch.autograd.grad(value, sums_2)
+        losses.append(value.detach())
+        gradients.append(gradient_2)
+    return torch.stack(losses), torch.stack(gradients)
+
+
+def _loss(loss: PreferenceLoss, sums_2: torch.Tensor, ref_2: torch.Tensor, counts_2: torch.Tensor) -> torch.Tensor:
+    """The loss of a pair by the trainer that has it."""
+    name, options = loss.loss_type, loss.own_options()
+    if name in ("simpo", "cpo"):
+        return _cpo(name, options, sums_2, counts_2)
+    if name == "orpo":
+        return _orpo(options, sums_2, counts_2)
+    return _dpo(loss, options, sums_2, ref_2, counts_2)
+
+
+def _dpo(
+    loss: PreferenceLoss,
+    options: dict[str, Any],
+    sums_2: torch.Tensor,
+    ref_2: torch.Tensor,
+    counts_2: torch.Tensor,
+) -> torch.Tensor:
+    """`DPOTrainer._compute_loss`, with a model that gives each token of an answer an equal share of its sum."""
+    from trl import DPOTrainer  # pyright: ignore[reportMissingImports]
+
+    terms = [part.partition(":") for part in loss.loss_type.split(",")]
+    trainer: Any = object.__new__(DPOTrainer)
+    divergence = options.get("f_divergence") or "reverse_kl"
+    vars(trainer).update(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=_same, gather_for_metrics=_same),
+        args=SimpleNamespace(discopop_tau=options.get("discopop_tau")),
+        loss_types=[_NAMES.get(name, name) for name, _, _ in terms],
+        loss_weights=[float(weight or 1) for _, _, weight in terms],
+        beta=options.get("beta") or 1.0,
+        label_smoothing=options.get("label_smoothing") or 0.0,
+        f_divergence_type=_DIVERGENCES.get(divergence, divergence),
+        f_alpha_divergence_coef=1 - (options.get("f_alpha") or 0.5),
+        use_weighting=False,
+        ld_alpha=None,
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    longest = int(counts_2.max())
+    mask_2T = (torch.arange(longest) < counts_2[:, None]).long()
+    whole_2T = torch.cat([torch.zeros(2, 1, dtype=torch.long), mask_2T], dim=1)  # one token of a prompt
+    tokens_2T = (sums_2 / counts_2)[:, None] * mask_2T
+    outputs = SimpleNamespace(
+        log_probs=tokens_2T,
+        entropy=torch.zeros(2, longest),
+        mean_logits=torch.zeros(2, longest),
+        is_top1=mask_2T.bool(),
+    )
+    inputs = {
+        "input_ids": torch.zeros_like(whole_2T),
+        "attention_mask": torch.ones_like(whole_2T),
+        "completion_mask": whole_2T,
+        "ref_chosen_logps": ref_2[:1],
+        "ref_rejected_logps": ref_2[1:],
+    }
+
+    class Model:
+        training = True
+
+        def __call__(self, **_: Any) -> Any:
+            return outputs
+
+    return trainer._compute_loss(Model(), inputs, return_outputs=False)
+
+
+def _cpo(name: str, options: dict[str, Any], sums_2: torch.Tensor, counts_2: torch.Tensor) -> torch.Tensor:
+    """`CPOTrainer.cpo_loss`, and the likelihood as its `get_batch_loss_metrics` adds it."""
+    from trl.experimental.cpo import CPOTrainer  # pyright: ignore[reportMissingImports]
+
+    trainer: Any = object.__new__(CPOTrainer)
+    vars(trainer).update(
+        beta=options["beta"],
+        loss_type="simpo" if name == "simpo" else "sigmoid",
+        simpo_gamma=options.get("gamma"),
+        label_smoothing=options.get("label_smoothing", 0.0),
+        alpha=0.0,
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+    )
+    means_2 = sums_2 / counts_2
+    values_2 = means_2 if name == "simpo" else sums_2
+    losses, _, _ = trainer.cpo_loss(values_2[:1], values_2[1:])
+    return losses.mean() - options[NLL_WEIGHT] * means_2[0]
+
+
+def _orpo(options: dict[str, Any], sums_2: torch.Tensor, counts_2: torch.Tensor) -> torch.Tensor:
+    """`ORPOTrainer.odds_ratio_loss`, and the likelihood as its `get_batch_loss_metrics` adds it, of an empty prompt."""
+    from trl.experimental.orpo import ORPOTrainer  # pyright: ignore[reportMissingImports]
+
+    trainer: Any = object.__new__(ORPOTrainer)
+    vars(trainer).update(beta=options["beta"], accelerator=SimpleNamespace(device=torch.device("cpu")))
+    means_2 = sums_2 / counts_2
+    losses, *_ = trainer.odds_ratio_loss(means_2[:1], means_2[1:])
+    return -means_2[0] - losses.mean()
+
+
+def _same(value: Any) -> Any:
+    """What a gather over one process gives."""
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Writes docs/losses.md, the truth table of the preference losses, from the losses themselves: `make docs`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from pathlib import Path
+
+from benchmarks.check_losses import SUM, VARIANTS, errors
+from benchmarks.trl_losses import OUTCOMES, Outcome
+from docs.settings import escaped
+from simple_llama.common.files import atomic_write, read_json
+from simple_llama.common.paths import root_path
+from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import divergence_scores
+
+PAGE = Path(root_path("docs", "losses.md"))
+INTRODUCTION = f"""\
+# Losses
+
+Made by `make docs` from the losses; do not edit by hand.
+
+    r_w, r_l = log pi / pi_ref of the chosen and the rejected answer, over all scored tokens
+    d = r_w - r_l          f'(e^r_w) - f'(e^r_l) with another f_divergence
+    d' = d of means over each answer's scored tokens
+    p, m = log pi of an answer, and of its mean token
+
+`loss_type` is a name of the first table, or a weighted sum such as `{SUM}` (MPO, arXiv:2411.10442). An
+option that is not given has the default of its loss ([settings.md](settings.md#losses)); each loss of a sum has its
+own. `nll_weight` w adds w times -m_w to any loss but sft and orpo, which have it themselves: RPO, arXiv:2404.19733, and
+Llama 3's 0.2. Losses of one name differ between trainers: where ours is not that of others, or its beta does not carry
+over, it is said. Losses that read no reference open no store, and neither ask for a reference pass nor hold a second
+model.
+"""
+CHECKED = """\
+## How they are checked
+
+`first` is the loss of every pair before the first step, with default options; a run's held-out loss at step 0 must show
+it. "store": it depends on the pair, and a run computes it in fp64 from the store's sums and counts, which are then the
+policy's. "-": it reads no reference, and nothing says beforehand what it must be.
+
+`value` and `slope` are the largest differences in fp64 from a textbook that was written apart, from the papers, without
+stable forms (`benchmarks/textbook_losses.py`, slopes by complex steps): 64 random pairs for each divergence and set of
+options, relative where a number is above 1, rounded up to a power of ten. Above 1e-10 a test fails. Log-ratios of
+-1000, 0 and 1000 on each side, in fp32, give finite losses and slopes; so does an answer of which the model is certain.
+
+TRL 1.16 is what its trainers' own loss functions gave of the same pairs, one by one, when
+`python -m benchmarks.trl_losses` last ran where it is installed; `value` is the largest difference.
+"""
+REWARDS = """\
+## Rewards
+
+`rewards/*` in the curves is what a loss implies that an answer is worth; of a sum, what its first loss implies.
+
+| losses | reward |
+|---|---|
+| of log-ratios | beta r, of sums where the loss takes means too; beta f'(pi / pi_ref) with another divergence |
+| `rdpo` | beta r + length_penalty times its scored tokens |
+| `simpo`, `orpo` | beta m; orpo has none in its paper, this is TRL's |
+| `sft` | m, an answer's mean log-prob a token |
+| `cpo` | beta p |
+| `slic` | p |
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    about = ["| loss | what | reads |", "|---|---|---|"]
+    checks = ["| loss | first | value | slope | TRL 1.16 | value |", "|---|---|---|---|---|---|"]
+    told = outcomes()
+    for name, loss in LOSSES.items():
+        what = " ".join((inspect.getdoc(loss.function) or "").split())
+        reads = ", ".join(word for field, word in _WORDS.items() if field in loss.fields_read(loss.defaults))
+        about.append(f"| `{name}` | {escaped(what)} | {reads} |")
+        checks.append(_checked(name, told[name]))
+    checks.append(_checked(SUM, told[SUM]))
+    divergences = ["## Divergences", "", inspect.cleandoc(divergence_scores.__doc__ or ""), ""]
+    return "\n".join([INTRODUCTION, *about, "", *divergences, CHECKED, *checks, "", REWARDS])
+
+
+_WORDS = {"logps_B2": "policy", "ref_B2": "reference", "counts_B2": "token counts"}
+
+
+def outcomes() -> dict[str, Outcome]:
+    """What the comparison with TRL recorded, by loss."""
+    return {name: Outcome(**found) for name, found in read_json(OUTCOMES).items()}
+
+
+@functools.cache
+def found_errors() -> dict[str, tuple[float, float]]:
+    """The largest errors of value and slope over all options, by loss."""
+    found: dict[str, tuple[float, float]] = {}
+    for loss in VARIANTS:
+        value, slope = errors(loss)
+        before = found.get(loss.loss_type, (0.0, 0.0))
+        found[loss.loss_type] = (max(value, before[0]), max(slope, before[1]))
+    return found
+
+
+def _checked(name: str, trl: Outcome) -> str:
+    """A loss's line of the table of checks."""
+    value, slope = (_power_of_ten(error) for error in found_errors()[name])
+    return f"| `{name}` | {_first(name)} | {value} | {slope} | {escaped(trl.words)} | {trl.error} |"
+
+
+def _first(name: str) -> str:
+    """The first value of a loss with default options."""
+    loss = PreferenceLoss(name)
+    first = loss.at_start()
+    return "-" if not loss.needs_reference else "store" if first is None else f"{first:.6f}"
+
+
+def _power_of_ten(error: float) -> str:
+    """A number rounded up, 1e-15 at least."""
+    return f"1e{math.ceil(math.log10(max(error, 1e-15)))}"
+
+
+if __name__ == "__main__":
+    atomic_write(PAGE, page().encode())
