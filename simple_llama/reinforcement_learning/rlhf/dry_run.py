@@ -245,7 +245,7 @@ class _Job:
         with self.inputs.start.reading() as start:
             matrices = (start.state_dict[name] for name in _trained_matrices(config, self.inputs))
             weights = weight_facts(matrices, self.inputs.dtype, self.ranks.device)
-        facts = facts_of(config, data, steps, config.beta)
+        facts = facts_of(config, data, steps, self.loss_fn.scale)
         return found + [f"{one.level}: {one.text}" for one in warnings_of([{"step": 0, **weights}], facts)]
 
 

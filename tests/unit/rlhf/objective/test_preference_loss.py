@@ -275,9 +275,9 @@ def test_an_option_that_is_not_given_is_the_losss_own() -> None:
     assert resolved(LossConfig("exo_pair")).f_alpha is None
     # two losses of a sum whose defaults differ keep them
     both = resolved(LossConfig("simpo,sigmoid"))
-    assert (
-        both.beta is None and "beta 2.0" in str(PreferenceLoss.of(both)) and "beta 0.5" in str(PreferenceLoss.of(both))
-    )
+    loss = PreferenceLoss.of(both)
+    assert both.beta is None and "beta 2.0" in str(loss) and "beta 0.5" in str(loss)
+    assert (loss.scale, PreferenceLoss("sft").scale) == (2.0, 1.0)
 
 
 @pytest.mark.parametrize("loss_type", [*LOSSES, "simpo,sigmoid", "sigmoid:0.8,bco_pair:0.2,sft:1"])
