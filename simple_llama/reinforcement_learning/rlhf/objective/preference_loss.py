@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -100,21 +100,10 @@ class LossConfig(Settings):
                 found[name] = value if found.get(name, value) == value else None
         return found
 
-    @functools.cached_property
-    def _terms(self) -> list[Term]:
-        """The losses that `loss_type` names, each with its options. UserError for a name or weight that is none."""
-        terms: list[Term] = []
-        for part in self.loss_type.split(","):
-            found = _TERM.fullmatch(part.strip())
-            name, weight = (found[1], _number(found[2])) if found else (part, 1.0)
-            if name not in LOSSES:
-                raise UserError(f"loss_type: expected one of {', '.join(LOSSES)}; found {shown(name)}")
-            if not 0 < weight < math.inf:
-                raise UserError(f"loss_type: expected a finite weight above 0 behind {name}:, found {shown(part)}")
-            if any(term.name == name for term in terms):
-                raise UserError(f"loss_type: expected each loss once, found {name} twice in {shown(self.loss_type)}")
-            terms.append(Term(name, weight, LOSSES[name], _values(LOSSES[name], self)))
-        return terms
+    @property
+    def _terms(self) -> tuple[Term, ...]:
+        """The losses that `loss_type` names, each with its options."""
+        return _terms_of(self.loss_type, tuple((name, getattr(self, name)) for name in _OPTIONS))
 
 
 _OPTIONS = tuple(field.name for field in fields(LossConfig) if field.name != "loss_type")
@@ -141,6 +130,14 @@ def reads_reference(loss_type: str) -> bool:
         return PreferenceLoss(loss_type).needs_reference
     except UserError:
         return True
+
+
+def default_options(loss_type: str) -> dict[str, Any]:
+    """The options that a run's loss has, with their defaults; none for a name that is not known here."""
+    try:
+        return PreferenceLoss(loss_type).own_options()
+    except UserError:
+        return {}
 
 
 def resolved(config: SomeConfig) -> SomeConfig:
@@ -212,6 +209,23 @@ class PreferenceLoss(LossConfig):
         return self(Scores(sums_B2, sums_B2, counts_B2)).mean().item()
 
 
+@functools.cache
+def _terms_of(loss_type: str, options: tuple[tuple[str, Any], ...]) -> tuple[Term, ...]:
+    """The losses that `loss_type` names, each with its options. UserError for a name or weight that is none."""
+    terms: list[Term] = []
+    for part in loss_type.split(","):
+        found = _TERM.fullmatch(part.strip())
+        name, weight = (found[1], _number(found[2])) if found else (part, 1.0)
+        if name not in LOSSES:
+            raise UserError(f"loss_type: expected one of {', '.join(LOSSES)}; found {shown(name)}")
+        if not 0 < weight < math.inf:
+            raise UserError(f"loss_type: expected a finite weight above 0 behind {name}:, found {shown(part)}")
+        if any(term.name == name for term in terms):
+            raise UserError(f"loss_type: expected each loss once, found {name} twice in {shown(loss_type)}")
+        terms.append(Term(name, weight, LOSSES[name], _values(LOSSES[name], dict(options))))
+    return tuple(terms)
+
+
 def _weighted(term: Term, scores: Scores) -> torch.Tensor:
     """A term's losses (B,), times its weight."""
     losses_B = term.loss.losses(scores, term.values)
@@ -226,10 +240,9 @@ def _number(text: str | None) -> float:
         return math.nan
 
 
-def _values(loss: Loss, config: LossConfig) -> dict[str, Any]:
+def _values(loss: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
     """A loss's options: as given, else its defaults; f_alpha only where it counts."""
-    given = {name: getattr(config, name) for name in loss.defaults if getattr(config, name) is not None}
-    values = {**loss.defaults, **given}
+    values = {name: default if given[name] is None else given[name] for name, default in loss.defaults.items()}
     if values.get("f_divergence") != "alpha":
         values.pop("f_alpha", None)
     return values

@@ -23,6 +23,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path
 from simple_llama.finetune.chat_format import ChatFormat
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import default_options
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import plain
 from simple_llama.reinforcement_learning.rlhf.report.page import Cell, Page
 from simple_llama.reinforcement_learning.rlhf.report.read_run import (
@@ -302,6 +303,7 @@ def _add_time(page: Page, facts: RunFacts, seconds: float | None) -> None:
 def _changed(settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, value, default) of the settings that are not at their defaults; those of the command itself left out."""
     defaults = {field.name: field.default for kind in (RunConfig, WatchConfig) for field in fields(kind)}
+    defaults |= default_options(str(settings.get("loss_type", defaults["loss_type"])))
     return [
         (name, found, defaults[name])
         for name, found in settings.items()
