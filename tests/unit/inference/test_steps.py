@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simple_llama.inference.generate import generate_together
-from simple_llama.inference.steps import Steps
+from simple_llama.inference.steps import Steps, _onednn_times, _way_to_multiply
 from tiny_model import MLA, PROMPTS, tiny_model
 
 GROUPED = {"key_heads": 1, "tied_head": True}
@@ -77,6 +77,16 @@ def test_long_and_short_answers_together() -> None:
     columns = zip(*generate_together(model, prompts, 3, ()), strict=True)
     alone = [[step[0] for step in generate_together(model, [ids], 3, ())] for ids in prompts]
     assert list(map(list, columns)) == alone
+
+
+def test_a_few_rows_of_fp32_are_multiplied_by_onednn() -> None:
+    """From 4 to 16, as in the test above with four sequences, added to a sum where there is one; no others."""
+    weight, x_BI, onto_BO = torch.randn(24, 32), torch.randn(5, 32), torch.randn(5, 24)
+    ways = {rows: _way_to_multiply(weight, rows) for rows in (1, 3, 4, 16, 17)}
+    assert [rows for rows, way in ways.items() if way is _onednn_times] == [4, 16]
+    assert _way_to_multiply(weight.bfloat16(), 4) is not _onednn_times
+    torch.testing.assert_close(_onednn_times(x_BI, weight.t()), x_BI @ weight.t())
+    torch.testing.assert_close(_onednn_times(x_BI, weight.t(), onto_BO), onto_BO + x_BI @ weight.t())
 
 
 def test_without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
