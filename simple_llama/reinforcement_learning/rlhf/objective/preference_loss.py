@@ -101,7 +101,7 @@ class LossConfig(Settings):
         return found
 
     @property
-    def _terms(self) -> tuple[Term, ...]:
+    def _terms(self) -> tuple[_Term, ...]:
         """The losses that `loss_type` names, each with its options."""
         return _terms_of(self.loss_type, tuple((name, getattr(self, name)) for name in _OPTIONS))
 
@@ -110,7 +110,7 @@ _OPTIONS = tuple(field.name for field in fields(LossConfig) if field.name != "lo
 SomeConfig = TypeVar("SomeConfig", bound=LossConfig)
 
 
-class Term(NamedTuple):
+class _Term(NamedTuple):
     """A loss of a weighted sum, with its options."""
 
     name: str
@@ -210,9 +210,9 @@ class PreferenceLoss(LossConfig):
 
 
 @functools.cache
-def _terms_of(loss_type: str, options: tuple[tuple[str, Any], ...]) -> tuple[Term, ...]:
+def _terms_of(loss_type: str, options: tuple[tuple[str, Any], ...]) -> tuple[_Term, ...]:
     """The losses that `loss_type` names, each with its options. UserError for a name or weight that is none."""
-    terms: list[Term] = []
+    terms: list[_Term] = []
     for part in loss_type.split(","):
         found = _TERM.fullmatch(part.strip())
         name, weight = (found[1], _number(found[2])) if found else (part, 1.0)
@@ -222,11 +222,11 @@ def _terms_of(loss_type: str, options: tuple[tuple[str, Any], ...]) -> tuple[Ter
             raise UserError(f"loss_type: expected a finite weight above 0 behind {name}:, found {shown(part)}")
         if any(term.name == name for term in terms):
             raise UserError(f"loss_type: expected each loss once, found {name} twice in {shown(loss_type)}")
-        terms.append(Term(name, weight, LOSSES[name], _values(LOSSES[name], dict(options))))
+        terms.append(_Term(name, weight, LOSSES[name], _values(LOSSES[name], dict(options))))
     return tuple(terms)
 
 
-def _weighted(term: Term, scores: Scores) -> torch.Tensor:
+def _weighted(term: _Term, scores: Scores) -> torch.Tensor:
     """A term's losses (B,), times its weight."""
     losses_B = term.loss.losses(scores, term.values)
     return losses_B if term.weight == 1 else term.weight * losses_B
