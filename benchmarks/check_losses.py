@@ -31,18 +31,22 @@ VARIANTS: Sequence[PreferenceLoss] = (
     PreferenceLoss("discopop", 0.05, discopop_tau=0.5),
     PreferenceLoss("dpop", 0.1, dpop_lambda=5.0),
     PreferenceLoss("rdpo", 0.1, length_penalty=0.5),
+    PreferenceLoss("rpo_gap", 0.5, gap_scale=3.0),
     PreferenceLoss(SUM, 0.1),
     PreferenceLoss("orpo:2,hinge:0.5", 0.1),
 )
 
 
 def random_scores(pairs: int) -> Scores:
-    """Answers of 1 to 40 tokens of about 2 nats, fp64, and log-ratios of about 3 nats."""
+    """Answers of 1 to 40 tokens of about 2 nats, fp64, log-ratios of about 3 nats, weights from 0.1 to 3 and gaps of
+    about 2."""
     generator = torch.Generator().manual_seed(3)
     counts = torch.randint(1, 41, (pairs, 2), generator=generator)
     ref = -counts * (0.5 + 3 * torch.rand(pairs, 2, dtype=torch.float64, generator=generator))
     moved = 3 * torch.randn(pairs, 2, dtype=torch.float64, generator=generator)
-    return Scores(torch.minimum(ref + moved, -0.05 * counts), ref, counts)
+    weights = 0.1 + 2.9 * torch.rand(pairs, dtype=torch.float64, generator=generator)
+    gaps = 2 * torch.randn(pairs, dtype=torch.float64, generator=generator)
+    return Scores(torch.minimum(ref + moved, -0.05 * counts), ref, counts, weights, gaps)
 
 
 def slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,10 +59,13 @@ def slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Te
 
 def textbook_slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the textbook; NaN where a formula overflows."""
-    assert scores.ref_B2 is not None and scores.counts_B2 is not None
-    sums = zip(scores.logps_B2.tolist(), scores.ref_B2.tolist(), scores.counts_B2.tolist(), strict=True)
+    parts = (scores.logps_B2, scores.ref_B2, scores.counts_B2, scores.gaps_B, scores.weights_B)
+    columns = zip(*(part.tolist() for part in parts if part is not None), strict=True)
     options = loss.own_options()
-    found = [value_and_gradient(loss.loss_type, (*logps, *ref, *counts), options) for logps, ref, counts in sums]
+    found = [
+        value_and_gradient(loss.loss_type, (*logps, *ref, *counts, gap), options, weight)
+        for logps, ref, counts, gap, weight in columns
+    ]
     losses, gradients = zip(*found, strict=True)
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)
 

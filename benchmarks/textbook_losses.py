@@ -13,20 +13,23 @@ import numpy as np
 
 _STEP = 1e-30
 
-Sums = tuple[Any, Any, Any, Any, int, int]  # log pi (w, l), log pi_ref (w, l), scored tokens (w, l)
+Sums = tuple[Any, ...]  # log pi (w, l), log pi_ref (w, l), scored tokens (w, l), and the pair's gap where it has one
 
 
-def value_and_gradient(name: str, sums: Sums, options: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
+def value_and_gradient(
+    name: str, sums: Sums, options: Mapping[str, Any], weight: float = 1.0
+) -> tuple[float, tuple[float, float]]:
     """A loss of one pair, and its slopes by the policy's two log-prob sums; no numbers (NaN) where a formula overflows.
 
     Args:
         name: of `FORMULAS`, or a weighted sum of such names.
         options: of the loss, by the settings' names; `nll_weight` as well.
+        weight: of the pair.
     """
     chosen, rejected, *rest = sums
     steps = [(0.0, 0.0), (_STEP, 0.0), (0.0, _STEP)]
     with np.errstate(all="ignore"):
-        found = [_value(name, (chosen + 1j * one, rejected + 1j * two, *rest), options) for one, two in steps]
+        found = [weight * _value(name, (chosen + 1j * one, rejected + 1j * two, *rest), options) for one, two in steps]
     return float(found[0].real), (float(found[1].imag) / _STEP, float(found[2].imag) / _STEP)
 
 
@@ -58,7 +61,7 @@ def positive(x: Any) -> Any:
 
 def derivatives_of_f(sums: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
     """f'(u) of the two answers, f-DPO (arXiv:2309.16240), Table 1, without constants that a difference takes away."""
-    chosen, rejected, ref_chosen, ref_rejected, _, _ = sums
+    chosen, rejected, ref_chosen, ref_rejected, *_ = sums
     alpha = options.get("f_alpha", 0.5)
     f = {
         "reverse_kl": lambda u: np.log(u) + 1,
@@ -159,6 +162,13 @@ def rdpo(s: Any, o: Mapping[str, Any]) -> Any:
     return -log_sigmoid(o["beta"] * r_w - o["beta"] * r_l + (alpha * s[4] - alpha * s[5]))
 
 
+def rpo_gap(s: Any, o: Mapping[str, Any]) -> Any:
+    """Reward-aware preference optimisation: KL of two Bernoulli distributions, that of the rewards first."""
+    r_w, r_l = ratios(s)
+    a, b = sigmoid(o["beta"] * r_w - o["beta"] * r_l), sigmoid(o["gap_scale"] * s[6])
+    return b * np.log(b / a) + (1 - b) * np.log((1 - b) / (1 - a))
+
+
 def sft(s: Any, o: Mapping[str, Any]) -> Any:
     """Mean negative log-likelihood of a chosen token."""
     return -s[0] / s[4]
@@ -198,6 +208,7 @@ FORMULAS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "discopop": discopop,
     "dpop": dpop,
     "rdpo": rdpo,
+    "rpo_gap": rpo_gap,
     "sft": sft,
     "simpo": simpo,
     "orpo": orpo,

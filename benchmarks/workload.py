@@ -6,6 +6,7 @@ without sharing the prompt) and padded (both chats of all pairs, each as long as
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -172,6 +173,8 @@ def pack_chats(pairs: Sequence[TokenizedPair], padded: bool) -> PairBatch:
         rows_N=stack(rows),
         targets_N=stack(targets),
         counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
+        weights_B=torch.tensor([pair.weight for pair in pairs]),
+        gaps_B=torch.tensor([math.nan if pair.gap is None else pair.gap for pair in pairs]),
     )
 
 

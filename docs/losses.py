@@ -34,17 +34,37 @@ Llama 3's 0.2. Losses of one name differ between trainers: where ours is not tha
 over, it is said. Losses that read no reference open no store, and neither ask for a reference pass nor hold a second
 model.
 """
+STRENGTHS = """\
+## Weights and gaps
+
+A record may say how strong its preference is, `"weight": 2.0`, and how much better its chosen answer is by a reward
+model or a person's scores, `"gap": 1.5` (chosen less rejected; it may be negative). Every loss multiplies a pair's
+loss, likelihood term included, by its weight:
+
+    loss of a step = (1 / pairs of the step) * sum over its pairs of weight * loss of the pair
+
+The sum is divided by the number of pairs, not by the sum of their weights: a pair pulls as its weight says, whatever
+company it is in, and on any number of ranks. So weights of 2 throughout are twice the gradient (what AdamW and the clip
+make of that is theirs); weights with a mean of 1 leave the scale of the loss as it is. A record without a weight has 1.
+`loss` and `eval_loss` are of weighted pairs, and `pair_weight` and `eval_pair_weight` in the curves tell the mean
+weight; rewards, accuracies and margins count each pair once, as `launch/evaluate.py` does.
+
+Gaps are read by rpo_gap alone, which refuses pairs without one. Log-probs depend on neither: stores of the reference
+serve whatever the weights are. A run's data digest changes with them, so none is resumed with others.
+"""
 CHECKED = """\
 ## How they are checked
 
 `first` is the loss of every pair before the first step, with default options; a run's held-out loss at step 0 must show
 it. "store": it depends on the pair, and a run computes it in fp64 from the store's sums and counts, which are then the
-policy's. "-": it reads no reference, and nothing says beforehand what it must be.
+policy's. "-": it reads no reference, and nothing says beforehand what it must be. Of weighted pairs it is times the
+mean weight.
 
 `value` and `slope` are the largest differences in fp64 from a textbook that was written apart, from the papers, without
-stable forms (`benchmarks/textbook_losses.py`, slopes by complex steps): 64 random pairs for each divergence and set of
-options, relative where a number is above 1, rounded up to a power of ten. Above 1e-10 a test fails. Log-ratios of
--1000, 0 and 1000 on each side, in fp32, give finite losses and slopes; so does an answer of which the model is certain.
+stable forms (`benchmarks/textbook_losses.py`, slopes by complex steps): 64 random pairs, weighted, for each divergence
+and set of options, relative where a number is above 1, rounded up to a power of ten. Above 1e-10 a test fails.
+Log-ratios of -1000, 0 and 1000 on each side, in fp32, give finite losses and slopes; so does an answer of which the
+model is certain.
 
 TRL 1.16 is what its trainers' own loss functions gave of the same pairs, one by one, when
 `python -m benchmarks.trl_losses` last ran where it is installed; `value` is the largest difference.
@@ -77,10 +97,10 @@ def page() -> str:
         checks.append(_checked(name, told[name]))
     checks.append(_checked(SUM, told[SUM]))
     divergences = ["## Divergences", "", inspect.cleandoc(divergence_scores.__doc__ or ""), ""]
-    return "\n".join([INTRODUCTION, *about, "", *divergences, CHECKED, *checks, "", REWARDS])
+    return "\n".join([INTRODUCTION, *about, "", *divergences, STRENGTHS, CHECKED, *checks, "", REWARDS])
 
 
-_WORDS = {"logps_B2": "policy", "ref_B2": "reference", "counts_B2": "token counts"}
+_WORDS = {"logps_B2": "policy", "ref_B2": "reference", "counts_B2": "token counts", "gaps_B": "gaps"}
 
 
 def outcomes() -> dict[str, Outcome]:

@@ -32,7 +32,7 @@ from simple_llama.reinforcement_learning.rlhf.foretell.memory import (
 from simple_llama.reinforcement_learning.rlhf.foretell.probe import Probed, probe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig
+from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig, require_gaps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from simple_llama.reinforcement_learning.rlhf.run.health import warnings_of
@@ -72,7 +72,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
         "system prompt": about_system(inputs.chat),
         "batches": _batch_arithmetic(config, plan, pairs),
-        "loss": _about_loss(job.loss_fn),
+        "loss": _about_loss(job.loss_fn, inputs.data.validation),
         "memory per rank": job.memory(foretold),
         "time": job.time(foretold, saved),
         "checkpoints": _checkpoints(saved, inputs),
@@ -89,6 +89,7 @@ class _Job:
         self.config, self.inputs, self.ranks = config, inputs, ranks
         self.size, self.trained = _sizes(config, inputs)
         self.loss_fn = PreferenceLoss.of(config)
+        require_gaps(self.loss_fn, inputs.data.pairs)
         self.reference = config.reference if self.loss_fn.needs_reference else "none"
         self.missing = np.empty(0, np.int64)  # positions of pairs
         if self.reference == "store":
@@ -290,12 +291,16 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
     )
 
 
-def _about_loss(loss_fn: PreferenceLoss) -> str:
+def _about_loss(loss_fn: PreferenceLoss, held_out: PairSet) -> str:
     """Its options, and what it must be before the first step."""
     first = loss_fn.at_start()
     if not loss_fn.needs_reference:
         return f"{loss_fn}; reads no reference: no store is opened"
-    return f"{loss_fn}; at the start {'of the sums in the store' if first is None else f'{first:.6f}'}"
+    if first is None:
+        return f"{loss_fn}; at the start of the sums in the store"
+    weight = float(held_out.weights.mean()) if held_out else 1.0
+    times = f" times the mean weight of the held-out pairs, {weight:g}" if held_out.is_weighted else ""
+    return f"{loss_fn}; at the start {first * weight:.6f}{f', {first:.6f}{times}' if times else ''}"
 
 
 def _sizes(config: PolicyConfig, inputs: Inputs) -> tuple[ModelSize, int]:

@@ -88,6 +88,49 @@ def test_a_run_ends_with_a_report_and_says_where(job, ranks):
     assert finished["report"] is None and finished["metrics"]["loss"] == job.curve("loss", "again")[-1]
 
 
+def run_weighted(job, ranks, name, fields, **settings):
+    """A run on the job's pairs with more keys in each record: `fields` of its number."""
+    rows = [json.loads(line) for line in (job.folder / "pairs.jsonl").read_text().splitlines()]
+    path = job.folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({**row, **fields(n)}) + "\n" for n, row in enumerate(rows)))
+    return run_job(job, ranks, run_name=name, rlhf_dataset_path=str(path), epochs=1, n_samples=0, **settings)
+
+
+def test_weights_of_a_run(job, ranks, caplog):
+    """Weights of 1 and 3: first losses are ln 2 times their mean, which the curves tell; the store of the unweighted
+    run serves. With weights of 2 throughout the first gradient is twice that without. Another weight is another data
+    set to a resumed run."""
+    run_job(job, ranks, epochs=1, n_samples=0)
+    assert not any("pair_weight" in name for line in job.lines() for name in line)
+    caplog.clear()
+    run_weighted(job, ranks, "mixed", lambda n: {"weight": 3} if n % 2 else {})
+    assert "24 of 24 pairs are there" in caplog.text
+    for prefix in ("", "eval_"):
+        weight = job.curve(f"{prefix}pair_weight", "mixed")[0]
+        assert 1 < weight < 3
+        assert job.curve(f"{prefix}loss", "mixed")[0] == pytest.approx(math.log(2) * weight, abs=1e-6)
+    assert "step-0 held-out loss" in caplog.text
+    run_weighted(job, ranks, "twice", lambda n: {"weight": 2})
+    assert job.curve("pair_weight", "twice") == [2.0] * 3
+    assert job.curve("grad_norm", "twice")[0] == pytest.approx(2 * job.curve("grad_norm")[0], rel=1e-5)
+    with pytest.raises(UserError, match="cannot resume: data was"):
+        run_weighted(job, ranks, "twice", lambda n: {"weight": 2 + n}, resume=True)
+
+
+def test_gaps_of_a_run(job, ranks, caplog):
+    """Without gaps refused. Gaps of 0 are met by log-ratios of 0: the first loss is 0 and
+    the first gradient nearly none. Gaps of 2: the first held-out loss is what log-ratios of 0 give."""
+    with pytest.raises(UserError, match="under 'gap' in every record, found none in 24 of 24"):
+        run_job(job, ranks, loss_type="rpo_gap")
+    run_weighted(job, ranks, "met", lambda n: {"gap": 0}, loss_type="rpo_gap")
+    assert job.curve("eval_loss", "met")[0] == pytest.approx(0, abs=1e-6) and job.curve("grad_norm", "met")[0] < 1e-4
+    run_weighted(job, ranks, "asked", lambda n: {"gap": 2}, loss_type="rpo_gap")
+    s = 1 / (1 + math.exp(-2))
+    expected = s * math.log(2 * s) + (1 - s) * math.log(2 * (1 - s))
+    assert job.curve("eval_loss", "asked")[0] == pytest.approx(expected, abs=1e-6)
+    assert f"expected {expected:.6f}" in caplog.text
+
+
 def test_reference_in_memory_equals_the_store(job, ranks):
     """reference=online: the frozen model's numbers, so the same losses and weights."""
     run_job(job, ranks)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from simple_llama.cluster.distributed import Ranks
+from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf import dry_run
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
@@ -94,6 +95,22 @@ def test_a_loss_and_what_it_needs(config: DPOConfig, inputs: Inputs, ranks: Rank
     )
     assert "reference store lacks" in told["sigmoid"]["warnings"]
     assert "reference" not in told["simpo"]["warnings"] + told["simpo"]["time"]
+
+
+def test_weights_and_gaps_are_told(config: DPOConfig, ranks: Ranks, tmp_path: Path) -> None:
+    """24 weights of 3, the held-out ones too: the first loss is 3 ln 2. One record has no gap: rpo_gap is refused."""
+    rows = [json.loads(line) for line in Path(config.rlhf_dataset_path).read_text().splitlines()[:24]]
+    rows = [{**row, "weight": 3, **({"gap": 1.5} if n else {})} for n, row in enumerate(rows)]
+    (tmp_path / "weighted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, rlhf_dataset_path=str(tmp_path / "weighted.jsonl"))
+    inputs = load_inputs(config, ranks)
+    found = sections(describe(config, inputs, ranks))
+    assert "; weights from 3 to 3, mean 3; gaps from 1.5 to 1.5, mean 1.5 (pairs: 23)" in found["data"]
+    assert found["loss"].endswith("at the start 2.079442, 0.693147 times the mean weight of the held-out pairs, 3")
+    with pytest.raises(
+        UserError, match=r"under 'gap' in every record, found none in 1 of 24 \(first: .*weighted.jsonl:1\)"
+    ):
+        describe(replace(config, loss_type="rpo_gap"), inputs, ranks)
 
 
 def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs) -> None:

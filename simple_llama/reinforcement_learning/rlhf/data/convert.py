@@ -140,11 +140,12 @@ def _convert_record(record: Record, options: ReadOptions, done: _Conversion) -> 
 
 def _serialized(pairs: Sequence[Conversation], as_list: bool) -> bytes:
     """The pairs in the format of RLDatasetLoader, as a JSON list or as one JSON object a line."""
-    lines = [
-        json.dumps(
-            {"Template": [pair.system], "User": pair.users, "Accepted": pair.chosen, "Rejected": pair.rejected},
-            ensure_ascii=False,
-        )
-        for pair in pairs
-    ]
+    lines = [json.dumps(_fields(pair), ensure_ascii=False) for pair in pairs]
     return ("[\n" + ",\n".join(lines) + "\n]\n" if as_list else "\n".join(lines) + "\n").encode()
+
+
+def _fields(pair: Conversation) -> dict[str, object]:
+    """A record of a pair."""
+    fields = {"Template": [pair.system], "User": pair.users, "Accepted": pair.chosen, "Rejected": pair.rejected}
+    given = {"weight": None if pair.weight == 1 else pair.weight, "gap": pair.gap}
+    return {**fields, **{name: value for name, value in given.items() if value is not None}}

@@ -9,8 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from simple_llama.common.errors import UserError
 from simple_llama.dataset.json_records import KeptCount, Tally
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
 BOTH_WAYS, LIKE_A_TURN = "both ways round", "like a turn"
@@ -39,10 +42,15 @@ class Unknown(NamedTuple):
     scored_first: str = ""
 
 
-def describe(count: KeptCount, extra_keys: Tally, unknown: Unknown, speller: Speller) -> str:
-    """One line: kept and dropped pairs, ignored keys, characters that the tokenizer does not know and what became of
-    them."""
+def describe(count: KeptCount, extra_keys: Tally, unknown: Unknown, speller: Speller, pairs: PairSet) -> str:
+    """One line: kept and dropped pairs, their weights and gaps where they have any, ignored keys, characters that the
+    tokenizer does not know and what became of them."""
     line = count.summary()
+    if pairs.is_weighted:
+        weights = pairs.weights
+        line += f"; weights from {weights.min():g} to {weights.max():g}, mean {weights.mean():g}"
+    if len(gaps := pairs.gaps[np.isfinite(pairs.gaps)]):
+        line += f"; gaps from {gaps.min():g} to {gaps.max():g}, mean {gaps.mean():g} (pairs: {len(gaps):,})"
     for key, times in extra_keys.times.items():
         line += f"; ignored key {key} (records: {times:,}, first: {extra_keys.first[key]})"
     if speller.characters:

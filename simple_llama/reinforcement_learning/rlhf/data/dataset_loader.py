@@ -49,6 +49,7 @@ from simple_llama.reinforcement_learning.rlhf.data.data_report import (
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
 from simple_llama.reinforcement_learning.rlhf.data.readers import (
+    PAIR_KEYS,
     READERS,
     Conversation,
     Dropped,
@@ -129,7 +130,7 @@ class RLDatasetLoader:
         with watchdog.patience("reading the data"):
             pairs, shares = self._read(path, max_seq_len, seed, count, extra_keys, speller)
             unknown = _unknown_tokens(pairs, self._chat.unknown_id)
-        self.report = describe(count, extra_keys, unknown, speller)
+        self.report = describe(count, extra_keys, unknown, speller, pairs)
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
         check_unknown(path, unknown, max_unknown, ascii_text)
@@ -219,7 +220,7 @@ def _read_conversations(
         if faults and faults.number:
             continue
         for key in record.fields:
-            if key not in reader.keys:
+            if key not in reader.keys and key not in PAIR_KEYS:
                 extra_keys.add(shown(key), record.origin)
         yield conversation
 
@@ -240,7 +241,8 @@ def _tokenize(
         for c, chosen, rejected in zip(batch, encoded[0::2], encoded[1::2], strict=True):
             for note in dict.fromkeys(chosen.notes + rejected.notes):
                 count.noticed.add(note, f"{c.file}:{c.record}")
-            yield c, TokenizedPair.from_chats(chosen.ids, chosen.scored, rejected.ids, rejected.scored)
+            sides = (chosen.ids, chosen.scored, rejected.ids, rejected.scored)
+            yield c, TokenizedPair.from_chats(*sides, c.weight, c.gap)
 
 
 def _keep_usable(

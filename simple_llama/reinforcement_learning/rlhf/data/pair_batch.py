@@ -9,6 +9,7 @@ of both branches. Shapes: B pairs, T packed rows, N scored tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,10 +31,18 @@ class TokenizedPair:
     chosen_scored: int
     rejected_scored: int
     digest: bytes  # 16 bytes over both whole chats and the scored spans: the pair's name (see pair_key)
+    weight: float = 1.0  # factor of its loss; like the gap no part of its name, since log-probs do not depend on it
+    gap: float | None = None  # reward of the chosen answer less that of the rejected one
 
     @classmethod
     def from_chats(
-        cls, chosen_ids: Sequence[int], chosen_scored: int, rejected_ids: Sequence[int], rejected_scored: int
+        cls,
+        chosen_ids: Sequence[int],
+        chosen_scored: int,
+        rejected_ids: Sequence[int],
+        rejected_scored: int,
+        weight: float = 1.0,
+        gap: float | None = None,
     ) -> TokenizedPair:
         """Builds a pair from two whole chats (token ids) whose last `*_scored` tokens are scored.
 
@@ -55,6 +64,8 @@ class TokenizedPair:
             chosen_scored=chosen_scored,
             rejected_scored=rejected_scored,
             digest=_name(chosen, chosen_scored, rejected, rejected_scored),
+            weight=weight,
+            gap=gap,
         )
 
     @property
@@ -116,6 +127,8 @@ class PairBatch:
     rows_N: torch.Tensor  # int64 row of the stream that predicts each scored token
     targets_N: torch.Tensor  # int64 scored token ids
     counts_B2: torch.Tensor  # int64 scored tokens of (chosen, rejected)
+    weights_B: torch.Tensor  # fp32 factors of the pairs' losses
+    gaps_B: torch.Tensor  # fp32 reward gaps, NaN for a pair without one
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -162,6 +175,8 @@ class PairBatch:
             rows_N=stack(rows),
             targets_N=stack(targets),
             counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
+            weights_B=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+            gaps_B=torch.tensor([math.nan if pair.gap is None else pair.gap for pair in pairs], dtype=torch.float32),
         )
 
     def to(self, device: torch.device) -> PairBatch:
@@ -180,4 +195,6 @@ class PairBatch:
             rows_N=move(self.rows_N),
             targets_N=move(self.targets_N),
             counts_B2=move(self.counts_B2),
+            weights_B=move(self.weights_B),
+            gaps_B=move(self.gaps_B),
         )

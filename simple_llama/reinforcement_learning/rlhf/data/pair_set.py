@@ -1,10 +1,12 @@
-"""All pairs of a run as arrays: the tokens of all of them in one, and 52 bytes a pair beside them.
+"""All pairs of a run as arrays: the tokens of all of them in one, and 52 bytes a pair beside them; 16 more where a
+pair has a weight or a gap.
 
 Text is not kept: a pair knows the file and the record that it came from. N pairs.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
@@ -28,8 +30,11 @@ PLACE = np.dtype(
         ("record", "<u4"),
     ]
 )
+_STRENGTH = np.dtype([("weight", "<f8"), ("gap", "<f8")])  # a gap that is not given is NaN
 _FREE, _FIRST_SLOTS = -1, 1 << 10  # of the table in PairBuffer
 _PACKED_KEY, _PACKED_PLACE = struct.Struct("<16s2i"), struct.Struct("<q4iI")  # KEY and PLACE, one at a time
+_PACKED_STRENGTH = struct.Struct("<2d")
+_USUAL = _PACKED_STRENGTH.pack(1.0, math.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +45,7 @@ class PairSet(Sequence[TokenizedPair]):
     keys: np.ndarray  # (N,) of KEY: digests and scored counts, as the reference store asks for them
     places: np.ndarray  # (N,) of PLACE
     files: tuple[str, ...]  # names of the data files
+    strengths: np.ndarray | None = None  # (N,) of _STRENGTH; None: no pair has a weight or a gap
 
     @classmethod
     def of(cls, pairs: Iterable[TokenizedPair], origins: Iterable[tuple[str, int]] | None = None) -> PairSet:
@@ -64,6 +70,7 @@ class PairSet(Sequence[TokenizedPair]):
         start, prefix, chosen, rejected, _, _ = self.places[index].item()
         name, chosen_scored, rejected_scored = _PACKED_KEY.unpack(self.keys[index].tobytes())
         branches = start + prefix
+        weight, gap = (1.0, math.nan) if self.strengths is None else self.strengths[index].item()
         return TokenizedPair(
             prefix=self.tokens[start:branches],
             chosen=self.tokens[branches : branches + chosen],
@@ -71,12 +78,15 @@ class PairSet(Sequence[TokenizedPair]):
             chosen_scored=chosen_scored,
             rejected_scored=rejected_scored,
             digest=name,
+            weight=weight,
+            gap=None if math.isnan(gap) else gap,
         )
 
     def select(self, positions: Sequence[int] | np.ndarray | slice) -> PairSet:
         """The pairs at these positions, in this order; their tokens are not copied."""
         where = positions if isinstance(positions, slice) else np.asarray(positions, dtype=np.intp)
-        return PairSet(self.tokens, self.keys[where], self.places[where], self.files)
+        strengths = None if self.strengths is None else self.strengths[where]
+        return PairSet(self.tokens, self.keys[where], self.places[where], self.files, strengths)
 
     def origin(self, index: int) -> str:
         """`file:record` of a pair, for messages."""
@@ -111,14 +121,32 @@ class PairSet(Sequence[TokenizedPair]):
         return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
     @property
+    def weights(self) -> np.ndarray:
+        """The factor of each pair's loss (N,) fp64."""
+        return np.ones(len(self)) if self.strengths is None else self.strengths["weight"]
+
+    @property
+    def gaps(self) -> np.ndarray:
+        """The reward gap of each pair (N,) fp64; NaN where it has none."""
+        return np.full(len(self), math.nan) if self.strengths is None else self.strengths["gap"]
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether a pair has another weight than 1."""
+        return self.strengths is not None and bool((self.weights != 1).any())
+
+    @property
     def digest(self) -> bytes:
-        """16 bytes over the digests of all pairs in order."""
-        return digest(self.keys["digest"].tobytes())
+        """16 bytes over the digests of all pairs in order, and their weights and gaps where one has any."""
+        names = self.keys["digest"].tobytes()
+        if self.strengths is None or not (self.is_weighted or np.isfinite(self.gaps).any()):
+            return digest(names)
+        return digest(names, self.strengths.tobytes())
 
     @property
     def nbytes(self) -> int:
         """Bytes that the set needs beside the tokens."""
-        return self.keys.nbytes + self.places.nbytes
+        return self.keys.nbytes + self.places.nbytes + (0 if self.strengths is None else self.strengths.nbytes)
 
 
 class PairBuffer:
@@ -131,6 +159,7 @@ class PairBuffer:
     def __init__(self) -> None:
         self._tokens = array("i")
         self._keys, self._places = bytearray(), bytearray()
+        self._strengths = bytearray()  # of the pairs up to the last that has a weight or a gap
         self._files: dict[str, int] = {}
         self._slots = array("i", [_FREE]) * _FIRST_SLOTS  # position of a pair whose digest starts its search here
 
@@ -147,6 +176,9 @@ class PairBuffer:
             self._grow()
         if self._slots[slot := self._slot(pair.digest)] == _FREE:
             self._slots[slot] = len(self)
+        if pair.weight != 1 or pair.gap is not None:
+            self._fill_strengths()
+            self._strengths += _PACKED_STRENGTH.pack(pair.weight, math.nan if pair.gap is None else pair.gap)
         number = self._files.setdefault(file, len(self._files))
         parts = (pair.prefix, pair.chosen, pair.rejected)
         self._places += _PACKED_PLACE.pack(len(self._tokens), *map(len, parts), number, record)
@@ -159,9 +191,16 @@ class PairBuffer:
         self._slots = array("i")
         tokens = np.frombuffer(self._tokens, np.int32)
         keys, places = np.frombuffer(self._keys, KEY), np.frombuffer(self._places, PLACE)
-        for part in (tokens, keys, places):
+        if self._strengths:
+            self._fill_strengths()
+        strengths = np.frombuffer(self._strengths, _STRENGTH)
+        for part in (tokens, keys, places, strengths):
             part.setflags(write=False)  # pairs are views of them
-        return PairSet(tokens, keys, places, tuple(self._files))
+        return PairSet(tokens, keys, places, tuple(self._files), strengths if len(strengths) else None)
+
+    def _fill_strengths(self) -> None:
+        """Notes that the pairs since the last one which has a weight or a gap have none."""
+        self._strengths += _USUAL * (len(self) - len(self._strengths) // _STRENGTH.itemsize)
 
     def _slot(self, name: bytes) -> int:
         """Where the position of the pair with this digest is, or is to be."""

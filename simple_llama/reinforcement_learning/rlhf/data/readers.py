@@ -16,6 +16,11 @@ PKU-SafeRLHF (`prompt`, `response_0`, `response_1`, labels): `prefer` says which
 preferred answer is marked unsafe is dropped unless `keep_unsafe`.
 Text of these two loses the white space around it.
 
+A record of any format may also say how much its pair counts, and how much better the chosen answer is:
+
+    "weight": 2.0     factor of the pair's loss, a number above 0; 1 where it is not given
+    "gap": 1.5        reward of the chosen answer less that of the rejected one, for a loss that reads it
+
 A reader raises UserError (file, record, key, expected, found) for what does not fit its format, and Dropped for a sound
 record without a usable pair. A format is one such function and its line in READERS;
 `dataset_loader.FORMATS` and convert.py name those that they take.
@@ -36,6 +41,8 @@ from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, forma
 
 _Value = TypeVar("_Value", str, int, bool)
 CUSTOM = "CUSTOM"  # stands in a record for the default system prompt
+PAIR_KEYS = ("weight", "gap")  # a record of each format may have them
+_LARGEST = 1e30  # of what they may be, and its inverse is the least: fp32 holds it, and what losses make of it
 _TEMPLATE_KEYS = ("Template", "User", "Accepted", "Rejected")
 _PKU_LABEL = {"helpfulness": "better_response_id", "safety": "safer_response_id"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -66,6 +73,8 @@ class Conversation:
     rejected: tuple[str, ...]
     file: str
     record: int  # from 1: place in a .json list, line of a .jsonl file
+    weight: float = 1.0  # factor of the pair's loss
+    gap: float | None = None  # reward of the chosen answer less that of the rejected one
 
     @property
     def text(self) -> PairText:
@@ -140,7 +149,7 @@ def from_template(record: Record, options: ReadOptions) -> Conversation:
             f"{record.origin}: Template: expected the same system prompt for each turn, found different ones"
         )
     system = options.default_system if template[0] == CUSTOM else template[0]
-    return Conversation(system, users, chosen, rejected, record.file, record.number)
+    return Conversation(system, users, chosen, rejected, record.file, record.number, *_strength(record))
 
 
 def _strings(record: Record, key: str) -> tuple[str, ...]:
@@ -239,7 +248,22 @@ def _usable(record: Record, options: ReadOptions, *messages: Sequence[str]) -> C
         raise Dropped("with the same last answer")
     if any(map(_has_half_a_pair, users + chosen + rejected)):
         raise Dropped("with half of a surrogate pair")
-    return Conversation(options.default_system, users, chosen, rejected, record.file, record.number)
+    return Conversation(options.default_system, users, chosen, rejected, record.file, record.number, *_strength(record))
+
+
+def _strength(record: Record) -> tuple[float, float | None]:
+    """The record's (weight, gap). UserError where one is no such number."""
+    weight = _within(record, "weight", 1 / _LARGEST) if "weight" in record.fields else 1.0
+    return weight, _within(record, "gap", -_LARGEST) if "gap" in record.fields else None
+
+
+def _within(record: Record, key: str, least: float) -> float:
+    """The number under `key`, from `least` to _LARGEST."""
+    value = record.fields[key]
+    if type(value) not in (int, float) or not least <= value <= _LARGEST:
+        expected = f"a number from {least:g} to {_LARGEST:g}"
+        raise UserError(f"{record.origin}: {key}: expected {expected}, found {json_type(value)}")
+    return float(value)
 
 
 def holds_a_turn(said: Conversation) -> bool:

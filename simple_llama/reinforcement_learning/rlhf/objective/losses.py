@@ -80,6 +80,7 @@ LOSSES = {
     "discopop": Loss(ratio_losses.discopop_loss, _RATIOS),
     "dpop": Loss(ratio_losses.dpop_loss, _RATIOS),
     "rdpo": Loss(ratio_losses.rdpo_loss, _MEANS, length_rewards, of_ratios=False),
+    "rpo_gap": Loss(ratio_losses.rpo_gap_loss, (*_RATIOS, "gaps_B"), of_ratios=False),
     "sft": Loss(reference_free.sft_loss, _POLICY, mean_policy_rewards, nll_weight=None, of_ratios=False),
     "simpo": Loss(reference_free.simpo_loss, _POLICY, mean_policy_rewards, of_ratios=False),
     "orpo": Loss(reference_free.orpo_loss, _POLICY, mean_policy_rewards, nll_weight=None, of_ratios=False),

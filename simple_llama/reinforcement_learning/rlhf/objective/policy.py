@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from typing_extensions import Doc
 
+from simple_llama.common.errors import UserError
 from simple_llama.common.settings import Bounds, Settings
 from simple_llama.ops import logprob
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 
@@ -43,14 +46,26 @@ class PolicyConfig(Settings):
     ] = False
 
 
-GIVEN = ("logps_B2", "ref_B2", "counts_B2")  # fields of Scores that `scores_of` fills in
+# Fields of Scores that `scores_of` fills in; gaps where the data has them, which `require_gaps` looks at.
+GIVEN = ("logps_B2", "ref_B2", "counts_B2", "weights_B", "gaps_B")
 
 
 def scores_of(
     logps_B2: torch.Tensor, ref_logps_B2: torch.Tensor, batch: PairBatch, pairs: slice = slice(None)
 ) -> Scores:
     """What a loss reads of some pairs of a batch, in training and evaluation alike; `logps_B2` is of these pairs."""
-    return Scores(logps_B2, ref_logps_B2[pairs], batch.counts_B2[pairs])
+    of_batch = (batch.counts_B2, batch.weights_B, batch.gaps_B)
+    return Scores(logps_B2, ref_logps_B2[pairs], *(part[pairs] for part in of_batch))
+
+
+def require_gaps(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
+    """UserError where the loss reads gaps and pairs have none."""
+    lacking = np.flatnonzero(np.isnan(pairs.gaps))
+    if len(lacking) and "gaps_B" in loss_fn.reads:
+        raise UserError(
+            f"loss_type {loss_fn.loss_type!r} reads the reward gap of each pair: expected a number under 'gap' in "
+            f"every record, found none in {len(lacking):,} of {len(pairs):,} (first: {pairs.origin(int(lacking[0]))})"
+        )
 
 
 class PolicyOutput(NamedTuple):

@@ -70,6 +70,11 @@ class LossConfig(Settings):
     length_penalty: Annotated[
         float | None, Bounds(0, 1000), Doc("alpha of rdpo: nats of margin for each token that an answer is longer")
     ] = None
+    gap_scale: Annotated[
+        float | None,
+        Bounds(0, 1000, above=True),
+        Doc("eta of rpo_gap: nats of margin for each unit of a pair's gap"),
+    ] = None
 
     def check_rules(self) -> None:
         """UserError for a loss that does not exist, and for an option that the chosen loss does not have."""
@@ -156,12 +161,13 @@ class PreferenceLoss(LossConfig):
         return cls(**{field.name: getattr(config, field.name) for field in fields(LossConfig)})
 
     def __call__(self, scores: Scores) -> torch.Tensor:
-        """Loss (B,) of each pair."""
+        """Loss (B,) of each pair, times its weight where it has one: a mean over them is by pairs, not by the sum of
+        their weights."""
         first, *others = self._terms
         losses_B = _weighted(first, scores)
         for term in others:
             losses_B = losses_B + _weighted(term, scores)
-        return losses_B
+        return losses_B if scores.weights_B is None else scores.weights_B * losses_B
 
     def __str__(self) -> str:
         return " + ".join(map(str, self._terms))
@@ -193,7 +199,8 @@ class PreferenceLoss(LossConfig):
                 raise UserError(f"loss_type {self.loss_type!r} reads {name}, which this run does not give")
 
     def at_start(self) -> float | None:
-        """The loss of any pair while the policy is the reference (log-ratios 0): what the first step must show.
+        """The loss of any pair of weight 1 while the policy is the reference (log-ratios 0): what the first step must
+        show.
 
         None for a loss that reads more than log-ratios, whose first value depends on the pair: see `foretold`.
         """
@@ -202,11 +209,17 @@ class PreferenceLoss(LossConfig):
         equal_12 = torch.full((1, 2), -1.0, dtype=torch.float64)
         return self(Scores(equal_12, equal_12, torch.ones(1, 2, dtype=torch.int64))).item()
 
-    def foretold(self, ref_B2: torch.Tensor, counts_B2: torch.Tensor) -> float:
-        """The mean loss, in fp64, of pairs with these sums of the reference and scored tokens, while it is the
-        policy."""
+    def foretold(
+        self,
+        ref_B2: torch.Tensor,
+        counts_B2: torch.Tensor,
+        weights_B: torch.Tensor | None = None,
+        gaps_B: torch.Tensor | None = None,
+    ) -> float:
+        """The mean loss, in fp64, of pairs with these sums of the reference, scored tokens, weights and gaps, while
+        the reference is the policy."""
         sums_B2 = ref_B2.double()
-        return self(Scores(sums_B2, sums_B2, counts_B2)).mean().item()
+        return self(Scores(sums_B2, sums_B2, counts_B2, weights_B, gaps_B)).mean().item()
 
 
 @functools.cache

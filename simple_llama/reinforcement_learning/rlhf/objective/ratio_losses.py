@@ -144,6 +144,20 @@ def rdpo_loss(scores: Scores, *, beta: float = 0.1, length_penalty: float = 0.01
     return -F.logsigmoid(beta * margin(ratios_B2) + length_penalty * longer_B)
 
 
+def rpo_gap_loss(scores: Scores, *, beta: float = 0.2, gap_scale: float = 1.0) -> torch.Tensor:
+    """s log(s / q) + (1 - s) log((1 - s) / (1 - q)) with q = sigmoid(beta (r_w - r_l)), s = sigmoid(eta g):
+    reward-aware RPO with the KL as its distance, Nemotron-4 340B, arXiv:2406.11704, Sec. 3.3.2; g is the pair's gap,
+    the reward of the chosen answer less that of the rejected one, and eta gap_scale.
+
+    A pair is pulled to the margin that its rewards ask for, and no further. `rpo_bwd_kl` of NeMo-Aligner and NeMo-RL,
+    with their defaults. Not in TRL, whose rpo_alpha was an NLL term.
+    """
+    assert scores.gaps_B is not None
+    x_B, wanted_B = beta * margin(log_ratios(scores)), gap_scale * scores.gaps_B
+    right_B = torch.sigmoid(wanted_B) * (F.logsigmoid(wanted_B) - F.logsigmoid(x_B))
+    return right_B + torch.sigmoid(-wanted_B) * (F.logsigmoid(-wanted_B) - F.logsigmoid(-x_B))
+
+
 # === Of each side ===
 
 

@@ -22,6 +22,8 @@ class Scores:
     logps_B2: torch.Tensor  # log-prob sums of the policy over the scored tokens (nats, fp32)
     ref_B2: torch.Tensor | None = None  # the same of the frozen reference
     counts_B2: torch.Tensor | None = None  # scored tokens
+    weights_B: torch.Tensor | None = None  # what each pair's loss is multiplied by; None: 1
+    gaps_B: torch.Tensor | None = None  # reward of the chosen answer less that of the rejected one; NaN for none
 
 
 def log_ratios(scores: Scores) -> torch.Tensor:

@@ -38,12 +38,15 @@ class MetricSums:
         """Args: work: FLOPs that the result of a batch needs; none are counted without it."""
         self.sums = torch.zeros(len(_SUMMED), dtype=torch.float64, device=device)
         self.saturated = torch.zeros(1, dtype=torch.float64, device=device)  # pairs
+        self.weights = torch.zeros(2, dtype=torch.float64, device=device)  # of the pairs, and the pairs
         self.work = work
 
     def add(self, out: PolicyOutput, batch: PairBatch) -> None:
         """Adds what a forward pass gave for a batch, its packed tokens and its work."""
         self.sums += _pair_statistics(out)
         self.saturated += ((out.rewards_B2[:, 0] - out.rewards_B2[:, 1]).sigmoid() > _SATURATED).sum()
+        self.weights[0] += batch.weights_B.sum(dtype=torch.float64)
+        self.weights[1] += len(batch)
         if self.work is not None:
             self.sums[_SUMMED.index("tokens")] += len(batch.tokens_T)
             self.sums[_SUMMED.index("useful_flops")] += self.work(batch)
@@ -61,9 +64,15 @@ class MetricSums:
         """
         return all_reduce_sum(self.saturated).item() / max(pairs, 1.0)
 
+    def mean_weight(self) -> float:
+        """The mean weight of the pairs of all ranks (collective)."""
+        weights, pairs = all_reduce_sum(self.weights).tolist()
+        return weights / max(pairs, 1.0)
+
     def reset(self) -> None:
         """Starts a new interval."""
         self.sums.zero_()
+        self.weights.zero_()
         self.saturated.zero_()
 
 

@@ -28,7 +28,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now
+from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, require_gaps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss, resolved
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, FirstStep, require_kept
@@ -110,6 +110,7 @@ class TrainingRun:
         )
         self.total_steps = self.plan.steps_per_epoch * config.epochs
         self.loss_fn = PreferenceLoss.of(config)
+        require_gaps(self.loss_fn, inputs.data.pairs)
         ckpt_folder, log_folder = folders_of(config, name)
         course = course_of(asdict(config), self.plan.pairs_per_step, inputs)
         # before the store is looked into: of another model's nobody should be asked to fill one
@@ -203,11 +204,13 @@ class TrainingRun:
         if not (self.held_out and self.loss_fn.needs_reference):
             return
         expected, store = self.loss_fn.at_start(), self.reference.store
+        if expected is not None:
+            expected *= float(self.held_out.weights.mean())
         with fail_together(self.ranks):
             if expected is None and store:
-                keys = self.held_out.keys
-                sums_N2, counts_N2 = (torch.from_numpy(np.array(part)) for part in (store.lookup(keys), keys["counts"]))
-                expected = self.loss_fn.foretold(sums_N2, counts_N2)
+                keys, held_out = self.held_out.keys, self.held_out
+                parts = (store.lookup(keys), keys["counts"], held_out.weights, held_out.gaps)
+                expected = self.loss_fn.foretold(*(torch.from_numpy(np.array(part)) for part in parts))
         if expected is None:
             LOGGER.info("step 0: without a store nothing says beforehand what %s must be", self.config.loss_type)
         else:
@@ -306,6 +309,8 @@ class TrainingRun:
     def log(self, step: int, rate: float) -> None:
         """Writes the interval's metrics over all ranks, and begins the next (collective)."""
         values = self.interval.values(rate, step / self.plan.steps_per_epoch)
+        if self.pairs.is_weighted:
+            values["pair_weight"] = self.sums.mean_weight()
         if self.config.compile:
             values["perf/compiled_graphs"] = compiled_graphs()  # stays level: a rise is a recompilation
         self.writer.scalars(step, values)
@@ -328,6 +333,8 @@ class TrainingRun:
             found = evaluate(self.engine.logps, self.loss_fn, ref_logps, self.held_out, shown, ranks.device)
             values = found.metrics
             values["eval_longer_is_chosen"] = self.held_out.longer_is_chosen
+            if self.held_out.is_weighted:
+                values["eval_pair_weight"] = float(self.held_out.weights.mean())
             self.at.last_loss = values["eval_loss"]
             log_line(f"evaluation at step {step}", values, "eval_")
             self.writer.histograms(step, histograms_of(found))

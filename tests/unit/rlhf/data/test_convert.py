@@ -65,6 +65,13 @@ def test_hh_record_of_two_turns(tmp_path: Path) -> None:
     assert report == "kept 1 of 1 pairs"
 
 
+def test_weights_and_gaps_go_along(tmp_path: Path) -> None:
+    """Of records of both formats, as they are; a weight of 1 need not be said."""
+    records = ({**hh("H: a A: b", "H: a A: c"), "weight": 0.5, "gap": -2}, pku(weight=1))
+    pairs, _ = converted(tmp_path, *records, prefer="safety")
+    assert [(pair.get("weight"), pair.get("gap")) for pair in pairs] == [(0.5, -2.0), (None, None)]
+
+
 def test_hh_transcript_may_start_without_a_blank_line(tmp_path: Path) -> None:
     """As in copies whose texts were stripped."""
     bare, usual = "Human: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c\n\n"

@@ -190,6 +190,21 @@ def test_a_file_that_has_changed_is_not_shown(tmp_path: Path, tokenizer: Tokeniz
         loader.conversations(loader.train)
 
 
+def test_weights_and_gaps_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Of a record that has them, in a .jsonl file as well; the report tells, and calls neither an ignored key. They are
+    no part of a pair's name: the store serves. Nothing is said where no record has any."""
+    records = [record("A", weight=2.5, gap=-1), record("B", weight=1), record("C", gap=0.5, note="x")]
+    loader = load(written(tmp_path, *records, name="pairs.jsonl"), tokenizer)
+    assert [(pair.weight, pair.gap) for pair in loader.train] == [(2.5, -1.0), (1.0, None), (1.0, 0.5)]
+    assert loader.report.startswith(
+        "kept 3 of 3 pairs; weights from 1 to 2.5, mean 1.5; gaps from -1 to 0.5, mean -0.25 (pairs: 2); ignored key "
+        "'note' (records: 1"
+    )
+    plain = load(written(tmp_path, record("A"), record("B"), record("C"), name="plain.jsonl"), tokenizer)
+    assert plain.report == "kept 3 of 3 pairs" and plain.train.strengths is None
+    assert plain.train.keys.tobytes() == loader.train.keys.tobytes() and plain.pairs.digest != loader.pairs.digest
+
+
 def test_another_format_is_opened_by_its_name(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +279,16 @@ MALFORMED = {
     "rejected NULs": (record(rejected="\0\0"), "Rejected, entry 1: expected a message, found an empty one"),
     "rejected marks of direction": (record(rejected="\u200e\u2060\u00ad\u202e"), "found an empty one"),
     "rejected a filler": (record(rejected="\u3164"), "found an empty one"),
+    "weight zero": (record(weight=0), "weight: expected a number from 1e-30 to 1e+30, found the number 0"),
+    "weight below zero": (record(weight=-1.0), "weight: expected a number from 1e-30"),
+    "weight true": (record(weight=True), "weight: expected a number from 1e-30 to 1e+30, found true"),
+    "weight text": (record(weight="2"), "weight: expected a number from 1e-30 to 1e+30, found a string"),
+    "weight null": ({**record(), "weight": None}, "weight: expected a number from 1e-30 to 1e+30, found null"),
+    "weight infinite": (record(weight=float("inf")), "weight: expected a number from 1e-30"),
+    "weight NaN": (record(weight=float("nan")), "found the number nan"),
+    "weight huge": (record(weight=10**400), "weight: expected a number from 1e-30"),
+    "gap NaN": (record(gap=float("nan")), "gap: expected a number from -1e+30 to 1e+30, found the number nan"),
+    "gap a list": (record(gap=[1.0]), "gap: expected a number from -1e+30 to 1e+30, found a list of 1"),
     "record a list": (["a"], ":1: expected a JSON object, found a list of 1"),
     "record a string": ("text", ":1: expected a JSON object, found a string"),
     "record null": (None, ":1: expected a JSON object, found null"),

@@ -41,6 +41,15 @@ def test_a_batch_knows_the_names_of_its_pairs() -> None:
     assert batch.keys.tobytes() == as_keys([pair.digest for pair in pairs], [(1, 2), (1, 2)]).tobytes()
 
 
+def test_a_batch_has_weights_and_gaps() -> None:
+    """fp32, in the order of the stream: 1 and NaN where nothing is said. They are no part of a pair's name."""
+    pair = TokenizedPair.from_chats([1, 2, 8], 1, [1, 2, 9], 1)
+    batch = PairBatch.pack([pair, TokenizedPair.from_chats([1, 2, 8], 1, [1, 2, 9], 1, 0.5, 3.0)])
+    assert batch.weights_B.tolist() == [1.0, 0.5] and batch.weights_B.dtype == batch.gaps_B.dtype == torch.float32
+    assert batch.gaps_B[0].isnan() and batch.gaps_B[1] == 3
+    assert batch.pairs[0].digest == batch.pairs[1].digest
+
+
 def test_the_prompt_ends_before_the_scored_tokens() -> None:
     """Chats 1 2 8 9 (scored: 9) and 1 3 8 9: the prompt is that of the chosen chat, 1 2 8."""
     assert TokenizedPair.from_chats([1, 2, 8, 9], 1, [1, 3, 8, 9], 1).prompt_ids.tolist() == [1, 2, 8]

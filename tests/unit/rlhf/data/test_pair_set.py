@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,32 @@ def test_digest_is_that_of_all_digests_in_order() -> None:
     pairs = PairSet.of(PAIRS)
     assert pairs.digest == digest(*(pair.digest for pair in PAIRS))
     assert pairs.select([1, 0, 2]).digest == digest(*(PAIRS[i].digest for i in (1, 0, 2))) != pairs.digest
+
+
+# === weights and gaps ===
+
+
+def test_weights_and_gaps_are_kept_where_a_pair_has_one() -> None:
+    """16 bytes a pair, those before and behind filled up; none at all without; choices and single pairs have theirs."""
+    assert PairSet.of(PAIRS).strengths is None and not PairSet.of(PAIRS).is_weighted
+    given = [PAIRS[0], replace(PAIRS[1], weight=2.5, gap=-1.0), PAIRS[2]]
+    pairs = PairSet.of(given)
+    assert pairs.nbytes == (52 + 16) * 3 and pairs.is_weighted
+    assert pairs.weights.tolist() == [1.0, 2.5, 1.0] and pairs.gaps[1] == -1.0
+    assert np.isnan(pairs.gaps).tolist() == [True, False, True]
+    assert [(pair.weight, pair.gap) for pair in pairs.select([1, 2])] == [(2.5, -1.0), (1.0, None)]
+    assert not pairs[:1].is_weighted and PairSet.of(PAIRS).weights.tolist() == [1.0] * 3
+    assert content(pairs[1]) == content(PAIRS[1])  # its name too
+
+
+def test_the_digest_of_a_data_set_has_its_weights_and_gaps() -> None:
+    """Another weight, or the same on another pair, is another data set; weights of 1 that are written out are none."""
+    plain = PairSet.of(PAIRS).digest
+    changes: list[dict[str, Any]] = [{"weight": 2.0}, {"weight": 3.0}, {"gap": 2.0}, {"gap": 0.0}]
+    sets = [PairSet.of([replace(PAIRS[0], **change), *PAIRS[1:]]) for change in changes]
+    sets.append(PairSet.of([*PAIRS[:2], replace(PAIRS[2], weight=2.0)]))
+    assert len({plain, *(one.digest for one in sets)}) == 6
+    assert sets[0][1:].digest == PairSet.of(PAIRS[1:]).digest
 
 
 # === the buffer that grows ===

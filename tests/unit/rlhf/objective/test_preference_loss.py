@@ -30,8 +30,9 @@ def pairs(*rows: tuple[float, float]) -> torch.Tensor:
 
 
 def scores(logps_B2: torch.Tensor, ref_B2: torch.Tensor, *counts: tuple[int, int]) -> Scores:
-    """Scores of answers of one token each, or of the lengths given."""
-    return Scores(logps_B2, ref_B2, torch.tensor(counts or [(1, 1)] * len(logps_B2)))
+    """Scores of answers of one token each, or of the lengths given, with gaps of 1."""
+    gaps_B = torch.ones(len(logps_B2), dtype=torch.float64)
+    return Scores(logps_B2, ref_B2, torch.tensor(counts or [(1, 1)] * len(logps_B2)), gaps_B=gaps_B)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def scores(logps_B2: torch.Tensor, ref_B2: torch.Tensor, *counts: tuple[int, int
         ("discopop", 0.0, 0.1353352832),  # all of it e^-2: m = sigmoid(40)
         ("dpop", 0.0, 0.1269280110429725),  # the chosen answer became likelier: DPO
         ("rdpo", 0.0, 0.1293331751),  # ln(1 + e^-(2 - 0.01 * 2))
+        ("rpo_gap", 0.0, 0.0826077449),  # s ln(s / q) + (1 - s) ln((1 - s) / (1 - q)), s = sigmoid(1), q = sigmoid(2)
         ("sft", 0.0, 5.0),  # 10 / 2
         ("simpo", 0.0, 1.3132616875),  # means -5 and -5: ln(1 + e^1)
         ("orpo", 0.0, 5.3465735903),  # 5 + 0.5 ln 2
@@ -239,11 +241,22 @@ def test_what_a_loss_reads_is_what_it_says(loss_type: Any) -> None:
 def test_each_pair_has_its_own_loss(loss_type: Any) -> None:
     """The head asks for a few pairs at a time: a part of a batch, and another order, give the same losses."""
     logps, ref = -30 * torch.rand(2, 5, 2, dtype=torch.float64)
-    counts = torch.randint(1, 9, (5, 2))
-    loss = PreferenceLoss(loss_type)
-    whole = loss(Scores(logps, ref, counts))
-    assert torch.equal(loss(Scores(logps[1:3], ref[1:3], counts[1:3])), whole[1:3])
-    assert torch.equal(loss(Scores(logps.flip(0), ref.flip(0), counts.flip(0))), whole.flip(0))
+    counts, weights, gaps = torch.randint(1, 9, (5, 2)), *torch.rand(2, 5, dtype=torch.float64)
+    loss, parts = PreferenceLoss(loss_type), (logps, ref, counts, weights, gaps)
+    whole = loss(Scores(*parts))
+    assert torch.equal(loss(Scores(*(part[1:3] for part in parts))), whole[1:3])
+    assert torch.equal(loss(Scores(*(part.flip(0) for part in parts))), whole.flip(0))
+
+
+@pytest.mark.parametrize("loss_type", [*LOSSES, "sigmoid:0.8,bco_pair:0.2,sft:1"])
+def test_a_weight_multiplies_the_loss_of_its_pair(loss_type: str) -> None:
+    """Of each loss, its likelihood term too, and so its gradient; rewards stay. A weight of 1 changes no bit."""
+    loss, whole = PreferenceLoss(loss_type), scores(pairs((-10, -20), (-3, -4)), pairs((-11, -17), (-2, -5)))
+    weights = torch.tensor([0.5, 3.0])
+    weighted = dataclasses.replace(whole, weights_B=weights)
+    torch.testing.assert_close(loss(weighted), weights.double() * loss(whole), rtol=1e-15, atol=0)
+    assert torch.equal(loss.rewards(weighted), loss.rewards(whole))
+    assert torch.equal(loss(dataclasses.replace(whole, weights_B=torch.ones(2))), loss(whole))
 
 
 def test_a_new_loss_is_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +330,23 @@ def test_the_likelihood_term() -> None:
     assert loss.foretold(sums, counts) == pytest.approx(math.log(2) + 0.2 * (5.5 + 1) / 2, abs=1e-15)
     longer = PreferenceLoss("rdpo", 0.5, length_penalty=0.5)
     assert longer.foretold(sums, counts) == pytest.approx((math.log1p(math.e) + math.log1p(math.exp(-1.5))) / 2)
+    weights = torch.tensor([2.0, 1.0])  # of the two pairs' likelihoods of 5.5 and 1
+    assert loss.foretold(sums, counts, weights) == pytest.approx((3 * math.log(2) + 0.2 * (2 * 5.5 + 1)) / 2, abs=1e-15)
+
+
+def test_a_gap_is_the_margin_that_is_asked_for() -> None:
+    """The loss is 0 and flat where beta d = eta gap, which may be negative; at log-ratios of 0 it pulls by the gap:
+    -beta (sigmoid(eta gap) - 1 / 2)."""
+    loss = PreferenceLoss("rpo_gap", 0.5, gap_scale=2.0)
+    logps = pairs((-8, -20), (-14, -20), (0, 0)).requires_grad_()
+    ref, gaps = pairs((-11, -17), (-11, -21), (0, 0)), torch.tensor([1.5, -1.0, 0.75], dtype=torch.float64)
+    losses = loss(Scores(logps, ref, gaps_B=gaps))  # d = 6, -4, 0: beta d = 3, -2, 0
+    losses.sum().backward()
+    assert losses[:2].abs().max() < 1e-15 and logps.grad is not None and logps.grad[:2].abs().max() < 1e-15
+    slope = -0.5 * (1 / (1 + math.exp(-1.5)) - 0.5)
+    assert logps.grad[2].tolist() == pytest.approx([slope, -slope])
+    told = loss.foretold(pairs((-11, -17)), torch.ones(1, 2), gaps_B=gaps[2:])
+    assert told == pytest.approx(losses[2].item()) and loss.at_start() is None
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -324,7 +354,8 @@ def test_a_first_value_is_a_constant_where_it_says_so(loss_type: str) -> None:
     """With log-ratios of 0: the same for all sums and counts where `of_ratios` says so, and there alone."""
     loss, generator = PreferenceLoss(loss_type, nll_weight=0 if LOSSES[loss_type].nll_weight else None), _GENERATOR
     sums = -30 * torch.rand(20, 2, dtype=torch.float64, generator=generator)
-    values = loss(Scores(sums, sums, torch.randint(1, 9, (20, 2), generator=generator)))
+    gaps = torch.rand(20, dtype=torch.float64, generator=generator)
+    values = loss(Scores(sums, sums, torch.randint(1, 9, (20, 2), generator=generator), gaps_B=gaps))
     first = loss.at_start()
     assert (first is not None) == LOSSES[loss_type].of_ratios
     assert bool((values - (first or values[0])).abs().max() < 1e-12) == (first is not None)
