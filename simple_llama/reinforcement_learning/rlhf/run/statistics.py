@@ -88,12 +88,15 @@ def share_interval(hits_N: np.ndarray, groups_N: np.ndarray) -> Interval:
     """A share of hits (each in [0, 1]) with Wilson's interval, for as many pairs as the prompts are worth.
 
     N pairs are worth N / max(1, V), V being by how much the variance over prompts is larger than that of as many
-    independent hits (Kish's design effect): 1 where each pair has a prompt of its own.
+    independent hits (Kish's design effect): 1 where each pair has a prompt of its own. Where the pairs do not show it,
+    being of one prompt or all hits or misses, a prompt counts once.
     """
     share, count = float(np.mean(hits_N)), float(len(hits_N))
     sums_G = np.bincount(groups_N, hits_N - share)
-    if 0 < share < 1:
+    if 0 < share < 1 and len(sums_G) >= _FEWEST_GROUPS:
         count /= max(1.0, float(np.sum(sums_G**2)) / (count * share * (1 - share)))
+    else:
+        count = float(np.count_nonzero(np.bincount(groups_N)))
     low, high = accuracy_interval(share, count)
     return Interval(share, max(0.0, low), min(1.0, high))
 

@@ -35,6 +35,13 @@ def test_share_interval_counts_prompts() -> None:
     assert all_right == pytest.approx((1, 4 / (4 + 1.959964**2), 1))
 
 
+def test_share_interval_where_nothing_shows_what_a_prompt_is_worth() -> None:
+    """40 pairs of one prompt are one; so are those of each of four prompts where all pairs are right."""
+    one = statistics.share_interval(np.repeat([1.0, 0.0], [30, 10]), np.zeros(40, int))
+    assert one == pytest.approx((0.75, *accuracy_interval(0.75, 1)))
+    assert statistics.share_interval(np.ones(40), np.arange(40) // 10) == statistics.share_interval(np.ones(4), ALONE)
+
+
 def test_paired_bootstrap_against_the_exact_distribution() -> None:
     """Two prompts, one that gains 1 and one that gains 0: the mean of a draw is 0, 1/2, 1 with 1/4, 1/2, 1/4.
 
