@@ -10,7 +10,7 @@ Behind their group metrics keep the names of metrics.jsonl. `eval` has loss and 
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -129,9 +129,10 @@ class Board:
         """A page of the text tab: a prompt with the start model's answer beside the policy's."""
         self.file.add_text(f"samples/prompt_{index}", _sample_page(prompt, before, after), step)
 
-    def text(self, step: int, name: str, plain: str) -> None:
-        """A page of the text tab."""
-        self.file.add_text(name, _as_markdown(plain), step)
+    def text(self, step: int, name: str, parts: Sequence[tuple[str, str]]) -> None:
+        """A page of the text tab: paragraphs, each a head in bold and a text."""
+        page = "\n\n".join(f"**{_as_markdown(head)}** {_as_markdown(text)}" for head, text in parts)
+        self.file.add_text(name, page, step)
 
 
 def _table_settings(settings: Settings) -> dict[str, bool | float | str]:

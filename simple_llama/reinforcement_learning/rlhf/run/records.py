@@ -203,11 +203,11 @@ class RunWriter:
             with writes(self.path.parent):
                 self.board.sample(step, index, prompt, before, after)
 
-    def text(self, step: int, name: str, markdown: str) -> None:
-        """Writes a page of TensorBoard's text tab."""
+    def text(self, step: int, name: str, parts: Sequence[tuple[str, str]]) -> None:
+        """Writes a page of TensorBoard's text tab: paragraphs, each a head and a text."""
         if self.is_main and self.board:
             with writes(self.path.parent):
-                self.board.file.add_text(name, markdown, step)
+                self.board.text(step, name, parts)
 
     def flush(self) -> None:
         """Brings the events to disk."""

@@ -116,5 +116,5 @@ class HealthWatch:
         append_warning(self.folder, finding.step, finding.level, finding.name, finding.text)
         tell = LOGGER.warning if finding.level == "alarm" else LOGGER.info
         tell("%s (%s): %s", finding.level, finding.name, finding.text)
-        page = "\n\n".join(f"**{one.level}, step {one.step}:** {one.text}" for one in self.given)
-        self.writer.text(finding.step, "warnings", page)
+        parts = [(f"{one.level}, step {one.step}:", one.text) for one in self.given]
+        self.writer.text(finding.step, "warnings", parts)

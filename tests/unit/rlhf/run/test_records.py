@@ -53,7 +53,7 @@ def test_lines_and_curves(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, is_main=True)
     writer.scalars(1, {"loss": 0.75, "rewards/margins": -0.5})
     writer.scalars(2, {"loss": 0.5})
-    writer.text(2, "samples/prompt_0", "**prompt**")
+    writer.text(2, "warnings", [("notice", "a_b_c of *.jsonl"), ("alarm", "x")])
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == (
         '{"step": 1, "loss": 0.75, "rewards/margins": -0.5}\n{"step": 2, "loss": 0.5}\n'
@@ -61,8 +61,9 @@ def test_lines_and_curves(tmp_path: Path) -> None:
     shown = board(tmp_path)
     assert [(point.step, point.value) for point in shown.Scalars("train/loss")] == [(1, 0.75), (2, 0.5)]
     assert [(point.step, point.value) for point in shown.Scalars("train/rewards/margins")] == [(1, -0.5)]
-    [page] = shown.Tensors("samples/prompt_0/text_summary")
-    assert page.step == 2 and page.tensor_proto.string_val == [b"**prompt**"]
+    [page] = shown.Tensors("warnings/text_summary")
+    told = b"**notice** a&#95;b&#95;c of &#42;&#46;jsonl\n\n**alarm** x"
+    assert page.step == 2 and page.tensor_proto.string_val == [told]
 
 
 def test_resume_drops_what_lies_beyond_the_step(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert writer.board
     for name in ("add_scalar", "add_text", "flush", "close"):
         monkeypatch.setattr(writer.board.file, name, full)
-    for write in (lambda: writer.scalars(1, {"loss": 0.5}), lambda: writer.text(1, "page", "text"), writer.flush):
+    for write in (lambda: writer.scalars(1, {"loss": 0.5}), lambda: writer.text(1, "page", [("a", "b")]), writer.flush):
         with pytest.raises(UserError, match="No space left on device"):
             write()
     writer.close()
@@ -221,7 +222,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     writer = RunWriter(folder, is_main=False, done=3)
     writer.scalars(1, {"loss": 0.5})
-    writer.text(1, "samples/prompt_0", "x")
+    writer.text(1, "warnings", [("a", "b")])
     writer.flush()
     writer.close()
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 from pathlib import Path
@@ -54,7 +55,9 @@ def test_each_warning_once_and_where(tmp_path: Path, ranks: Ranks, caplog: pytes
     board = EventAccumulator(str(tmp_path))
     board.Reload()
     pages = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("warnings/text_summary")]
-    assert "**notice, step 1:** one prompt has 50%" in pages[-1] and "**alarm, step 9:** the gradient norm" in pages[-1]
+    page = html.unescape(pages[-1])
+    assert "**notice, step 1:** one prompt has 50%" in page and "**alarm, step 9:** the gradient norm" in page
+    assert "*" not in pages[-1].replace("**", "") and "_" not in pages[-1]
 
     (tmp_path / WARNINGS).write_text((tmp_path / WARNINGS).read_text().splitlines()[0] + "\n")
     writer = RunWriter(tmp_path, is_main=True, done=8)
