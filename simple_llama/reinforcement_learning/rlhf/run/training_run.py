@@ -138,8 +138,8 @@ class TrainingRun:
             inputs, self.engine, config, ranks, log_folder, self.writer, config.seed, self.reference.model
         )
         facts = facts_of(config, inputs.data, self.total_steps, self.loss_fn.scale)
-        self.health = HealthWatch(log_folder, facts, self.writer, ranks)
-        steps = self.plan.steps_per_epoch
+        with fail_together(ranks):
+            self.health = HealthWatch(log_folder, facts, self.writer, ranks)
         self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, config, steps, check_lock, ranks)
         self.at = self.saves.resume(saved, self.measures_at(saved.facts.step)) if saved else Position()
 
