@@ -135,6 +135,11 @@ class SimpleLLaMAChat:
         )
 
 
+def answer_text(chat: ChatFormat, ids: Sequence[int]) -> str:
+    """Text of an answer that may still have the token which ended it."""
+    return chat.decode([token for token in ids if token not in chat.stop_ids])
+
+
 def about_system(chat: ChatFormat) -> str:
     """Which system prompt chats without one of their own get, in words for the log."""
     if chat.default_system is None:

@@ -15,7 +15,7 @@ from simple_llama.cluster.console import progress
 from simple_llama.cluster.distributed import Ranks, gather_objects
 from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.ascii_text import Spelling
-from simple_llama.finetune.chat_format import ChatFormat, SimpleLLaMAChat
+from simple_llama.finetune.chat_format import ChatFormat, SimpleLLaMAChat, answer_text
 from simple_llama.finetune.format_llm_prompt import encode_serving_prompt
 from simple_llama.inference.generate import Sampling, answer_together, groups_with_room
 from simple_llama.inference.guards import count_language, language_metrics, refuses
@@ -27,6 +27,7 @@ from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 from simple_llama.reinforcement_learning.rlhf.objective.policy import evaluating
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import Answers
+from simple_llama.reinforcement_learning.rlhf.run.sampling import first_prompts
 
 _MOST_TOGETHER, _MOST_CACHED = 16, 16384  # prompts of a group, and tokens whose keys and values it holds
 TRAINING, _SERVING = "training", "serving"  # forms of a prompt
@@ -42,11 +43,7 @@ class Questions(NamedTuple):
 def questions_of(data: RLDatasetLoader, pairs: PairSet, chat: ChatFormat, count: int, ascii_text: bool) -> Questions:
     """The first `count` different prompts of `pairs`; in the form of training and, with SimpleLLaMA's format, of
     upstream's server too."""
-    first: dict[tuple[int, ...], int] = {}
-    for position in range(len(pairs)):
-        if len(first) == count:
-            break
-        first.setdefault(tuple(pairs[position].prompt_ids.tolist()), position)
+    first = first_prompts(pairs, count)
     if len(first) < count:
         LOGGER.info(
             "%d different prompts to answer, and not %d (--generate): the pairs have no more", len(first), count
@@ -117,7 +114,7 @@ def _answer(
 
 def _found(answers: Sequence[Sequence[int]], chat: ChatFormat) -> Answers:
     """The answers as text, and what tells whether the language holds."""
-    texts = tuple(chat.decode([token for token in ids if token not in chat.stop_ids]) for ids in answers)
+    texts = tuple(answer_text(chat, ids) for ids in answers)
     language = language_metrics(count_language(answers, chat.stop_ids, chat.unknown_id))
     ended = tuple(bool(ids) and ids[-1] in chat.stop_ids for ids in answers)
     lengths = tuple(len(ids) - end for ids, end in zip(answers, ended, strict=True))

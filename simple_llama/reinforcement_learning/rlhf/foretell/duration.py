@@ -57,10 +57,10 @@ def estimated(flops: float, row_flops: float, weight_bytes: int, rate: float, de
         flops: useful ones of a rank's step. row_flops: those of a row, forward and backward.
         rate: FLOP/s of GEMMs, measured here or of a data sheet.
     """
-    reached = _SHARE.get(device.type, _SHARE["cuda"]) * rate
+    share = _SHARE[device.type]
+    reached = share * rate
     source = (
-        f"{flops:.3g} FLOPs a rank and step at {reached:.3g} a second, {_SHARE.get(device.type, 0.4):.0%} of the "
-        f"{rate:.3g} of plain GEMMs"
+        f"{flops:.3g} FLOPs a rank and step at {reached:.3g} a second, {share:.0%} of the {rate:.3g} of plain GEMMs"
     )
     return Speed(flops / reached, row_flops * FORWARD / reached, token_s(weight_bytes, device), source)
 

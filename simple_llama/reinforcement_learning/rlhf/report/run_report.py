@@ -21,7 +21,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write, atomic_write_json, read_json
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path
-from simple_llama.finetune.chat_format import ChatFormat
+from simple_llama.finetune.chat_format import ChatFormat, answer_text
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import default_options
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import plain
@@ -99,7 +99,7 @@ def _pair_text(chat: ChatFormat, held_out: PairSet, position: int) -> PairText:
     answers = []
     for prefix, branch, scored in sides:
         ids = [*prefix.tolist(), *branch.tolist()][-scored:]
-        answers.append(chat.decode([token for token in ids if token not in chat.stop_ids]))
+        answers.append(answer_text(chat, ids))
     return PairText(prompt, *answers)
 
 

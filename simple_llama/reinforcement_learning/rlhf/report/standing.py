@@ -20,7 +20,6 @@ from simple_llama.reinforcement_learning.rlhf.report.run_verdict import log_rati
 from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     Interval,
     accuracy_interval,
-    groups_of,
     mean_interval,
     preferred,
     share_interval,
@@ -102,9 +101,8 @@ class Standing:
     @cached_property
     def groups_N(self) -> np.ndarray:
         """Which held-out pairs answer one prompt; each its own where that was not written."""
-        found = self.run.held_out
-        assert found
-        return groups_of(range(len(found.origins)) if found.prompts_N is None else found.prompts_N.tolist())
+        assert self.run.held_out
+        return self.run.held_out.groups_N
 
     @property
     def right(self) -> float:

@@ -26,8 +26,6 @@ _SUMMED = (
     "logps/accuracies",
     *TOTALS,
 )
-
-
 _SATURATED = 0.99  # sigmoid of a reward margin whose pair hardly moves the weights any more
 
 

@@ -12,6 +12,7 @@ import torch
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, all_reduce_sum, fail_together, gather_objects
 from simple_llama.common.logging import LOGGER
+from simple_llama.finetune.chat_format import answer_text
 from simple_llama.inference.generate import Sampling, answer_together, groups_with_room
 from simple_llama.inference.guards import ENDED_AT_ONCE, count_language, language_metrics
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -57,14 +58,20 @@ def _answers(
     return answers
 
 
-def sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
-    """The first `count` different prompts of `pairs` as token ids, up to where an answer begins."""
-    prompts: dict[tuple[int, ...], None] = {}
-    for pair in pairs:
-        if len(prompts) == count:
+def first_prompts(pairs: Sequence[TokenizedPair], count: int) -> dict[tuple[int, ...], int]:
+    """The first `count` different prompts of `pairs` as token ids, up to where an answer begins, each with the position
+    of its first pair."""
+    found: dict[tuple[int, ...], int] = {}
+    for position in range(len(pairs)):
+        if len(found) == count:
             break
-        prompts[tuple(pair.prompt_ids.tolist())] = None
-    return [list(prompt) for prompt in prompts]
+        found.setdefault(tuple(pairs[position].prompt_ids.tolist()), position)
+    return found
+
+
+def sample_prompts(pairs: Sequence[TokenizedPair], count: int) -> list[list[int]]:
+    """The prompts that a run answers at each evaluation."""
+    return [list(prompt) for prompt in first_prompts(pairs, count)]
 
 
 class Samples:
@@ -104,12 +111,13 @@ class Samples:
         ranks, together = self.ranks, self.engine.partitioned
         share = slice(None) if together else slice(ranks.rank, None, ranks.world_size)
         mine = _answers(self.engine.model, self.chat.stop_ids, self.prompts[share], self.most_tokens)
-        gathered = gather_objects([self.text(ids) for ids in mine], ranks, list[str])
+        told = [(answer_text(self.chat, ids), len(ids)) for ids in mine]
+        gathered = gather_objects(told, ranks, list[tuple[str, int]])
         if ranks.is_main:
             parts = 1 if together else len(gathered)
-            self.write(step, [gathered[i % parts][i // parts] for i in range(len(self.prompts))])
-        lengths = gather_objects([len(ids) for ids in mine], ranks, list[int])
-        self.writer.histograms(step, {"samples/answer_tokens": np.array([n for one in lengths for n in one])})
+            self.write(step, [gathered[i % parts][i // parts][0] for i in range(len(self.prompts))])
+        lengths = np.array([length for one in gathered for _, length in one])
+        self.writer.histograms(step, {"samples/answer_tokens": lengths})
         found = language_metrics(
             all_reduce_sum(count_language(mine, self.chat.stop_ids, self.chat.unknown_id).to(ranks.device))
         )
@@ -167,10 +175,6 @@ class Samples:
             return spoken_logps(self.reference, spoken)
         with self.inputs.start.reading() as start:
             return spoken_logps(lean_model(start, self.inputs.dtype, self.ranks.device), spoken)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """An answer without the stop token that ended it."""
-        return self.chat.decode([token for token in ids if token not in self.chat.stop_ids])
 
     def write(self, step: int, now: list[str]) -> None:
         """Puts the answers after `step` steps beside the start model's: samples.jsonl, TensorBoard, the log."""
