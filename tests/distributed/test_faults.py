@@ -116,8 +116,9 @@ def test_a_killed_rank_ends_the_other(job: TinyJob, victim: int) -> None:
 
 
 def test_a_stopped_rank_ends_the_other(job: TinyJob) -> None:
-    """SIGSTOP, with the shipped times: silent for 20 s, then the other ends. Continued, the stopped one ends too."""
-    pair = Pair(job)
+    """SIGSTOP: silent for 6 s (20 as shipped: tests/unit/cluster/test_watchdog.py has a made-up clock), then the other
+    ends. Continued, the stopped one ends too."""
+    pair = Pair(job, "--peer_timeout_s=6")
     pair.wait_for_step(2)
     pair.ranks[1].send_signal(signal.SIGSTOP)
     assert pair.ranks[0].wait(ENDS_S) == LOST
@@ -130,7 +131,7 @@ def test_a_stopped_rank_ends_the_other(job: TinyJob) -> None:
 def test_a_rank_that_hangs_alive_ends_both(job: TinyJob) -> None:
     """Rank 1's main thread sleeps for ever in a step while its watchdog lives: nobody gets on, both end and say where
     each of them was."""
-    pair = Pair(job, "--step_timeout_s=5", fault="hang")
+    pair = Pair(job, "--step_timeout_s=3", fault="hang")
     assert pair.end(90) == [LOST, LOST]
     for output in pair.outputs:
         assert "no rank got on for" in output and "step_timeout_s" in output and "rank 1 on host" in output
@@ -138,13 +139,13 @@ def test_a_rank_that_hangs_alive_ends_both(job: TinyJob) -> None:
 
 
 def test_a_rank_that_never_comes_ends_the_start(job: TinyJob) -> None:
-    """Rank 1 ended before it joined: rank 0 waits start_timeout_s, here 5 s."""
-    settings = {**job.settings, "start_timeout_s": 5}
+    """Rank 1 ended before it joined: rank 0 waits start_timeout_s, here 2 s."""
+    settings = {**job.settings, "start_timeout_s": 2}
     rank = start_rank(TRAIN, settings, 0, 2, free_port())
     began = time.monotonic()
     output = rank.communicate(timeout=ENDS_S)[0]
     assert rank.returncode == 2 and time.monotonic() - began < 40
-    assert "could not join the others" in output and "within 5 s" in output and "Traceback" not in output
+    assert "could not join the others" in output and "within 2 s" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

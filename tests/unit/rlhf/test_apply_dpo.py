@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, optimiz
 from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun
 from tiny_job import TinyJob, make_job, write_pairs
 
+SAVES = {"save_interval": 2, "keep_states": 9}
+
 
 @pytest.fixture
 def job(tmp_path) -> TinyJob:
@@ -41,9 +44,28 @@ def run_job(job: TinyJob, ranks: Ranks, **settings):
     return train(config, inputs, ranks)
 
 
-def test_whole_run_starts_at_ln_2_learns_and_leaves_its_records(job, ranks):
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, ranks) -> TinyJob:
+    """A job whose run `tiny` is done, with a state and an export of steps 2, 4 and 6; tests leave that run as it is."""
+    job = make_job(tmp_path_factory.mktemp("done"))
+    run_job(job, ranks, **SAVES)
+    return job
+
+
+def copied_run(job: TinyJob, name: str) -> Path:
+    """A copy of the run `tiny` under another name; gives its checkpoints' folder."""
+    shutil.copytree(job.folder / "runs" / "tiny", job.folder / "runs" / name)
+    return Path(shutil.copytree(job.folder / "checkpoints" / "tiny", job.folder / "checkpoints" / name))
+
+
+def exported(job: TinyJob) -> Path:
+    """The export of the end of the run `tiny`."""
+    return Path(json.loads((job.folder / "runs" / "tiny" / "finished.json").read_text())["weights"])
+
+
+def test_whole_run_starts_at_ln_2_learns_and_leaves_its_records(done):
     """fp32: margin 0 and loss ln 2 to 1e-6 at step 0; the training loss falls; one line a step; all files there."""
-    path = run_job(job, ranks)
+    job, path = done, exported(done)
     first = job.lines()[0]
     assert first["step"] == 0 and first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["eval_rewards/accuracies"] == 0.5 and first["eval_rewards/margins"] == 0
@@ -56,17 +78,17 @@ def test_whole_run_starts_at_ln_2_learns_and_leaves_its_records(job, ranks):
             assert line["logps/chosen"] < 0 and line["logps/rejected"] < 0 and 0 < line["perf/mfu"] < 1.5
     names = {file.name for file in (job.folder / "runs" / "tiny").iterdir()}
     assert {"config.json", "ds_config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "train.log"} <= names
-    exported = load_weights(path)
-    assert exported.metadata["step"] == 6 and exported.metadata["dpo_config"]["beta"] == 0.5
-    assert exported.state_dict.keys() == load_weights(job.folder / "start.pth").state_dict.keys()
+    found = load_weights(path)
+    assert found.metadata["step"] == 6 and found.metadata["dpo_config"]["beta"] == 0.5
+    assert found.state_dict.keys() == load_weights(job.folder / "start.pth").state_dict.keys()
     assert path.name.startswith("dpo_2E_") and path.name.endswith("L_512MSQ.pth")
 
 
-def test_a_run_ends_with_a_report_and_says_where(job, ranks):
+def test_a_run_ends_with_a_report_and_says_where(done, ranks):
     """finished.json has the final metrics, the page and the time; the log's last line names the page and how to talk to
     the result. A page that cannot be written is said, and the run is done all the same."""
+    job, path = done, exported(done)
     folder = job.folder / "runs" / "tiny"
-    path = run_job(job, ranks)
     finished = json.loads((folder / "finished.json").read_text())
     assert (
         finished["metrics"].items()
@@ -131,46 +153,41 @@ def test_gaps_of_a_run(job, ranks, caplog):
     assert f"expected {expected:.6f}" in caplog.text
 
 
-def test_reference_in_memory_equals_the_store(job, ranks):
+def test_reference_in_memory_equals_the_store(done, ranks):
     """reference=online: the frozen model's numbers, so the same losses and weights."""
-    run_job(job, ranks)
-    run_job(job, ranks, reference="online", run_name="online")
-    assert job.curve("loss", "online") == pytest.approx(job.curve("loss"), abs=1e-6)
-    for name, tensor in job.weights("online").items():
-        torch.testing.assert_close(tensor, job.weights()[name], atol=2e-6, rtol=0)
+    run_job(done, ranks, reference="online", run_name="online")
+    assert done.curve("loss", "online") == pytest.approx(done.curve("loss"), abs=1e-6)
+    for name, tensor in done.weights("online").items():
+        torch.testing.assert_close(tensor, done.weights()[name], atol=2e-6, rtol=0)
 
 
-def test_micro_batches_do_not_change_the_step(job, ranks):
+def test_micro_batches_do_not_change_the_step(done, ranks):
     """8 pairs a step as 4 x 2, 2 x 4 and 1 x 8: same losses to 1e-5, same gradient norms to 1e-4."""
-    for batch, accum in ((2, 4), (4, 2), (8, 1)):
-        run_job(job, ranks, batch_size=batch, grad_accum_steps=accum, run_name=f"b{batch}")
-    for other in ("b4", "b8"):
-        assert job.curve("loss", other) == pytest.approx(job.curve("loss", "b2"), abs=1e-5)
-        assert job.curve("grad_norm", other) == pytest.approx(job.curve("grad_norm", "b2"), rel=1e-4)
+    for batch, accum in ((4, 2), (8, 1)):
+        name = f"b{batch}"
+        run_job(done, ranks, batch_size=batch, grad_accum_steps=accum, run_name=name)
+        assert done.curve("loss", name) == pytest.approx(done.curve("loss"), abs=1e-5)
+        assert done.curve("grad_norm", name) == pytest.approx(done.curve("grad_norm"), rel=1e-4)
 
 
-def test_resume_in_the_middle_of_an_epoch_is_exact(job, ranks):
+def test_resume_in_the_middle_of_an_epoch_is_exact(done, ranks):
     """Saved after step 2 of 3 in epoch 1: a run taken up there has the same curve and, bit for bit, weights."""
-    run_job(job, ranks, save_interval=2, keep_states=9)
-    shutil.copytree(job.folder / "checkpoints" / "tiny", job.folder / "checkpoints" / "again")
-    shutil.copytree(job.folder / "runs" / "tiny", job.folder / "runs" / "again")
-    for state in (job.folder / "checkpoints" / "again" / "state").iterdir():
+    for state in (copied_run(done, "middle") / "state").iterdir():
         if state.name != "step_00000002":
             shutil.rmtree(state)
-    run_job(job, ranks, save_interval=2, keep_states=9, run_name="again", resume=True)
-    assert job.curve("loss", "again") == job.curve("loss")
-    assert job.curve("eval_loss", "again") == job.curve("eval_loss")
-    assert [line["step"] for line in job.lines("again")] == [line["step"] for line in job.lines()]
-    for name, tensor in job.weights("again").items():
-        assert torch.equal(tensor, job.weights()[name]), name
+    run_job(done, ranks, run_name="middle", resume=True, **SAVES)
+    assert done.curve("loss", "middle") == done.curve("loss")
+    assert done.curve("eval_loss", "middle") == done.curve("eval_loss")
+    assert [line["step"] for line in done.lines("middle")] == [line["step"] for line in done.lines()]
+    for name, tensor in done.weights("middle").items():
+        assert torch.equal(tensor, done.weights()[name]), name
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
-def test_a_stop_in_an_evaluation_is_made_good(job, ranks, monkeypatch, stop_at):
+def test_a_stop_in_an_evaluation_is_made_good(job, done, ranks, monkeypatch, stop_at):
     """Stopped in the evaluation of step 0, of step 2 (where a checkpoint is due too) or of step 3 (an epoch's end): the
     resumed run makes it, and has the curve, samples and weights of a run never stopped. Killed before its next save
     and resumed once more, it still has every line once."""
-    run_job(job, ranks, run_name="whole", save_interval=2)
     calls = []
 
     def evaluate_asked_to_stop(*args):
@@ -191,28 +208,27 @@ def test_a_stop_in_an_evaluation_is_made_good(job, ranks, monkeypatch, stop_at):
     for _ in range(2):
         run_job(job, ranks, save_interval=2, resume=True)
         lines = [{name: value for name, value in line.items() if "perf/" not in name} for line in job.lines()]
-        whole = [{name: value for name, value in line.items() if "perf/" not in name} for line in job.lines("whole")]
+        whole = [{name: value for name, value in line.items() if "perf/" not in name} for line in done.lines()]
         assert lines == whole
-        assert (logs / "samples.jsonl").read_text() == (job.folder / "runs" / "whole" / "samples.jsonl").read_text()
-        assert all(torch.equal(tensor, job.weights("whole")[name]) for name, tensor in job.weights().items())
+        assert (logs / "samples.jsonl").read_text() == (done.folder / "runs" / "tiny" / "samples.jsonl").read_text()
+        assert all(torch.equal(tensor, done.weights()[name]) for name, tensor in job.weights().items())
         assert not newest_state(folder).facts.unfinished
         assert {path.name for path in folder.glob("*.pth")} == {
-            path.name for path in (job.folder / "checkpoints" / "whole").glob("*.pth")
+            path.name for path in (done.folder / "checkpoints" / "tiny").glob("*.pth")
         }
         shutil.rmtree(folder)
         shutil.copytree(job.folder / "as stopped", folder)
 
 
-def test_resume_refuses_another_reference_and_other_settings(job, ranks):
+def test_resume_refuses_another_reference_and_other_settings(done, ranks, tmp_path):
     """A trained policy must not become the reference: resuming with the exported model as start is refused."""
-    exported = run_job(job, ranks)
     with pytest.raises(UserError, match="cannot resume: reference"):
-        run_job(job, ranks, resume=True, model_path=str(exported))
+        run_job(done, ranks, resume=True, model_path=str(exported(done)), ref_cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match="cannot resume: beta was 0.5, is now 0.1"):
-        run_job(job, ranks, resume=True, beta=0.1)
-    write_pairs(job.folder / "pairs.jsonl", range(25))
+        run_job(done, ranks, resume=True, beta=0.1)
+    write_pairs(tmp_path / "pairs.jsonl", range(25))
     with pytest.raises(UserError, match="cannot resume: data"):
-        run_job(job, ranks, resume=True)
+        run_job(done, ranks, resume=True, rlhf_dataset_path=str(tmp_path / "pairs.jsonl"))
 
 
 def test_a_run_from_before_ascii_text_goes_on_with_its_tokens(job, ranks):
@@ -234,31 +250,27 @@ def test_a_run_from_before_ascii_text_goes_on_with_its_tokens(job, ranks):
     assert "became <UNK>" in now.data.report and "in ASCII (pairs: 24" in spelled.data.report
 
 
-def test_another_model_is_refused_before_its_log_probs_are_asked_for(job, ranks):
+def test_another_model_is_refused_before_its_log_probs_are_asked_for(done, ranks):
     """No store of the exported model is there; who is told to fill one would compute the wrong model's."""
-    exported = run_job(job, ranks)
-    config = DPOConfig(**{**job.settings, "resume": True, "model_path": str(exported)})
+    config = DPOConfig(**{**done.settings, "resume": True, "model_path": str(exported(done))})
     with pytest.raises(UserError, match="cannot resume: reference was"):
         train(config, load_inputs(config, ranks), ranks)
 
 
-def test_damaged_state_is_passed_over(job, ranks, caplog):
+def test_damaged_state_is_passed_over(done, ranks, caplog):
     """One byte of the newest state flipped: the one before is used, and the damage is named."""
-    run_job(job, ranks, save_interval=2, keep_states=9)
-    before = job.weights()
-    newest = job.folder / "checkpoints" / "tiny" / "state" / "step_00000006" / "rank_00000.safetensors"
+    newest = copied_run(done, "damaged") / "state" / "step_00000006" / "rank_00000.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    run_job(job, ranks, save_interval=2, keep_states=9, resume=True)
+    run_job(done, ranks, run_name="damaged", resume=True, **SAVES)
     assert "step_00000006 is not used: rank_00000.safetensors is damaged" in caplog.text
-    assert all(torch.equal(tensor, before[name]) for name, tensor in job.weights().items())
+    assert all(torch.equal(tensor, done.weights()[name]) for name, tensor in done.weights("damaged").items())
 
 
-def test_a_run_of_the_same_name_is_not_overwritten(job, ranks):
-    run_job(job, ranks)
+def test_a_run_of_the_same_name_is_not_overwritten(done, ranks):
     with pytest.raises(UserError, match="--resume to continue it, or another --run_name"):
-        run_job(job, ranks)
+        run_job(done, ranks)
 
 
 def test_only_the_newest_states_are_kept(job, ranks):

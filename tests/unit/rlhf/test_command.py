@@ -18,7 +18,7 @@ from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf import command
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from tiny_job import ROOT, TinyJob, make_job
+from tiny_job import ROOT, TinyJob, make_job, start_rank
 
 pytestmark = pytest.mark.dist
 PRECOMPUTE, TRAIN = "launch/precompute_ref.py", "launch/train_dpo.py"
@@ -40,6 +40,13 @@ def call(
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
+def call_forked(script: str, job: TinyJob, *flags: str, **changes: object) -> tuple[int, str]:
+    """(status, stdout and stderr in one) of the same in a process that has its imports already."""
+    process = start_rank(script, {**job.settings, **changes}, flags=flags)
+    output = process.communicate(timeout=240)[0]
+    return process.wait(), output
+
+
 def files(job: TinyJob) -> set[str]:
     """Files and folders of the job: its inputs, and what a command left."""
     return {path.name for path in job.folder.iterdir()}
@@ -58,11 +65,19 @@ def assert_one_message(done: subprocess.CompletedProcess[str], *words: str) -> N
         assert word in lines[0]
 
 
+def assert_one_error(ended: tuple[int, str], *words: str) -> None:
+    """The same of a forked process, whose log stands in the same stream."""
+    status, output = ended
+    assert status == 2 and "Traceback" not in output, output
+    lines = [line for line in output.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), output
+
+
 def test_a_tokenizer_that_is_not_there(job: TinyJob) -> None:
     """The path, and what was expected there."""
     path = str(job.folder / "none.json")
-    done = call(PRECOMPUTE, job, tokenize_path=path)
-    assert_one_message(done, path, "expected a tokenizer JSON file", "No such file")
+    ended = call_forked(PRECOMPUTE, job, tokenize_path=path)
+    assert_one_error(ended, path, "expected a tokenizer JSON file", "No such file")
     assert files(job) == INPUTS
 
 
@@ -71,10 +86,10 @@ def test_a_model_folder_that_is_not_there(job: TinyJob) -> None:
     path = str(job.folder / "none")
     done = call(TRAIN, job, model_path=path)
     assert_one_message(done, path, "expected a .pth file, or a folder with one, found nothing there")
-    debug = call(PRECOMPUTE, job, "--debug", model_path=path)
-    assert debug.returncode == 1
-    assert "Traceback (most recent call last)" in debug.stderr and "in find_weights" in debug.stderr
-    assert "found nothing there" in debug.stderr
+    status, debug = call_forked(PRECOMPUTE, job, "--debug", model_path=path)
+    assert status == 1
+    assert "Traceback (most recent call last)" in debug and "in find_weights" in debug
+    assert "found nothing there" in debug
     assert files(job) == INPUTS
 
 
@@ -84,8 +99,8 @@ def test_a_record_that_is_no_pair(job: TinyJob) -> None:
     lines = path.read_text().splitlines()
     lines[2] = json.dumps({"Template": ["CUSTOM"], "User": ["hi"], "Accepted": "yes", "Rejected": ["no"]})
     path.write_text("\n".join(lines))
-    done = call(PRECOMPUTE, job)
-    assert_one_message(done, f"{path}:3: Accepted", "expected a list of one or more strings, found a string")
+    ended = call_forked(PRECOMPUTE, job)
+    assert_one_error(ended, f"{path}:3: Accepted", "expected a list of one or more strings, found a string")
     assert files(job) == INPUTS
 
 
@@ -93,8 +108,8 @@ def test_a_setting_out_of_range_in_a_file(job: TinyJob, tmp_path: Path) -> None:
     """The setting, what is allowed and what was found."""
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"beta": -1.0}))
-    done = call(PRECOMPUTE, job, "--config", str(path))
-    assert_one_message(done, "beta", "expected a finite number above 0", "found -1.0")
+    ended = call_forked(PRECOMPUTE, job, "--config", str(path))
+    assert_one_error(ended, "beta", "expected a finite number above 0", "found -1.0")
     assert files(job) == INPUTS | {"settings.json"}
 
 
@@ -103,20 +118,20 @@ def test_a_setting_out_of_range_in_a_file(job: TinyJob, tmp_path: Path) -> None:
 )
 def test_a_flag_that_cannot_be(job: TinyJob, flag: str, words: list[str]) -> None:
     """An unknown name, and a value out of range: the words in one box, status 2."""
-    done = call(PRECOMPUTE, job, flag)
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    shown = " ".join(done.stderr.split())
+    status, output = call_forked(PRECOMPUTE, job, flag)
+    assert status == 2 and "Traceback" not in output
+    shown = " ".join(output.split())
     assert all(word in shown for word in words), shown
-    assert done.stderr.count("For full helptext") == 1
+    assert output.count("For full helptext") == 1
     assert files(job) == INPUTS
 
 
 def test_dry_run_prints_and_writes_nothing(job: TinyJob) -> None:
     """The report on stdout; no folder for checkpoints, reference or records."""
-    done = call(TRAIN, job, "--dry_run")
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, output = call_forked(TRAIN, job, "--dry_run")
+    assert status == 0, output
     for words in ("kept 24 of 24 pairs", "= 8 pairs an optimizer step", "45,984 weights", "<EOA>]]"):
-        assert words in done.stdout
+        assert words in output
     assert files(job) == INPUTS
 
 
