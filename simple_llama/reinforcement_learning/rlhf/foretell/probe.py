@@ -72,14 +72,15 @@ def probe(config: RunConfig, inputs: Inputs, plan: BatchPlan, base: Base, ranks:
         frozen = open_reference(config, inputs, ranks) if in_memory else None
         engine = start_engine(config, inputs, loss_fn, ranks).engine
         start = max(0, peak_bytes(ranks.device) - base.compiled)
-        found = _passes(engine, inputs, plan, ranks)
+        found = _passes(engine, inputs, plan, ranks, frozen is not None)
         del frozen
     told = gather_objects([start, *found], ranks, list[float])
     return [Probed(int(one[0]), int(one[1]), int(one[2]), *one[3:]) for one in told]
 
 
-def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks) -> list[float]:
-    """Computes micro-batches; gives the fields of `Probed` after the first."""
+def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks, online: bool) -> list[float]:
+    """Computes micro-batches; gives the fields of `Probed` after the first. Args: online: whether a step has the
+    reference's forward pass in it, which takes as long as the policy's own."""
     pairs, device = inputs.data.train, ranks.device
     several = plan.grad_accum_steps > 1
     forget_peak(device)
@@ -87,15 +88,18 @@ def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks) -> li
     def timed(micro_batch: MicroBatch, last: bool) -> tuple[int, float]:
         """(packed rows, seconds) of a micro-batch."""
         watchdog.beat("probing")
-        # as at a run's start: margins far from 0 make gradients denormal, and a CPU many times slower
-        ref_B2 = engine.logps(PairBatch.pack([pairs[i] for i in micro_batch]).to(device))
         barrier(ranks)
         synchronize(device)
         started = time.perf_counter()
         batch = PairBatch.pack([pairs[i] for i in micro_batch]).to(device)
+        packed = time.perf_counter()
+        # as at a run's start: margins far from 0 make gradients denormal, and a CPU many times slower
+        ref_B2 = engine.logps(batch)
+        synchronize(device)
+        since = started + (0.0 if online else time.perf_counter() - packed)
         engine.backward(batch, ref_B2, 1.0 / len(batch), last)
         synchronize(device)
-        return len(batch.tokens_T), time.perf_counter() - started
+        return len(batch.tokens_T), time.perf_counter() - since
 
     largest = plan.largest_micro_batch()
     began = time.perf_counter()

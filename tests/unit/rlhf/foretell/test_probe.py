@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.foretell.memory import Base
@@ -46,6 +48,27 @@ def test_a_probe_of_a_tiny_model(ranks: Ranks, tmp_path: Path, monkeypatch: pyte
     assert found.peak == max(found.start, found.passes, found.step) > 0
     assert found.row_s > 0 and found.largest_s > 0 and found.update_s > 0
     assert {path.name for path in tmp_path.rglob("*")} == before
+
+
+def test_the_reference_counts_where_a_step_computes_it(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on 5 s in the probe's own forward pass, and else not."""
+    clock, logps = [0.0], Engine.logps
+
+    def slow(engine: Engine, batch: PairBatch) -> torch.Tensor:
+        clock[0] += 5.0
+        return logps(engine, batch)
+
+    monkeypatch.setattr(Engine, "logps", slow)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    job, found = make_job(tmp_path), []
+    for reference in ("store", "online"):
+        config = DPOConfig(**{**job.settings, "reference": reference})  # type: ignore[arg-type]
+        inputs = load_inputs(config, ranks)
+        plan = BatchPlan(inputs.data.train.rows, config.seed, 1, 2, 4)
+        found += [one.largest_s for one in probe(config, inputs, plan, Base(0, 0), ranks)]
+    assert found == [0.0, 5.0]
 
 
 def test_a_steps_seconds_by_hand() -> None:
