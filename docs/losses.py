@@ -52,6 +52,21 @@ weight; rewards, accuracies and margins count each pair once, as `launch/evaluat
 Gaps are read by rpo_gap alone, which refuses pairs without one. Log-probs depend on neither: stores of the reference
 serve whatever the weights are. A run's data digest changes with them, so none is resumed with others.
 """
+SCORED = """\
+## What is scored
+
+The last answer and the token that ends it. Two settings of the data change that, and with it the names of pairs in the
+store where a pair then scores other tokens than usual, and there alone; one store has all of them.
+
+`score: all` takes all answers of a dialogue together. An answer is found as the last one of the chat up to it; a chat
+format that writes earlier answers otherwise, as templates do that leave out what a model thought, is refused. Answers
+that are common to both chats stand in the shared prefix, and are computed once: a margin does not see them, a
+likelihood or a mean does.
+
+`mask_end_token` leaves out the token that ends an answer, on both sides, as Llama 3 did (arXiv:2407.21783, Sec. 4.1.4):
+it is in both answers, one of which the loss makes less likely. What opens an answer is never scored here. It is refused
+beside score_tail.
+"""
 CHECKED = """\
 ## How they are checked
 
@@ -97,7 +112,8 @@ def page() -> str:
         checks.append(_checked(name, told[name]))
     checks.append(_checked(SUM, told[SUM]))
     divergences = ["## Divergences", "", inspect.cleandoc(divergence_scores.__doc__ or ""), ""]
-    return "\n".join([INTRODUCTION, *about, "", *divergences, STRENGTHS, CHECKED, *checks, "", REWARDS])
+    parts = [*about, "", *divergences, STRENGTHS, SCORED, CHECKED, *checks, "", REWARDS]
+    return "\n".join([INTRODUCTION, *parts])
 
 
 _WORDS = {"logps_B2": "policy", "ref_B2": "reference", "counts_B2": "token counts", "gaps_B": "gaps"}

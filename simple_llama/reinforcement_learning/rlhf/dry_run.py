@@ -330,9 +330,11 @@ def _checkpoints(saved: SavedBytes, inputs: Inputs) -> str:
 def _show_pair(tokenizer: Tokenizer, pair: TokenizedPair) -> str:
     """Both chats decoded, special tokens shown, scored tokens between [[ and ]]."""
     lines = []
-    for (ids, scored), side in zip(pair.without_sharing(), ("chosen", "rejected"), strict=True):
-        head, tail = (
-            tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in (ids[:-scored], ids[-scored:])
-        )
-        lines.append(f"{side} ({len(ids)} tokens, {scored} scored): {head}[[{tail}]]")
+    for ids, spans, side in zip(pair.wholes, pair.scored_spans, ("chosen", "rejected"), strict=True):
+        text, done = "", 0
+        for start, stop in spans:
+            parts = (ids[done:start].tolist(), ids[start:stop].tolist())
+            head, scored = (tokenizer.decode(part, skip_special_tokens=False) for part in parts)
+            text, done = f"{text}{head}[[{scored}]]", stop
+        lines.append(f"{side} ({len(ids)} tokens, {sum(b - a for a, b in spans)} scored): {text}")
     return "\n".join(lines)

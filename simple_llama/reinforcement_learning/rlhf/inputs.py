@@ -33,6 +33,7 @@ from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import Loaded, WeightsFile, build_model, check_weights
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import reference_id
 
@@ -67,6 +68,14 @@ class ChatModelConfig(ChatConfig, ModelConfig):
 @dataclass(frozen=True)
 class InputsConfig(EngineConfig, DataConfig, ChatModelConfig):
     """What decides the inputs: the model's and the tokenizer's files, the data, and how the model is computed."""
+
+    def check_rules(self) -> None:
+        """UserError where what follows an end token is scored, and the end token is not."""
+        if self.mask_end_token and self.score_tail:
+            raise UserError(
+                "mask_end_token: expected no score_tail beside it, which scores the end token and what follows it; "
+                "leave one of both out"
+            )
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,7 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             seed=config.seed,
             ascii_text=config.ascii_text,
             max_unknown=config.max_unknown,
+            scoring=Scoring(config.score, config.mask_end_token),
         )
     numerics = {
         "dtype": str(dtype).removeprefix("torch."),

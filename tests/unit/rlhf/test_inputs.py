@@ -95,6 +95,12 @@ def test_a_given_tokenizer_goes_before_the_model_s(hf_job: TinyHFJob, ranks: Ran
     assert inputs(hf_job, ranks, tokenize_path=str(moved)).reference_id == inputs(hf_job, ranks).reference_id
 
 
+def test_an_end_token_is_masked_or_scored_with_what_follows_it() -> None:
+    """Not both."""
+    with pytest.raises(UserError, match="mask_end_token: expected no score_tail beside it"):
+        DPOConfig(mask_end_token=True, score_tail=True)
+
+
 def test_score_tail_scores_what_stands_behind_the_end(hf_job: TinyHFJob, ranks: Ranks) -> None:
     """One more token a side, the line break: TRL's way."""
     plain, tail = inputs(hf_job, ranks), inputs(hf_job, ranks, score_tail=True)

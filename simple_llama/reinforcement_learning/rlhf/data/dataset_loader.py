@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -57,10 +57,12 @@ from simple_llama.reinforcement_learning.rlhf.data.readers import (
     format_of,
     holds_a_turn,
 )
+from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
 FORMATS: tuple[str, ...] = ("Template",)  # what the records of a data set may be, of READERS
 _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
+_LAST_ANSWER = Scoring()
 _TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 
@@ -83,6 +85,10 @@ class DataConfig(Settings):
     max_unknown: Annotated[
         float, _SHARE, Before(1.0), Doc("share of the scored tokens that may be <UNK>; more is refused; in [0, 1]")
     ] = _MOST_UNKNOWN
+    score: Annotated[
+        Literal["last", "all"], Doc("answers of a dialogue that are compared: the last one, or all of them together")
+    ] = "last"
+    mask_end_token: bool = False  # leave out of what is scored the token that ends an answer, on both sides: Llama 3
     val_share: Annotated[float, _HELD_OUT] = 0.05  # share of prompts held out for evaluation, in [0, 0.5]
     seed: Annotated[int, Bounds(0, WHOLE)] = 42  # of the shuffle and the validation split
 
@@ -101,6 +107,7 @@ class RLDatasetLoader:
         max_unknown: share of the scored tokens that may be <UNK>, in [0, 1].
         default_system: what "CUSTOM" stands for where `chat` is a tokenizer; it has to be the one that the start model
             was tuned with. A chat format has its own.
+        scoring: which tokens of the chats are scored.
 
     Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
     kept, dropped, ignored) and `warnings`; both are logged; `prompts`, how many different ones there are, and
@@ -120,11 +127,12 @@ class RLDatasetLoader:
         ascii_text: bool = True,
         max_unknown: float = _MOST_UNKNOWN,
         default_system: str = DEFAULT_SYSTEM_PROMPT,
+        scoring: Scoring = _LAST_ANSWER,
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
-        self._options = ReadOptions(self._chat.default_system)
+        self._options, self._scoring = ReadOptions(self._chat.default_system), scoring
         self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
         count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
         with watchdog.patience("reading the data"):
@@ -160,7 +168,8 @@ class RLDatasetLoader:
             records = (record for file in data_files(path) for record in read_records(file, faults))
             counted = progress(records, None, "reading and tokenizing pairs")
             conversations = _read_conversations(counted, self._options, count, extra_keys, faults)
-            found = _keep_usable(_tokenize(conversations, self._chat, speller, count), max_seq_len, seed, count)
+            tokenized = _tokenize(conversations, self._chat, self._scoring, speller, count)
+            found = _keep_usable(tokenized, max_seq_len, seed, count)
         except UserError as fault:  # of a whole file
             faults.add(fault)
         faults.end()
@@ -192,7 +201,8 @@ class RLDatasetLoader:
             records = islice((record for record in read_records(file) if record.number in numbers), len(numbers))
             count = KeptCount()
             conversations = _read_conversations(records, self._options, count, Tally())
-            for conversation, pair in _tokenize(conversations, self._chat, Speller(self._spelling), count):
+            speller = Speller(self._spelling)
+            for conversation, pair in _tokenize(conversations, self._chat, self._scoring, speller, count):
                 yield (file, conversation.record), (conversation, pair)
 
 
@@ -226,7 +236,7 @@ def _read_conversations(
 
 
 def _tokenize(
-    conversations: Iterable[Conversation], chat: ChatFormat, speller: Speller, count: KeptCount
+    conversations: Iterable[Conversation], chat: ChatFormat, scoring: Scoring, speller: Speller, count: KeptCount
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
     """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
     ahead = iter(conversations)
@@ -234,15 +244,18 @@ def _tokenize(
         spelled = map(speller.spelled, batch)
         chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
         try:
-            encoded = chat.encode(chats)
+            encoded = scoring.encode(chat, chats)
         except UnsayableChat as error:
             unsaid = batch[error.index // 2]
             raise UserError(f"{unsaid.file}:{unsaid.record}: {error}") from error
         for c, chosen, rejected in zip(batch, encoded[0::2], encoded[1::2], strict=True):
             for note in dict.fromkeys(chosen.notes + rejected.notes):
                 count.noticed.add(note, f"{c.file}:{c.record}")
-            sides = (chosen.ids, chosen.scored, rejected.ids, rejected.scored)
-            yield c, TokenizedPair.from_chats(*sides, c.weight, c.gap)
+            spans = chosen.spans, rejected.spans
+            if all(start < stop for side in spans for start, stop in side):
+                yield c, TokenizedPair.from_spans(chosen.ids, rejected.ids, spans, c.weight, c.gap)
+            else:
+                count.dropped.add("an answer of no scored token", f"{c.file}:{c.record}")
 
 
 def _keep_usable(
@@ -292,6 +305,11 @@ def _unknown_tokens(pairs: PairSet, unknown_id: int | None) -> Unknown:
             np.add.at(in_scored_N, owners_U, is_scored_U)
     if not in_chats_N.any():
         return Unknown()
+    if pairs.spans is not None:
+        for index in np.flatnonzero(in_chats_N).tolist():
+            pair = pairs[index]
+            scored = (whole[at] for whole, at in zip(pair.wholes, pair.scored_at, strict=True))
+            in_scored_N[index] = sum(np.count_nonzero(some == unknown_id) for some in scored)
     having, scored = np.flatnonzero(in_chats_N), np.flatnonzero(in_scored_N)
     return Unknown(
         tokens=int(in_chats_N.sum(dtype=np.int64)),

@@ -4,7 +4,8 @@
     positions            0..P-1     P..             P..
 
 The last token of each branch predicts nothing and is not in the stream; the last prefix row predicts the first token
-of both branches. Shapes: B pairs, T packed rows, N scored tokens.
+of both branches. Where earlier answers are scored too, they may stand in the prefix: its rows then predict for both
+chats. Shapes: B pairs, T packed rows, N scored tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from simple_llama.common.files import digest
 from simple_llama.ops.attention import PackedLayout
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import as_keys
 
+Spans = tuple[tuple[int, int], ...]  # (start, stop) of scored tokens in a whole chat, in order; it ends with the last
+
 
 @dataclass(frozen=True)
 class TokenizedPair:
     """Two chats that answer the same prompt, split into their common prefix and a branch each (int32 token ids)."""
 
-    prefix: np.ndarray  # common first tokens, never past the first scored token of either chat
-    chosen: np.ndarray  # the rest of the chosen chat; its last `chosen_scored` tokens are scored
+    prefix: np.ndarray  # common first tokens, never past the first token of either last answer
+    chosen: np.ndarray  # the rest of the chosen chat, which ends with a scored token
     rejected: np.ndarray  # the rest of the rejected chat
-    chosen_scored: int
+    chosen_scored: int  # scored tokens
     rejected_scored: int
     digest: bytes  # 16 bytes over both whole chats and the scored spans: the pair's name (see pair_key)
     weight: float = 1.0  # factor of its loss; like the gap no part of its name, since log-probs do not depend on it
     gap: float | None = None  # reward of the chosen answer less that of the rejected one
+    spans: tuple[Spans, Spans] | None = None  # what is scored of both chats; None: the last `*_scored` tokens of each
 
     @classmethod
     def from_chats(
@@ -51,33 +55,81 @@ class TokenizedPair:
         for side, ids, scored in (("chosen", chosen_ids, chosen_scored), ("rejected", rejected_ids, rejected_scored)):
             if not 0 < scored < len(ids):
                 raise ValueError(f"{side}: {scored} scored of {len(ids)} tokens; expected 1..{len(ids) - 1}")
+        chosen, rejected = len(chosen_ids), len(rejected_ids)
+        spans = ((chosen - chosen_scored, chosen),), ((rejected - rejected_scored, rejected),)
+        return cls.from_spans(chosen_ids, rejected_ids, spans, weight, gap)
+
+    @classmethod
+    def from_spans(
+        cls,
+        chosen_ids: Sequence[int],
+        rejected_ids: Sequence[int],
+        spans: tuple[Spans, Spans],
+        weight: float = 1.0,
+        gap: float | None = None,
+    ) -> TokenizedPair:
+        """Builds a pair from two whole chats (token ids), of which `spans` are scored.
+
+        Raises ValueError where a span is empty, or they are not in order, with a token before the first that predicts
+        it and none behind the last.
+        """
+        for side, ids, some in zip(("chosen", "rejected"), (chosen_ids, rejected_ids), spans, strict=True):
+            edges = [0, *(edge for span in some for edge in span)]
+            if edges != sorted(set(edges)) or edges[-1] != len(ids):
+                raise ValueError(f"{side}: expected spans in order up to {len(ids)}, found {some}")
         chosen, rejected = np.asarray(chosen_ids, dtype=np.int32), np.asarray(rejected_ids, dtype=np.int32)
-        limit = min(len(chosen) - chosen_scored, len(rejected) - rejected_scored)
+        limit = min(spans[0][-1][0], spans[1][-1][0])
         differs = np.flatnonzero(chosen[:limit] != rejected[:limit])
         shared = int(differs[0]) if len(differs) else limit
         if shared == 0:
             raise ValueError("the two chats do not start with the same token")
+        chosen_scored, rejected_scored = (sum(stop - start for start, stop in side) for side in spans)
+        kept = None if len(spans[0]) == len(spans[1]) == 1 else spans
         return cls(
             prefix=chosen[:shared],
             chosen=chosen[shared:],
             rejected=rejected[shared:],
             chosen_scored=chosen_scored,
             rejected_scored=rejected_scored,
-            digest=_name(chosen, chosen_scored, rejected, rejected_scored),
+            digest=_name(chosen, chosen_scored, rejected, rejected_scored, kept),
             weight=weight,
             gap=gap,
+            spans=kept,
         )
 
     @property
     def swapped_digest(self) -> bytes:
         """The name of the pair in which the other answer is preferred."""
-        chosen, rejected = np.concatenate((self.prefix, self.chosen)), np.concatenate((self.prefix, self.rejected))
-        return _name(rejected, self.rejected_scored, chosen, self.chosen_scored)
+        chosen, rejected = self.wholes
+        spans = self.spans and (self.spans[1], self.spans[0])
+        return _name(rejected, self.rejected_scored, chosen, self.chosen_scored, spans)
+
+    @property
+    def wholes(self) -> tuple[np.ndarray, np.ndarray]:
+        """int32 token ids of the two whole chats."""
+        return np.concatenate((self.prefix, self.chosen)), np.concatenate((self.prefix, self.rejected))
+
+    @property
+    def scored_spans(self) -> tuple[Spans, Spans]:
+        """What is scored of the two whole chats."""
+        if self.spans:
+            return self.spans
+        chosen, rejected = self.chosen_len, self.rejected_len
+        return ((chosen - self.chosen_scored, chosen),), ((rejected - self.rejected_scored, rejected),)
+
+    @property
+    def scored_at(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the scored tokens in the two whole chats."""
+        chosen, rejected = (np.concatenate([np.arange(*span) for span in side]) for side in self.scored_spans)
+        return chosen, rejected
 
     @property
     def scores_one_answer(self) -> bool:
         """Whether both sides score the same tokens: only what stands before them differs, or nothing."""
         scored = self.chosen_scored
+        if self.spans:
+            chosen, rejected = (whole[at] for whole, at in zip(self.wholes, self.scored_at, strict=True))
+            return np.array_equal(chosen, rejected)
         return scored == self.rejected_scored and np.array_equal(self.chosen[-scored:], self.rejected[-scored:])
 
     @property
@@ -98,19 +150,33 @@ class TokenizedPair:
     @property
     def prompt_ids(self) -> np.ndarray:
         """int32 token ids of the chosen chat up to its last <SOA>: what a model is asked to continue."""
-        return np.concatenate([self.prefix, self.chosen])[: -self.chosen_scored]
+        return self.wholes[0][: self.scored_spans[0][-1][0]]
+
+    @property
+    def last_answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """int32 scored token ids of the last answer of both chats."""
+        chosen, rejected = (whole[spans[-1][0] :] for whole, spans in zip(self.wholes, self.scored_spans, strict=True))
+        return chosen, rejected
 
     def without_sharing(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
         """Both chats whole, each with its scored count: what a trainer without prefix sharing computes."""
-        whole = (np.concatenate([self.prefix, branch]) for branch in (self.chosen, self.rejected))
-        chosen, rejected = whole
+        chosen, rejected = self.wholes
         return (chosen, self.chosen_scored), (rejected, self.rejected_scored)
 
 
-def _name(chosen: np.ndarray, chosen_scored: int, rejected: np.ndarray, rejected_scored: int) -> bytes:
-    """The digest of two whole chats (int32 ids) and how many of their last tokens are scored."""
+def _name(
+    chosen: np.ndarray,
+    chosen_scored: int,
+    rejected: np.ndarray,
+    rejected_scored: int,
+    spans: tuple[Spans, Spans] | None,
+) -> bytes:
+    """The digest of two whole chats (int32 ids) and how many of their last tokens, or which of all, are scored."""
     header = np.asarray([len(chosen), chosen_scored, len(rejected), rejected_scored], dtype="<i8")
-    return digest(header.data, chosen.astype("<i4", copy=False).data, rejected.astype("<i4", copy=False).data, size=16)
+    parts = [header, chosen.astype("<i4", copy=False), rejected.astype("<i4", copy=False)]
+    if spans:
+        parts += [np.asarray([len(side), *(edge for span in side for edge in span)], dtype="<i8") for side in spans]
+    return digest(*(part.data for part in parts), size=16)
 
 
 @dataclass(frozen=True)
@@ -153,13 +219,11 @@ class PairBatch:
             tokens += [pair.prefix, pair.chosen[:-1], pair.rejected[:-1]]
             positions += [np.arange(shared)]
             branch_start = start + shared
-            for branch, scored in ((pair.chosen, pair.chosen_scored), (pair.rejected, pair.rejected_scored)):
+            for branch, whole, at in zip((pair.chosen, pair.rejected), pair.wholes, pair.scored_at, strict=True):
                 positions.append(np.arange(shared, shared + len(branch) - 1))
-                # branch token i is predicted by branch row i - 1, and token 0 by the last prefix row
-                predicted_by = np.arange(branch_start - 1, branch_start + len(branch) - 1)
-                predicted_by[0] = start + shared - 1
-                rows.append(predicted_by[len(branch) - scored :])
-                targets.append(branch[len(branch) - scored :])
+                # a token is predicted by the row before it, the first of a branch by the last of the prefix
+                rows.append(np.where(at <= shared, start, branch_start - shared) + at - 1)
+                targets.append(whole[at])
                 branch_start += len(branch) - 1
             segments.append((shared, (len(pair.chosen) - 1, len(pair.rejected) - 1)))
             start = branch_start

@@ -18,6 +18,7 @@ import numpy as np
 from simple_llama.common.files import digest
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
+from simple_llama.reinforcement_learning.rlhf.data.span_table import SpanBuffer, SpanTable
 
 # Where the tokens of a pair begin, how many it has (prefix, then chosen, then rejected), and where its text is.
 PLACE = np.dtype(
@@ -46,6 +47,7 @@ class PairSet(Sequence[TokenizedPair]):
     places: np.ndarray  # (N,) of PLACE
     files: tuple[str, ...]  # names of the data files
     strengths: np.ndarray | None = None  # (N,) of _STRENGTH; None: no pair has a weight or a gap
+    spans: SpanTable | None = None  # None: each pair scores the last tokens of its chats
 
     @classmethod
     def of(cls, pairs: Iterable[TokenizedPair], origins: Iterable[tuple[str, int]] | None = None) -> PairSet:
@@ -80,13 +82,15 @@ class PairSet(Sequence[TokenizedPair]):
             digest=name,
             weight=weight,
             gap=None if math.isnan(gap) else gap,
+            spans=None if self.spans is None else self.spans[index],
         )
 
     def select(self, positions: Sequence[int] | np.ndarray | slice) -> PairSet:
         """The pairs at these positions, in this order; their tokens are not copied."""
         where = positions if isinstance(positions, slice) else np.asarray(positions, dtype=np.intp)
         strengths = None if self.strengths is None else self.strengths[where]
-        return PairSet(self.tokens, self.keys[where], self.places[where], self.files, strengths)
+        spans = None if self.spans is None else self.spans.select(where)
+        return PairSet(self.tokens, self.keys[where], self.places[where], self.files, strengths, spans)
 
     def origin(self, index: int) -> str:
         """`file:record` of a pair, for messages."""
@@ -146,7 +150,8 @@ class PairSet(Sequence[TokenizedPair]):
     @property
     def nbytes(self) -> int:
         """Bytes that the set needs beside the tokens."""
-        return self.keys.nbytes + self.places.nbytes + (0 if self.strengths is None else self.strengths.nbytes)
+        others = (part.nbytes for part in (self.strengths, self.spans) if part is not None)
+        return self.keys.nbytes + self.places.nbytes + sum(others)
 
 
 class PairBuffer:
@@ -160,6 +165,7 @@ class PairBuffer:
         self._tokens = array("i")
         self._keys, self._places = bytearray(), bytearray()
         self._strengths = bytearray()  # of the pairs up to the last that has a weight or a gap
+        self._spans = SpanBuffer()
         self._files: dict[str, int] = {}
         self._slots = array("i", [_FREE]) * _FIRST_SLOTS  # position of a pair whose digest starts its search here
 
@@ -179,6 +185,8 @@ class PairBuffer:
         if pair.weight != 1 or pair.gap is not None:
             self._fill_strengths()
             self._strengths += _PACKED_STRENGTH.pack(pair.weight, math.nan if pair.gap is None else pair.gap)
+        if pair.spans:
+            self._spans.append(pair.spans, len(self))
         number = self._files.setdefault(file, len(self._files))
         parts = (pair.prefix, pair.chosen, pair.rejected)
         self._places += _PACKED_PLACE.pack(len(self._tokens), *map(len, parts), number, record)
@@ -196,7 +204,8 @@ class PairBuffer:
         strengths = np.frombuffer(self._strengths, _STRENGTH)
         for part in (tokens, keys, places, strengths):
             part.setflags(write=False)  # pairs are views of them
-        return PairSet(tokens, keys, places, tuple(self._files), strengths if len(strengths) else None)
+        spans = self._spans.finish(len(self))
+        return PairSet(tokens, keys, places, tuple(self._files), strengths if len(strengths) else None, spans)
 
     def _fill_strengths(self) -> None:
         """Notes that the pairs since the last one which has a weight or a gap have none."""

@@ -95,12 +95,7 @@ def _pair_text(chat: ChatFormat, held_out: PairSet, position: int) -> PairText:
     """A pair as text: the prompt with its special tokens, answers without."""
     pair = held_out[position]
     prompt = chat.spell(pair.prompt_ids.tolist())
-    sides = ((pair.prefix, pair.chosen, pair.chosen_scored), (pair.prefix, pair.rejected, pair.rejected_scored))
-    answers = []
-    for prefix, branch, scored in sides:
-        ids = [*prefix.tolist(), *branch.tolist()][-scored:]
-        answers.append(answer_text(chat, ids))
-    return PairText(prompt, *answers)
+    return PairText(prompt, *(answer_text(chat, ids.tolist()) for ids in pair.last_answers))
 
 
 def _write(facts: RunFacts, weights: str, seconds: float | None, texts: Mapping[int, PairText]) -> Path:

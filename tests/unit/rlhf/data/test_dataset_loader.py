@@ -25,6 +25,7 @@ from simple_llama.common.files import digest
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from simple_llama.finetune.chat_config import ChatConfig
+from simple_llama.finetune.chat_format import SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, encode_chat, encode_prompt
 from simple_llama.reinforcement_learning.rlhf.data import dataset_loader
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
@@ -35,6 +36,7 @@ from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
 )
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, Reader, from_template
+from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,47 @@ def test_a_file_that_has_changed_is_not_shown(tmp_path: Path, tokenizer: Tokeniz
     path.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         loader.conversations(loader.train)
+
+
+def test_all_answers_or_none_of_the_ends(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Two turns and one: what is scored by `score` and `mask_end_token`. A pair has another name where that is another
+    than usual, and there alone; where last answers are the same, all of them may still differ. Conversations are found
+    again."""
+    turns: dict[str, Any] = {"User": ["a", "b"], "Accepted": ["c", "d e"], "Rejected": ["x", "f"]}
+    same_last = {**turns, "User": ["a", "g"], "Rejected": ["x", "d e"]}
+    path = written(tmp_path, record(**turns), record(), record(**same_last))
+    names: dict[Scoring, list[bytes]] = {}
+    for scoring, said in (
+        (Scoring(), [["d e<EOA>", "f<EOA>"]]),
+        (Scoring("all"), [["c<EOA>d e<EOA>", "x<EOA>f<EOA>"], ["c<EOA>d e<EOA>", "x<EOA>d e<EOA>"]]),
+        (Scoring("last", True), [["d e", "f"]]),
+        (Scoring("all", True), [["cd e", "xf"], ["cd e", "xd e"]]),
+    ):
+        loader = load(path, tokenizer, scoring=scoring)
+        chat = SimpleLLaMAChat(tokenizer)
+        found = [
+            ["".join(chat.spell(whole[a:b].tolist()) for a, b in spans) for whole, spans in zip(*sides, strict=True)]
+            for sides in ((pair.wholes, pair.scored_spans) for pair in loader.train)
+        ]
+        assert found[:1] + found[2:] == said
+        assert loader.report == f"kept {len(said) + 1} of 3 pairs" + (
+            f" (1 same last answer); first same last answer: {path}:3" if len(said) == 1 else ""
+        )
+        assert [c.chosen[-1] for c in loader.conversations(loader.train)][:2] == ["d e", "Hello!"]
+        names[scoring] = [pair.digest for pair in loader.train]
+    assert len({found[0] for found in names.values()}) == 4  # two turns: four names
+    assert names[Scoring()][1] == names[Scoring("all")][1] != names[Scoring("last", True)][1]  # one turn: two
+    assert names[Scoring("last", True)][1] == names[Scoring("all", True)][1]
+
+
+def test_unknown_tokens_are_counted_in_all_answers(tmp_path: Path, shared_dir: Path) -> None:
+    """Of two answers the first holds what the tokenizer does not know: scored where all are."""
+    original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
+    turns: dict[str, Any] = {"User": ["a", "b"], "Accepted": ["\u0416", "d"], "Rejected": ["x", "e"]}
+    path = written(tmp_path, record(**turns))
+    last, both = (load(path, original, **AS_IT_IS, scoring=Scoring(score)) for score in ("last", "all"))
+    assert "became <UNK>" in last.report and not any("scored" in warning for warning in last.warnings)
+    assert any("of the scored answer tokens are <UNK>" in warning for warning in both.warnings)
 
 
 def test_weights_and_gaps_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:

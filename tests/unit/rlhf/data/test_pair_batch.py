@@ -41,6 +41,44 @@ def test_a_batch_knows_the_names_of_its_pairs() -> None:
     assert batch.keys.tobytes() == as_keys([pair.digest for pair in pairs], [(1, 2), (1, 2)]).tobytes()
 
 
+def test_several_answers_by_hand() -> None:
+    """Chats 1 2 [3] 4 [5 6] and 1 2 [3] 4 [7]: the first answer is shared, so the row of the token before it predicts
+    for both; the prefix ends before the last answers. The spans are in the name, and in that of the swapped pair."""
+    spans = ((2, 3), (4, 6)), ((2, 3), (4, 5))
+    pair = TokenizedPair.from_spans([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], spans)
+    batch = PairBatch.pack([TokenizedPair.from_chats([8, 9], 1, [8, 10], 1), pair])
+    assert pair.prefix.tolist() == [1, 2, 3, 4] and batch.counts == ((1, 1), (3, 2))
+    assert batch.tokens_T.tolist() == [8, 1, 2, 3, 4, 5] and batch.positions_T.tolist() == [0, 0, 1, 2, 3, 4]
+    assert batch.rows_N.tolist() == [0, 0, *(2, 4, 5), *(2, 4)]
+    assert batch.targets_N.tolist() == [9, 10, *(3, 5, 6), *(3, 7)]
+    assert pair.prompt_ids.tolist() == [1, 2, 3, 4]
+    assert [ids.tolist() for ids in pair.last_answers] == [[5, 6], [7]]
+    last = TokenizedPair.from_chats([1, 2, 3, 4, 5, 6], 2, [1, 2, 3, 4, 7], 1)
+    other = TokenizedPair.from_spans([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], (((1, 2), (4, 6)), ((1, 2), (4, 5))))
+    assert len({pair.digest, last.digest, other.digest}) == 3
+    assert (
+        TokenizedPair.from_spans([1, 2, 3, 4, 7], [1, 2, 3, 4, 5, 6], (spans[1], spans[0])).digest
+        == pair.swapped_digest
+    )
+    # one span a side is what was there before: the same pair
+    assert TokenizedPair.from_spans([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], (((4, 6),), ((4, 5),))).digest == last.digest
+
+
+def test_different_first_answers_score_two_pairs_of_tokens() -> None:
+    """Chats 1 [2] 3 [4] and 1 [5] 3 [4]: the last answers are the same, all of them are not."""
+    spans = ((1, 2), (3, 4)), ((1, 2), (3, 4))
+    assert not TokenizedPair.from_spans([1, 2, 3, 4], [1, 5, 3, 4], spans).scores_one_answer
+    assert TokenizedPair.from_spans([1, 2, 3, 4], [1, 2, 6, 4], spans).scores_one_answer
+    assert TokenizedPair.from_chats([1, 2, 3, 4], 1, [1, 5, 3, 4], 1).scores_one_answer
+
+
+@pytest.mark.parametrize("some", [(), ((0, 3),), ((1, 1), (2, 3)), ((1, 2),), ((1, 2), (2, 3)), ((2, 3), (1, 3))])
+def test_spans_must_be_in_order_up_to_the_end(some) -> None:
+    """None, no token before the first, an empty one, one that ends early, two that touch, two in disorder."""
+    with pytest.raises(ValueError, match="rejected: expected spans in order up to 3"):
+        TokenizedPair.from_spans([1, 2, 3], [1, 2, 4], (((1, 3),), some))
+
+
 def test_a_batch_has_weights_and_gaps() -> None:
     """fp32, in the order of the stream: 1 and NaN where nothing is said. They are no part of a pair's name."""
     pair = TokenizedPair.from_chats([1, 2, 8], 1, [1, 2, 9], 1)
@@ -67,12 +105,15 @@ def test_different_earlier_turns_are_context_in_the_branches():
 def test_every_scored_token_is_predicted_by_the_token_before_it(triples):
     """For any pairs: row r of a scored token holds the token before it in its own chat, at that token's position."""
     pairs = [TokenizedPair.from_chats([1, *p, *c], len(c), [1, *p, *r], len(r)) for p, c, r in triples]
+    for p, c, r in triples:  # with a first answer, of one token, which may differ too
+        spans = [((1, 2), (2 + len(p), 2 + len(p) + len(answer))) for answer in (c, r)]
+        pairs.append(TokenizedPair.from_spans([1, c[-1], *p, *c], [1, r[-1], *p, *r], (spans[0], spans[1])))
     batch = PairBatch.pack(pairs)
     assert len(batch.tokens_T) == sum(pair.rows for pair in pairs) == batch.layout.rows
     place = 0
     for pair in pairs:
-        for chat, scored in pair.without_sharing():
-            for index in range(len(chat) - scored, len(chat)):
+        for chat, scored_at in zip(pair.wholes, pair.scored_at, strict=True):
+            for index in scored_at:
                 row = batch.rows_N[place]
                 assert batch.targets_N[place] == chat[index]
                 assert batch.tokens_T[row] == chat[index - 1] and batch.positions_T[row] == index - 1

@@ -122,6 +122,23 @@ def test_the_digest_of_a_data_set_has_its_weights_and_gaps() -> None:
     assert sets[0][1:].digest == PairSet.of(PAIRS[1:]).digest
 
 
+# === spans ===
+
+
+def test_spans_are_kept_where_a_pair_has_some() -> None:
+    """Pairs before and behind it have none; choices keep them; none at all where no pair has any."""
+    spans = ((1, 2), (3, 4), (5, 7)), ((1, 2), (3, 4), (5, 6))
+    several = TokenizedPair.from_spans([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 8], spans)
+    given = [PAIRS[0], several, PAIRS[1], replace(several, weight=2.0), PAIRS[2]]
+    pairs = PairSet.of(given)
+    assert [pair.spans for pair in pairs] == [None, spans, None, spans, None]
+    assert [content(pair) for pair in pairs] == [content(pair) for pair in given]
+    assert [pair.spans for pair in pairs.select([3, 0])] == [spans, None]
+    assert [pair.spans for pair in pairs[2:]] == [None, spans, None] and pairs.keys["counts"][1].tolist() == [4, 3]
+    assert pairs.nbytes == (52 + 16 + 16) * 5 + 8 * 12 and PairSet.of(PAIRS).spans is None
+    assert PairBatch.pack(list(pairs)).rows_N.tolist() == PairBatch.pack(given).rows_N.tolist()
+
+
 # === the buffer that grows ===
 
 

@@ -49,14 +49,32 @@ def random_pairs(seed: int, count: int) -> list[TokenizedPair]:
     return pairs
 
 
+def random_dialogues(seed: int, count: int) -> list[TokenizedPair]:
+    """Two answers of 1-6 tokens on each side, all scored; the first one is common to both sides every other time."""
+    rng, pairs = np.random.default_rng(seed), []
+
+    def some(most: int) -> list[int]:
+        return rng.integers(2, VOCAB, rng.integers(1, most)).tolist()
+
+    for number in range(count):
+        prompt, answer, question, sides, spans = [1, *some(9)], some(7), some(5), [], []
+        for _ in range(2):
+            first, last = answer if number % 2 else some(7), some(7)
+            context = [*prompt, *first, *question]
+            spans.append(((len(prompt), len(prompt) + len(first)), (len(context), len(context) + len(last))))
+            sides.append([*context, *last])
+        pairs.append(TokenizedPair.from_spans(sides[0], sides[1], (spans[0], spans[1])))
+    return pairs
+
+
 def alone(model: LLaMaTransformer, pairs: list[TokenizedPair], pad: int) -> torch.Tensor:
     """The plain way: each chat whole, on its own, padded behind; log_softmax of all logits, then gather."""
     sums = []
     for pair in pairs:
-        for ids, scored in pair.without_sharing():
+        for ids, scored_at in zip(pair.wholes, pair.scored_at, strict=True):
             row = torch.tensor([[*ids.tolist(), *[0] * pad]])
             logps = model(row)[0, : len(ids) - 1].float().log_softmax(-1)
-            sums.append(logps.gather(1, row[0, 1 : len(ids), None])[-scored:].sum())
+            sums.append(logps.gather(1, row[0, 1 : len(ids), None])[torch.from_numpy(scored_at) - 1].sum())
     return torch.stack(sums).view(-1, 2)
 
 
@@ -65,7 +83,7 @@ def alone(model: LLaMaTransformer, pairs: list[TokenizedPair], pad: int) -> torc
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 6), pad=st.integers(0, 9))
 def test_packed_and_shared_equals_each_chat_alone(shape, seed, count, pad):
     """fp32, 1e-5 a token: for any lengths, order, neighbours and padding."""
-    model, pairs = tiny_model(**shape), random_pairs(seed, count)
+    model, pairs = tiny_model(**shape), random_pairs(seed, count) + random_dialogues(seed, count)
     with torch.no_grad():
         packed, plain = pair_logps(model, PairBatch.pack(pairs)), alone(model, pairs, pad)
     counts = torch.tensor(PairBatch.pack(pairs).counts)
@@ -92,7 +110,7 @@ def test_order_and_company_do_not_matter():
 def test_loss_at_step_0_and_its_gradient():
     """Policy == reference, beta 0.5, 3 pairs: the sum is 3 ln 2; d loss / d logp is -0.25 for chosen and +0.25 for
     rejected, so the gradient equals that of -0.25 * sum(chosen - rejected); it is not zero though rewards are."""
-    model, pairs = tiny_model(), random_pairs(7, 3)
+    model, pairs = tiny_model(), random_pairs(7, 2) + random_dialogues(7, 2)[1:]
     batch = PairBatch.pack(pairs)
     loss_fn = PreferenceLoss(beta=0.5)
     reference = pair_logps(model, batch)
