@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 from typing_extensions import Doc
 
+from simple_llama.common.errors import UserError
 from simple_llama.common.settings import Bounds, CountOrNone, Settings
 from simple_llama.inference.steps import Steps
 from simple_llama.pretraining.kv_cache import KVCache
@@ -23,8 +24,8 @@ _FIRST_LOOK = 64  # tokens among which a nucleus is looked for first
 
 
 @dataclass(frozen=True)
-class Sampling(Settings):
-    """How the next token is drawn."""
+class NextToken(Settings):
+    """From what the next token is drawn."""
 
     # === Sampling ===
     temperature: Annotated[float, Bounds(0, 100), Doc("logits are divided by it; 0: always the most likely token")] = (
@@ -35,12 +36,23 @@ class Sampling(Settings):
         Bounds(0, 1, above=True),
         Doc("only the likeliest tokens that together have this probability are drawn (nucleus, arXiv:1904.09751)"),
     ] = 1.0
-    seed: CountOrNone = 0  # of the draws: the same answers again
 
     @property
     def is_greedy(self) -> bool:
         """Whether nothing is drawn."""
         return self.temperature == 0
+
+    def check_rules(self) -> None:
+        """UserError for an option without effect."""
+        if self.top_p < 1 and self.is_greedy:
+            raise UserError("top_p: expected a temperature above 0 beside it, found 0, where it has no effect")
+
+
+@dataclass(frozen=True)
+class Sampling(NextToken):
+    """How answers are drawn."""
+
+    seed: CountOrNone = 0  # of the draws: the same answers again
 
     def generator(self, number: int) -> torch.Generator:
         """The draws of answer `number`: others for each, the same at any time and whatever is drawn beside them."""

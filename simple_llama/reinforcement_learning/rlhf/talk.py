@@ -51,11 +51,6 @@ class _TalkConfig(Sampling, ChatModelConfig):
         Doc("of the computation; auto: bfloat16 where the device has units for it"),
     ] = "auto"
 
-    def check_rules(self) -> None:
-        """UserError for options without effect."""
-        if self.top_p < 1 and self.is_greedy:
-            raise UserError("top_p: expected a temperature above 0 beside it, found 0, where it has no effect")
-
 
 def talk(argv: Sequence[str] | None = None, description: str | None = None) -> None:
     """Parses the command line, opens the models, and talks until the end of the input.

@@ -201,3 +201,9 @@ def test_what_cannot_be_sampled_is_refused(wrong: dict[str, Any]) -> None:
     """Named, with what is allowed."""
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_a_nucleus_of_greedy_answers_is_refused() -> None:
+    """It would have no effect."""
+    with pytest.raises(UserError, match="top_p: expected a temperature above 0 beside it"):
+        Sampling(top_p=0.5)

@@ -14,6 +14,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.common.settings import Bounds, Count, CountOrNone, PathText, Settings, parse_settings, peek_settings
 from simple_llama.finetune.chat_config import ChatConfig
+from simple_llama.inference.generate import NextToken
 from simple_llama.interop.open_start import start_metadata
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig
 from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig
@@ -54,18 +55,12 @@ class ModelsConfig(Settings):
 
 
 @dataclass(frozen=True)
-class AnswersConfig(Settings):
+class AnswersConfig(NextToken):
     """What the models are asked to write, and who judges it."""
 
     # === Answers ===
     generate: CountOrNone = 0  # different prompts of the pairs that each model answers; 0: none
     max_new_tokens: Annotated[int, Bounds(1, 65536)] = 128  # tokens of an answer, at most
-    temperature: Annotated[float, Bounds(0.0, 100.0)] = 0.0  # 0: always the most likely token
-    top_p: Annotated[
-        float,
-        Bounds(0.0, 1.0, above=True),
-        Doc("only the likeliest tokens with this sum, where temperature is not 0"),
-    ] = 1.0
     judge: Annotated[
         str, Doc("command that says which of two answers is better (docs/evaluate.md); run without a shell")
     ] = ""
@@ -74,11 +69,9 @@ class AnswersConfig(Settings):
     ] = 600.0
 
     def check_rules(self) -> None:
-        """UserError for options without effect."""
+        """UserError for a judge without effect."""
         if self.judge and not self.generate:
             raise UserError("judge: expected --generate N beside it, found 0: there is nothing to judge")
-        if self.top_p < 1 and not self.temperature:
-            raise UserError("top_p: expected a temperature above 0 beside it, found 0, where it has no effect")
 
 
 @dataclass(frozen=True)

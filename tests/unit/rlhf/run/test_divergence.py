@@ -61,10 +61,11 @@ def test_the_reference_is_read_a_block_at_a_time(start: Path) -> None:
 
 
 def test_k3_by_hand() -> None:
-    """r = ln 2 gives 2 - 1 - ln 2 = 0.3069, r = -ln 2 gives 0.5 - 1 + ln 2 = 0.1931, r = 0 nothing; by answers of two
-    tokens and of one."""
+    """r = ln 2 gives 2 - 1 - ln 2 = 0.3069, r = -ln 2 gives 0.5 - 1 + ln 2 = 0.1931, r = 0 nothing; by answers of one
+    token, and of two and one."""
     policy = torch.tensor([0.0, 0.0, -3.0], dtype=torch.float64)
     ref = torch.tensor([math.log(2), -math.log(2), -3.0], dtype=torch.float64)
+    assert k3_sums(policy, ref, [1, 1, 1]) == pytest.approx([1 - math.log(2), math.log(2) - 0.5, 0.0], abs=1e-12)
     assert k3_sums(policy, ref, [2, 1]) == pytest.approx([0.5, 0.0], abs=1e-12)
 
 
