@@ -18,7 +18,8 @@ import pytest
 from tiny_job import ROOT, TinyJob, free_port, make_job, run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-PRECOMPUTE, TRAIN = "launch/precompute_ref.py", "launch/train_dpo.py"
+TRAIN = "launch/train_dpo.py"
+BOTH = "simple_llama/reinforcement_learning/rlhf/apply_dpo.py"  # the reference pass, then training
 Variables = dict[str, object]
 
 
@@ -26,8 +27,7 @@ Variables = dict[str, object]
 def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
     """A job whose run "expected" was started with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
     job = make_job(tmp_path_factory.mktemp("starts"))
-    for script in (PRECOMPUTE, TRAIN):
-        run_ranks(script, settings(job, "expected"), world=2, port=free_port())
+    run_ranks(BOTH, settings(job, "expected"), world=2, port=free_port())
     return job
 
 
@@ -51,15 +51,14 @@ def start(command: list[str], settings: dict[str, object], variables: Variables)
 
 def run_both(job: TinyJob, name: str, commands: list[list[str]], variables: list[Variables]) -> None:
     """The reference pass and the training of run `name` by two processes; the curve must be the expected one."""
-    for script in (PRECOMPUTE, TRAIN):
-        address: Variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        started = [
-            start([*(part.format(**address) for part in command), script], settings(job, name), {**address, **own})
-            for command, own in zip(commands, variables, strict=True)
-        ]
-        outputs = [process.communicate(timeout=240)[0] for process in started]
-        assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
-        assert script == TRAIN or ("computed 24 pairs" in outputs[0] and "2 ranks" in outputs[0])
+    address: Variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = [
+        start([*(part.format(**address) for part in command), BOTH], settings(job, name), {**address, **own})
+        for command, own in zip(commands, variables, strict=True)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    assert "computed 24 pairs" in outputs[0] and "2 ranks" in outputs[0]
     for curve in ("loss", "eval_loss", "grad_norm"):
         assert job.curve(curve, name) == job.curve(curve, "expected"), curve
 

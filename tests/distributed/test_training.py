@@ -59,7 +59,8 @@ def test_bf16_zero_2_and_zero_3_agree(job):
     base = {**job.settings, "grad_accum_steps": 2, "save_interval": 2, "keep_states": 9}
     for name in ("zero2_bf16", "zero3_bf16"):
         settings = {**base, "run_name": name, "deepspeed_config": str(ROOT / "ds_configs" / f"{name}.json")}
-        run_two(PRECOMPUTE, settings)
+        if name == "zero2_bf16":
+            run_two(PRECOMPUTE, settings)  # one store serves both
         run_two(TRAIN, settings)
         assert job.curve("eval_loss", name)[0] == pytest.approx(0.693147, abs=1e-3)
         assert job.curve("loss", name)[0] == pytest.approx(0.693147, abs=1e-3)

@@ -37,16 +37,17 @@ def test_every_parameter_takes_part_in_every_micro_batch(name: str) -> None:
 
 
 def test_the_run_is_the_same(tmp_path: Path, ranks: Ranks) -> None:
-    """Six steps in bf16 with and without: losses to 1e-4, gradient norms to 1e-3."""
+    """Three steps in bf16 with and without: losses to 1e-4, gradient norms to 1e-3."""
     job = make_job(tmp_path)
     for run, once in (("each", False), ("once", True)):
-        settings = {**job.settings, "run_name": run, "reference": "online", "n_samples": 0, "reduce_once": once}
+        own = {"run_name": run, "reference": "online", "n_samples": 0, "reduce_once": once, "epochs": 1}
+        settings = {**job.settings, **own}
         settings["deepspeed_config"] = str(ROOT / "ds_configs" / "zero2_bf16.json")
         config = DPOConfig(**settings)
         train(config, load_inputs(config, ranks), ranks)
     np.testing.assert_allclose(job.curve("loss", "once"), job.curve("loss", "each"), atol=1e-4)
     np.testing.assert_allclose(job.curve("grad_norm", "once"), job.curve("grad_norm", "each"), rtol=1e-3)
-    assert job.curve("perf/comm_mb", "once") == [0.0] * 6  # one rank alone
+    assert job.curve("perf/comm_mb", "once") == [0.0] * 3  # one rank alone
 
 
 def test_zero_3_is_refused(tmp_path: Path, ranks: Ranks) -> None:

@@ -6,6 +6,8 @@ import html
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
 from simple_llama.reinforcement_learning.rlhf.run.health import Facts
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter
-from simple_llama.reinforcement_learning.rlhf.run.watch_health import HealthWatch, StepSums, costliest
+from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
+from simple_llama.reinforcement_learning.rlhf.run.watch_health import HealthWatch, StepSums, costliest, facts_of
 
 FACTS = Facts(pairs=80, held_out=20, total_steps=100, beta=0.1, rates=1.0, largest_prompt_share=0.5)
 PAIRS = PairSet.of(
@@ -31,6 +34,15 @@ PAIRS = PairSet.of(
 def kept(folder: Path) -> list[tuple[int, str]]:
     """Step and name of each line of warnings.jsonl."""
     return [(line["step"], line["name"]) for line in map(json.loads, (folder / WARNINGS).read_text().splitlines())]
+
+
+def test_what_is_known_before_the_first_step() -> None:
+    """Rates of 0.25, 0.5, 0.5, 0.5. The chosen answers of the held-out pairs have 11 and 12 tokens, the others one:
+    6.25 on average."""
+    data: Any = SimpleNamespace(train=PAIRS[:9], validation=PairSet.of(list(PAIRS)[9:], [("a", 1), ("a", 2)]))
+    data.largest_prompt_share = 0.5
+    config = ScheduleConfig(warmup_iterations=2, max_lr=0.5, min_lr=0.5)
+    assert facts_of(config, data, 4, 0.1) == Facts(9, 2, 4, 0.1, 1.75, 6.25, 0.5)
 
 
 def test_each_warning_once_and_where(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
