@@ -11,6 +11,7 @@ from simple_llama.common.settings import parse_settings, peek_settings
 from simple_llama.reinforcement_learning.rlhf.foretell.fit import ForetellConfig
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import resolved
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import FolderConfig, settings_to_resume
+from simple_llama.reinforcement_learning.rlhf.run.schedule import with_warmup
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
 
@@ -37,4 +38,4 @@ def parse_config(argv: Sequence[str] | None = None, description: str | None = No
     loss its defaults."""
     folders = peek_settings(FolderConfig, argv)
     own, source = settings_to_resume(folders, DPOConfig) if folders.resume else ({}, "")
-    return resolved(parse_settings(DPOConfig, argv, description, own, source))
+    return with_warmup(resolved(parse_settings(DPOConfig, argv, description, own, source)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,12 @@ from simple_llama.reinforcement_learning.rlhf.run.run_facts import weight_facts
 from simple_llama.reinforcement_learning.rlhf.run.sampling import ANSWERS_OF_KL, sample_prompts
 from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
-from simple_llama.reinforcement_learning.rlhf.run.start_warnings import SavedBytes, saved_bytes, start_warnings
+from simple_llama.reinforcement_learning.rlhf.run.start_warnings import (
+    SavedBytes,
+    expected_change,
+    saved_bytes,
+    start_warnings,
+)
 from simple_llama.reinforcement_learning.rlhf.run.watch_health import facts_of
 
 _GIB = 2**30
@@ -72,6 +78,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
         "system prompt": about_system(inputs.chat),
         "batches": _batch_arithmetic(config, plan, pairs),
+        "learning rate": f"{config.about_schedule}\n{expected_change(config, job.steps[0], job.weights)}",
         "loss": _about_loss(job.loss_fn, inputs.data.validation),
         "memory per rank": job.memory(foretold),
         "time": job.time(foretold, saved),
@@ -102,10 +109,15 @@ class _Job:
         config, rows = self.config, self.inputs.data.train.rows
         return BatchPlan(rows, config.seed, self.ranks.world_size, batch_size, config.grad_accum_steps)
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Of the whole run, and of an epoch."""
+        an_epoch = self.plan(self.config.batch_size).steps_per_epoch
+        return self.config.total_steps(an_epoch), an_epoch
+
     def saved(self) -> SavedBytes:
         """The room of the checkpoints."""
-        config, steps = self.config, self.plan(self.config.batch_size).steps_per_epoch
-        return saved_bytes(config, config.epochs, steps, sum(self.size), self.trained, self.inputs.start)
+        return saved_bytes(self.config, *self.steps, sum(self.size), self.trained, self.inputs.start)
 
     # === Measured ===
 
@@ -214,7 +226,7 @@ class _Job:
             row_flops = useful_flops(self.size, inputs.architecture, batch, backward=True) / len(batch.tokens_T)
             flops = row_flops * (4 / 3 if config.activation_checkpointing else 1)
             speed = duration.estimated(flops * rows, row_flops, weight_bytes, foretold.rate, device)
-        steps, held_out = plan.steps_per_epoch * config.epochs, inputs.data.validation
+        (steps, steps_per_epoch), held_out = self.steps, inputs.data.validation
         prompts = sample_prompts(held_out, config.n_samples)
         prompt_rows, spoken_rows = sum(map(len, prompts)), 0
         if prompts and zero_stage(full_ds_config(config, ranks.world_size)) != 3:
@@ -222,7 +234,7 @@ class _Job:
         work = duration.Work(
             steps=steps,
             missing_rows=float(inputs.data.pairs.rows[self.missing].sum()) / ranks.world_size,
-            evaluations=1 + _union(steps, config.eval_interval, plan.steps_per_epoch),
+            evaluations=1 + sum(count_saves(steps, steps_per_epoch, config.eval_interval)),
             held_out_rows=float(held_out.rows.sum()) / ranks.world_size if held_out else 0.0,
             prompt_rows=prompt_rows / ranks.world_size,
             spoken_rows=spoken_rows / ranks.world_size,
@@ -232,22 +244,26 @@ class _Job:
         )
         return duration.told(work, speed, kind)
 
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """What the run will note of its trained weights (collective)."""
+        with self.inputs.start.reading() as start:
+            matrices = (start.state_dict[name] for name in _trained_matrices(self.config, self.inputs))
+            return weight_facts(matrices, self.inputs.dtype, self.ranks.device)
+
     def warnings(self, saved: SavedBytes) -> list[str]:
         """All that the run would say at its start, by the functions that it calls, and what it would refuse
         (collective)."""
         config, data = self.config, self.inputs.data
-        steps = self.plan(config.batch_size).steps_per_epoch * config.epochs
-        found = list(data.warnings) + start_warnings(config, steps, None if config.resume else saved, config.ckpt_dir)
+        room = None if config.resume else saved
+        found = list(data.warnings) + start_warnings(config, *self.steps, room, config.ckpt_dir)
         if len(self.missing):
             found.append(
                 f"{config.ref_cache_dir}: the reference store lacks {len(self.missing)} of {len(data.pairs)} pairs; "
                 "launch/precompute_ref.py computes them (how long: under time), without them the run does not start"
             )
-        with self.inputs.start.reading() as start:
-            matrices = (start.state_dict[name] for name in _trained_matrices(config, self.inputs))
-            weights = weight_facts(matrices, self.inputs.dtype, self.ranks.device)
-        facts = facts_of(config, data, steps, self.loss_fn.scale)
-        return found + [f"{one.level}: {one.text}" for one in warnings_of([{"step": 0, **weights}], facts)]
+        facts = facts_of(config, data, self.steps[0], self.loss_fn.scale)
+        return found + [f"{one.level}: {one.text}" for one in warnings_of([{"step": 0, **self.weights}], facts)]
 
 
 def _trained_matrices(config: PolicyConfig, inputs: Inputs) -> list[str]:
@@ -256,12 +272,6 @@ def _trained_matrices(config: PolicyConfig, inputs: Inputs) -> list[str]:
         model = LLaMaTransformer(inputs.architecture)
     matrices = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
     return [name for name in matrices if config.trainable == "all" or "_lora_layer." in name]
-
-
-def _union(steps: int, interval: int, steps_per_epoch: int) -> int:
-    """How many of so many steps are a multiple of the interval (0: none), or end an epoch."""
-    ends, between = count_saves(steps_per_epoch, steps // steps_per_epoch, interval)
-    return ends + between
 
 
 def _told_probe(probed: list[Probed]) -> str:
@@ -278,14 +288,15 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
     """Steps, pairs and tokens, with what sharing the prefix and packing save."""
     packed = int(plan.rows.sum(dtype=np.int64))
     whole = int(pairs.chosen_len.sum(dtype=np.int64) + pairs.rejected_len.sum(dtype=np.int64))
-    steps = plan.steps_per_epoch * config.epochs
+    total, steps = config.epochs * plan.steps_per_epoch, config.total_steps(plan.steps_per_epoch)
+    ends = f", of which the run makes {steps} (max_steps)" if steps < total else ""
     last = len(pairs) - (plan.steps_per_epoch - 1) * plan.pairs_per_step
     return "\n".join(
         [
             f"{plan.batch_size} pairs a micro-batch x {plan.grad_accum_steps} micro-batches x {plan.world_size} "
             f"ranks = {plan.pairs_per_step} pairs an optimizer step",
             f"{len(pairs)} pairs = {plan.steps_per_epoch} steps an epoch (the last has {last} pairs); "
-            f"{config.epochs} epochs = {steps} steps; warm-up over {config.warmup_iterations}",
+            f"{config.epochs} epochs = {total} steps{ends}; warm-up over {config.warmup_steps(steps)}",
             f"{packed} packed tokens an epoch; both chats whole would be {whole} ({whole / packed:.2f} times as many)",
         ]
     )

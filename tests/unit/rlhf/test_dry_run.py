@@ -57,7 +57,7 @@ def sections(report: str) -> dict[str, str]:
 
 
 def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> None:
-    """Eleven parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
+    """Twelve parts in order; the settings, and the dict that DeepSpeed gets (2 * 4 * 3 = 24), as JSON."""
     found = sections(describe(config, inputs, replace(ranks, world_size=3)))
     assert list(found) == [
         "config",
@@ -65,6 +65,7 @@ def test_the_report_has_all_parts(config: DPOConfig, inputs: Inputs, ranks: Rank
         "data",
         "system prompt",
         "batches",
+        "learning rate",
         "loss",
         "memory per rank",
         "time",
@@ -119,7 +120,7 @@ def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs) -> Non
     changed = replace(config, save_interval=30, keep_states=4)
 
     def lines(config: DPOConfig) -> list[str]:
-        return _checkpoints(saved_bytes(config, 2, 100, 2**30, 2**28, inputs.start), inputs).splitlines()
+        return _checkpoints(saved_bytes(config, 200, 100, 2**30, 2**28, inputs.start), inputs).splitlines()
 
     assert lines(changed) == [
         "8 saves: 2 at epochs' ends, 6 between (save_interval)",
@@ -229,9 +230,13 @@ def test_warnings_are_those_of_the_run(
     """Few held out (the data's own), a warm-up as long as the run, no room on the disk, and all pairs that the store
     lacks, which are all."""
     monkeypatch.setattr(start_warnings, "_free_bytes", lambda folder: 0)
-    lines = sections(describe(replace(config, warmup_iterations=6), inputs, ranks))["warnings"].splitlines()
+    lines = sections(describe(replace(config, warmup_iterations=8), inputs, ranks))["warnings"].splitlines()
     assert lines[0] == inputs.data.warnings[0] and "pairs held out" in lines[0]
-    assert lines[1] == "warmup_iterations is 6, but the run has 6 steps: max_lr is never reached"
+    assert lines[1] == (  # 1/8 + ... + 6/8 = 21/8 of 1e-3; a warm-up of one step and a cosine over five: 3.3e-3
+        "warmup_iterations is 8, but the run has 6 steps: max_lr is never reached, the largest rate is 0.00075 and not "
+        "0.001. All rates together, about what Adam can change a weight by, are 0.0026; with warmup_ratio 0.1 in its "
+        "place they would be 0.0033"
+    )
     assert lines[2].startswith(f"{job.folder}/checkpoints: the checkpoints take up to 0.002 GiB, 0.000 GiB are free")
     assert "the reference store lacks 24 of 24 pairs" in lines[3] and len(lines) == 4
     monkeypatch.setattr(inputs.data, "largest_prompt_share", 0.5)

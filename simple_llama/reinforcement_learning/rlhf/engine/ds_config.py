@@ -60,7 +60,7 @@ _OURS = {
     "gradient_accumulation_steps": "grad_accum_steps",
     "gradient_clipping": "max_grad_norm",
     "optimizer": "max_lr, beta1, beta2 and weight_decay",
-    "scheduler": "warmup_iterations, max_lr and min_lr",
+    "scheduler": "schedule, warmup_iterations, max_lr and min_lr",
     "activation_checkpointing": "activation_checkpointing",
     "compile": "compile",
     "steps_per_print": "log_interval",

@@ -58,10 +58,11 @@ class Standing:
 
     def _total_steps(self) -> int | None:
         """Steps of the whole run, by the share of an epoch that a step is; None before the first one."""
-        epochs = self.run.settings.get("epochs")
+        epochs, most = (self.run.settings.get(name) for name in ("epochs", "max_steps"))
         for record in reversed(self.intervals):
             if record.get("epoch", 0) > 0 and isinstance(epochs, int):
-                return round(record["step"] / record["epoch"] * epochs)
+                total = round(record["step"] / record["epoch"] * epochs)
+                return min(total, most) if most and isinstance(most, int) else total
         return None
 
     @cached_property

@@ -238,7 +238,8 @@ def _still(history: History, facts: Facts) -> str | None:
         return None
     return (
         f"the rate is too small to move the weights: all {facts.total_steps} steps carry a weight by {facts.rates:.2g} "
-        f"at most, and half of the weights need {half:.2g} or more to become another number of {bits.last:.0f} bits"
+        f"at most, and half of the weights need {half:.2g} or more to become another number of {bits.last:.0f} bits: "
+        f"{half / facts.rates:.2g} times as much"
     )
 
 
@@ -384,7 +385,8 @@ CHECKS = {
         "weights/median",
         f"the sum of all learning rates is less than {_STILL:g} of half the distance from `weights/median` to the next "
         "number of `weights/bits`",
-        "A larger max_lr, more epochs, or a DeepSpeed file that computes in fp32",
+        "A larger max_lr, a warm-up that ends (warmup_ratio 0.1), more epochs, or a DeepSpeed file that computes in "
+        "fp32",
     ),
     "answers_loop": _Check(
         "alarm",

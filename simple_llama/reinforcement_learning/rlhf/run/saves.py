@@ -30,13 +30,15 @@ from simple_llama.reinforcement_learning.rlhf.inputs import TOKENIZER_KEY, Input
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
 from simple_llama.reinforcement_learning.rlhf.run.exports import free_path, is_export, prune_exports, weights_name
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
+from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
 
 # Settings that a resumed run must share with the saved one, beside its loss: they decide the data order or the update.
 # Not reduce_once: like another number of ranks, it changes only the order in which fp32 sums are made.
 _SAME_ON_RESUME = (
     "seed",
     "epochs",
-    "warmup_iterations",
+    "max_steps",
+    "schedule",
     "max_lr",
     "min_lr",
     "weight_decay",
@@ -71,28 +73,39 @@ class Position:
     last_loss: float = math.nan  # held-out; of the last interval where nothing is held out
 
 
-def count_saves(steps_per_epoch: int, epochs: int, save_interval: int) -> tuple[int, int]:
-    """How many checkpoints a run makes: (at epochs' ends, at other steps)."""
+def count_saves(total_steps: int, steps_per_epoch: int, save_interval: int) -> tuple[int, int]:
+    """How many checkpoints a run makes: (at the ends of epochs and of the run, at other steps)."""
+    ends = -(-total_steps // steps_per_epoch)
     if not save_interval:
-        return epochs, 0
-    steps = steps_per_epoch * epochs
-    return epochs, steps // save_interval - steps // math.lcm(save_interval, steps_per_epoch)
+        return ends, 0
+    between = total_steps // save_interval - total_steps // math.lcm(save_interval, steps_per_epoch)
+    ends_within = total_steps % steps_per_epoch and total_steps % save_interval == 0
+    return ends, between - bool(ends_within)
 
 
-def course_of(settings: dict[str, Any], pairs_per_step: int, inputs: Inputs) -> dict[str, Any]:
-    """What a resumed run must share with the saved one; the same pairs a step may be dealt to other ranks."""
+def course_of(settings: dict[str, Any], pairs_per_step: int, total_steps: int, inputs: Inputs) -> dict[str, Any]:
+    """What a resumed run must share with the saved one; the same pairs a step may be dealt to other ranks. A warm-up
+    counts in steps, however it was given."""
+    schedule = ScheduleConfig(**{field.name: settings[field.name] for field in fields(ScheduleConfig)})
     return {
         **{name: settings[name] for name in _SAME_ON_RESUME},
-        **loss_course(LossConfig(**{field.name: settings[field.name] for field in fields(LossConfig)})),
+        "warmup_iterations": schedule.warmup_steps(total_steps),
+        **_loss_course(LossConfig(**{field.name: settings[field.name] for field in fields(LossConfig)})),
         "pairs_per_step": pairs_per_step,
         "data": inputs.data_digest,
         "reference": inputs.reference_id,
     }
 
 
-def loss_course(config: LossConfig) -> dict[str, Any]:
+def _loss_course(config: LossConfig) -> dict[str, Any]:
     """Of a run's course: its loss and the options that it has, as they are where they were not given."""
     return {"loss_type": config.loss_type, **config.own_options()}
+
+
+def meant_by_lack(course: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state means that lacks an entry of a run's course, for settings that came after it was written."""
+    loss = {**_loss_course(LossConfig(course["loss_type"])), "loss_type": LossConfig().loss_type}
+    return {**loss, **{name: getattr(ScheduleConfig(), name) for name in ("max_steps", "schedule")}}
 
 
 class Saves:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ from simple_llama.pretraining.start_model import StartModel
 from simple_llama.reinforcement_learning.rlhf.run.saves import SavesConfig, count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
 
+_USUAL_WARMUP = 0.1  # of all steps
 _STATE_BYTES = 12  # a trained weight: fp32, with AdamW's two moments
 
 
@@ -30,27 +34,31 @@ class SavedBytes(NamedTuple):
 
 
 def saved_bytes(
-    config: SavesConfig, epochs: int, steps_per_epoch: int, weights: int, trained: int, start: StartModel
+    config: SavesConfig, total_steps: int, steps_per_epoch: int, weights: int, trained: int, start: StartModel
 ) -> SavedBytes:
     """How often a run saves, what stays, and how large it is."""
-    ends, between = count_saves(steps_per_epoch, epochs, config.save_interval)
+    ends, between = count_saves(total_steps, steps_per_epoch, config.save_interval)
     exports = ends + (min(between, config.keep_exports) if config.keep_exports else between)
     states = min(ends + between, config.keep_states)
     return SavedBytes(ends, between, exports, states, start.export_dtype.itemsize * weights, _STATE_BYTES * trained)
 
 
-def start_warnings(config: ScheduleConfig, total_steps: int, saved: SavedBytes | None, ckpt_dir: str) -> list[str]:
+def start_warnings(
+    config: ScheduleConfig, total_steps: int, steps_per_epoch: int, saved: SavedBytes | None, ckpt_dir: str
+) -> list[str]:
     """Each in words.
 
     Args:
         saved: the room of all checkpoints; None for a run that goes on, some of whose are there.
     """
     found = []
-    if config.warmup_iterations >= total_steps:
+    if config.max_steps > config.epochs * steps_per_epoch:
         found.append(
-            f"warmup_iterations is {config.warmup_iterations}, but the run has {total_steps} steps: max_lr is never "
-            "reached"
+            f"max_steps is {config.max_steps}, but {config.epochs} epochs have {total_steps} steps, with which the run "
+            "ends: raise epochs for more"
         )
+    if config.warmup_steps(total_steps) > total_steps:
+        found.append(_endless_warmup(config, total_steps))
     free = _free_bytes(ckpt_dir)
     if saved and saved.most > free:
         found.append(
@@ -58,6 +66,38 @@ def start_warnings(config: ScheduleConfig, total_steps: int, saved: SavedBytes |
             "choose another ckpt_dir, or lower keep_states or keep_exports"
         )
     return found
+
+
+def expected_change(config: ScheduleConfig, total_steps: int, weights: Mapping[str, float]) -> str:
+    """What the rates of a run come to, in words.
+
+    Args:
+        weights: see `weight_facts`.
+    """
+    largest, together = max(config.rates(total_steps)), sum(config.rates(total_steps))
+    said = (
+        f"expected change: {total_steps} steps of a rate of {largest:.2g} at most, {together:.2g} together, which is "
+        "about what Adam can change a weight by"
+    )
+    median, bits = weights.get("weights/median", 0.0), weights.get("weights/bits", 0.0)
+    if not (median and bits):
+        return said
+    apart = 2.0 ** (math.floor(math.log2(median)) - bits + 1)
+    return (
+        f"{said}: {together / median:.2g} of the median weight ({median:.2g}), where numbers of {bits:.0f} bits lie "
+        f"{apart:.2g} apart"
+    )
+
+
+def _endless_warmup(config: ScheduleConfig, total_steps: int) -> str:
+    """Of a warm-up that the run does not live to see end: what its rates come to, and what to set."""
+    shorter = replace(config, warmup_iterations=None, warmup_ratio=_USUAL_WARMUP)
+    return (
+        f"warmup_iterations is {config.warmup_iterations}, but the run has {total_steps} steps: max_lr is never "
+        f"reached, the largest rate is {max(config.rates(total_steps)):.2g} and not {config.max_lr:.2g}. All rates "
+        f"together, about what Adam can change a weight by, are {sum(config.rates(total_steps)):.2g}; with "
+        f"warmup_ratio {_USUAL_WARMUP:g} in its place they would be {sum(shorter.rates(total_steps)):.2g}"
+    )
 
 
 def _free_bytes(folder: str) -> int:

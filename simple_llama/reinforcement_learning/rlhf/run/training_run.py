@@ -53,10 +53,10 @@ from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
     write_records,
 )
 from simple_llama.reinforcement_learning.rlhf.run.sampling import Samples
-from simple_llama.reinforcement_learning.rlhf.run.saves import Position, Saves, SavesConfig, course_of, loss_course
-from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, learning_rate
+from simple_llama.reinforcement_learning.rlhf.run.saves import Position, Saves, SavesConfig, course_of, meant_by_lack
+from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, with_warmup
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
-from simple_llama.reinforcement_learning.rlhf.run.start_warnings import saved_bytes, start_warnings
+from simple_llama.reinforcement_learning.rlhf.run.start_warnings import expected_change, saved_bytes, start_warnings
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, Portion, portions
 from simple_llama.reinforcement_learning.rlhf.run.trackers import (
     TENSORBOARD,
@@ -102,17 +102,17 @@ class TrainingRun:
         with fail_together(ranks):
             if ranks.is_main:
                 check_trackers(config)
-        self.config = config = resolved(config)
+        self.config = config = with_warmup(resolved(config))
         self.inputs, self.ranks = inputs, ranks
         self.pairs, self.held_out = inputs.data.train, inputs.data.validation
         self.plan = BatchPlan(
             self.pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps
         )
-        self.total_steps = self.plan.steps_per_epoch * config.epochs
+        self.total_steps = config.total_steps(self.plan.steps_per_epoch)
         self.loss_fn = PreferenceLoss.of(config)
         require_gaps(self.loss_fn, inputs.data.pairs)
         ckpt_folder, log_folder = folders_of(config, name)
-        course = course_of(asdict(config), self.plan.pairs_per_step, inputs)
+        course = course_of(asdict(config), self.plan.pairs_per_step, self.total_steps, inputs)
         # before the store is looked into: of another model's nobody should be asked to fill one
         saved = _state_to_resume(ckpt_folder, course, self.total_steps, ranks) if config.resume else None
         self.reference = open_reference(config, inputs, ranks, self.loss_fn.needs_reference)
@@ -124,7 +124,7 @@ class TrainingRun:
         self.engine, size = start_engine(config, inputs, self.loss_fn, ranks)
         work = partial(useful_flops, size, inputs.architecture, backward=True)
         steps, trained = self.plan.steps_per_epoch, self.engine.trained_weights
-        room = saved_bytes(config, config.epochs, steps, sum(size), trained, inputs.start)
+        room = saved_bytes(config, self.total_steps, steps, sum(size), trained, inputs.start)
         self.saved_bytes = None if saved else room
         if saved:
             checkpoint.load_state(saved, self.engine)
@@ -170,10 +170,11 @@ class TrainingRun:
         """What the run is about to do."""
         counts = len(self.pairs), len(self.held_out), self.total_steps
         LOGGER.info("run %s: %d pairs, %d held out, %d steps", name, *counts)
-        LOGGER.info("loss: %s", self.loss_fn)
+        LOGGER.info("loss: %s; learning rate: %s", self.loss_fn, self.config.about_schedule)
         if TENSORBOARD in tracker_names(self.config):
             LOGGER.info("to watch: tensorboard --logdir %s --host localhost", self.config.log_dir)
-        for warning in start_warnings(self.config, self.total_steps, self.saved_bytes, self.config.ckpt_dir):
+        steps = self.total_steps, self.plan.steps_per_epoch
+        for warning in start_warnings(self.config, *steps, self.saved_bytes, self.config.ckpt_dir):
             LOGGER.warning("%s", warning)
 
     def check_start(self) -> None:
@@ -184,6 +185,7 @@ class TrainingRun:
             LOGGER.info("step 0: %s reads no reference: nothing says beforehand what it must be", self.config.loss_type)
         self.evaluate(0)
         weights = weight_facts(self.engine.own_matrices(self.ranks), self.inputs.dtype, self.ranks.device)
+        LOGGER.info("%s", expected_change(self.config, self.total_steps, weights))
         self.writer.scalars(0, weights)
         self.health.see(0, weights)
         self._check_first_loss()
@@ -227,8 +229,7 @@ class TrainingRun:
 
     def rate(self, index: int) -> float:
         """Learning rate of optimizer step `index` (from 0)."""
-        config = self.config
-        return learning_rate(index, self.total_steps, config.warmup_iterations, config.max_lr, config.min_lr)
+        return self.config.rate(index, self.total_steps)
 
     def portions(self, index: int) -> Iterator[Portion]:
         """This rank's micro-batches of step `index` (from 0); between two of them the run may stop (collective)."""
@@ -289,8 +290,8 @@ class TrainingRun:
         watchdog.beat(f"after step {step}")
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether `step` steps are whole epochs."""
-        return step > 0 and step % self.plan.steps_per_epoch == 0
+        """Whether `step` steps are whole epochs, or the whole run, which max_steps may end within one."""
+        return step > 0 and (step % self.plan.steps_per_epoch == 0 or step == self.total_steps)
 
     def evaluates_at(self, step: int) -> bool:
         """Whether an evaluation is due after `step` steps."""
@@ -380,8 +381,7 @@ def _state_to_resume(folder: Path, course: dict[str, Any], total_steps: int, ran
         saved = checkpoint.newest_state(folder)
     require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files}, ranks)
     with fail_together(ranks):
-        later = {**loss_course(LossConfig(course["loss_type"])), "loss_type": LossConfig().loss_type}
-        checkpoint.check_same_run(saved, course, total_steps, later=later)
+        checkpoint.check_same_run(saved, course, total_steps, later=meant_by_lack(course))
     return saved
 
 

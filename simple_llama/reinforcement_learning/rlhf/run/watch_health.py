@@ -18,7 +18,7 @@ from simple_llama.reinforcement_learning.rlhf.run.health import Facts, Finding, 
 from simple_llama.reinforcement_learning.rlhf.run.history import History
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter, append_warning, read_records
-from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, learning_rate
+from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
 
 _MOST_NAMED = 8  # pairs
 _SPIKE = "gradient_spikes"
@@ -41,15 +41,13 @@ class StepSums(MetricSums):
 
 def facts_of(config: ScheduleConfig, data: RLDatasetLoader, total_steps: int, beta: float) -> Facts:
     """What a run of so many steps knows before the first."""
-    peak, least = config.max_lr, config.min_lr
-    rates = (learning_rate(i, total_steps, config.warmup_iterations, peak, least) for i in range(total_steps))
     counts_N2 = data.validation.keys["counts"]
     return Facts(
         pairs=len(data.train),
         held_out=len(data.validation),
         total_steps=total_steps,
         beta=beta,
-        rates=sum(rates),
+        rates=sum(config.rates(total_steps)),
         answer_tokens=float(counts_N2.mean()) if len(counts_N2) else 0.0,
         largest_prompt_share=data.largest_prompt_share,
     )

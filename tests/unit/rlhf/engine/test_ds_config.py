@@ -68,7 +68,7 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("gradient_accumulation_steps", "auto", "grad_accum_steps"),
         ("gradient_clipping", 1.0, "max_grad_norm"),
         ("optimizer", {"type": "AdamW"}, "max_lr, beta1, beta2 and weight_decay"),
-        ("scheduler", {}, "warmup_iterations, max_lr and min_lr"),
+        ("scheduler", {}, "schedule, warmup_iterations, max_lr and min_lr"),
         ("activation_checkpointing", {}, "activation_checkpointing"),
         ("compile", {"deepcompile": True}, "compile"),
         ("steps_per_print", 10, "log_interval"),

@@ -252,9 +252,19 @@ def test_a_file_in_the_place_of_a_state_or_an_export_is_gone_round(lora: TinyJob
 
 
 @pytest.mark.parametrize(
-    ("steps_per_epoch", "epochs", "interval", "expected"),
-    [(3, 2, 0, (2, 0)), (3, 2, 1, (2, 4)), (3, 2, 2, (2, 2)), (4, 3, 6, (3, 1)), (4, 3, 100, (3, 0))],
+    ("steps_per_epoch", "steps", "interval", "expected"),
+    [
+        (3, 6, 0, (2, 0)),
+        (3, 6, 1, (2, 4)),
+        (3, 6, 2, (2, 2)),
+        (4, 12, 6, (3, 1)),
+        (4, 12, 100, (3, 0)),
+        (3, 4, 2, (2, 1)),
+        (3, 5, 2, (2, 2)),
+        (3, 2, 0, (1, 0)),
+    ],
 )
-def test_saves_are_counted(steps_per_epoch: int, epochs: int, interval: int, expected: tuple[int, int]) -> None:
-    """Every 2 of 6 steps: 2, 4 and 6, of which 6 ends an epoch; every 6 of 12: 6 and 12, of which 12 ends one."""
-    assert count_saves(steps_per_epoch, epochs, interval) == expected
+def test_saves_are_counted(steps_per_epoch: int, steps: int, interval: int, expected: tuple[int, int]) -> None:
+    """Every 2 of 6 steps: 2, 4 and 6, of which 6 ends an epoch; every 6 of 12: 6 and 12, of which 12 ends one. A run
+    of 4 steps, the epoch has 3, ends at 3 and 4: one save is between, at 2; one of 5 steps has 2 and 4 between."""
+    assert count_saves(steps, steps_per_epoch, interval) == expected
