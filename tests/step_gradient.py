@@ -17,8 +17,8 @@ from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import _build_policy, _start_model
+from simple_llama.reinforcement_learning.rlhf.run.start_reference import open_reference
 from simple_llama.reinforcement_learning.rlhf.run.step import accumulate, portions
-from simple_llama.reinforcement_learning.rlhf.run.training_run import open_reference
 
 
 def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:

@@ -25,7 +25,7 @@ from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.report.run_report import chat_command, texts_of, write_report
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import name_run, own_folders
 from simple_llama.reinforcement_learning.rlhf.run.step import optimizer_step
-from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun, due
+from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun
 
 
 def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
@@ -57,7 +57,7 @@ def run_steps(run: TrainingRun) -> None:
     """From the start, or from where the saved run was, to the end."""
     if run.at.unfinished:
         finish_step(run, run.at.done)
-    left = range(run.at.done, run.total_steps)
+    left = run.due.left(run.at.done)
     for index in progress(left, total=len(left), desc="train", ranks=run.ranks):
         step, rate = index + 1, run.rate(index)
         run.profile.begin(step)
@@ -68,20 +68,22 @@ def run_steps(run: TrainingRun) -> None:
         run.made(step, norm)
         with run.interval.off_the_clock():
             run.profile.end(step)
-        if run.saves_at(step) or due(step, run.config.log_interval):
+        if run.due.logs_at(step):
             run.log(step, rate)
         finish_step(run, step)
+        if run.best.ends:
+            break
 
 
 def finish_step(run: TrainingRun, step: int) -> None:
     """What is due after `step` steps: the checks of the start, an evaluation, a checkpoint."""
     if step == 0:
         run.check_start()
-    elif run.evaluates_at(step):
+    elif run.due.evaluates_at(step):
         with run.interval.off_the_clock():
             run.evaluate(step)
     run.at.unfinished = False
-    if run.saves_at(step):
+    if run.due.saves_at(step):
         with run.interval.off_the_clock():
             run.save()
 

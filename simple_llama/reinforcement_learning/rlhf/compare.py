@@ -18,6 +18,7 @@ from simple_llama.common.settings import PathText, Settings
 from simple_llama.reinforcement_learning.rlhf.report.comparison import groups_of
 from simple_llama.reinforcement_learning.rlhf.report.comparison_page import comparison_json, comparison_page
 from simple_llama.reinforcement_learning.rlhf.report.comparison_words import (
+    best_elsewhere,
     course_table,
     distance_table,
     held_out_table,
@@ -55,6 +56,7 @@ def compare_runs(config: CompareConfig) -> str:
         for run in runs
         if not run.run.held_out and os.path.lexists(run.run.folder / "held_out.npz")
     ]
+    notes += [found for run in runs if (found := best_elsewhere(run))]
     notes += uncompared
     order = [run for group in groups for run in group.runs]
     runs = order + [run for run in runs if run not in order]

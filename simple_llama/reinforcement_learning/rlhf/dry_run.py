@@ -40,7 +40,7 @@ from simple_llama.reinforcement_learning.rlhf.run.health import warnings_of
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import weight_facts
 from simple_llama.reinforcement_learning.rlhf.run.sampling import ANSWERS_OF_KL, sample_prompts
 from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
-from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
+from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, about_schedule
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import (
     SavedBytes,
     expected_change,
@@ -78,8 +78,8 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
         "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
         "system prompt": about_system(inputs.chat),
         "batches": _batch_arithmetic(config, plan, pairs),
-        "learning rate": f"{config.about_schedule}\n{expected_change(config, job.steps[0], job.weights)}",
-        "loss": _about_loss(job.loss_fn, inputs.data.validation),
+        "learning rate": f"{about_schedule(config)}\n{expected_change(config, job.steps[0], job.weights)}",
+        "loss": _about_loss(job.loss_fn, inputs),
         "memory per rank": job.memory(foretold),
         "time": job.time(foretold, saved),
         "checkpoints": _checkpoints(saved, inputs),
@@ -257,6 +257,8 @@ class _Job:
         config, data = self.config, self.inputs.data
         room = None if config.resume else saved
         found = list(data.warnings) + start_warnings(config, *self.steps, room, config.ckpt_dir)
+        if refusal := config.refusal(len(data.validation)):
+            found.append(refusal)
         if len(self.missing):
             found.append(
                 f"{config.ref_cache_dir}: the reference store lacks {len(self.missing)} of {len(data.pairs)} pairs; "
@@ -302,13 +304,16 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
     )
 
 
-def _about_loss(loss_fn: PreferenceLoss, held_out: PairSet) -> str:
+def _about_loss(loss_fn: PreferenceLoss, inputs: Inputs) -> str:
     """Its options, and what it must be before the first step."""
     first = loss_fn.at_start()
     if not loss_fn.needs_reference:
         return f"{loss_fn}; reads no reference: no store is opened"
+    if inputs.other_reference:
+        return f"{loss_fn}; measured from {inputs.reference.path}, so nothing says what it is at the start"
     if first is None:
         return f"{loss_fn}; at the start of the sums in the store"
+    held_out = inputs.data.validation
     weight = float(held_out.weights.mean()) if held_out else 1.0
     times = f" times the mean weight of the held-out pairs, {weight:g}" if held_out.is_weighted else ""
     return f"{loss_fn}; at the start {first * weight:.6f}{f', {first:.6f}{times}' if times else ''}"

@@ -16,7 +16,7 @@ from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
-from simple_llama.common.settings import PathText, Settings, TextOrFile, with_texts
+from simple_llama.common.settings import CountOrNone, PathText, Settings, TextOrFile, with_texts
 from simple_llama.interop.hf_config import config_json
 from simple_llama.interop.hf_export import ExportForm, export_metadata, write_folder
 from simple_llama.interop.hf_names import LLAMA, check_mappable
@@ -25,6 +25,7 @@ from simple_llama.interop.own_checkpoints import MergedLoRA, UntiedHead, trainin
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import WeightsFile, check_weights, save_weights
+from simple_llama.reinforcement_learning.rlhf.average import MeanWeights, last_epochs
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateWeights,
@@ -41,9 +42,11 @@ from simple_llama.reinforcement_learning.rlhf.export_tokenizer import (
 from simple_llama.reinforcement_learning.rlhf.inputs import TOKENIZER_KEY
 from simple_llama.reinforcement_learning.rlhf.run.exports import may_be_a_runs
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
+from simple_llama.reinforcement_learning.rlhf.run.saves import start_digest
 
 _PTH = ".pth"
-_OF_A_RUN = ("run", "step", "epochs", "loss", "dpo_config", "reference")  # metadata that stays true
+_OF_A_RUN = ("run", "step", "epochs", "loss", "dpo_config", "reference", "start")  # metadata that stays true
+_OF_A_MEAN = ("run", "dpo_config", "reference", "start")  # and this, of several of its exports
 _OF_A_CONVERSION = (TOKENIZER_KEY, TEMPLATE_DIGEST_KEY)  # and this, of a .pth
 
 
@@ -57,6 +60,9 @@ class ExportConfig(Settings):
 
     # === Form ===
     dtype: Literal["source", "float32", "bfloat16"] = "source"  # of the tensors; source: as the model came, or fp32
+    average: Annotated[
+        CountOrNone, Doc("the mean of what a run exported at the ends of its last so many epochs; 0: its newest state")
+    ] = 0
 
     # === What the source does not say ===
     model_path: str = ""  # the model that a run started from; empty: where the run found it
@@ -70,13 +76,10 @@ class _Source(NamedTuple):
     """What is to be written."""
 
     start: StartModel
-    trained: Mapping[str, torch.Tensor]  # by our names; empty where it is no state
+    trained: Mapping[str, torch.Tensor]  # by our names, over those of `start`; empty where that is all
     metadata: dict[str, Any]
-
-    @property
-    def is_state(self) -> bool:
-        """Whether it is a run's start model with what a state says."""
-        return bool(self.trained)
+    is_state: bool = False  # whether it is a run's start model with what a state says
+    older: tuple[StartModel, ...] = ()  # beside `start`, whose mean is to be written
 
     @property
     def tokenizer(self) -> Trained:
@@ -117,6 +120,8 @@ def export_model(config: ExportConfig) -> str:
 def _open_source(config: ExportConfig) -> _Source:
     """The model at `config.source`, or the start model of the run there with what it has trained."""
     path = Path(config.source)
+    if config.average:
+        return _averaged(path, config.average)
     saved = _state_at(path)
     if saved is None:
         start = open_start(path)
@@ -129,7 +134,7 @@ def _open_source(config: ExportConfig) -> _Source:
     run = saved.folder.parent.parent
     settings = _settings_of(run)
     start = open_start(_start_path(config, settings, run))
-    if saved.facts.course["reference"]["weights"] != start.digest:
+    if start_digest(saved.facts.course) != start.digest:
         raise UserError(f"{start.path}: not the model that the run {run.name} started from; give that as --model_path")
     metadata = {
         **_about(f"step {saved.facts.step} of the run {run.name}"),
@@ -137,11 +142,24 @@ def _open_source(config: ExportConfig) -> _Source:
         "step": saved.facts.step,
         "dpo_config": settings,
         "reference": saved.facts.course["reference"],
+        "start": start.digest,
     }
     loaded = start.load()
     if not isinstance(loaded, WeightsFile) or TOKENIZER_KEY in loaded.metadata:
         metadata[TOKENIZER_KEY] = saved.facts.course["reference"]["tokenizer"]
-    return _Source(start, StateWeights(saved), metadata)
+    return _Source(start, StateWeights(saved), metadata, is_state=True)
+
+
+def _averaged(run: Path, count: int) -> _Source:
+    """The mean of what a run exported at its last epochs' ends."""
+    if not run.is_dir():
+        raise UserError(f"average: expected the checkpoint folder of a run as --source, found {run}")
+    (start, *older), metadata = last_epochs(run, count)
+    steps = ", ".join(str(one["step"]) for one in reversed(metadata))
+    kept = _kept(metadata[0], (*_OF_A_MEAN, *_OF_A_CONVERSION))
+    about = _about(f"the mean of steps {steps} of the run {kept.get('run', run.name)}")
+    trained = {} if isinstance(start, StartFile) else MeanWeights([one.load().state_dict for one in (start, *older)])
+    return _Source(start, trained, {**kept, **about}, older=tuple(older))
 
 
 def _about(source: str) -> dict[str, Any]:
@@ -202,20 +220,26 @@ def _start_path(config: ExportConfig, settings: Mapping[str, Any], run: Path) ->
 def _from_own(start: StartFile, source: _Source, output: Path, dtype: torch.dtype | None, asked: Asked) -> str:
     """A SimpleLLaMA checkpoint, LoRA merged, as one or as a LlamaForCausalLM with its tokenizer and chat template."""
     merged = MergedLoRA(start.merged(source.trained), start.architecture)
+    architecture = merged.architecture
+    tensors = MeanWeights([merged, *map(_merged, source.older)]) if source.older else merged
     dtype = dtype or torch.float32
     if output.suffix == _PTH:
         own = copy(start.config)
         own.use_lora = False
-        save_weights(output, {name: merged[name].to(dtype) for name in merged}, own, source.metadata)
+        save_weights(output, {name: tensors[name].to(dtype) for name in tensors}, own, source.metadata)
     else:
-        architecture = merged.architecture
         check_mappable(architecture)
         tokenizer = tokenizer_of(asked, source.tokenizer, start)
         assert tokenizer is not None  # a .pth holds none
         settings = config_json(architecture, dtype, tokenizer.token_ids)
         form = ExportForm(architecture, LLAMA, settings, dtype, tokenizer.files)
-        write_folder(output, merged, form, source.metadata)
+        write_folder(output, tensors, form, source.metadata)
     return ", LoRA merged" if start.architecture.lora else ""
+
+
+def _merged(start: StartModel) -> MergedLoRA:
+    """A SimpleLLaMA checkpoint's tensors, LoRA merged: the mean of products is not the product of means."""
+    return MergedLoRA(start.load().state_dict, start.architecture)
 
 
 def _to_own(source: _Source, output: Path, dtype: torch.dtype | None) -> str:

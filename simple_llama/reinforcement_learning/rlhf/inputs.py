@@ -67,7 +67,13 @@ class ChatModelConfig(ChatConfig, ModelConfig):
 
 @dataclass(frozen=True)
 class InputsConfig(EngineConfig, DataConfig, ChatModelConfig):
-    """What decides the inputs: the model's and the tokenizer's files, the data, and how the model is computed."""
+    """What decides the inputs: the models' and the tokenizer's files, the data, and how the model is computed."""
+
+    # === Reference ===
+    reference_path: Annotated[
+        str,
+        Doc("the model that rewards are measured from, in any form that model_path may have; empty: the start"),
+    ] = ""
 
     def check_rules(self) -> None:
         """UserError where what follows an end token is scored, and the end token is not."""
@@ -84,13 +90,14 @@ class Inputs:
 
     chat: ChatFormat  # with its tokenizer
     data: RLDatasetLoader
-    start: StartModel  # the SFT model: start of the policy, and the reference
+    start: StartModel  # the model that the policy starts as
     dtype: torch.dtype  # of the computing weights
     max_seq_len: int
     reference_id: dict  # what names the reference: weights, tokenizer, numerics
     compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
     given_tokenizer: OwnTokenizer | None = None  # of `tokenize_path`, for exports; None: the model's own
     kept_digest: str | None = None  # of a .pth that was made of a folder: what its exports keep under TOKENIZER_KEY
+    other_reference: StartModel | None = None  # where that is not the start model
 
     def build_model(self, start: Loaded, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
         """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory."""
@@ -101,8 +108,13 @@ class Inputs:
 
     def build_reference(self, device: torch.device | str) -> LLaMaTransformer:
         """The reference model. Raises UserError where it was not made of what `reference_id` names."""
-        with self.start.reading() as start:
-            return self.build_model(start, device)
+        with self.reference.reading() as reference:
+            return self.build_model(reference, device)
+
+    @property
+    def reference(self) -> StartModel:
+        """The model that rewards are measured from."""
+        return self.other_reference or self.start
 
     @property
     def architecture(self) -> Architecture:
@@ -132,6 +144,7 @@ def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None)
     require_same("settings", asdict(config), ranks)
     require_same("data set (digest)", inputs.data_digest, ranks)
     require_same("what ends an answer (token ids)", sorted(inputs.chat.stop_ids), ranks)
+    require_same("start model (digest)", inputs.start.digest, ranks)
     require_same("reference model (digests)", inputs.reference_id, ranks)
     return inputs
 
@@ -165,16 +178,44 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             max_unknown=config.max_unknown,
             scoring=Scoring(config.score, config.mask_end_token),
         )
+    other = _other_reference(config, start, chat, digest, max_seq_len) if config.reference_path else None
+    reference = other or start
     numerics = {
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ATTENTION_VERSION,
         "head": HEAD_VERSION,
-        **start.numerics,
+        **reference.numerics,
         **chat.identity,
         **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
-    identity = reference_id(start.digest, digest, numerics)
-    return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer, kept)
+    identity = reference_id(reference.digest, digest, numerics)
+    return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer, kept, other)
+
+
+def _other_reference(
+    config: InputsConfig, start: StartModel, chat: ChatFormat, digest: str, max_seq_len: int
+) -> StartModel | None:
+    """The model at `reference_path`; None where that is the start model itself. UserError where the chats of the run,
+    whose tokenizer has this digest, are not this model's."""
+    reference = open_start(config.reference_path)
+    if (reference.digest, reference.numerics) == (start.digest, start.numerics):
+        return None
+    loaded = reference.load()
+    check_weights(loaded, model_dtype(read_ds_config(config)))
+    check_tokenizer(chat, config, reference, loaded)
+    own = reference.own_tokenizer
+    chosen = not isinstance(start, StartFile) and not is_shipped(Path(config.tokenize_path))
+    if own and not chosen and (found := tokenizer_digest(own.tokenizer)) != digest:
+        raise UserError(
+            f"reference_path: {own.source}: expected the tokenizer of the start model {start.path} (digest {digest}), "
+            f"found another one ({found}): their log-probs are of different tokens"
+        )
+    if max_seq_len > reference.architecture.max_seq_len:
+        raise UserError(
+            f"reference_path: expected a model of at least {max_seq_len} tokens, which the chats may have, found one "
+            f"of {reference.architecture.max_seq_len} ({reference.path}); lower max_seq_len"
+        )
+    return reference
 
 
 def _reads_alike(known: Inputs, chat: ChatFormat, digest: str, max_seq_len: int) -> bool:

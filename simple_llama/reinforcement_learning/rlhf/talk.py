@@ -28,6 +28,7 @@ from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import build_model
 from simple_llama.reinforcement_learning.rlhf.inputs import ChatModelConfig, ModelConfig, chat_format, check_tokenizer
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import without_moved
+from simple_llama.reinforcement_learning.rlhf.run.saves import start_digest
 
 _START = "start"
 
@@ -106,8 +107,7 @@ def _start_of(start: StartModel) -> StartModel:
         found = open_start(path)
     except UserError as error:
         raise UserError(f"against: the start model is not where the run found it; give its path: {error}") from error
-    reference = start.export_metadata(start.path).get("reference")
-    if isinstance(reference, dict) and reference.get("weights", found.digest) != found.digest:
+    if start_digest(start.export_metadata(start.path)) not in (None, found.digest):
         raise UserError(
             f"against: {found.path} is no longer the model that the run started from: other weights; give the path "
             "of the start model"

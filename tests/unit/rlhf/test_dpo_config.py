@@ -197,6 +197,7 @@ def test_each_setting_has_one_owner():
         "IntervalConfig",
         "TrackerConfig",
         "EvaluationConfig",
+        "BestConfig",
         "SavesConfig",
         "ProfileConfig",
         "RunConfig",

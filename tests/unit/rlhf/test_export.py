@@ -153,3 +153,66 @@ def test_what_cannot_be_written_is_refused(lora: TinyJob, run: Path, tmp_path: P
         with pytest.raises(UserError, match=said):
             export_model(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def epochs_of(start: Path, run: Path, shifts: dict[int, float], changed: dict[str, Any] | None = None) -> list[Path]:
+    """What a run of this name that started there might have exported: its weights moved by so much at each epoch's end,
+    and in the middle of the first epoch."""
+    run.mkdir(parents=True, exist_ok=True)
+    model, paths = open_start(start), []
+    weights = dict(model.load().state_dict)
+    for step, shift in shifts.items():
+        path = run / f"dpo_{step / 2:g}E_16MSQ{model.export_suffix}"
+        about = {"run": "tiny", "file": path.name, "step": step, "epochs": step / 2, "reference": {"weights": "ab"}}
+        about |= changed or {}
+        model.export(path, {name: tensor + shift for name, tensor in weights.items()}, about)
+        paths.append(path)
+    return paths
+
+
+def test_the_mean_of_the_last_epochs(lora: TinyJob, tmp_path: Path) -> None:
+    """Epochs 2 and 3 of three, not the half one: the mean of both, LoRA merged in each, as a .pth and as a folder. Of
+    folders in bf16 1 and 1 + 2**-7 are 1 + 2**-8 in fp32."""
+    run = tmp_path / "tiny"
+    *_, second, third = epochs_of(lora.folder / "start.pth", run, {1: 9.0, 2: 7.0, 4: 0.5, 6: -0.25})
+    apart = [load_weights(Path(merged(path, tmp_path))).state_dict for path in (second, third)]
+    said = export_model(ExportConfig(str(run), str(tmp_path / "mean.pth"), average=2))
+    assert said == f"wrote {tmp_path / 'mean.pth'} from the mean of steps 4, 6 of the run tiny, LoRA merged"
+    mean = load_weights(tmp_path / "mean.pth")
+    for name, tensor in mean.state_dict.items():
+        assert torch.equal(tensor, ((apart[0][name].double() + apart[1][name]) / 2).float()), name
+    assert "step" not in mean.metadata and mean.metadata["run"] == "tiny" and mean.metadata["file"] == ""
+    tokenizer = str(lora.folder / "tokenizer.json")
+    export_model(ExportConfig(str(run), str(tmp_path / "mean"), average=2, tokenize_path=tokenizer))
+    assert torch.allclose(logits(tmp_path / "mean"), logits(tmp_path / "mean.pth"), atol=1e-4)
+    folder = make_hf_folder(tmp_path / "hf")
+    export_model(ExportConfig(str(folder), str(tmp_path / "hf16"), dtype="bfloat16"))
+    epochs_of(tmp_path / "hf16", tmp_path / "folders", {2: 0.0, 4: 2.0**-7})
+    export_model(ExportConfig(str(tmp_path / "folders"), str(tmp_path / "out"), average=2, dtype="float32"))
+    norms = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(norms, torch.full_like(norms, 1 + 2.0**-8))
+
+
+def merged(path: Path, folder: Path) -> str:
+    """An export by itself, LoRA merged."""
+    out = str(folder / f"merged-{path.name}")
+    export_model(ExportConfig(str(path), out))
+    return out
+
+
+def test_no_mean_of_what_is_not_one_runs(lora: TinyJob, tmp_path: Path) -> None:
+    """Too few epochs, another run's or another start's file, another shape, and what is no folder."""
+    start, run, out = lora.folder / "start.pth", tmp_path / "tiny", str(tmp_path / "out.pth")
+    epochs_of(start, run, {1: 0.0, 2: 0.0})
+    with pytest.raises(UserError, match=r"average: expected 2 exports of ends of epochs in .*, found dpo_1E_16MSQ.pth"):
+        export_model(ExportConfig(str(run), out, average=2))
+    with pytest.raises(UserError, match="average: expected the checkpoint folder of a run"):
+        export_model(ExportConfig(str(start), out, average=2))
+    for changed, words in ({"run": "b"}, "another run: 'tiny', not 'b'"), ({"reference": {}}, "another reference"):
+        epochs_of(start, run, {4: 0.0}, changed)
+        with pytest.raises(UserError, match=words):
+            export_model(ExportConfig(str(run), out, average=2))
+    epochs_of(make_job(tmp_path / "other", n_layers=1).folder / "start.pth", run, {4: 0.0})
+    with pytest.raises(UserError, match="dpo_1E_16MSQ.pth: expected the architecture of dpo_2E_16MSQ.pth"):
+        export_model(ExportConfig(str(run), out, average=2))
+    assert not (tmp_path / "out.pth").exists()

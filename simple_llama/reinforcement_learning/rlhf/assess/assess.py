@@ -54,6 +54,7 @@ from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import (
     judge_numbers,
 )
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
+from simple_llama.reinforcement_learning.rlhf.run.saves import start_digest
 
 _EXAMPLES = 5  # pairs with the largest gain, and as many with the largest loss
 
@@ -114,12 +115,18 @@ def _doubts(config: EvaluateConfig, first: Inputs) -> list[str]:
     """A warning for each model that says it was trained from another model than the start model; logged too."""
     found = []
     for path in config.paths:
-        reference = start_metadata(path).get("reference")
+        metadata = start_metadata(path)
+        reference, began = metadata.get("reference"), start_digest(metadata)
         weights = reference.get("weights") if isinstance(reference, Mapping) else None
-        if weights not in (None, first.start.digest):
+        if began not in (None, first.start.digest):
             found.append(
-                f"{path} was not trained from {first.start.path}, but from a model with the digest {shown(weights)}: "
+                f"{path} was not trained from {first.start.path}, but from a model with the digest {shown(began)}: "
                 "its rewards are measured from another model than its training had"
+            )
+        elif weights not in (None, first.start.digest):
+            found.append(
+                f"{path} was trained from {first.start.path} against another reference, of the digest "
+                f"{shown(weights)}: its rewards are measured from another model than its training had"
             )
     for doubt in found:
         LOGGER.warning("%s", doubt)

@@ -62,21 +62,23 @@ class StateFacts:
     unfinished: bool  # whether an evaluation or a save is still due after `step`
     course: dict[str, Any]  # what a resumed run must share: settings, pairs a step, digests of data and reference
     reference_values: dict[str, Any] | None = None  # see `KeptValues`; none of an online reference and in older states
+    best: dict[str, Any] | None = None  # see `Best`; none before an evaluation, and in older states
 
     def to_json(self) -> dict[str, Any]:
         """The entries of state.json, all on one level."""
         own = {"step": self.step, "optimizer_steps": self.step, "weights": self.weights, "loss": self.loss}
         values = {"reference_values": self.reference_values} if self.reference_values else {}
+        values |= {"best": self.best} if self.best else {}
         return {**own, "unfinished": self.unfinished, **values, **self.course}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> StateFacts:
         """From a checked state.json; what is not ours by name belongs to the course. Older ones lack `unfinished`."""
         own = {"format", "digest", "files", "step", "optimizer_steps", "weights", "loss", "unfinished"}
-        own.add("reference_values")
+        own |= {"reference_values", "best"}
         course = {key: value for key, value in found.items() if key not in own}
         unfinished, values = bool(found.get("unfinished", False)), found.get("reference_values")
-        return cls(found["step"], found["weights"], found["loss"], unfinished, course, values)
+        return cls(found["step"], found["weights"], found["loss"], unfinished, course, values, found.get("best"))
 
 
 class SavedState(NamedTuple):

@@ -25,7 +25,8 @@ from simple_llama.reinforcement_learning.rlhf.foretell.memory import Base, step_
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
-from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig, open_reference
+from simple_llama.reinforcement_learning.rlhf.run.start_reference import open_reference
+from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
 _PASSES, _MOST_S = 8, 30.0  # micro-batches that are computed, and seconds for them
 _PIECE = 1 << 22  # weights of which AdamW is timed

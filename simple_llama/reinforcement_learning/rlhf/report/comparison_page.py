@@ -64,6 +64,7 @@ def _run_json(run: Standing) -> dict[str, Any]:
         "folder": str(run.run.folder.absolute()),
         "finished": not run.unfinished,
         "step": run.run.steps,
+        "best": dict(run.run.best),
         "pairs": run.pairs,
         "accuracy": run.accuracy,
         "margin_nats": run.margin,

@@ -165,6 +165,17 @@ def _table(caption: str, rows: Sequence[Mapping[str, str]]) -> Table:
     return Table(caption, headers, [[row[name] for name in headers] for row in rows])
 
 
+def best_elsewhere(run: Standing) -> str:
+    """That a run names another checkpoint as its best than its last, by which it is compared; "" where it does not."""
+    best = run.run.best
+    if best.get("step") in (None, run.values.get("step")):
+        return ""
+    return (
+        f"{run.label}: compared by its last evaluation; its best by {best.get('metric')} is step {best['step']} "
+        f"({best.get('value')}): {best.get('weights')}"
+    )
+
+
 def course_table(runs: Sequence[Standing]) -> Table:
     """How each run went: state, warnings, answers, cost."""
     headers = ["run", "state", "alarms", "notices", "answer tokens", "ended", "repeated", "empty"]

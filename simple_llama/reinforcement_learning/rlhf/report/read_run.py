@@ -23,6 +23,7 @@ from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import reads_reference
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import PairSums
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, read_records
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import BEST
 from simple_llama.reinforcement_learning.rlhf.run.statistics import groups_of
 
 
@@ -67,6 +68,16 @@ class RunFacts:
         reference."""
         known = reads_reference(str(self.settings.get("loss_type", "sigmoid")))
         return value(self.settings, "beta") if known else math.nan
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether its rewards are measured from the model that it started from."""
+        return not self.settings.get("reference_path")
+
+    @property
+    def reference(self) -> str:
+        """The model that its rewards are measured from, in words."""
+        return "the start model" if self.starts_as_reference else "the reference"
 
     @property
     def evaluations(self) -> list[Mapping[str, Any]]:
@@ -147,7 +158,7 @@ def read_run(folder: Path) -> RunFacts:
         samples=[line for line in _records(folder / "samples.jsonl") if _is_sample(line)],
         warnings=warnings,
         data=_object(folder / "data.json"),
-        best=_object(folder / "best.json"),
+        best=_object(folder / BEST),
         finished=_object(folder / "finished.json"),
         held_out=_held_out(folder / "held_out.npz"),
         ds_config=_object(folder / "ds_config.json"),

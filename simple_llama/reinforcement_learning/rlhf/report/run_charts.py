@@ -91,14 +91,14 @@ def add_curves(page: Page, facts: RunFacts) -> None:
     )
     page.figure(
         line_chart(
-            "Log-prob against the start model, held out",
+            f"Log-prob against {facts.reference}, held out",
             _STEP,
             "log pi / pi_ref, nats an answer",
             [
                 _series(side, [(line["step"], log_ratio(line, side, facts.beta)) for line in facts.evaluations])
                 for side in ("chosen", "rejected")
             ],
-            levels={"as the start model": 0.0},
+            levels={f"as {facts.reference}": 0.0},
         ),
         "Where both fall, the policy learns what to leave rather than what to say.",
     )
@@ -161,11 +161,11 @@ def _add_samples(page: Page, facts: RunFacts) -> None:
         (xs, kl), (_, low), (_, high) = distance
         page.figure(
             line_chart(
-                "Distance from the start model",
+                f"Distance from {facts.reference}",
                 _STEP,
-                "KL(policy || start), nats a token",
+                "KL(policy || reference), nats a token",
                 [Series("KL", xs, kl, low, high)],
-                levels={"the start model": 0.0},
+                levels={facts.reference: 0.0},
             ),
             "Estimated on answers that the policy sampled at temperature 1 (k3), with its 95 % interval.",
         )
@@ -182,7 +182,7 @@ def add_pairs(page: Page, facts: RunFacts, pairs: HeldOutPairs, texts: Mapping[i
     )
     page.figure(
         histogram(
-            "Log-probs against the start model", "log pi / pi_ref, nats", {"chosen": chosen, "rejected": rejected}
+            f"Log-probs against {facts.reference}", "log pi / pi_ref, nats", {"chosen": chosen, "rejected": rejected}
         ),
         "How much likelier each answer became.",
     )

@@ -47,6 +47,7 @@ from simple_llama.reinforcement_learning.rlhf.report.run_verdict import (
     margin_nats,
     verdict,
 )
+from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, with_warmup
 from simple_llama.reinforcement_learning.rlhf.run.training_run import RunConfig
 
 _NAME = "report.html"
@@ -171,25 +172,26 @@ def _add_before_and_after(page: Page, facts: RunFacts) -> None:
         lines["best"] = best
     page.heading("Before and after")
     rows: list[list[Cell]] = [["step", *(int(line["step"]) for line in lines.values()), "optimizer steps"]]
-    for title, find, unit in _compared(facts.beta):
+    for title, find, unit in _compared(facts):
         rows.append([title, *(_known(find(line)) for line in lines.values()), unit])
     intervals = {name: interval_of(line) for name, line in lines.items()} | {"last": last_interval(facts)}
-    shown = [_interval(line, *intervals[name]) for name, line in lines.items()]
+    ties = facts.starts_as_reference
+    shown = [_interval(line, *intervals[name], ties) for name, line in lines.items()]
     rows.insert(2, ["its 95 % interval", *shown, "Wilson's"])
     page.table(["held out", *lines, "unit"], rows)
     add_rules(page, facts)
 
 
-def _interval(line: Mapping[str, Any], low: float, high: float) -> str | None:
-    """The interval of an evaluation's accuracy as text. At step 0 every pair is a tie: 0.5 is no estimate."""
-    if line["step"] == 0:
+def _interval(line: Mapping[str, Any], low: float, high: float, ties: bool) -> str | None:
+    """The interval of an evaluation's accuracy as text. Where at step 0 every pair is a tie, 0.5 is no estimate."""
+    if line["step"] == 0 and ties:
         return "by definition"
     return f"{low:.3f} to {high:.3f}" if low == low else None
 
 
-def _compared(beta: float) -> list[tuple[str, Callable[[Mapping[str, Any]], float], str]]:
+def _compared(facts: RunFacts) -> list[tuple[str, Callable[[Mapping[str, Any]], float], str]]:
     """(title, what it is of an evaluation's line, unit) of the lines of the table."""
-    against = "nats an answer, against the start model"
+    beta, against = facts.beta, f"nats an answer, against {facts.reference}"
     margins = [
         ("margin", lambda line: margin_nats(line, beta), against),
         ("log-ratio, chosen", lambda line: log_ratio(line, "chosen", beta), against),
@@ -206,7 +208,7 @@ _COMPARED = (
     ("loss", "eval_loss", "nats a pair"),
     ("reward margin", "eval_rewards/margins", "beta times nats"),
     ("margin and length", "eval_margin_length_correlation", "correlation over pairs"),
-    ("KL to the start model", "samples/kl", "nats a token, on sampled answers"),
+    ("KL to the reference", "samples/kl", "nats a token, on sampled answers"),
     ("answers ended by themselves", "samples/ended", "share of sample answers"),
     ("repeated trigrams", "samples/repeated_trigrams", "share, in sample answers"),
     ("length of answers", "samples/tokens", "tokens, mean of sample answers"),
@@ -298,6 +300,7 @@ def _add_time(page: Page, facts: RunFacts, seconds: float | None) -> None:
 def _changed(settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, value, default) of the settings that are not at their defaults; those of the command itself left out."""
     defaults = {field.name: field.default for kind in (RunConfig, WatchConfig) for field in fields(kind)}
+    defaults["warmup_iterations"] = with_warmup(ScheduleConfig()).warmup_iterations
     defaults |= default_options(str(settings.get("loss_type", defaults["loss_type"])))
     return [
         (name, found, defaults[name])
@@ -337,9 +340,12 @@ def _commands(facts: RunFacts, weights: str) -> list[str]:
     if settings.get("resume") is True:
         again += " --no_resume"
     folder = shlex.quote(from_project(str(Path(str(settings.get("ckpt_dir", ""))) / facts.name)))
+    named = str(facts.best.get("weights", weights))
+    best = ["# or to the checkpoint that was best", chat_command(settings, named)] if named != weights else []
     return [
         "# talk to the result, beside the model that it began as",
         f"{chat_command(settings, weights)} --against start",
+        *best,
         "# evaluate it on the pairs that the run held out, or on others (--rlhf_dataset_path)",
         f"python launch/evaluate.py --models {folder}",
         "# its curves",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from simple_llama.reinforcement_learning.rlhf.run.statistics import (
 # What a share of the sample answers may change before the language is said to have changed.
 _REPEATED, _ENDED, _EMPTY = 0.10, 0.25, 0.10
 _FLAT = 0.1  # of the margin: a log-ratio below is said not to have moved
+_LIKELIER = "the start model finds it likelier"  # a rule
 
 
 def verdict(facts: RunFacts) -> list[str]:
@@ -101,7 +103,9 @@ def _rules(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -
     longer, raw = value(last, "eval_longer_is_chosen"), value(first, "eval_logps/accuracies")
     by_length = "the longer answer is chosen" if not longer < 0.5 else "the shorter answer is chosen"
     differences = _differences(facts.pairs_at_end) if facts.pairs_at_end else {}
-    for rule, share in ((by_length, max(longer, 1 - longer)), ("the start model finds it likelier", raw)):
+    if not facts.starts_as_reference:  # whose sums of each pair are not recorded
+        differences.pop(_LIKELIER, None)
+    for rule, share in ((by_length, max(longer, 1 - longer)), (_LIKELIER, raw)):
         if not math.isfinite(share + low + accuracy):
             continue
         found = differences.get(rule, Interval(accuracy - share, low - share, high - share))
@@ -121,7 +125,7 @@ def _differences(pairs: HeldOutPairs) -> dict[str, Interval]:
     rules = {
         "the longer answer is chosen": preferred(gaps_N),
         "the shorter answer is chosen": preferred(-gaps_N),
-        "the start model finds it likelier": preferred(ref_N2[:, 0] - ref_N2[:, 1]),
+        _LIKELIER: preferred(ref_N2[:, 0] - ref_N2[:, 1]),
     }
     hits_N = preferred(pairs.margins_N)
     return {name: paired_bootstrap(hits_N, rule_N, pairs.groups_N) for name, rule_N in rules.items()}
@@ -134,7 +138,7 @@ def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
     if not math.isfinite(margin):
         yield "The margin is not recorded."
         return
-    said = f"The margin is {margin:.2f} nats an answer (chosen against rejected, each against the start model)"
+    said = f"The margin is {margin:.2f} nats an answer (chosen against rejected, each against {facts.reference})"
     if not math.isfinite(chosen + rejected):
         yield f"{said}."
         return
@@ -153,8 +157,11 @@ def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
 def _best(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
     """Whether the run went on past its best."""
     named = facts.at(facts.best.get("step"))
-    if named:
-        yield f"The run names step {named['step']} as its best: held-out loss {number(value(named, 'eval_loss'))}."
+    if named and named is not last:
+        metric, kept = str(facts.best.get("metric", "eval_loss")), Path(str(facts.best.get("weights", ""))).name
+        words = "held-out loss" if metric == "eval_loss" else metric
+        where = f" ({kept})" if kept else ""
+        yield f"The run names step {named['step']}{where} as its best: {words} {number(value(named, metric))}."
     lowest = min(facts.evaluations, key=lambda line: _or_inf(value(line, "eval_loss")))
     loss, final = value(lowest, "eval_loss"), value(last, "eval_loss")
     if lowest is not last and final > loss and not named:

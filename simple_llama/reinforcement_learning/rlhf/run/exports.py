@@ -54,8 +54,11 @@ def is_export(path: Path, step: int, start: StartModel) -> bool:
     return found.get("step") == step and found.get("file", path.name) == path.name  # earlier versions' lack `file`
 
 
-def prune_exports(folder: Path, keep: int, steps_per_epoch: int, done: int, start: StartModel) -> None:
-    """Deletes exports of this run up to step `done` that end no epoch, but for the newest `keep`; 0: deletes none.
+def prune_exports(
+    folder: Path, keep: int, steps_per_epoch: int, done: int, start: StartModel, spared: str = ""
+) -> None:
+    """Deletes exports of this run up to step `done` that end no epoch, but for the newest `keep` and the one that is
+    `spared`; 0: deletes none.
 
     What was copied, renamed or put there by a person, or by an earlier version, is not looked upon as the run's; nor is
     a folder that a person keeps something in.
@@ -70,6 +73,8 @@ def prune_exports(folder: Path, keep: int, steps_per_epoch: int, done: int, star
         if own and type(step) is int and step <= done and step % steps_per_epoch:
             steps[path] = step
     for path in sorted(steps, key=lambda path: steps[path], reverse=True)[keep:]:
+        if path.name == spared:
+            continue
         if path.is_dir():
             delete_export(path)
         else:

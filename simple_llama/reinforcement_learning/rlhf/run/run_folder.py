@@ -3,7 +3,8 @@
 <log_dir>/<run>/   config.json  ds_config.json  environment.json  data.json  train.log
                    metrics.jsonl  samples.jsonl  held_out.npz  metrics.csv  trackers.json
                    warnings.jsonl  events.out.tfevents.*
-                   report.html  report.json  finished.json (at the end)  lock (while a run writes here)
+                   best.json  report.html  report.json  finished.json (at the end)
+                   lock (while a run writes here)
 <ckpt_dir>/<run>/  config.json, the same: all hosts see it, and `--resume` begins with it  lock
 """
 
@@ -37,6 +38,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import versions
 _SEEN_TRIES = 10  # seconds until rank 0's lock must be seen by all
 _LONGEST_NAME = 200  # bytes; a file system takes 255, and temp names are longer than the name
 _SETTINGS = "config.json"
+BEST = "best.json"
 _ONCE = {"resume", "dry_run", "probe", "fit_gb", "debug"}  # settings of one start, which a later one does not take over
 
 
@@ -284,25 +286,26 @@ def _kept_settings(folders: tuple[Path, ...]) -> tuple[dict[str, Any], Path | No
 
 
 def mark_finished(
-    folder: Path, step: int, weights: Path, report: Path | None, metrics: dict[str, float], seconds: float
+    folder: Path, step: int, why: str, weights: Path, report: Path | None, metrics: dict[str, float], seconds: float
 ) -> None:
     """Writes finished.json: the whole run is done. A launcher's exit status 0 alone does not say so.
 
     Args:
+        why: what ended it after `step` steps.
         report: the run's page; None where none could be made. metrics: the final ones, by name.
         seconds: of this start of the run.
     """
-    found = {"step": step, "weights": str(weights), "report": str(report) if report else None}
+    found = {"step": step, "ended": why, "weights": str(weights), "report": str(report) if report else None}
     atomic_write_json(folder / "finished.json", {**found, "metrics": metrics, "seconds": round(seconds, 3)})
 
 
 def unmark_finished(folder: Path) -> None:
-    """Takes finished.json away, at the start of a run that goes on."""
-    path = folder / "finished.json"
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot remove {path}: {error.strerror or error}; choose another log_dir") from error
+    """Takes finished.json away, at the start of a run, and best.json, which a run that goes on writes again."""
+    for path in (folder / "finished.json", folder / BEST):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot remove {path}: {error.strerror or error}; choose another log_dir") from error
 
 
 def write_records(folder: Path, settings: dict[str, Any], ds_config: dict[str, Any]) -> None:

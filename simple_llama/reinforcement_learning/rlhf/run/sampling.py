@@ -170,10 +170,10 @@ class Samples:
         return Spoken.pack([self.prompts[number] for number in numbers], kept)
 
     def reference_logps(self, spoken: Spoken) -> torch.Tensor:
-        """What the reference gives the tokens (N,): a model in memory, or the start model, read a block at a time."""
+        """What the reference gives the tokens (N,): a model in memory, or its files, read a block at a time."""
         if self.reference is not None:
             return spoken_logps(self.reference, spoken)
-        with self.inputs.start.reading() as start:
+        with self.inputs.reference.reading() as start:
             return spoken_logps(lean_model(start, self.inputs.dtype, self.ranks.device), spoken)
 
     def write(self, step: int, now: list[str]) -> None:

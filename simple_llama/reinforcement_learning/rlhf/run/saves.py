@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import TOKENIZER_KEY, Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
+from simple_llama.reinforcement_learning.rlhf.run.best import Best
 from simple_llama.reinforcement_learning.rlhf.run.exports import free_path, is_export, prune_exports, weights_name
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
@@ -60,7 +62,7 @@ class SavesConfig(Settings):
     ] = 0
     keep_states: Count = 2  # resumable states kept, newest first
     keep_exports: Annotated[
-        CountOrNone, Doc("newest exports kept of those that save_interval made; those of epochs' ends stay; 0: all")
+        CountOrNone, Doc("newest exports kept of those between epochs' ends, which stay, as the best one does; 0: all")
     ] = 0
 
 
@@ -73,14 +75,17 @@ class Position:
     last_loss: float = math.nan  # held-out; of the last interval where nothing is held out
 
 
-def count_saves(total_steps: int, steps_per_epoch: int, save_interval: int) -> tuple[int, int]:
-    """How many checkpoints a run makes: (at the ends of epochs and of the run, at other steps)."""
+def count_saves(total_steps: int, steps_per_epoch: int, *intervals: int) -> tuple[int, int]:
+    """How many checkpoints a run makes: (at the ends of epochs and of the run, at other steps).
+
+    Args: intervals: steps between those that are made beside epochs' ends; 0: none.
+    """
+    every = [steps_per_epoch, *filter(None, intervals)]
+    some = (part for count in range(1, len(every) + 1) for part in combinations(every, count))
+    multiples = sum((-1) ** (len(part) + 1) * (total_steps // math.lcm(*part)) for part in some)
+    ends_between = all(total_steps % interval for interval in every)
     ends = -(-total_steps // steps_per_epoch)
-    if not save_interval:
-        return ends, 0
-    between = total_steps // save_interval - total_steps // math.lcm(save_interval, steps_per_epoch)
-    ends_within = total_steps % steps_per_epoch and total_steps % save_interval == 0
-    return ends, between - bool(ends_within)
+    return ends, multiples + ends_between - ends
 
 
 def course_of(settings: dict[str, Any], pairs_per_step: int, total_steps: int, inputs: Inputs) -> dict[str, Any]:
@@ -94,6 +99,7 @@ def course_of(settings: dict[str, Any], pairs_per_step: int, total_steps: int, i
         "pairs_per_step": pairs_per_step,
         "data": inputs.data_digest,
         "reference": inputs.reference_id,
+        "start": inputs.start.digest,
     }
 
 
@@ -102,10 +108,18 @@ def _loss_course(config: LossConfig) -> dict[str, Any]:
     return {"loss_type": config.loss_type, **config.own_options()}
 
 
-def meant_by_lack(course: Mapping[str, Any]) -> dict[str, Any]:
-    """What a state means that lacks an entry of a run's course, for settings that came after it was written."""
+def meant_by_lack(course: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state's course means that lacks an entry of a run's, for settings that came after it was written."""
     loss = {**_loss_course(LossConfig(course["loss_type"])), "loss_type": LossConfig().loss_type}
-    return {**loss, **{name: getattr(ScheduleConfig(), name) for name in ("max_steps", "schedule")}}
+    own = {name: getattr(ScheduleConfig(), name) for name in ("max_steps", "schedule")}
+    return {**loss, **own, "start": start_digest(saved)}
+
+
+def start_digest(found: Mapping[str, Any]) -> Any:
+    """Of the model that a run started from, by a state's course or an export's metadata; earlier ones had no other
+    reference."""
+    reference = found.get("reference")
+    return found.get("start", reference.get("weights") if isinstance(reference, Mapping) else None)
 
 
 class Saves:
@@ -123,6 +137,7 @@ class Saves:
         course: dict[str, Any],
         reference_values: dict[str, Any] | None,
         settings: SavesConfig,
+        best: Best,
         steps_per_epoch: int,
         check_lock: Callable[[], object],
         ranks: Ranks,
@@ -134,14 +149,15 @@ class Saves:
         check_lock: raises where another run has taken over the folder.
         """
         self.folder, self.engine, self.inputs, self.ranks = folder, engine, inputs, ranks
-        self.course, self.settings, self.steps_per_epoch = course, settings, steps_per_epoch
+        self.course, self.settings, self.best, self.steps_per_epoch = course, settings, best, steps_per_epoch
         self.reference_values, self.check_lock = reference_values, check_lock
         self.newest: SavedState | None = None  # of those on disk that this run saved or loaded
         self.newest_path = folder  # of an export, once there is one
         self.refused: list[str] = []  # exports that were due and could not be made; on rank 0
 
     def resume(self, saved: SavedState, measured: bool) -> Position:
-        """Where the saved run was; the engine has its state already. Makes an export that is missing (collective).
+        """Where the saved run was; the engine has its state already. Makes an export that is missing, and best.json
+        what it was (collective).
 
         Args: measured: whether a loss was after the saved step.
         """
@@ -153,6 +169,9 @@ class Saves:
         if broadcast_object(missing, self.ranks):
             LOGGER.info("%s is missing; it is made from the state", self.newest_path)
             self._save(at, measured, facts.weights)
+        with fail_together(self.ranks):
+            if self.ranks.is_main:
+                self.best.write(self.folder, start)
         return at
 
     def save(self, at: Position, measured: bool) -> None:
@@ -184,6 +203,7 @@ class Saves:
         with fail_together(self.ranks):
             name = free_path(self.folder, name, at.done, self.inputs.start).name if self.ranks.is_main else ""
         name = broadcast_object(name, self.ranks)
+        self.best.name(at.done, name)
         with watchdog.patience(f"saving step {at.done}"):
             saved = self._write(at, name)
             with fail_together(self.ranks):
@@ -195,7 +215,8 @@ class Saves:
     def _write(self, at: Position, name: str) -> SavedState:
         """Saves the state after `at.done` steps, which names its export ("": none) (collective)."""
         loss = None if math.isnan(at.last_loss) else at.last_loss
-        facts = StateFacts(at.done, name, loss, at.unfinished, self.course, self.reference_values)
+        values, best = self.reference_values, self.best.to_json()
+        facts = StateFacts(at.done, name, loss, at.unfinished, self.course, values, best)
         keep = self.settings.keep_states
         trim_heap()  # a state is held whole on its way to the disk: on a CPU it is a run's fullest moment
         self.newest = write_state(self.folder, self.engine, facts, keep, self.ranks, self.newest, self.check_lock)
@@ -213,6 +234,7 @@ class Saves:
             "loss": at.last_loss if measured else None,
             "dpo_config": asdict(self.settings),
             "reference": self.inputs.reference_id,
+            "start": self.inputs.start.digest,
             "environment": environment(),
         }
         if self.inputs.kept_digest:
@@ -231,8 +253,9 @@ class Saves:
             )
             return False
         self.refused.clear()  # the checkpoint is back, and this is the newest
+        self.best.write(self.folder, self.inputs.start)
         keep = self.settings.keep_exports
-        prune_exports(self.folder, keep, self.steps_per_epoch, at.done, self.inputs.start)
+        prune_exports(self.folder, keep, self.steps_per_epoch, at.done, self.inputs.start, self.best.weights)
         return True
 
     def last_good(self) -> str:

@@ -75,13 +75,6 @@ class ScheduleConfig(Settings):
             return _WARMUP_ITERATIONS if self.warmup_iterations is None else self.warmup_iterations
         return math.ceil(round(self.warmup_ratio * total_steps, 6))  # 0.07 * 100 is a little more than 7
 
-    @property
-    def about_schedule(self) -> str:
-        """The rates in words."""
-        if self.schedule == "constant":
-            return f"constant at {self.max_lr:g} after the warm-up"
-        return f"{self.schedule} from {self.max_lr:g} to {self.min_lr:g} after the warm-up"
-
     def rate(self, index: int, total_steps: int) -> float:
         """Rate of optimizer step `index` (from 0) in a run of so many."""
         warmup = self.warmup_steps(total_steps)
@@ -100,6 +93,13 @@ def with_warmup(config: SomeConfig) -> SomeConfig:
     if config.warmup_iterations is None and config.warmup_ratio is None:
         return replace(config, warmup_iterations=_WARMUP_ITERATIONS)
     return config
+
+
+def about_schedule(config: ScheduleConfig) -> str:
+    """The rates in words."""
+    if config.schedule == "constant":
+        return f"constant at {config.max_lr:g} after the warm-up"
+    return f"{config.schedule} from {config.max_lr:g} to {config.min_lr:g} after the warm-up"
 
 
 def learning_rate(

@@ -7,14 +7,29 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from simple_llama.pretraining.start_model import StartModel
-from simple_llama.reinforcement_learning.rlhf.run.saves import SavesConfig, count_saves
+from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
 
 _USUAL_WARMUP = 0.1  # of all steps
 _STATE_BYTES = 12  # a trained weight: fp32, with AdamW's two moments
+
+
+class _KeptConfig(Protocol):
+    """What decides how often a run saves, and what stays."""
+
+    @property
+    def save_interval(self) -> int: ...
+    @property
+    def keep_exports(self) -> int: ...
+    @property
+    def keep_states(self) -> int: ...
+    @property
+    def eval_interval(self) -> int: ...
+    @property
+    def early_stop(self) -> int: ...
 
 
 class SavedBytes(NamedTuple):
@@ -34,11 +49,12 @@ class SavedBytes(NamedTuple):
 
 
 def saved_bytes(
-    config: SavesConfig, total_steps: int, steps_per_epoch: int, weights: int, trained: int, start: StartModel
+    config: _KeptConfig, total_steps: int, steps_per_epoch: int, weights: int, trained: int, start: StartModel
 ) -> SavedBytes:
-    """How often a run saves, what stays, and how large it is."""
-    ends, between = count_saves(total_steps, steps_per_epoch, config.save_interval)
-    exports = ends + (min(between, config.keep_exports) if config.keep_exports else between)
+    """How often a run saves at most, what stays, and how large it is."""
+    evaluations = config.eval_interval if config.early_stop else 0  # any of them may be the best
+    ends, between = count_saves(total_steps, steps_per_epoch, config.save_interval, evaluations)
+    exports = ends + (min(between, config.keep_exports + 1) if config.keep_exports else between)
     states = min(ends + between, config.keep_states)
     return SavedBytes(ends, between, exports, states, start.export_dtype.itemsize * weights, _STATE_BYTES * trained)
 

@@ -24,15 +24,15 @@ from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
 from simple_llama.pretraining.llama_transformer import compiled_graphs
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep
-from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, require_gaps
+from simple_llama.reinforcement_learning.rlhf.objective.policy import require_gaps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss, resolved
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
-from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, FirstStep, require_kept
-from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
+from simple_llama.reinforcement_learning.rlhf.reference.audit import Bound, FirstStep
+from simple_llama.reinforcement_learning.rlhf.run.agenda import Agenda
+from simple_llama.reinforcement_learning.rlhf.run.best import Best, BestConfig
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig, evaluate
 from simple_llama.reinforcement_learning.rlhf.run.interval import Interval, IntervalConfig
 from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig, StepProfile
@@ -54,8 +54,14 @@ from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
 )
 from simple_llama.reinforcement_learning.rlhf.run.sampling import Samples
 from simple_llama.reinforcement_learning.rlhf.run.saves import Position, Saves, SavesConfig, course_of, meant_by_lack
-from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, with_warmup
+from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, about_schedule, with_warmup
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
+from simple_llama.reinforcement_learning.rlhf.run.start_reference import (
+    audit_other,
+    audit_reference,
+    open_reference,
+    reference_values,
+)
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import expected_change, saved_bytes, start_warnings
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, Portion, portions
 from simple_llama.reinforcement_learning.rlhf.run.trackers import (
@@ -82,6 +88,7 @@ Item = TypeVar("Item")
 class RunConfig(
     ProfileConfig,
     SavesConfig,
+    BestConfig,
     EvaluationConfig,
     TrackerConfig,
     IntervalConfig,
@@ -102,6 +109,8 @@ class TrainingRun:
         with fail_together(ranks):
             if ranks.is_main:
                 check_trackers(config)
+            if refusal := config.refusal(len(inputs.data.validation)):
+                raise UserError(refusal)
         self.config = config = with_warmup(resolved(config))
         self.inputs, self.ranks = inputs, ranks
         self.pairs, self.held_out = inputs.data.train, inputs.data.validation
@@ -119,8 +128,10 @@ class TrainingRun:
         require_same("reference store (digest)", self.reference.content, ranks)
         self.bound = Bound.here(inputs.dtype, ranks.device.type)
         with fail_together(ranks):
-            values = _reference_values(self.reference, inputs.data.pairs, self.bound, saved)
+            values = reference_values(self.reference, inputs.data.pairs, self.bound, saved)
             self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
+        if inputs.other_reference and self.loss_fn.needs_reference and not saved:
+            audit_other(config, self.reference, inputs, ranks)
         self.engine, size = start_engine(config, inputs, self.loss_fn, ranks)
         work = partial(useful_flops, size, inputs.architecture, backward=True)
         steps, trained = self.plan.steps_per_epoch, self.engine.trained_weights
@@ -129,6 +140,10 @@ class TrainingRun:
         if saved:
             checkpoint.load_state(saved, self.engine)
         self.log_folder = log_folder
+        self.best = Best(
+            config, log_folder, ranks, saved.facts.best if saved else None, str(saved.folder) if saved else ""
+        )
+        self.due = Agenda(config, self.plan.steps_per_epoch, len(self.held_out), self.best)
         self.writer = self.open_records(name, saved)  # last: a run that is refused leaves the records as they were
         self.say_start(name)
         peak = peak_flops(ranks.device, inputs.dtype) * ranks.world_size
@@ -140,8 +155,10 @@ class TrainingRun:
         facts = facts_of(config, inputs.data, self.total_steps, self.loss_fn.scale)
         with fail_together(ranks):
             self.health = HealthWatch(log_folder, facts, self.writer, ranks)
-        self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, config, steps, check_lock, ranks)
-        self.at = self.saves.resume(saved, self.measures_at(saved.facts.step)) if saved else Position()
+        self.saves = Saves(
+            ckpt_folder, self.engine, inputs, course, values, config, self.best, steps, check_lock, ranks
+        )
+        self.at = self.saves.resume(saved, self.due.measures_at(saved.facts.step)) if saved else Position()
 
     # === Start ===
 
@@ -152,6 +169,8 @@ class TrainingRun:
         with fail_together(self.ranks):
             if self.ranks.is_main:
                 found = {"max_seq_len": self.inputs.max_seq_len, "model_path": str(self.inputs.start.path)}
+                if self.config.reference_path:
+                    found["reference_path"] = str(self.inputs.reference.path.absolute())
                 settings = with_absolute_paths(replace(self.config, run_name=name, **found))
                 if not (saved and (self.log_folder / "environment.json").exists()):
                     write_records(self.log_folder, settings, self.engine.ds_config)
@@ -170,7 +189,7 @@ class TrainingRun:
         """What the run is about to do."""
         counts = len(self.pairs), len(self.held_out), self.total_steps
         LOGGER.info("run %s: %d pairs, %d held out, %d steps", name, *counts)
-        LOGGER.info("loss: %s; learning rate: %s", self.loss_fn, self.config.about_schedule)
+        LOGGER.info("loss: %s; learning rate: %s", self.loss_fn, about_schedule(self.config))
         if TENSORBOARD in tracker_names(self.config):
             LOGGER.info("to watch: tensorboard --logdir %s --host localhost", self.config.log_dir)
         steps = self.total_steps, self.plan.steps_per_epoch
@@ -179,10 +198,14 @@ class TrainingRun:
 
     def check_start(self) -> None:
         """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known."""
-        if self.loss_fn.needs_reference:
-            self._check_reference()
-        else:
+        if not self.loss_fn.needs_reference:
             LOGGER.info("step 0: %s reads no reference: nothing says beforehand what it must be", self.config.loss_type)
+        elif other := self.inputs.other_reference:
+            LOGGER.info(
+                "step 0: rewards are measured from %s, so margins are not 0 and no loss is foretold", other.path
+            )
+        else:
+            audit_reference(self.config, self.reference, self.engine.logps, self.inputs, self.ranks)
         self.evaluate(0)
         weights = weight_facts(self.engine.own_matrices(self.ranks), self.inputs.dtype, self.ranks.device)
         LOGGER.info("%s", expected_change(self.config, self.total_steps, weights))
@@ -191,19 +214,9 @@ class TrainingRun:
         self._check_first_loss()
         self.interval.start()
 
-    def _check_reference(self) -> None:
-        """Pairs drawn anew: the reference's numbers are those of the model that the run starts from (collective)."""
-        config, reference = self.config, self.reference
-        auditor = Auditor(self.inputs.data.pairs, self.bound, config.batch_size, config.seed, self.ranks)
-        if reference.store and auditor.finds_unbound(reference.store):
-            auditor.take_over(reference.store, self.engine.logps)
-        elif reference.store:
-            auditor.bind(reference.store)
-        auditor.audit(self.engine.logps, reference.logps, "step-0 audit")
-
     def _check_first_loss(self) -> None:
         """The held-out loss of step 0 is what the loss gives of log-ratios of 0 or of the store's sums (collective)."""
-        if not (self.held_out and self.loss_fn.needs_reference):
+        if not (self.held_out and self.loss_fn.needs_reference) or self.inputs.other_reference:
             return
         expected, store = self.loss_fn.at_start(), self.reference.store
         if expected is not None:
@@ -243,12 +256,14 @@ class TrainingRun:
     def first_step(self, index: int) -> FirstStep | None:
         """What step `index` (from 0) is compared with, where its policy must be the reference: none but the first.
 
-        None for a loss without a reference. None for compiled layers in bf16: with gradients they are another graph
-        than without, which rounds elsewhere (0.48 nats an answer were seen). The audit, whose graph is the reference
-        pass's, has looked at these.
+        None for a loss without a reference, or with one that is not the start model. None for compiled layers in bf16:
+        with gradients they are another graph than without, which rounds elsewhere (0.48 nats an answer were seen). The
+        audit, whose graph is the reference pass's, has looked at these.
         """
         rounds_elsewhere = self.config.compile and self.inputs.dtype == torch.bfloat16
         if index > 0 or self.config.dropout > 0 or rounds_elsewhere or not self.loss_fn.needs_reference:
+            return None
+        if self.inputs.other_reference:
             return None
         mine = [micro_batch for micro_batch in self.plan.step(index)[self.ranks.rank] if micro_batch]
         return FirstStep(self.pairs, mine, self.bound, self.ranks)
@@ -289,22 +304,6 @@ class TrainingRun:
         self.at.done, self.at.unfinished = step, True
         watchdog.beat(f"after step {step}")
 
-    def ends_epoch(self, step: int) -> bool:
-        """Whether `step` steps are whole epochs, or the whole run, which max_steps may end within one."""
-        return step > 0 and (step % self.plan.steps_per_epoch == 0 or step == self.total_steps)
-
-    def evaluates_at(self, step: int) -> bool:
-        """Whether an evaluation is due after `step` steps."""
-        return self.ends_epoch(step) or due(step, self.config.eval_interval)
-
-    def measures_at(self, step: int) -> bool:
-        """Whether a loss is measured after `step` steps, at which a checkpoint is due: held out, or the interval's."""
-        return self.evaluates_at(step) or not self.held_out
-
-    def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
-        return self.ends_epoch(step) or (step > 0 and due(step, self.config.save_interval))
-
     # === Records ===
 
     def log(self, step: int, rate: float) -> None:
@@ -337,9 +336,11 @@ class TrainingRun:
             if self.held_out.is_weighted:
                 values["eval_pair_weight"] = float(self.held_out.weights.mean())
             self.at.last_loss = values["eval_loss"]
+            if self.due.judges_at(step):
+                self.best.see(step, values)
             log_line(f"evaluation at step {step}", values, "eval_")
             self.writer.histograms(step, histograms_of(found))
-            if self.ends_epoch(step):
+            if self.due.ends_epoch(step):
                 with fail_together(ranks):
                     if ranks.is_main:
                         write_held_out(self.log_folder, step, found, self.held_out)
@@ -349,7 +350,7 @@ class TrainingRun:
 
     def save(self) -> None:
         """A checkpoint of where the run stands (collective)."""
-        self.saves.save(self.at, self.measures_at(self.at.done))
+        self.saves.save(self.at, self.due.measures_at(self.at.done))
         self.flush()
 
     def save_stopped(self) -> None:
@@ -367,11 +368,13 @@ class TrainingRun:
 
         Args: see `mark_finished`; on rank 0.
         """
+        why = self.due.why_ended(self.at.done)
         with fail_together(self.ranks):
             if self.ranks.is_main:
                 self.saves.check_exported()
-                mark_finished(self.log_folder, self.at.done, self.saves.newest_path, report, metrics, seconds)
-        LOGGER.info("finished: %s", self.saves.newest_path)
+                done, weights = self.at.done, self.saves.newest_path
+                mark_finished(self.log_folder, done, why, weights, report, metrics, seconds)
+        LOGGER.info("finished (%s): %s; best: %s", why, self.saves.newest_path, self.best)
 
 
 def _state_to_resume(folder: Path, course: dict[str, Any], total_steps: int, ranks: Ranks) -> checkpoint.SavedState:
@@ -381,46 +384,6 @@ def _state_to_resume(folder: Path, course: dict[str, Any], total_steps: int, ran
         saved = checkpoint.newest_state(folder)
     require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files}, ranks)
     with fail_together(ranks):
-        checkpoint.check_same_run(saved, course, total_steps, later=meant_by_lack(course))
+        later = meant_by_lack(course, saved.facts.course)
+        checkpoint.check_same_run(saved, course, total_steps, later=later)
     return saved
-
-
-def open_reference(
-    config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks, needed: bool = True
-) -> ref_source.Reference:
-    """Where reference log-probs come from (collective); where they are not `needed`, nothing is opened."""
-    if not needed:
-        return ref_source.Reference(ref_source.without, "none")
-    if config.reference == "online":
-        frozen = inputs.build_reference(ranks.device).requires_grad_(False)
-        compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)
-        return ref_source.Reference(ref_source.from_model(frozen), "online", model=frozen)
-    store = ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)
-    with fail_together(ranks):
-        content = store.content_digest(inputs.data.pairs.keys)  # raises where pairs are missing
-    return ref_source.Reference(ref_source.from_store(store), content, store)
-
-
-def _reference_values(
-    reference: ref_source.Reference, pairs: PairSet, bound: Bound, saved: checkpoint.SavedState | None
-) -> dict[str, Any] | None:
-    """What the run's states keep of the reference's values: those that the run began with, and a digest of today's.
-
-    UserError where the saved run was trained with others.
-    """
-    store, kept = reference.store, saved.facts.reference_values if saved else None
-    if not store:
-        return kept
-    values = KeptValues.of(store, pairs.keys, reference.content)
-    if saved and not kept:
-        LOGGER.info("%s keeps no values of the reference: none are compared", saved.folder)
-    elif saved:
-        before = KeptValues.from_json(kept, str(saved.folder / "state.json"))
-        require_kept(before, store, reference.content, bound, str(saved.folder))
-        values = replace(values, records=before.records)
-    return values.to_json()
-
-
-def due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps (0: never) happens after `step` steps."""
-    return interval > 0 and step % interval == 0
