@@ -123,9 +123,9 @@ def test_margin_and_distance_in_nats(tmp_path: Path) -> None:
     assert by_name["a"]["margin_nats"] == [pytest.approx(9.0), None, None]
     assert by_name["a"]["log_ratio"] == pytest.approx({"chosen": -2.0, "rejected": -11.0})
     assert by_name["a"]["distance"] == pytest.approx(6.5)
-    # 74 margins of 5 and 14 of -2: standard deviation 7 sqrt(74 14 / (88 87)) = 2.575, over sqrt(88) 0.2745, 1.96 times
+    # 74 margins of 5 and 14 of -2: deviation 7 sqrt(74 14 / (88 87)) = 2.575, over sqrt(88) 0.2745, t of 87 is 1.9876
     half = by_name["b"]["margin_nats"][2] - by_name["b"]["margin_nats"][0]
-    assert half == pytest.approx(0.538, abs=5e-4)
+    assert half == pytest.approx(0.5456, abs=5e-4)
     assert found["groups"][0]["margin_at_shared_distance"] == pytest.approx({"a": 4.8462, "b": 3.0}, abs=1e-4)
 
 

@@ -23,12 +23,16 @@ from simple_llama.reinforcement_learning.rlhf.report.standing import (
     starts_apart,
     why_not_comparable,
 )
-from simple_llama.reinforcement_learning.rlhf.run.statistics import mean_interval, paired_bootstrap, preferred
+from simple_llama.reinforcement_learning.rlhf.run.statistics import (
+    paired_bootstrap,
+    preferred,
+    sign_test,
+    standard_error,
+    two_sided,
+)
 
 _ERROR, _POWER = 0.05, 0.8  # of all comparisons together; of "about N pairs"
-_EXACT = 1000  # pairs up to which a sign test is summed exactly
 _NORMAL = NormalDist()
-_Z = _NORMAL.inv_cdf(1 - _ERROR / 2)
 
 
 class Difference(NamedTuple):
@@ -132,10 +136,7 @@ def _difference(better: Standing, worse: Standing, interval: bool) -> Difference
         if interval:
             _, low, high = paired_bootstrap(right_N, other_N, groups_N)
         by_pair_N = right_N - other_N
-        by_prompt_G = np.bincount(groups_N, by_pair_N)
-        p = _sign_test(int((by_prompt_G > 0).sum()), int((by_prompt_G < 0).sum()))
-        error = mean_interval(by_pair_N, groups_N)
-        spread = (error.high - error.low) / (2 * _Z) * math.sqrt(better.pairs)
+        spread, p = standard_error(by_pair_N, groups_N) * math.sqrt(better.pairs), sign_test(by_pair_N, groups_N)
         return Difference(*names, value, low, high, p, spread, int(np.count_nonzero(by_pair_N)))
     assert better.accuracy and worse.accuracy
     (first, low_1, high_1), (second, low_2, high_2) = better.accuracy, worse.accuracy
@@ -144,24 +145,11 @@ def _difference(better: Standing, worse: Standing, interval: bool) -> Difference
     return Difference(*names, value, value - low, value + high, _unpaired_p(first, second, better.pairs), spread, None)
 
 
-def _sign_test(more: int, fewer: int) -> float:
-    """P of so uneven a split of the prompts on which two runs differ, were both ways as likely (McNemar's, exact)."""
-    pairs, least = more + fewer, min(more, fewer)
-    if pairs <= _EXACT:
-        return min(1.0, 2 * sum(math.comb(pairs, i) for i in range(least + 1)) / 2**pairs)
-    return _two_sided((abs(more - fewer) - 1) / math.sqrt(pairs))
-
-
 def _unpaired_p(first: float, second: float, pairs: int) -> float:
     """P of so large a difference of two accuracies, each of as many pairs of its own (z test of two shares)."""
     both = (first + second) / 2
     error = math.sqrt(2 * both * (1 - both) / pairs)
-    return _two_sided(abs(first - second) / error) if error else 1.0
-
-
-def _two_sided(z: float) -> float:
-    """P of a standard normal number at least that far from 0."""
-    return min(1.0, 2 * _NORMAL.cdf(-z))
+    return two_sided(abs(first - second) / error) if error else 1.0
 
 
 def _told_apart(p_values: dict[tuple[str, str], float]) -> set[tuple[str, str]]:

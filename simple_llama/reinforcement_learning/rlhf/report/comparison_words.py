@@ -72,6 +72,8 @@ def _level_sentence(group: Group, level: Sequence[Standing]) -> str:
     needed = pairs_needed(first, len(group.differences))
     if needed is None:
         end = "their accuracies are equal"
+    elif needed <= level[0].pairs:  # of so few the exact test asks for more than the normal distribution does
+        end = f"you need more than these {level[0].pairs:,} pairs"
     else:
         count = f"{needed:,}" if needed <= _MOST_PAIRS else f"more than {_MOST_PAIRS:,}"
         two = "to tell the first two" if len(level) > 2 else "to tell them"

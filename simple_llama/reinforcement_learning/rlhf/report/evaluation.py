@@ -76,7 +76,7 @@ def write_evaluation(folder: Path, found: Evaluation) -> None:
             name: {kind: [one._asdict() for one in some] for kind, some in zip(("gain", "loss"), both, strict=True)}
             for name, both in found.examples.items()
         },
-        "prompts": found.prompts,
+        "asked": found.prompts,
         "answers": said,
         "made_by": found.facts,
     }

@@ -26,6 +26,7 @@ from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     preferred,
     reliability,
     share_interval,
+    sign_test,
 )
 
 START = "start"  # the name of the start model among the models
@@ -104,6 +105,7 @@ def _of_model(pairs: ScoredPairs, name: str, rules: Mapping[str, np.ndarray]) ->
         "loss": mean_interval(losses, groups),
         "preference": share_interval(raw, groups),
         "preference_gained": paired_bootstrap(raw, rules["start_preference"], groups, seed),
+        "preference_gained_p": sign_test(raw - rules["start_preference"], groups),
         "log_ratio_chosen": mean_interval(ratios_N2[:, 0], groups),
         "log_ratio_rejected": mean_interval(ratios_N2[:, 1], groups),
         "above_baseline": {rule: paired_bootstrap(hits, theirs, groups, seed) for rule, theirs in rules.items()},
@@ -111,7 +113,11 @@ def _of_model(pairs: ScoredPairs, name: str, rules: Mapping[str, np.ndarray]) ->
         "length_correlation": correlation(margins, pairs.longer_N.astype(float)),
         "by_length": _by_length(pairs, hits),
         "by_category": _by_category(pairs, hits, raw, margins),
-        "calibration": {"error": calibration.error, "bins": [one._asdict() for one in calibration.bins]},
+        "calibration": {
+            "error": calibration.error,
+            "surplus": mean_interval(calibration.surplus_N, groups),
+            "bins": [one._asdict() for one in calibration.bins],
+        },
     }
 
 
@@ -165,7 +171,8 @@ def _compared(pairs: ScoredPairs, one: str, other: str) -> dict[str, Any]:
     differences = {
         name: paired_bootstrap(ours, theirs, pairs.groups_N, pairs.seed) for name, (ours, theirs) in measures.items()
     }
-    return {"model": one, "other": other, **differences}
+    ours, theirs = measures["accuracy"]
+    return {"model": one, "other": other, **differences, "accuracy_p": sign_test(ours - theirs, pairs.groups_N)}
 
 
 def extremes(margins_N: np.ndarray, count: int) -> tuple[list[int], list[int]]:

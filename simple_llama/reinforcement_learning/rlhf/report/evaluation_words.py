@@ -13,6 +13,7 @@ from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import S
 from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval
 
 _CHANCE = 0.5
+_ERROR = 0.05  # of a sign test
 _MISCALIBRATED = 0.1  # calibration error
 _MANY_EMPTY = 0.05  # a share of empty answers that is a fault, unless the start model has as many
 _WORSE, _MORE_UNKNOWN = 0.1, 0.01  # rises of the shares of repeated trigrams and of <UNK> that are a fault
@@ -69,15 +70,16 @@ def _of_several(numbers: Mapping[str, Any]) -> list[str]:
     accuracies = {name: model["accuracy"].value for name, model in numbers["models"].items()}
     if len(accuracies) < 2:
         return []
-    best = max(accuracies, key=lambda name: accuracies[name])
-    behind = []
+    most = max(accuracies.values())
+    best = [name for name, accuracy in accuracies.items() if accuracy == most]
+    if len(best) > 1:
+        return [f"Of {len(accuracies)} models {' and '.join(best)} have the same largest accuracy ({percent(most)})."]
+    behind, comparisons = [], len(accuracies) - 1
     for both in numbers["compared"]:
-        if best in (both["model"], both["other"]):
-            accuracy = both["accuracy"]
-            if accuracy.is_above or accuracy.is_below:
-                behind.append(both["other"] if both["model"] == best else both["model"])
+        if best[0] in (both["model"], both["other"]) and both["accuracy_p"] * comparisons <= _ERROR:
+            behind.append(both["other"] if both["model"] == best[0] else both["model"])
     real = f"ahead of {', '.join(behind)} beyond chance" if behind else "ahead of none of the others beyond chance"
-    return [f"Of {len(accuracies)} models {best} has the largest accuracy ({percent(accuracies[best])}), {real}."]
+    return [f"Of {len(accuracies)} models {best[0]} has the largest accuracy ({percent(most)}), {real}."]
 
 
 def _is_better(name: str, model: Mapping[str, Any], which: str) -> str:
@@ -89,8 +91,12 @@ def _is_better(name: str, model: Mapping[str, Any], which: str) -> str:
         word = "has learned the preference"
     elif accuracy.high < _CHANCE and margin.is_below:
         word = "has moved the wrong way"
+    elif (margin.is_above or accuracy.low > _CHANCE) and (margin.is_below or accuracy.high < _CHANCE):
+        word = "has moved some pairs far and most the other way"
     elif margin.is_above or accuracy.low > _CHANCE:
         word = "has probably learned some of the preference"
+    elif margin.is_below or accuracy.high < _CHANCE:
+        word = "has probably moved the wrong way"
     else:
         word = "shows no change in preference beyond chance"
     return (
@@ -102,7 +108,7 @@ def _is_better(name: str, model: Mapping[str, Any], which: str) -> str:
 def _is_real(name: str, model: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
     """Whether it now ranks more pairs rightly, and whether it beats what needs no training."""
     gained, start = model["preference_gained"], numbers["baselines"]["start_preference"]
-    real = "more than chance explains" if gained.is_above or gained.is_below else "chance may explain it"
+    real = "more than chance explains" if model["preference_gained_p"] <= _ERROR else "chance may explain it"
     chosen, rejected = model["log_ratio_chosen"].value, model["log_ratio_rejected"].value
     found = [
         f"By its own log-probs it ranks {percent(model['preference'])} of the pairs rightly, the start model "
@@ -113,12 +119,12 @@ def _is_real(name: str, model: Mapping[str, Any], numbers: Mapping[str, Any]) ->
             f"The chosen answers have become less likely themselves ({chosen:+.2f} nats; the rejected ones "
             f"{rejected:+.2f}): common in honest runs, and answers (--generate) show whether it hurts."
         )
-    if model["calibration"]["error"] > _MISCALIBRATED:
-        bins = model["calibration"]["bins"]
-        more = sum(one["count"] * (one["accuracy"] - one["confidence"]) for one in bins) > 0
+    surplus = model["calibration"]["surplus"]
+    if model["calibration"]["error"] > _MISCALIBRATED and (surplus.is_above or surplus.is_below):
         found.append(
-            f"Its rewards are no probabilities: at beta {numbers['beta']:g} it is right {'more' if more else 'less'} "
-            f"often than sigmoid of the margin says, by {percent(model['calibration']['error'])} on average."
+            f"Its rewards are no probabilities: at beta {numbers['beta']:g} it is right "
+            f"{'more' if surplus.is_above else 'less'} often than sigmoid of the margin says, by {points(surplus)} on "
+            "average."
         )
     return found
 
@@ -126,8 +132,10 @@ def _is_real(name: str, model: Mapping[str, Any], numbers: Mapping[str, Any]) ->
 def _is_length(name: str, model: Mapping[str, Any]) -> str:
     """Whether length alone may explain it."""
     balanced, longer = model["balanced_accuracy"], model["above_baseline"]["longer"]
-    if math.isnan(balanced.value) or math.isnan(balanced.low):
+    if math.isnan(balanced.value):
         return "Whether length explains it cannot be told: of longer and shorter chosen answers one kind is missing."
+    if math.isnan(balanced.low):
+        return "Whether length explains it cannot be told: too few prompts."
     rule = f'against the rule "longer" {points(longer)}, margin and length correlate {model["length_correlation"]:+.2f}'
     if balanced.low > _CHANCE:
         return (
@@ -193,9 +201,9 @@ def _judge(name: str, judged: Mapping[str, Any]) -> str:
 def _against(both: Mapping[str, Any]) -> str:
     """One model against another."""
     accuracy, margin = both["accuracy"], both["margin"]
-    real = "chance may explain it"
-    if accuracy.is_above or accuracy.is_below or margin.is_above or margin.is_below:
-        real = "more than chance explains"
+    parts = {"accuracy": both["accuracy_p"] <= _ERROR, "margin": margin.is_above or margin.is_below}
+    sure = [name for name, told in parts.items() if told]
+    real = f"more than chance explains: {' and '.join(sure)}" if sure else "chance may explain it"
     return (
         f"{both['model']} minus {both['other']} on the same pairs: accuracy {points(accuracy)}, margin {nats(margin)}; "
         f"{real}."

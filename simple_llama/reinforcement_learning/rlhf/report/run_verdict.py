@@ -17,10 +17,12 @@ from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     paired_bootstrap,
     preferred,
     share_interval,
+    sign_test,
 )
 
 # What a share of the sample answers may change before the language is said to have changed.
 _REPEATED, _ENDED, _EMPTY = 0.10, 0.25, 0.10
+_ERROR = 0.05  # of a sign test
 _FLAT = 0.1  # of the margin: a log-ratio below is said not to have moved
 _LIKELIER = "the start model finds it likelier"  # a rule
 
@@ -108,27 +110,31 @@ def _rules(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -
     for rule, share in ((by_length, max(longer, 1 - longer)), (_LIKELIER, raw)):
         if not math.isfinite(share + low + accuracy):
             continue
-        found = differences.get(rule, Interval(accuracy - share, low - share, high - share))
+        found, differ = differences.get(rule, (Interval(accuracy - share, low - share, high - share), True))
         less = f"{abs(found.value):.3f} {'less' if found.value > 0 else 'more'} than the policy"
-        if found.is_above:
+        if differ and found.is_above:
             words = f"{less}, beyond chance"
-        elif found.is_below:
+        elif differ and found.is_below:
             words = f"{less}, beyond chance: who knows this rule alone does better"
         else:
             words = f"{less}, which chance may explain: not told apart"
         yield f'The rule "{rule}" scores {share:.3f} on the same pairs: {words}.'
 
 
-def _differences(pairs: HeldOutPairs) -> dict[str, Interval]:
-    """How much more of the recorded pairs the policy tells right than each rule does, by the rules' names."""
+def _differences(pairs: HeldOutPairs) -> dict[str, tuple[Interval, bool]]:
+    """How much more of the recorded pairs the policy tells right than each rule does, and whether a sign test over
+    the prompts says so too, by the rules' names."""
     ref_N2, gaps_N = pairs.ref_N2.astype(np.float64), pairs.length_gaps_N
     rules = {
         "the longer answer is chosen": preferred(gaps_N),
         "the shorter answer is chosen": preferred(-gaps_N),
         _LIKELIER: preferred(ref_N2[:, 0] - ref_N2[:, 1]),
     }
-    hits_N = preferred(pairs.margins_N)
-    return {name: paired_bootstrap(hits_N, rule_N, pairs.groups_N) for name, rule_N in rules.items()}
+    hits_N, groups_N = preferred(pairs.margins_N), pairs.groups_N
+    return {
+        name: (paired_bootstrap(hits_N, rule_N, groups_N), sign_test(hits_N - rule_N, groups_N) <= _ERROR)
+        for name, rule_N in rules.items()
+    }
 
 
 def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:

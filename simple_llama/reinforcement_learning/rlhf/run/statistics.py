@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ _Z = 1.959964  # of the normal distribution, both sides together 5 %
 _FEWEST_DRAWS, _MOST_DRAWS, _MOST_DRAWN = 500, 4000, 50_000_000  # samples, and prompts in all of them together
 _DRAWN_AT_ONCE = 1 << 22
 _FEWEST_GROUPS = 2
+_FEWEST_COMPARED = 6  # prompts: of five, all that agree are no surprise, 2 / 2^5 being above 5 %
+_EXACT = 1000  # prompts up to which a sign test is summed exactly
+_NORMAL = NormalDist()
 
 
 class Interval(NamedTuple):
@@ -50,6 +54,7 @@ class Reliability(NamedTuple):
     """Whether a model that says 80 % is right in 80 of 100 pairs."""
 
     error: float  # expected calibration error: mean |accuracy - confidence| of the bins, weighted by their pairs
+    surplus_N: np.ndarray  # by how much each pair is right (1, 1/2, 0) more than it was sure
     bins: tuple[ReliabilityBin, ...]  # those that have pairs
 
 
@@ -77,11 +82,20 @@ def mean_interval(values_N: np.ndarray, groups_N: np.ndarray) -> Interval:
 
         sqrt(G / (G - 1) * sum over groups of (sum of the group's deviations)^2) / N
 
-    With one pair a group that is the ordinary s / sqrt(N).
+    times Student's t of G - 1 degrees of freedom. With one pair a group that is the ordinary t s / sqrt(N).
     """
-    mean = float(np.mean(values_N))
-    error = _standard_error(values_N, groups_N)
-    return Interval(mean, mean - _Z * error, mean + _Z * error)
+    mean, error = float(np.mean(values_N)), standard_error(values_N, groups_N)
+    reach = error if math.isnan(error) else error * _student(int(groups_N.max()))
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def standard_error(values_N: np.ndarray, groups_N: np.ndarray) -> float:
+    """Of the mean (see `mean_interval`); NaN for fewer than two groups."""
+    groups = int(groups_N.max()) + 1
+    if groups < _FEWEST_GROUPS:
+        return math.nan
+    sums_G = np.bincount(groups_N, values_N - np.mean(values_N), groups)
+    return math.sqrt(groups / (groups - 1) * float(np.sum(sums_G**2))) / len(values_N)
 
 
 def share_interval(hits_N: np.ndarray, groups_N: np.ndarray) -> Interval:
@@ -116,7 +130,8 @@ def ratio_interval(tops_N: np.ndarray, bottoms_N: np.ndarray, groups_N: np.ndarr
 def balanced_accuracy(hits_N: np.ndarray, longer_N: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> Interval:
     """Mean of the accuracy where the chosen answer is longer (`longer_N` above 0) and where it is shorter.
 
-    A model that goes by length alone has 1/2, whatever the share of longer answers is. NaN where one side has no pair.
+    A model that goes by length alone has 1/2, whatever the share of longer answers is. NaN where one side has no pair;
+    NaN bounds for fewer than six prompts, of which a bootstrap may draw no other value.
     """
     longer, shorter = longer_N > 0, longer_N < 0
     if not (longer.any() and shorter.any()):
@@ -127,7 +142,41 @@ def balanced_accuracy(hits_N: np.ndarray, longer_N: np.ndarray, groups_N: np.nda
         with np.errstate(invalid="ignore"):  # a draw may lack one side
             return (sums_DK[:, 0] / sums_DK[:, 1] + sums_DK[:, 2] / sums_DK[:, 3]) / 2
 
-    return _bootstrap(columns_N4, groups_N, combine, seed)
+    found = _bootstrap(columns_N4, groups_N, combine, seed)
+    few = int(groups_N.max()) + 1 < _FEWEST_COMPARED
+    return Interval(found.value, math.nan, math.nan) if few else found
+
+
+def sign_test(differences_N: np.ndarray, groups_N: np.ndarray) -> float:
+    """P of so uneven a split of the prompts with a difference, were both ways as likely (McNemar's, exact).
+
+    A bootstrap leaves 0 out already where four prompts differ, all one way, which a coin does in one of eight cases.
+    """
+    sums_G = np.bincount(groups_N, differences_N)
+    more, fewer = int((sums_G > 0).sum()), int((sums_G < 0).sum())
+    prompts, least = more + fewer, min(more, fewer)
+    if prompts <= _EXACT:
+        return min(1.0, 2 * sum(math.comb(prompts, i) for i in range(least + 1)) / 2**prompts)
+    return two_sided((abs(more - fewer) - 1) / math.sqrt(prompts))
+
+
+def two_sided(z: float) -> float:
+    """P of a standard normal number at least that far from 0."""
+    return min(1.0, 2 * _NORMAL.cdf(-z))
+
+
+def _student(freedom: int) -> float:
+    """Percentile 97.5 of Student's t (Abramowitz and Stegun 26.7.5; 0.1 % too small for 3 degrees of freedom)."""
+    if freedom <= 2:
+        return (12.706205, 4.302653)[freedom - 1]
+    z = _Z
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def _bootstrap(
@@ -177,7 +226,7 @@ def reliability(margins_N: np.ndarray, bins: int = 10) -> Reliability:
             means = float(confidence_N[inside].mean()), float(right_N[inside].mean())
             found.append(ReliabilityBin(low, high, int(inside.sum()), *means))
     error = sum(one.count * abs(one.accuracy - one.confidence) for one in found) / max(len(margins_N), 1)
-    return Reliability(error, tuple(found))
+    return Reliability(error, right_N - confidence_N, tuple(found))
 
 
 def length_bins(lengths_N: np.ndarray, most: int = 5) -> list[np.ndarray]:
@@ -186,12 +235,3 @@ def length_bins(lengths_N: np.ndarray, most: int = 5) -> list[np.ndarray]:
     edges = np.unique(np.quantile(lengths_N, np.linspace(0, 1, most + 1)[1:-1], method="higher"))
     where_N = np.searchsorted(edges, lengths_N, side="right")
     return [np.flatnonzero(where_N == number) for number in np.unique(where_N)]
-
-
-def _standard_error(values_N: np.ndarray, groups_N: np.ndarray) -> float:
-    """Of the mean, cluster-robust; NaN for fewer than two groups."""
-    groups = int(groups_N.max()) + 1
-    if groups < _FEWEST_GROUPS:
-        return math.nan
-    sums_G = np.bincount(groups_N, values_N - np.mean(values_N), groups)
-    return math.sqrt(groups / (groups - 1) * float(np.sum(sums_G**2))) / len(values_N)

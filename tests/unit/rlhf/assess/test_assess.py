@@ -122,8 +122,7 @@ def test_answers_of_both_forms(job: TinyJob, report: dict[str, Any], ranks: Rank
         ("serving", ["start", "tuned.pth"]),
     ]
     assert all(
-        len(set(report["prompts"])) == 3 == len(report["answers"]["start"][form]["texts"])
-        for form in report["language"]
+        len(set(report["asked"])) == 3 == len(report["answers"]["start"][form]["texts"]) for form in report["language"]
     )
     judged = report["judge"]["tuned.pth"]
     assert judged["won"] + judged["tied"] + judged["lost"] == 3 and judged["flipped"] == 0

@@ -21,7 +21,7 @@ def verdict(*margins: np.ndarray, longer: np.ndarray | None = None, start: float
     count = len(margins[0])
     zero = np.stack([np.full(count, start), np.full(count, start + 0.1)], 1)
     moved = {f"m{i}": zero + np.stack([margin / 2, -margin / 2], 1) for i, margin in enumerate(margins)}
-    gaps = np.tile([3, -3], count // 2) if longer is None else longer
+    gaps = np.tile([3, -3], count)[:count] if longer is None else longer
     counts = np.stack([10 + gaps, np.full(count, 10)], 1)
     scored = ScoredPairs(counts, np.arange(count), ["x"] * count, {START: zero, **moved}, 0.5, 0)
     return "\n".join(words.verdict("the pairs", pair_numbers(scored), {}, {}))
@@ -56,14 +56,42 @@ def test_of_several_models() -> None:
         "Of 2 models m1 has the largest accuracy (80.0 %), ahead of m0 beyond chance."
     )
     assert "m0 minus m1 on the same pairs: accuracy -30.0 points" in verdict(half, good)
-    assert "ahead of none of the others beyond chance" in verdict(good, good)
+    assert "m0 minus m1 on the same pairs" in verdict(half, good) and "chance explains: accuracy and margin" in verdict(
+        half, good
+    )
+    assert verdict(good, half, good).startswith("Of 3 models m0 and m2 have the same largest accuracy (80.0 %).")
+    one_more = good.copy()
+    one_more[80:85] = 1  # five of five: 2 / 2^5 = 0.06, where a bootstrap leaves 0 out
+    assert "m1 has the largest accuracy (85.0 %), ahead of none of the others" in verdict(good, one_more)
+    one_more[85] = 1  # 0.031, and too much for the best of three
+    assert "ahead of m0 beyond chance" in verdict(good, one_more)
+    assert "ahead of m2 beyond chance" in verdict(good, one_more, half)
+
+
+def test_pairs_and_margins_that_disagree() -> None:
+    """Most pairs a little wrong and few far right; margins alone below 0; pairs alone below one half."""
+    few_far = np.array([-0.01] * 75 + [2.0] * 25)
+    assert "m0 has moved some pairs far and most the other way" in verdict(few_far)
+    assert "m0 has moved some pairs far and most the other way" in verdict(-few_far)
+    assert "m0 has probably moved the wrong way" in verdict(np.array([1.0] * 50 + [-2.0] * 50))
+    assert "m0 has probably moved the wrong way" in verdict(np.array([0.1] * 39 + [-0.1] * 60 + [2.2]))
+
+
+def test_few_prompts_tell_nothing() -> None:
+    """Two pairs with 1 and 0.9 nats: 0.95 -+ 12.7 * 0.05, and 2 of 2 is no proof of anything."""
+    found = verdict(np.array([1.0, 0.9]), start=-5)
+    assert "by +0.95 nats (+0.31 to +1.59)" in found
+    assert "too few prompts." in found and "more than chance" not in found
+    assert "more than chance explains" in verdict(np.ones(6)) and "more than chance explains" not in verdict(np.ones(5))
 
 
 def test_chosen_answers_that_fall() -> None:
     """Said where the log-prob of the chosen answers falls; a start model alone has its own ranking."""
     assert "The chosen answers have become less likely" in verdict(np.full(10, -1.0))
-    assert "right more often than sigmoid of the margin says, by 37.8 %" in verdict(np.full(10, 1.0))
-    assert "right less often than sigmoid of the margin says, by 62.2 %" in verdict(np.full(10, -1.0))
+    assert "right more often than sigmoid of the margin says, by +37.8 points" in verdict(np.full(10, 1.0))
+    assert "right less often than sigmoid of the margin says, by -62.2 points" in verdict(np.full(10, -1.0))
+    # right 5 of 10 where it is sure by 0.62: -12.2 points, and an interval that holds 0
+    assert "no probabilities" not in verdict(np.tile([1.0, -1.0], 5))
     assert "The chosen answers have become less likely" not in verdict(np.full(10, 1.0))
     alone = ScoredPairs(np.ones((4, 2), int), np.arange(4), ["x"] * 4, {START: np.tile([[-1.0, -2]], (4, 1))}, 0.5, 0)
     [only] = words.verdict("the pairs", pair_numbers(alone), {}, {})

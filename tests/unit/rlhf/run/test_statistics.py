@@ -14,15 +14,38 @@ ALONE = np.arange(4)
 
 
 def test_mean_interval_of_pairs_with_prompts_of_their_own() -> None:
-    """1, 2, 3, 6: mean 3, s^2 = (4 + 1 + 0 + 9) / 3, s / sqrt(4) = 1.0801."""
+    """1, 2, 3, 6: mean 3, s^2 = (4 + 1 + 0 + 9) / 3, s / sqrt(4) = 1.0801; Student's t of 3 is 3.182."""
     found = statistics.mean_interval(np.array([1.0, 2, 3, 6]), ALONE)
-    assert found == pytest.approx((3, 3 - 1.959964 * 1.080123, 3 + 1.959964 * 1.080123), abs=1e-5)
+    assert found == pytest.approx((3, 3 - 3.1824 * 1.080123, 3 + 3.1824 * 1.080123), abs=0.005)
 
 
 def test_mean_interval_of_repeated_prompts() -> None:
-    """Two prompts with the pairs 1, 2 and 3, 6: deviations sum to -3 and 3, so sqrt(2 * (9 + 9)) / 4 = 1.5."""
+    """Two prompts with the pairs 1, 2 and 3, 6: deviations sum to -3 and 3, so sqrt(2 * (9 + 9)) / 4 = 1.5; t of 1."""
     found = statistics.mean_interval(np.array([1.0, 2, 3, 6]), np.array([0, 0, 1, 1]))
-    assert found == pytest.approx((3, 3 - 1.959964 * 1.5, 3 + 1.959964 * 1.5))
+    assert found == pytest.approx((3, 3 - 12.706205 * 1.5, 3 + 12.706205 * 1.5))
+
+
+def test_percentiles_of_student() -> None:
+    """Against the printed tables; a normal number from many on."""
+    table = {1: 12.706, 2: 4.303, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 57: 2.0025, 10**6: 1.960}
+    assert {freedom: statistics._student(freedom) for freedom in table} == pytest.approx(table, abs=1e-3)
+
+
+def test_sign_test_by_hand() -> None:
+    """5 of 5: 2 / 32. 8 of 9: 2 (1 + 9) / 512. Ties do not count, prompts count once."""
+    alone = np.arange(9)
+    assert statistics.sign_test(np.ones(5), alone[:5]) == 0.0625
+    assert statistics.sign_test(np.array([1.0] * 8 + [-1]), alone) == 20 / 512
+    assert statistics.sign_test(np.array([1.0] * 5 + [0] * 4), alone) == 0.0625
+    assert statistics.sign_test(np.ones(9), alone // 3) == 0.25
+    assert statistics.sign_test(np.zeros(3), alone[:3]) == 1
+    assert statistics.sign_test(np.ones(2000), np.arange(2000)) < 1e-9
+
+
+def test_a_bootstrap_of_few_prompts_says_nothing_of_length() -> None:
+    """Two pairs, both right: every draw is right."""
+    found = statistics.balanced_accuracy(np.ones(2), np.array([1, -1]), np.arange(2))
+    assert found.value == 1 and math.isnan(found.low)
 
 
 def test_share_interval_counts_prompts() -> None:
