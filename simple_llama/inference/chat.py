@@ -52,8 +52,7 @@ class ChatSession:
         """
         self._speakers, self._most_new = speakers, max_new_tokens
         self._out, self._notes, self._width = out, notes, width or (lambda: 80)
-        self._users: list[str] = []
-        self._answers: list[list[str]] = [[] for _ in speakers]
+        self._turns: list[tuple[str, ...]] = []  # a message and an answer of each speaker: a Ctrl-C parts none
         self._number = 0  # of the next answer, over all conversations: no two are drawn alike
         self._unknown = 0  # tokens in the conversation so far
 
@@ -89,9 +88,10 @@ class ChatSession:
     def say(self, message: str) -> None:
         """One turn: the message, and what is answered. What cannot be answered is not kept, and said."""
         try:
+            users = [*(turn[0] for turn in self._turns), message]
             prompts = [
-                speaker.encode([*self._users, message], past)
-                for speaker, past in zip(self._speakers, self._answers, strict=True)
+                speaker.encode(users, [turn[place] for turn in self._turns])
+                for place, speaker in enumerate(self._speakers, 1)
             ]
             for speaker, prompt in zip(self._speakers, prompts, strict=True):
                 if len(prompt) >= speaker.most_tokens:
@@ -127,9 +127,7 @@ class ChatSession:
         if interrupted and not any(stream.ids for stream in streams):
             self._note("(interrupted before an answer began: the message is not kept)")
             return
-        self._users.append(message)
-        for past, stream in zip(self._answers, streams, strict=True):
-            past.append(stream.text)
+        self._turns.append((message, *(stream.text for stream in streams)))
         self._say_ends(streams, rooms, interrupted)
 
     def _write(self, text: str) -> None:
@@ -169,9 +167,7 @@ class ChatSession:
 
     def _command(self, line: str) -> None:
         if line == "/reset":
-            self._users.clear()
-            for past in self._answers:
-                past.clear()
+            self._turns.clear()
             self._unknown = 0
             self._note("(a new conversation)")
         elif line == "/help":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
 _HALF = "\ufffd"  # what a decoder makes of the bytes of an unfinished character
+_TURNING = {*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A)))}  # embeddings, overrides, isolates
 _GAP = " | "
 _NARROWEST = 16  # columns of a text beside another; below, they stand one under the other
 
@@ -43,8 +44,9 @@ class TextStream:
 
 
 def printable(text: str) -> str:
-    """`text` without what would steer a terminal: control characters, but for tabs and line ends, are spelled out."""
-    steering = {c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"}
+    """`text` without what would steer a terminal: control characters, but for tabs and line ends, and those that turn
+    the direction of what follows are spelled out."""
+    steering = {c for c in text if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in _TURNING}
     return text.translate({ord(c): c.encode("unicode_escape").decode() for c in steering})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,8 @@ def talk(argv: Sequence[str] | None = None, description: str | None = None) -> N
     """
     if set(sys.argv if argv is None else argv) & {"-h", "--help"}:
         parse_settings(_TalkConfig, argv, description)
+    if not (sys.stdin and sys.stdout and sys.stderr):
+        raise UserError("expected stdin, stdout and stderr, found one of them closed; a pipe or /dev/null will do")
     first = open_start(peek_settings(ModelConfig, argv).model_path)
     config = _settings(first, argv, description)
     prepare_gemms()
@@ -161,7 +164,11 @@ def _converse(speakers: Sequence[terminal.Speaker], config: _TalkConfig) -> None
     chat = terminal.ChatSession(
         speakers, config.max_new_tokens, sys.stdout, notes, lambda: shutil.get_terminal_size().columns
     )
-    chat.run(input if sits_there else _next_line, sits_there)
+    try:
+        chat.run(input if sits_there else _next_line, sits_there)
+    except BrokenPipeError:  # whoever read the answers has gone; Python would say so once more at its end
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _next_line(_: str) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -51,6 +54,37 @@ def test_a_model_hears_the_whole_conversation() -> None:
     """Turn 2 is answered with turn 1 in mind; after /reset it is forgotten; blank lines say nothing."""
     answers, notes = converse(["ab\n", "", "cd", "/reset", "ef"])
     assert answers == "ab\nab|ab|cd\nef\n" and notes == "(a new conversation)\n"
+
+
+def test_a_ctrl_c_anywhere_parts_no_message_from_its_answer() -> None:
+    """Raised at each line of a turn, once: the next turn hears a whole conversation, with "ab" or without."""
+    heard = set[str]()
+    for line in range(1, 60):
+        out = io.StringIO()
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal count
+            if frame.f_code.co_name not in ("_take_turn", "say"):
+                return None
+            if event == "line":
+                count -= 1
+                if count == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        count, session = line, ChatSession([speaker()], 40, out, io.StringIO())
+        sys.settrace(trace)
+        try:
+            session.say("ab")
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        out.truncate(0)
+        out.seek(0)
+        session.say("c")
+        heard.add(out.getvalue())
+    assert heard <= {"c\n", "ab|ab|c\n", "ab|a|c\n", "ab||c\n"} and len(heard) > 1
 
 
 def test_commands() -> None:

@@ -41,6 +41,7 @@ def test_a_decoder_that_takes_something_back() -> None:
 
 def test_what_steers_a_terminal_is_spelled_out() -> None:
     """Escape, bell, a C1 control, half of a surrogate pair; not tabs, line ends, nor letters."""
+    assert printable("\u202eabc\u2066\u05d0\u200f") == "\\u202eabc\\u2066\u05d0\u200f"
     assert printable("a\x1b[2J\x07\x9b\ud800\t\u00e9\n") == "a\\x1b[2J\\x07\\x9b\\ud800\t\u00e9\n"
 
 

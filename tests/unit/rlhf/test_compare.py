@@ -62,17 +62,19 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def add_pairs(folder: Path, right: range, data: str = "pairs.jsonl", step: int = 4, **more: Any) -> None:
+def add_pairs(
+    folder: Path, right: range, data: str = "pairs.jsonl", step: int = 4, count: int = PAIRS, **more: Any
+) -> None:
     """held_out.npz: margins of the pairs `right` are 5 nats, of all others -2."""
-    margins_N = np.where([i in right for i in range(PAIRS)], 5.0, -2.0)
+    margins_N = np.where([i in right for i in range(count)], 5.0, -2.0)
     logps_N2 = np.stack([margins_N, 0 * margins_N], axis=1).astype(np.float32)
     np.savez(
         folder / "held_out.npz",
         step=step,
         logps_N2=logps_N2 + np.array([-7, -17], np.float32),
         ref_N2=0 * logps_N2 + np.array([-7, -17], np.float32),
-        counts_N2=np.full((PAIRS, 2), 3, np.int32),
-        origins=np.array([f"{data}:{i}" for i in range(PAIRS)]),
+        counts_N2=np.full((count, 2), 3, np.int32),
+        origins=np.array([f"{data}:{i}" for i in range(count)]),
         **more,
     )
 
@@ -107,6 +109,14 @@ def test_betas_that_88_pairs_cannot_tell_apart(tmp_path: Path) -> None:
     assert group["cannot_be_told_from_the_best"] == ["beta-0.1", "beta-0.05", "beta-0.5"]
     assert group["frontier"] == ["beta-0.1", "beta-0.5"]  # beta-0.05 is less accurate than 0.1, and further away
     assert found["settings_that_differ"] == {"beta": {"beta-0.1": 0.1, "beta-0.05": 0.05, "beta-0.5": 0.5}}
+
+
+def test_never_fewer_pairs_are_asked_for_than_could_not_tell(tmp_path: Path) -> None:
+    """7 of 7 against 2 of 7: p = 2 / 2^5, though by the normal distribution five such differences are plenty."""
+    for name, right in (("a", 7), ("b", 2)):
+        make_run(tmp_path / name, right, pairs=7)
+        add_pairs(tmp_path / name, range(right), count=7)
+    assert "(p 0.062); you need more than these 7 pairs." in compare(tmp_path, "a", "b")["verdict"][0]
 
 
 def test_margin_and_distance_in_nats(tmp_path: Path) -> None:

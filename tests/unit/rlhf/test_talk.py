@@ -19,6 +19,7 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write_json
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
+from simple_llama.inference.chat import ChatSession
 from simple_llama.inference.generate import generate
 from simple_llama.interop.open_start import open_start
 from simple_llama.pretraining.weights import load_weights, save_weights
@@ -80,6 +81,19 @@ def test_a_line_is_a_turn_and_answers_alone_are_on_stdout(job: TinyJob, heard: l
     assert out == said("say 1\nsay 2\n", flags(job))[0]
     drawn = [said("say 1\n", flags(job, "--temperature", "1.5", "--seed", seed))[0] for seed in ("1", "1", "2")]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_reader_who_goes_ends_the_conversation(job: TinyJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`| head`: no traceback. Streams that are closed are said."""
+
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(ChatSession, "run", gone)
+    assert said("say 1\n", flags(job))[0] == ""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="found one of them closed"):
+        talk(flags(job))
 
 
 def test_special_tokens_that_are_spelled_stay_text(job: TinyJob, heard: list[list[int]], shared_dir: Path) -> None:

@@ -110,9 +110,11 @@ _FROM_RUN = ("batch_size", "beta", "deepspeed_config", "tokenize_path", "ref_cac
 def parse_evaluate(argv: Sequence[str] | None = None, description: str | None = None) -> EvaluateConfig:
     """Settings from a command line (default: this process's), on top of what the first model's run was given.
 
-    UserError where no start model is named, by the command line or by that run.
+    UserError where a model is not there, or no start model is named, by the command line or by that run.
     """
     asked = peek_settings(ModelsConfig, argv)
+    if missing := [path for path in asked.paths if not os.path.lexists(path)]:
+        raise UserError(f"models: expected a model at {missing[0]}, found nothing there; names are not looked up")
     about = start_metadata(asked.paths[0]) if asked.paths else {}
     own = without_moved(EvaluateConfig, _settings_of(about))
     config = parse_settings(EvaluateConfig, argv, description, own, f"{asked.models}: settings")

@@ -131,6 +131,8 @@ class _Job:
         except UserError as error:
             self.error = error
         silent = time.monotonic() - self.heard_at
+        if len(self.words) == len(self.wanted) and silent > _END_S:
+            self.ended_at = time.monotonic()  # all is said; `end` ends what stays
         if not (self.error or self.ended_at) and silent > self.timeout_s:
             self.error = UserError(
                 f"judge: expected an answer within {self.timeout_s:g} s (judge_timeout_s), found none; it had answered "
@@ -161,13 +163,13 @@ class _Job:
 
     def _hear(self, line: _Words) -> None:
         """Takes in one line, or the end."""
-        self.heard_at = time.monotonic()
         if line is None:
             self._close()
             return
         self.number += 1
         if not line.strip():
-            return
+            return  # no answer, and no sign of one
+        self.heard_at = time.monotonic()
         name, better = _verdict(line, self.number)
         if name not in self.wanted or name in self.words:
             problem = "an id that was answered before" if name in self.words else "an id that was not asked"

@@ -11,6 +11,7 @@ import pytest
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
+from simple_llama.reinforcement_learning.rlhf.assess import judge
 from simple_llama.reinforcement_learning.rlhf.assess.judge import Duel, judge_all
 
 DUELS = [Duel("p", "good", "bad"), Duel("q", "bad", "good"), Duel("r", "one", "two"), Duel("s", "same", "same")]
@@ -68,6 +69,7 @@ FIRST = '"id": asked[0]["id"]'
             f'print(json.dumps({{{FIRST}, "better": "a"}}))',
             "expected 2 answers and status 0, found 1 answers and status 0",
         ),
+        ("while True: print(flush=True); time.sleep(0.1)", "within 1 s .*, found none"),
         ("sys.exit(3)", "found 0 answers and status 3 of"),
         ("time.sleep(60)", r"within 1 s \(judge_timeout_s\), found none; it had answered 0 of 2"),
     ],
@@ -76,6 +78,13 @@ def test_a_judge_that_does_something_else(ranks: Ranks, tmp_path: Path, body: st
     """The line and its words, or how it ended."""
     with pytest.raises(UserError, match=words):
         judge_all(command(tmp_path, body), DUELS[:1], 1, ranks)
+
+
+def test_a_judge_that_stays_when_all_is_said(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words count: it has some time to end by itself, and is ended."""
+    monkeypatch.setattr(judge, "_END_S", 0.2)
+    body = 'for one in asked: print(json.dumps({"id": one["id"], "better": "tie"}), flush=True)\ntime.sleep(60)'
+    assert judge_all(command(tmp_path, body), DUELS[:1], 20, ranks) == [(0.5, False)]
 
 
 def test_a_judge_that_is_none(ranks: Ranks) -> None:
