@@ -64,6 +64,8 @@ def test_settings_come_from_the_run(job: TinyJob) -> None:
     assert evaluate_config.trained_on(config) == job.settings["rlhf_dataset_path"]
     with pytest.raises(UserError, match=r"start\.pth, which says of no run that made it; give --model_path"):
         parse_evaluate([f"--models={job.folder / 'start.pth'}"])
+    with pytest.raises(UserError, match="models: expected a model at gone.pth, found nothing there"):
+        parse_evaluate([f"--models={job.folder / 'start.pth'},gone.pth"])
     with pytest.raises(UserError, match="with no model; give --model_path"):
         parse_evaluate([])
     with pytest.raises(UserError, match="expected the start model at nowhere, found nothing there"):
