@@ -112,8 +112,8 @@ class _Job:
             self.error = UserError(f"judge: cannot run {command!r}: {error}")
             return
         self.threads = [
-            threading.Thread(target=work, args=(self.process, lines), daemon=True)
-            for work in (self._tell, self._listen)
+            threading.Thread(target=self._tell, args=(self.process, lines), daemon=True),
+            threading.Thread(target=self._listen, args=(self.process,), daemon=True),
         ]
         for thread in self.threads:
             thread.start()
@@ -203,7 +203,7 @@ class _Job:
         with contextlib.suppress(OSError, ValueError):
             process.stdin.close()
 
-    def _listen(self, process: subprocess.Popen[bytes], lines: Sequence[bytes]) -> None:
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
         """Hands on its lines, then the end."""
         assert process.stdout is not None
         for line in _bounded(process):

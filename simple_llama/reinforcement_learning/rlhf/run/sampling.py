@@ -53,7 +53,7 @@ def _answers(
     with evaluating(model):
         for places in groups_with_room([len(ids) + max_new_tokens for ids in prompts], _MOST_CACHED):
             beat()
-            some, own = ([column[place] for place in places] for column in (prompts, numbers))
+            some, own = [prompts[place] for place in places], [numbers[place] for place in places]
             answers += answer_together(model, some, max_new_tokens, stop_ids, sampling, own, beat)
     return answers
 

@@ -159,6 +159,7 @@ class _Remote:
         self.name, self.make = name, make
         self.tracker: Tracker | None = None
         self.unsent: list[tuple[int, dict[str, float]]] = []
+        self.dropped = 0  # lines for which there was no room among these
         self.wait_s, self.next_try = _FIRST_WAIT_S, 0.0
         self.said = False
         self._try(self._deliver)
@@ -167,6 +168,8 @@ class _Remote:
         """Gives the tracker what it has not got, if it is time for a try."""
         if len(self.unsent) < _MOST_UNSENT:
             self.unsent.append((step, dict(values)))
+        else:
+            self.dropped += 1
         if time.monotonic() >= self.next_try:
             self._try(self._deliver)
 
@@ -179,8 +182,8 @@ class _Remote:
                 self.tracker.close(done)
 
         self._try(end)
-        if self.unsent:
-            LOGGER.warning("%s: lines of metrics that could not be sent: %d", self.name, len(self.unsent))
+        if missing := len(self.unsent) + self.dropped:
+            LOGGER.warning("%s: lines of metrics that could not be sent: %d", self.name, missing)
 
     def _deliver(self) -> None:
         self.tracker = self.tracker or self.make()

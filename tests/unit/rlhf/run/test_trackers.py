@@ -106,3 +106,17 @@ def test_a_tracker_out_of_reach_ends_no_run(
     for done, known in ((4, "id-1"), (-1, None)):
         open_trackers(tmp_path, TrackerConfig(log_to="wandb"), done)
         assert Fake.known == known
+
+
+def test_what_a_tracker_never_got_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three lines, of which two are kept for it, and it stays out of reach."""
+    monkeypatch.setitem(trackers._TRACKERS, "wandb", Fake)
+    monkeypatch.setattr(trackers, "_MOST_UNSENT", 2)
+    [tracker] = open_trackers(tmp_path, TrackerConfig(log_to="wandb"), -1)
+    monkeypatch.setattr(Fake, "broken", True)
+    for step in (1, 2, 3):
+        tracker.send(step, {"loss": 1.0})
+    tracker.close(True)
+    assert caplog.records[-1].message == "wandb: lines of metrics that could not be sent: 3"
