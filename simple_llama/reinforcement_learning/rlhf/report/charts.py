@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from simple_llama.reinforcement_learning.rlhf.report.axes import DASHES, Axis, Entry, Frame
 from simple_llama.reinforcement_learning.rlhf.report.page import number
+from simple_llama.reinforcement_learning.rlhf.run.statistics import ReliabilityBin, accuracy_interval
 
 _COLOURS = 8
 _MOST_POINTS = 400  # of a curve: of more, the lowest and the highest of each stretch are drawn
@@ -131,12 +132,11 @@ def histogram(
     return frame.svg("; ".join([f"number of {unit} by {x_label}", *told]), left_out)
 
 
-def reliability_chart(title: str, series: Sequence[Series], x_label: str = "", y_label: str = "") -> str:
-    """How often a stated probability (xs) comes true (ys, with its interval), beside the diagonal of honest ones."""
-    labels = (
-        x_label or "probability by the model, sigmoid of the reward margin",
-        y_label or "share of pairs it gets right",
-    )
+def reliability_chart(title: str, models: Mapping[str, Sequence[ReliabilityBin]]) -> str:
+    """How often each model is right where it is about so sure, with Wilson's intervals, beside the diagonal of honest
+    ones."""
+    labels = ("probability by the model, sigmoid of the reward margin", "share of pairs it gets right")
+    series = [_reliability_series(name, bins) for name, bins in models.items()]
     lowest = min((y for one in series for side in (one.xs, one.ys, one.low or ()) for y in side), default=0.0)
     axis = Axis.of((0.5 if lowest >= 0.5 else 0.0, 1.0))
     legend = [Entry(one.name, _curve_sample(i)) for i, one in enumerate(series)]
@@ -148,6 +148,13 @@ def reliability_chart(title: str, series: Sequence[Series], x_label: str = "", y
         frame.say_empty()
     told = [f"{labels[1]} over {labels[0]}", *map(_described, series)]
     return frame.svg("; ".join(told), sum(map(_left_out, series)))
+
+
+def _reliability_series(name: str, bins: Sequence[ReliabilityBin]) -> Series:
+    """The bins as points."""
+    bounds = [accuracy_interval(one.accuracy, one.count) for one in bins]
+    lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
+    return Series(name, [one.confidence for one in bins], [one.accuracy for one in bins], lows, highs)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import (
 )
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_words import nats, percent, points, verdict
 from simple_llama.reinforcement_learning.rlhf.report.page import Page
-from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval, accuracy_interval
+from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval, ReliabilityBin
 
 HTML, JSON = "report.html", "report.json"
 _OWN = "the start's own ranking"
@@ -193,7 +193,10 @@ def _add_charts(page: Page, scored: ScoredPairs, numbers: Mapping[str, Any]) -> 
         "Right of 0 the model moved towards the chosen answer.",
     )
     page.figure(
-        reliability_chart("Calibration", [_reliability_series(name, one) for name, one in models.items()]),
+        reliability_chart(
+            "Calibration",
+            {name: [ReliabilityBin(**found) for found in one["calibration"]["bins"]] for name, one in models.items()},
+        ),
         "Sigmoid of the reward margin is the model's probability that the chosen answer is better. Expected error: "
         + ", ".join(f"{name} {percent(one['calibration']['error'])}" for name, one in models.items())
         + ".",
@@ -225,14 +228,6 @@ def _add_charts(page: Page, scored: ScoredPairs, numbers: Mapping[str, Any]) -> 
         ),
         "Correlation: " + ", ".join(f"{name} {one['length_correlation']:+.2f}" for name, one in models.items()) + ".",
     )
-
-
-def _reliability_series(name: str, model: Mapping[str, Any]) -> Series:
-    """The bins of a model's calibration, with Wilson's intervals."""
-    bins = model["calibration"]["bins"]
-    bounds = [accuracy_interval(one["accuracy"], one["count"]) for one in bins]
-    lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
-    return Series(name, [one["confidence"] for one in bins], [one["accuracy"] for one in bins], lows, highs)
 
 
 def _length_series(name: str, model: Mapping[str, Any]) -> Series:

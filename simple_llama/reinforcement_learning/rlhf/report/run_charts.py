@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from simple_llama.reinforcement_learning.rlhf.report.charts import (
     Bar,
     Series,
@@ -32,7 +30,7 @@ from simple_llama.reinforcement_learning.rlhf.report.run_verdict import (
     log_ratio,
     margin_nats,
 )
-from simple_llama.reinforcement_learning.rlhf.run.statistics import accuracy_interval, reliability
+from simple_llama.reinforcement_learning.rlhf.run.statistics import reliability
 
 _STEP = "optimizer step"
 _BINS = 8  # of the reliability curve
@@ -197,21 +195,10 @@ def add_pairs(page: Page, facts: RunFacts, pairs: HeldOutPairs, texts: Mapping[i
     )
     if facts.beta > 0:
         page.figure(
-            reliability_chart("Calibration", [_reliability(facts.beta * margins_N)]),
+            reliability_chart("Calibration", {"policy": reliability(facts.beta * margins_N, _BINS).bins}),
             "Of the pairs on which the policy is so sure, how many it gets right, with 95 % intervals.",
         )
     _add_extremes(page, pairs, texts)
-
-
-def _reliability(rewards_N: np.ndarray) -> Series:
-    """How often the policy is right among pairs of which it is about as sure.
-
-    Args: rewards_N: reward margins, whose sigmoid is the probability that the chosen answer is preferred.
-    """
-    bins = reliability(rewards_N, _BINS).bins
-    bounds = [accuracy_interval(one.accuracy, one.count) for one in bins]
-    lows, highs = [low for low, _ in bounds], [high for _, high in bounds]
-    return Series("policy", [one.confidence for one in bins], [one.accuracy for one in bins], lows, highs)
 
 
 def shown_pairs(pairs: HeldOutPairs) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ from simple_llama.reinforcement_learning.rlhf.report.charts import (
     reliability_chart,
     scatter,
 )
+from simple_llama.reinforcement_learning.rlhf.run.statistics import ReliabilityBin
 
 NAN, INF = math.nan, math.inf
 
@@ -104,7 +105,7 @@ def test_long_curves_keep_their_spikes() -> None:
         histogram("T", "x", {"a": []}),
         histogram("T", "x", {}),
         scatter("T", "x", "y", {"a": ([], [])}),
-        reliability_chart("T", []),
+        reliability_chart("T", {}),
         bar_chart("T", "x", []),
     ],
 )
@@ -127,7 +128,7 @@ def test_words_of_users_are_escaped() -> None:
         line_chart(bad, bad, bad, [Series(bad, [0], [1]), Series("b", [0], [1])], levels={bad: 1.0}),
         histogram(bad, bad, {bad: [1.0], "b": [2.0]}, unit=bad),
         scatter(bad, bad, bad, {bad: ([1.0], [1.0]), "b": ([1.0], [1.0])}),
-        reliability_chart(bad, [Series(bad, [0.5], [0.5])], bad, bad),
+        reliability_chart(bad, {bad: [ReliabilityBin(0.5, 0.6, 4, 0.5, 0.5)]}),
         bar_chart(bad, bad, [Bar(bad, 1.0, 0.5, 1.5)]),
     ]
     for svg in charts:
