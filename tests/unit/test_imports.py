@@ -85,8 +85,10 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("print('hello')", "importing printed: hello"),
-        ("import torch; torch.manual_seed(1)", "importing changed: ['torch random state']"),
-        ("import torch; torch.set_num_threads(1)", "importing changed: ['threads']"),
+        (
+            "import torch; torch.manual_seed(1); torch.set_num_threads(1)",
+            "importing changed: ['torch random state', 'threads']",
+        ),
         ("import warnings; warnings.warn('old', DeprecationWarning)", "DeprecationWarning: old"),
     ],
 )

@@ -171,11 +171,16 @@ def test_micro_batches_do_not_change_the_step(done, ranks):
 
 
 def test_resume_in_the_middle_of_an_epoch_is_exact(done, ranks):
-    """Saved after step 2 of 3 in epoch 1: a run taken up there has the same curve and, bit for bit, weights."""
+    """Saved after step 2 of 3 in epoch 1: a run taken up there has the same curve and, bit for bit, weights. Its
+    warnings of steps that are made anew go."""
     for state in (copied_run(done, "middle") / "state").iterdir():
         if state.name != "step_00000002":
             shutil.rmtree(state)
+    warnings = done.folder / "runs" / "middle" / "warnings.jsonl"
+    lines = [json.dumps({"step": step, "level": "notice", "name": f"of {step}", "text": ""}) for step in (1, 3)]
+    warnings.write_text("".join(line + "\n" for line in lines))
     run_job(done, ranks, run_name="middle", resume=True, **SAVES)
+    assert '"of 1"' in warnings.read_text() and '"of 3"' not in warnings.read_text()
     assert done.curve("loss", "middle") == done.curve("loss")
     assert done.curve("eval_loss", "middle") == done.curve("eval_loss")
     assert [line["step"] for line in done.lines("middle")] == [line["step"] for line in done.lines()]

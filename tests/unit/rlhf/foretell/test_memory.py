@@ -97,9 +97,12 @@ def test_one_reduction_a_step_keeps_whole_sums() -> None:
 
 
 def test_a_gpu_counts_what_its_allocator_gives() -> None:
-    """No Python, no file; offloaded states are on the host."""
+    """No Python, no file; offloaded states, and the gradients for them, are on the host: 40,000 + 20,000 of bf16."""
     found = parts(Engine("cuda", 1, 2, offloads=True))["start"]
     assert found == {"weights": 20_000, "reference": 0, "masters and moments": 0, "start file": 0}
+    for device, gradients in (("cuda", 60_000), ("cpu", 100_000)):
+        found = parts(Engine(device, 1, 2, buckets=False, offloads=True))["passes"]
+        assert found["gradients"] == gradients
 
 
 def test_what_a_step_adds_by_hand() -> None:

@@ -76,6 +76,20 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
 
 
 @pytest.fixture(scope="module")
+def whole(lora: TinyJob, ranks: Ranks) -> str:
+    """The name of a run of it that trains all weights, and that nobody disturbs."""
+    run_job(lora, ranks, run_name="whole")
+    return "whole"
+
+
+@pytest.fixture(scope="module")
+def adapters(lora: TinyJob, ranks: Ranks) -> str:
+    """The same where the adapters alone are trained."""
+    run_job(lora, ranks, run_name="adapters", trainable="lora")
+    return "adapters"
+
+
+@pytest.fixture(scope="module")
 def deeper(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
     """The same with another layer."""
     return make_job(tmp_path_factory.mktemp("deeper"), use_lora=True, lora_rank=4, n_layers=3)
@@ -126,24 +140,27 @@ def test_a_start_checkpoint_that_loses_its_name_is_still_the_runs(
 
 @pytest.mark.parametrize("change", [overwrite, cut])
 def test_where_all_is_trained_a_changed_start_checkpoint_is_not_needed(
-    lora: TinyJob, other: TinyJob, ranks: Ranks, change: Callable[..., None]
+    lora: TinyJob, whole: str, other: TinyJob, ranks: Ranks, change: Callable[..., None]
 ) -> None:
     """The exports are whole, and those of a run whose file nobody touched."""
-    run_job(lora, ranks, run_name=f"whole-{change.__name__}")
     changed_in_training(lora, ranks, change, other, run_name=change.__name__).finish(None, {}, 0.0)
-    assert exports(lora, change.__name__) == exports(lora, f"whole-{change.__name__}")
-    expected = lora.weights(f"whole-{change.__name__}")
+    assert exports(lora, change.__name__) == exports(lora, whole)
+    expected = lora.weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in lora.weights(change.__name__).items())
 
 
 @pytest.mark.parametrize("change", [overwrite, cut])
 def test_an_export_that_needs_a_changed_start_checkpoint_is_refused(
-    lora: TinyJob, other: TinyJob, ranks: Ranks, change: Callable[..., None], caplog: pytest.LogCaptureFixture
+    lora: TinyJob,
+    adapters: str,
+    other: TinyJob,
+    ranks: Ranks,
+    change: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """LoRA: the run trains on with a word at each save, keeps its states, and does not end as done. With the file put
     back, --resume writes the newest export, and that of a run whose file nobody touched."""
     name = f"lora-{change.__name__}"
-    run_job(lora, ranks, run_name=f"{name}-whole", trainable="lora")
     run = changed_in_training(lora, ranks, change, other, run_name=name, trainable="lora")
     with pytest.raises(UserError, match=r"the start checkpoint changed during the run, so dpo_.* --resume writes the"):
         run.finish(None, {}, 0.0)
@@ -152,9 +169,9 @@ def test_an_export_that_needs_a_changed_start_checkpoint_is_refused(
     folder, logs = lora.folder / "checkpoints" / name, lora.folder / "runs" / name
     assert newest_state(folder).facts.step == 4 and not (logs / "finished.json").exists()
     path = run_job(lora, ranks, run_name=name, trainable="lora", resume=True)
-    whole = lora.weights(f"{name}-whole")
-    assert exports(lora, name) == [path.name] == exports(lora, f"{name}-whole")[-1:]
-    assert all(torch.equal(tensor, whole[key]) for key, tensor in load_weights(path).state_dict.items())
+    expected = lora.weights(adapters)
+    assert exports(lora, name) == [path.name] == exports(lora, adapters)[-1:]
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in load_weights(path).state_dict.items())
     assert json.loads((logs / "finished.json").read_text())["step"] == 4
 
 
@@ -176,10 +193,11 @@ def test_a_start_checkpoint_that_changes_before_a_model_is_built_is_refused(
         (lora.folder / "start.pth").write_bytes(before)
 
 
-def test_a_failed_export_loses_no_training(lora: TinyJob, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_loses_no_training(
+    lora: TinyJob, whole: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No room for the second `.pth`: the state of step 2 is there. Resumed, the run writes that file first, and ends
     with the files and weights of one that had room."""
-    run_job(lora, ranks, run_name="room")
     write, written = start_file.save_weights, []
 
     def fill(path: Path, *rest: Any) -> None:
@@ -197,21 +215,20 @@ def test_a_failed_export_loses_no_training(lora: TinyJob, ranks: Ranks, monkeypa
     assert exports(lora) == [written[0].name] and state.facts.weights == written[1].name
     run_job(lora, ranks, resume=True)
     assert [path.name[:6] for path in written[2:]] == ["dpo_1E", "dpo_1.", "dpo_2E"] and written[2] == written[1]
-    assert exports(lora) == exports(lora, "room")
+    assert exports(lora) == exports(lora, whole)
     for name in exports(lora):
-        found, expected = (load_weights(lora.folder / "checkpoints" / run / name) for run in ("tiny", "room"))
+        found, expected = (load_weights(lora.folder / "checkpoints" / run / name) for run in ("tiny", whole))
         assert all(torch.equal(tensor, expected.state_dict[key]) for key, tensor in found.state_dict.items())
         same = ("step", "epochs", "loss", "reference")
         assert [found.metadata[key] for key in same] == [expected.metadata[key] for key in same]
 
 
-def test_names_tell_a_loss_where_one_was_measured(lora: TinyJob, ranks: Ranks) -> None:
+def test_names_tell_a_loss_where_one_was_measured(lora: TinyJob, whole: str) -> None:
     """Held-out loss at epochs' ends, steps 2 and 4; the saves of steps 1 and 3 have none, in name and metadata."""
-    run_job(lora, ranks, run_name="names")
-    names = exports(lora, "names")
+    names = exports(lora, whole)
     assert [name.split("L_")[0][:6] for name in names] == ["dpo_0.", "dpo_1.", "dpo_1E", "dpo_2E"]
     assert names[:2] == ["dpo_0.5E_512MSQ.pth", "dpo_1.5E_512MSQ.pth"] and all("L_512MSQ" in name for name in names[2:])
-    folder = lora.folder / "checkpoints" / "names"
+    folder = lora.folder / "checkpoints" / whole
     losses = [load_weights(folder / name).metadata["loss"] for name in names]
     assert losses[:2] == [None, None] and names[2] == f"dpo_1E_{losses[2]:.4f}L_512MSQ.pth"
 
