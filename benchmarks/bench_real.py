@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from simple_llama.cluster.distributed import barrier, close_ranks, init_ranks, l
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.finetune.chat_config import ChatConfig, own_chat
+from simple_llama.interop.adapted_start import adapted
 from simple_llama.interop.open_start import open_start
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import build_model
@@ -64,6 +65,8 @@ class BenchReal:
     pairs_per_step: int = 16  # of all processes together
     batch_size: int = 8  # pairs a micro-batch of a process
     rate: float = 2e-5  # learning rate, constant
+    lora_rank: int = 0  # adapters of this rank beside all layers of a block, in ours and (peft) in TRL; 0: all weights
+    lora_alpha: float = 32.0
 
     # === TRL ===
     settings: tuple[Literal["bf16", "autocast", "fp32"], ...] = ("bf16", "autocast")  # (): ours alone
@@ -223,7 +226,11 @@ def train_ours(
         beta1=BETAS[0],
         beta2=BETAS[1],
         max_grad_norm=CLIP,
+        lora_rank=bench.lora_rank,
+        lora_alpha=bench.lora_alpha,
+        trainable="lora" if bench.lora_rank else "all",
     )
+    start = adapted(start, config)
     with start.reading() as loaded:
         trainer = EngineTrainer(loaded, config, store, ranks)
     found, ends = Measured(), []
@@ -245,7 +252,10 @@ def train_trl(
     """TRL's `train()`, under DDP where there are several processes."""
     pairs = [pair for step in steps for pair in step]
     parts = bench.pairs_per_step // (way.world * bench.batch_size)
-    settings = TrlSettings(way.name, bench.batch_size, parts, BETA, bench.rate, BETAS, CLIP, attention=bench.attention)
+    lora: dict[str, Any] = {"lora_rank": bench.lora_rank, "lora_alpha": bench.lora_alpha}
+    settings = TrlSettings(
+        way.name, bench.batch_size, parts, BETA, bench.rate, BETAS, CLIP, attention=bench.attention, **lora
+    )
     ref_logps_B2 = store.lookup(PairSet.of(pairs).keys)
     ends, losses = train_folder(bench.model, pairs, ref_logps_B2, settings, str(folder / "trl"))
     means = [statistics.fmean(losses[step * parts : (step + 1) * parts]) for step in range(len(steps))]
@@ -257,10 +267,12 @@ def train_trl(
 
 def setup(bench: BenchReal) -> str:
     """What is common to all ways, in words."""
+    lora = f"Adapters of rank {bench.lora_rank}, alpha {bench.lora_alpha:g}. " if bench.lora_rank else ""
     return (
         f"A step has {bench.pairs_per_step} pairs in micro-batches of {bench.batch_size} on {bench.cores} cores; "
-        f"{bench.rounds} turns of {bench.steps} steps after one that warms up. Learning rate {bench.rate:g}, beta "
-        f"{BETA}, references given; TRL with {bench.attention}. Peak: resident sets of all processes, whole, added up."
+        f"{bench.rounds} turns of {bench.steps} steps after one that warms up. {lora}Learning rate {bench.rate:g}, "
+        f"beta {BETA}, references given; TRL with {bench.attention}. "
+        "Peak: resident sets of all processes, whole, added up."
     )
 
 

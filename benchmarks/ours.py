@@ -17,8 +17,8 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, decay_groups
-from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, trained_part, useful_flops
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, trained_names
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.precompute import computed
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import from_store
@@ -51,9 +51,13 @@ class Trainer:
         self.model = build_model(start, self.dtype, ranks.device)
         self.size: ModelSize = model_size(self.model)
         self.policy = DPOPolicy(self.model, PreferenceLoss.of(config))
+        names = trained_names(self.model, config.trainable, start.path)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in names)
         self.store = store
         self.ref_logps = from_store(store)
-        work = partial(useful_flops, self.size, self.model.architecture, backward=True)
+        part = trained_part(self.model, names)
+        work = partial(useful_flops, self.size, self.model.architecture, backward=True, trained=part)
         self.sums = MetricSums(ranks.device, work)
 
     @property
@@ -100,7 +104,7 @@ class PlainLoop:
 
     def __init__(self, policy: DPOPolicy, start: Loaded, config: DPOConfig, device: torch.device):
         self.policy, self.max_grad_norm = policy, config.max_grad_norm
-        self.weights = dict(policy.model.named_parameters())
+        self.weights = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
         self.masters = {
             name: torch.nn.Parameter(start.state_dict[name].to(device, torch.float32, copy=True))
             for name in self.weights

@@ -62,6 +62,8 @@ class TrlSettings:
     clip: float  # of the gradient norm
     precompute_batch: int = 8  # pairs a batch of the reference pass
     attention: str = "sdpa"  # one of ATTENTIONS
+    lora_rank: int = 0  # of peft's adapters beside all seven layers of a block; 0: none
+    lora_alpha: float = 32.0
 
 
 class Peer:
@@ -211,6 +213,7 @@ def make_trainer(
         args=dpo_arguments(settings, device, folder),
         train_dataset=as_dataset(pairs, ref_logps_B2),
         processing_class=tokenizer,
+        peft_config=lora_config(settings) if settings.lora_rank else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -260,6 +263,19 @@ def our_tokenizer() -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(TOKENIZER), pad_token="<PAD>")
     tokenizer.eos_token = "<EOA>"
     return tokenizer
+
+
+def lora_config(settings: TrlSettings) -> Any:
+    """peft's settings for adapters beside the layers that ours stand beside."""
+    import peft  # pyright: ignore[reportMissingImports]
+
+    return peft.LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )
 
 
 def dpo_arguments(settings: TrlSettings, device: torch.device, folder: str) -> Any:

@@ -255,7 +255,7 @@ MODELS = [
     Case(
         "an adapter",
         adapters,
-        ("model: expected a folder with a Hugging Face model", "found no config.json but adapters alone"),
+        ("model: expected a whole model, or adapters that name one", "whose base is not named"),
     ),
     Case("an empty file of weights", file(WEIGHTS, b""), (NOT_SOUND, "it has 0 bytes")),
     Case("weights that were cut", file(WEIGHTS, lambda content: content[:-1]), (NOT_SOUND, "behind the file's end")),

@@ -120,6 +120,15 @@ def write_folder(
                 _write_shard(file, shard, tensors, path)
 
 
+def write_small_folder(path: Path, files: Mapping[str, bytes], metadata: dict[str, Any]) -> None:
+    """Writes files that are in memory as a folder which the functions here know as an export, as `write_folder`."""
+    about = {"format": _FORMAT, "files": sorted(files), "metadata": metadata}
+    with atomic_folder(path, _making_room(path)) as temp:
+        (temp / RUN_FILE).write_bytes(json_bytes(about))
+        for name, data in files.items():
+            (temp / name).write_bytes(data)
+
+
 def export_metadata(folder: Path) -> dict[str, Any]:
     """What an export says of itself; nothing for a link, or what is none, or lacks one of its files."""
     about = _about(folder)

@@ -34,6 +34,15 @@ class NameMap:
     halves: bool = True  # RoPE turns pairs (x_j, x_{j + K/2}) there; otherwise adjacent ones, as here
 
 
+_TARGETS = {  # our module of each layer that an adapter may stand beside, and which part of it
+    "q": (_QKV, 0),
+    "k": (_QKV, 1),
+    "v": (_QKV, 2),
+    "o": ("{layer}.attention.out", 0),
+    **{name: (f"{{layer}}.ffwd.{name}", 0) for name in ("w1", "w2", "w3")},
+}
+_TURNED = ("q", "k")  # whose outputs RoPE turns
+
 LLAMA = NameMap(
     layer="model.layers.{n}",
     names={
@@ -142,6 +151,22 @@ def from_hf(tensors: Tensors, architecture: Architecture, family: NameMap = LLAM
         name: to_ours(name, [tensors[their] for their in names_in(name, family)], architecture, family).clone()
         for name in our_shapes(architecture)
     }
+
+
+def adapted_module(layer: int, target: str, family: NameMap = LLAMA) -> str:
+    """The family's name of the linear layer that an adapter of ours stands beside."""
+    module, part = _TARGETS[target]
+    return family.names[module][part].format(layer=family.layer.format(n=layer))
+
+
+def adapter_rows(
+    target: str, rows_OR: torch.Tensor, architecture: Architecture, family: NameMap = LLAMA, back: bool = False
+) -> torch.Tensor:
+    """What an adapter adds to a layer's outputs (O, R), in the family's order of outputs; `back`: in ours again."""
+    if not (family.halves and target in _TURNED):
+        return rows_OR
+    order_K = _half_order(architecture.key_width)
+    return _reordered(rows_OR, order_K.argsort() if back else order_K)
 
 
 def _half_order(width: int) -> torch.Tensor:

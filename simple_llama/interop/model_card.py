@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 _FRONT = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 """
 _TAGS = """tags:
@@ -26,12 +26,13 @@ _SETTINGS = {  # of a run, by what they are called here
 _PACKAGES = ("torch", "deepspeed", "simple-llama-dpo", "git")
 
 
-def model_card(name: str, metadata: Mapping[str, Any]) -> str:
+def model_card(name: str, metadata: Mapping[str, Any], library: str = "transformers") -> str:
     """The card of a run's export, or of a conversion, whose metadata has `source` alone.
 
     Args:
         name: of the folder.
         metadata: as `Saves` makes it; what is missing is left out.
+        library: that loads it.
     """
     settings = metadata.get("dpo_config") or {}
     facts = {
@@ -56,7 +57,8 @@ def model_card(name: str, metadata: Mapping[str, Any]) -> str:
         about = "Another form of the same model."
     return "\n".join(
         [
-            f"{_FRONT}{tags}---\n# {_cell(name)}\n\n{about} The license is that of the start model.\n",
+            f"{_FRONT.format(library=library)}{tags}---\n# {_cell(name)}\n",
+            f"{about} The license is that of the start model.\n",
             "| | |",
             "|---|---|",
             *rows,

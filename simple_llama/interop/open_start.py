@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import listed
+from simple_llama.common.files import listed, shown
+from simple_llama.interop.adapted_start import AdaptedStart, adapted, with_adapters
+from simple_llama.interop.adapter_files import base_name, is_peft_folder
+from simple_llama.interop.adapters import AdapterConfig
 from simple_llama.interop.gguf_file import GGUFFile
 from simple_llama.interop.hf_export import export_metadata
 from simple_llama.interop.hf_folder import HFFolder
 from simple_llama.interop.safetensors_files import INDEX, WEIGHTS
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
-from simple_llama.pretraining.weights import find_weights, load_weights
+from simple_llama.pretraining.weights import find_weights, load_lora_adapters, load_weights
 
 _HF_FILES = ("config.json", "adapter_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -22,7 +27,7 @@ _HF_FILES = ("config.json", "adapter_config.json", "pytorch_model.bin", "pytorch
 def open_start(path: str | os.PathLike[str]) -> StartModel:
     """The model at `path`: a `.pth` or `.gguf`, or a Hugging Face folder; in a run's folder, its newest export.
 
-    UserError for none.
+    Adapters alone are one with the base that they name. UserError for none.
     """
     path = Path(path)
     if path.suffix == ".gguf" and path.exists() and not path.is_dir():
@@ -35,8 +40,31 @@ def open_start(path: str | os.PathLike[str]) -> StartModel:
     if (snapshots := path / "snapshots").is_dir():  # as huggingface_hub keeps what it downloads
         found = listed(sorted(f"snapshots/{each.name}" for each in snapshots.iterdir()))
         raise UserError(f"{path}: expected one version of a model, found the folder of all; give one of {found}")
-    folder = _hf_folder(path)
-    return HFFolder(folder) if folder else StartFile(find_weights(path))
+    if folder := _hf_folder(path):
+        return _over_its_base(folder) if is_peft_folder(folder) else HFFolder(folder)
+    file = find_weights(path)
+    return _over_its_base(file) if load_lora_adapters(file) else StartFile(file)
+
+
+def _over_its_base(path: Path) -> AdaptedStart:
+    """Adapters with the base that they name. UserError where that is not here."""
+    name = base_name(path)
+    there = [place for place in (Path(name), path.parent / name) if name and place.exists()]
+    if not there or there[0].samefile(path):
+        said = f"{shown(name)}, which is not here" if name else "not named"
+        raise UserError(
+            f"{path}: expected a whole model, or adapters that name one on this machine; found adapters whose base is "
+            f"{said}: give the base as --model_path and these as --adapter_path, or write the base's path into "
+            "base_model_name_or_path of their adapter_config.json"
+        )
+    return with_adapters(open_start(there[0]), path, path)
+
+
+def open_start_of(settings: Mapping[str, Any], model_path: str | os.PathLike[str]) -> StartModel:
+    """The model that a run with these settings starts from, adapters beside it. `model_path`: where it lies now."""
+    names = {field.name for field in fields(AdapterConfig)}
+    config = AdapterConfig(**{name: value for name, value in settings.items() if name in names})
+    return adapted(open_start(model_path), config, str(settings.get("adapter_path", "")))
 
 
 def start_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -47,7 +75,9 @@ def start_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         return export_metadata(folder)
     if path.suffix == ".gguf" or not (path.is_dir() or path.suffix == ".pth"):
         return {}
-    return load_weights(find_weights(path)).metadata
+    file = find_weights(path)
+    adapters = load_lora_adapters(file)
+    return adapters.metadata if adapters else load_weights(file).metadata
 
 
 def _hf_folder(path: Path) -> Path | None:

@@ -22,7 +22,13 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 
 _LORA = "_lora_layer."
-_ATTENTION = "attention."
+_BEHIND_NORMS = frozenset("qkv")  # projections of latent attention to which no update can be added
+_PLAIN = {  # linear layers that are one target, by the target
+    "attention.out": "attention.o",
+    "attention.wo": "attention.o",
+    **{f"ffwd.{name}": f"ffwd.{name}" for name in ("w1", "w2", "w3")},
+}
+_QKV = "attention.qkv_linear.weight"
 _HEAD, _EMBEDDINGS = "final_linear.weight", "embeddings.weight"
 _MULTIPLE_OF = 256  # of the feed-forward width, where a model has no other: TrainingConfig's default
 _TOKEN_IDS = {  # in generation_config.json
@@ -43,15 +49,14 @@ _TEMPLATE = """\
 
 
 class MergedLoRA(Mapping[str, torch.Tensor]):
-    """A model's tensors with its low-rank updates added to the projections they stand beside: the same function.
+    """A model's tensors with its low-rank updates added to the layers they stand beside: the same function.
 
-    A tensor that has an update is made, in fp32, when it is asked for.
+    A tensor that has an update (`updated`) is made, in fp32, when it is asked for.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], architecture: Architecture):
         """UserError for updates of latent attention, some of which stand behind a norm."""
-        if architecture.lora and architecture.latent:
-            raise UserError("lora: expected updates of multi-head attention, found such of MLA, which cannot be merged")
+        check_mergeable(architecture)
         self._tensors, self._before = tensors, architecture
         self.architecture = replace(architecture, lora=None)
         self._names = dict.fromkeys(name for name in tensors if _LORA not in name)
@@ -60,10 +65,10 @@ class MergedLoRA(Mapping[str, torch.Tensor]):
         if name not in self._names:
             raise KeyError(name)
         tensor = self._tensors[name]
-        place, part, kind = name.rpartition(_ATTENTION)
-        if part and kind == "qkv_linear.weight":
-            return self._with_updates(tensor, place + part)
-        update = self._update(place + part, "o") if part and kind == "out.weight" else None
+        if name.endswith(_QKV):
+            return self._with_updates(tensor, name.removesuffix("qkv_linear.weight"))
+        place = _place_of(name)
+        update = self._update(*place) if place else None
         return tensor if update is None else tensor.float() + update
 
     def __iter__(self) -> Iterator[str]:
@@ -71,6 +76,16 @@ class MergedLoRA(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @property
+    def updated(self) -> list[str]:
+        """Names of the tensors that have an update."""
+        targets = set(self._before.lora.targets) if self._before.lora else set()
+        return [
+            name
+            for name in self._names
+            if (name.endswith(_QKV) and targets & set("qkv")) or ((place := _place_of(name)) and place[1] in targets)
+        ]
 
     def _with_updates(self, qkv: torch.Tensor, attention: str) -> torch.Tensor:
         """The rows of queries, keys and values, which stand key head by key head."""
@@ -86,13 +101,32 @@ class MergedLoRA(Mapping[str, torch.Tensor]):
             merged[:, rows[name]] += update_OD.unflatten(0, (architecture.key_heads, -1))
         return merged.flatten(0, 1)
 
-    def _update(self, attention: str, name: str) -> torch.Tensor | None:
-        """(O, D): alpha / rank * (a b)^T in fp32; None where the projection has no update."""
+    def _update(self, place: str, name: str) -> torch.Tensor | None:
+        """(O, D): scale * (a b)^T in fp32; None where the layer has no update."""
         lora = self._before.lora
         if lora is None or name not in lora.targets:
             return None
-        a_DR, b_RO = (self._tensors[f"{attention}{name}{_LORA}lora_{half}"].float() for half in "ab")
-        return (lora.alpha / lora.rank * (a_DR @ b_RO)).T
+        a_DR, b_RO = (self._tensors[f"{place}{name}{_LORA}lora_{half}"].float() for half in "ab")
+        return (lora.scale * (a_DR @ b_RO)).T
+
+
+def check_mergeable(architecture: Architecture) -> None:
+    """UserError for updates of latent attention that stand behind a norm: there is no matrix to add them to."""
+    if architecture.latent and architecture.lora and not _BEHIND_NORMS.isdisjoint(architecture.lora.targets):
+        raise UserError(
+            "lora: expected updates of multi-head attention, found such of MLA, which cannot be merged (q, k and v of "
+            "it stand behind norms; o, w1, w2 and w3 can be)"
+        )
+
+
+def _place_of(name: str) -> tuple[str, str] | None:
+    """(what the names of its update begin with, its target) of a layer's weight that is one target; None for others."""
+    parts = name.rsplit(".", 3)
+    target = _PLAIN.get(".".join(parts[1:3])) if len(parts) == 4 and parts[3] == "weight" else None
+    if target is None:
+        return None
+    room, _, which = target.partition(".")
+    return f"{parts[0]}.{room}.", which
 
 
 class UntiedHead(Mapping[str, torch.Tensor]):

@@ -21,13 +21,23 @@ class Latent:
     plain_width: int  # width of a head's query/key part without position
 
 
+LORA_TARGETS = ("q", "k", "v", "o", "w1", "w2", "w3")  # linear layers of a decoder block that may have an update
+ATTENTION_TARGETS = LORA_TARGETS[:4]  # those that SimpleLLaMA's own checkpoints can have
+
+
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank updates beside projections of the attention (arXiv:2106.09685)."""
+    """Low-rank updates beside linear layers of the decoder blocks (arXiv:2106.09685)."""
 
     rank: int  # of an update
     alpha: float  # an update is scaled by alpha / rank
-    targets: tuple[str, ...]  # which projections have one: of "q", "k", "v", "o"
+    targets: tuple[str, ...]  # which layers have one: of LORA_TARGETS
+    rank_stabilized: bool = False  # scaled by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)
+
+    @property
+    def scale(self) -> float:
+        """What an update is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from simple_llama.ops.linear import Linear
 from simple_llama.pretraining.architecture import Architecture, Latent
-from simple_llama.pretraining.layers import LoRAInjection, RMSNorm
+from simple_llama.pretraining.layers import RMSNorm, add_lora, plus_lora
 from simple_llama.pretraining.rotary import Rotation, rotate
 
 
@@ -52,11 +52,11 @@ class MHSelfAttention(nn.Module):
         rows = x_TD.shape[0]
         q, k_TGK, v_TGV = self.qkv_linear(x_TD).view(rows, self.key_heads, -1).split(self.parts, dim=-1)
         q_THK = q.reshape(rows, self.heads, -1)
-        q_THK = rotate(self.q_norm(_plus_lora(self, "q", q_THK, x_TD)), by)
-        k_TGK = rotate(self.k_norm(_plus_lora(self, "k", k_TGK, x_TD)), by)
-        v_TGV = _plus_lora(self, "v", v_TGV, x_TD)
+        q_THK = rotate(self.q_norm(plus_lora(self, "q", q_THK, x_TD)), by)
+        k_TGK = rotate(self.k_norm(plus_lora(self, "k", k_TGK, x_TD)), by)
+        v_TGV = plus_lora(self, "v", v_TGV, x_TD)
         y_TA = mix(q_THK, k_TGK, v_TGV, scale=self.scale).reshape(rows, -1)
-        return self.dropout(_plus_lora(self, "o", self.out(y_TA), y_TA))
+        return self.dropout(plus_lora(self, "o", self.out(y_TA), y_TA))
 
 
 class MLA(nn.Module):
@@ -93,20 +93,18 @@ class MLA(nn.Module):
         k_plain, v_THV = kv.split((self.plain, self.value), dim=-1)
 
         # LoRA updates the parts without position only, as upstream's checkpoints have it
-        q_plain, k_plain = _plus_lora(self, "q", q_plain, x_TD), _plus_lora(self, "k", k_plain, x_TD)
-        v_THV = _plus_lora(self, "v", v_THV, x_TD)
+        q_plain, k_plain = plus_lora(self, "q", q_plain, x_TD), plus_lora(self, "k", k_plain, x_TD)
+        v_THV = plus_lora(self, "v", v_THV, x_TD)
         k_rope = rotate(k_rope.unsqueeze(1), by).expand(-1, heads, -1)
         q_THK = torch.cat((q_plain, rotate(q_rope, by)), dim=-1)
         k_THK = torch.cat((k_plain, k_rope), dim=-1)
 
         y_TA = mix(q_THK, k_THK, v_THV, scale=self.scale).reshape(rows, -1)
-        return self.dropout(_plus_lora(self, "o", self.wo(y_TA), y_TA))
+        return self.dropout(plus_lora(self, "o", self.wo(y_TA), y_TA))
 
 
 def _add_lora(layer: nn.Module, architecture: Architecture, *, queries: int, keys: int) -> None:
     """Gives `layer` a `{q,k,v,o}_lora_layer` for each projection that is updated; `queries` and `keys` numbers wide."""
-    if (lora := architecture.lora) is None:
-        return
     width, value = architecture.width, architecture.value_width
     sizes = {
         "q": (width, queries),
@@ -114,12 +112,4 @@ def _add_lora(layer: nn.Module, architecture: Architecture, *, queries: int, key
         "v": (width, architecture.key_heads * value),
         "o": (architecture.heads * value, width),
     }
-    for name, (inputs, outputs) in sizes.items():
-        if name in lora.targets:
-            setattr(layer, f"{name}_lora_layer", LoRAInjection(inputs, outputs, lora.rank, lora.alpha))
-
-
-def _plus_lora(layer: nn.Module, name: str, projected: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-    """`projected` plus the low-rank update of x, where the layer has one under this name."""
-    update = getattr(layer, f"{name}_lora_layer", None)
-    return projected if update is None else projected + update(x_TD).view(projected.shape)
+    add_lora(layer, architecture.lora, sizes)

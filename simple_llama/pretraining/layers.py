@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from simple_llama.ops.linear import Linear, linear
-from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.architecture import Architecture, LoRA
 
 
 class RMSNorm(nn.Module):
@@ -35,17 +38,46 @@ class TiedEmbedding(nn.Embedding):
 
 
 class LoRAInjection(nn.Module):
-    """alpha/rank * (x @ lora_a) @ lora_b, zero at the start because lora_b is (arXiv:2106.09685)."""
+    """scale * (x @ lora_a) @ lora_b, zero at the start because lora_b is (arXiv:2106.09685).
 
-    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float):
+    `on` (set it by `adapters_off`) tells whether it counts.
+    """
+
+    def __init__(self, inputs: int, outputs: int, lora: LoRA):
         super().__init__()
-        self.scale = alpha / rank
-        self.lora_a = nn.Parameter(torch.randn(inputs, rank))
-        self.lora_b = nn.Parameter(torch.zeros(rank, outputs))
+        self.scale, self.on = lora.scale, True
+        self.lora_a = nn.Parameter(torch.randn(inputs, lora.rank))
+        self.lora_b = nn.Parameter(torch.zeros(lora.rank, outputs))
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rows (T, inputs) to rows (T, outputs)."""
         return linear(self.scale * linear(x_TD, self.lora_a.T), self.lora_b.T)
+
+
+def add_lora(layer: nn.Module, lora: LoRA | None, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Gives `layer` a `{name}_lora_layer` for each of its linear layers, (inputs, outputs) by name, that has one."""
+    for name, (inputs, outputs) in sizes.items():
+        if lora and name in lora.targets:
+            setattr(layer, f"{name}_lora_layer", LoRAInjection(inputs, outputs, lora))
+
+
+def plus_lora(layer: nn.Module, name: str, projected: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+    """`projected` plus the low-rank update of x, where the layer has one under this name."""
+    update: LoRAInjection | None = getattr(layer, f"{name}_lora_layer", None)
+    return projected if update is None or not update.on else projected + update(x_TD).view(projected.shape)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model without its low-rank updates within."""
+    updates = [module for module in model.modules() if isinstance(module, LoRAInjection)]
+    try:
+        for update in updates:
+            update.on = False
+        yield
+    finally:
+        for update in updates:
+            update.on = True
 
 
 class FeedForward(nn.Module):
@@ -58,7 +90,9 @@ class FeedForward(nn.Module):
         self.w2 = Linear(hidden, width, bias)
         self.w3 = Linear(width, hidden, bias)
         self.dropout = nn.Dropout(architecture.dropout)
+        add_lora(self, architecture.lora, {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)})
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
-        return self.dropout(self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD)))
+        hidden = F.silu(plus_lora(self, "w1", self.w1(x_TD), x_TD)) * plus_lora(self, "w3", self.w3(x_TD), x_TD)
+        return self.dropout(plus_lora(self, "w2", self.w2(hidden), hidden))

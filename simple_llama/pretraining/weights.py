@@ -16,7 +16,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ _ORIGIN = (
 )
 _FOREIGN = {".safetensors": "safetensors", ".gguf": "GGUF"}  # files of other programs, by their ending
 _DIGESTED = 1 << 22  # numbers at a time
+_ADAPTERS = "lora_adapters"  # in the place of model_state_dict, where a file holds them alone
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and of data-parallel wrappers
 
 
@@ -115,8 +116,8 @@ def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = Non
         raise UserError(
             f"{path}: {_EXPECTED}, found one that cannot be read ({type(error).__name__}: {reason})"
         ) from error
-    if isinstance(found, dict) and "lora_adapters" in found and "model_state_dict" not in found:
-        raise UserError(f"{path}: {_EXPECTED}, found {_adapters(found)}")
+    if isinstance(found, dict) and _ADAPTERS in found and "model_state_dict" not in found:
+        raise UserError(f"{path}: {_EXPECTED}, found {_about_adapters(found)}")
     if not isinstance(found, dict) or not {"model_state_dict", "config"} <= found.keys():
         keys = shown(sorted(map(str, found))) if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{path}: {_EXPECTED}, found {keys}")
@@ -124,6 +125,33 @@ def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = Non
     if not isinstance(config, TrainingConfig) or not isinstance(metadata, dict):
         raise UserError(f"{path}: {_EXPECTED}, found a config of {type(config).__name__}")
     return WeightsFile(_plain_state_dict(found["model_state_dict"], path), config, metadata, path)
+
+
+class LoraAdapters(NamedTuple):
+    """What upstream's file of LoRA adapters holds."""
+
+    tensors: dict[str, torch.Tensor]  # by upstream's parameter names
+    config: TrainingConfig
+    metadata: dict[str, Any]  # empty in upstream's own files
+
+
+def load_lora_adapters(path: str | os.PathLike[str]) -> LoraAdapters | None:
+    """What a file of LoRA adapters alone holds, as upstream's lora_ft_script.py saves them; None for any other file.
+
+    UserError for one that is not sound. It can run no code, as `load_weights`.
+    """
+    try:
+        with open_file(path) as file:
+            found = read_archive(file)
+    except Exception:  # noqa: BLE001 - whatever it is, `load_weights` says what is wrong with it
+        return None
+    if not isinstance(found, dict) or _ADAPTERS not in found or "model_state_dict" in found:
+        return None
+    config, metadata = found.get("config"), found.get("metadata", {})
+    if not isinstance(config, TrainingConfig) or not isinstance(metadata, dict):
+        raise UserError(f"{path}: expected LoRA adapters with a config, found a config of {type(config).__name__}")
+    tensors = _plain_state_dict(found[_ADAPTERS], path)
+    return LoraAdapters({name: tensor.clone() for name, tensor in tensors.items()}, config, metadata)
 
 
 def build_model(
@@ -166,15 +194,18 @@ def save_weights(
     state_dict: Mapping[str, torch.Tensor],
     config: TrainingConfig,
     metadata: dict[str, Any],
+    adapters: bool = False,
 ) -> None:
     """Writes a weights file that upstream's inference script loads, whole or not at all.
 
     Args:
         metadata: JSON values only (TypeError otherwise), so that `load_weights` reads them back.
+        adapters: as a file of LoRA adapters alone, which `load_lora_adapters` reads.
     """
     json.dumps(metadata)
     tensors = {name: _compact(tensor) for name, tensor in state_dict.items()}
-    checkpoint = {"model_state_dict": _plain_state_dict(tensors, path), "config": config, "metadata": metadata}
+    key = _ADAPTERS if adapters else "model_state_dict"
+    checkpoint = {key: _plain_state_dict(tensors, path), "config": config, "metadata": metadata}
     try:
         # an open file: of a path, torch would write the name into the archive, here a temporary one
         with atomic_path(path) as temp, temp.open("wb") as file:
@@ -210,9 +241,9 @@ def _by_number(name: str) -> list[Any]:
     return [float(part) if at % 2 else part for at, part in enumerate(parts)] + [name]
 
 
-def _adapters(found: dict[Any, Any]) -> str:
+def _about_adapters(found: dict[Any, Any]) -> str:
     """What upstream's file of LoRA adapters holds, and which file it needs."""
-    tensors, config = found["lora_adapters"], found.get("config")
+    tensors, config = found[_ADAPTERS], found.get("config")
     count = f"{len(tensors)} tensors" if isinstance(tensors, Mapping) else "none that can be read"
     said, base = "", ""
     if isinstance(config, TrainingConfig):
@@ -222,7 +253,7 @@ def _adapters(found: dict[Any, Any]) -> str:
         base = f" with {', '.join(f'{name} {shown(getattr(config, name))}' for name in sizes)}"
     return (
         f"LoRA adapters alone ({count}{said}). Their base is the SFT or pretraining .pth that they were trained on, a "
-        f"checkpoint{base}, which holds all other weights. Adapters cannot be trained on yet: give that .pth"
+        f"checkpoint{base}, which holds all other weights: give that as --model_path and this as --adapter_path"
     )
 
 

@@ -90,6 +90,7 @@ def finish_step(run: TrainingRun, step: int) -> None:
 
 def finish(run: TrainingRun, seconds: float) -> None:
     """The report and the mark of success (collective), and what to do with the result as the job's last words."""
+    run.saves.save_merged(run.at, run.due.measures_at(run.at.done))
     weights, report, metrics = run.saves.newest_path, None, {}
     with watchdog.patience("writing the report"):
         if run.ranks.is_main:

@@ -32,8 +32,8 @@ from simple_llama.reinforcement_learning.rlhf.foretell.memory import (
 )
 from simple_llama.reinforcement_learning.rlhf.foretell.probe import Probed, probe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig, require_gaps
+from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, trained_part, useful_flops
+from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig, require_gaps, trained_names
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from simple_llama.reinforcement_learning.rlhf.run.health import warnings_of
@@ -94,7 +94,10 @@ class _Job:
 
     def __init__(self, config: DPOConfig, inputs: Inputs, ranks: Ranks):
         self.config, self.inputs, self.ranks = config, inputs, ranks
-        self.size, self.trained = _sizes(config, inputs)
+        shape, names = _trained(config, inputs)
+        self.size, self.part = model_size(shape), trained_part(shape, names)
+        self.matrices = [name for name, weight in shape.named_parameters() if weight.dim() == 2 and name in names]
+        self.trained = sum(weight.numel() for name, weight in shape.named_parameters() if name in names)
         self.loss_fn = PreferenceLoss.of(config)
         require_gaps(self.loss_fn, inputs.data.pairs)
         self.reference = config.reference if self.loss_fn.needs_reference else "none"
@@ -178,7 +181,10 @@ class _Job:
     def moments(self, batch_size: int, base: Base) -> list[Moment]:
         """What is in memory at the fullest moments of a run with so many pairs a micro-batch."""
         config, inputs = self.config, self.inputs
-        model = TrainedModel(self.size, self.trained, inputs.architecture, inputs.dtype, self.reference == "online")
+        in_memory = self.reference == "online" and not inputs.without_adapters
+        model = TrainedModel(
+            self.size, self.trained, inputs.architecture, inputs.dtype, in_memory, head=self.part.head > 0
+        )
         engine = describe_engine(config, full_ds_config(config, self.ranks.world_size), self.ranks)
         return moments(model, engine, self.largest(batch_size), base)
 
@@ -223,7 +229,7 @@ class _Job:
             one = max(foretold.probed, key=lambda probed: probed.step_s(rows))
             kind, speed = "probe", one.speed(rows, weight_bytes, device, config.activation_checkpointing)
         else:
-            row_flops = useful_flops(self.size, inputs.architecture, batch, backward=True) / len(batch.tokens_T)
+            row_flops = useful_flops(self.size, inputs.architecture, batch, True, self.part) / len(batch.tokens_T)
             flops = row_flops * (4 / 3 if config.activation_checkpointing else 1)
             speed = duration.estimated(flops * rows, row_flops, weight_bytes, foretold.rate, device)
         (steps, steps_per_epoch), held_out = self.steps, inputs.data.validation
@@ -248,7 +254,7 @@ class _Job:
     def weights(self) -> dict[str, float]:
         """What the run will note of its trained weights (collective)."""
         with self.inputs.start.reading() as start:
-            matrices = (start.state_dict[name] for name in _trained_matrices(self.config, self.inputs))
+            matrices = (start.state_dict[name] for name in self.matrices)
             return weight_facts(matrices, self.inputs.dtype, self.ranks.device)
 
     def warnings(self, saved: SavedBytes) -> list[str]:
@@ -266,14 +272,6 @@ class _Job:
             )
         facts = facts_of(config, data, self.steps[0], self.loss_fn.scale)
         return found + [f"{one.level}: {one.text}" for one in warnings_of([{"step": 0, **self.weights}], facts)]
-
-
-def _trained_matrices(config: PolicyConfig, inputs: Inputs) -> list[str]:
-    """Names of the trained weights of two dimensions."""
-    with torch.device("meta"):
-        model = LLaMaTransformer(inputs.architecture)
-    matrices = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
-    return [name for name in matrices if config.trainable == "all" or "_lora_layer." in name]
 
 
 def _told_probe(probed: list[Probed]) -> str:
@@ -319,13 +317,11 @@ def _about_loss(loss_fn: PreferenceLoss, inputs: Inputs) -> str:
     return f"{loss_fn}; at the start {first * weight:.6f}{f', {first:.6f}{times}' if times else ''}"
 
 
-def _sizes(config: PolicyConfig, inputs: Inputs) -> tuple[ModelSize, int]:
-    """(weights of the model, how many of them are trained)."""
+def _trained(config: PolicyConfig, inputs: Inputs) -> tuple[LLaMaTransformer, set[str]]:
+    """(the model without values, names of what of it is trained). UserError as the run's."""
     with torch.device("meta"):  # counts, no memory
         model = LLaMaTransformer(inputs.architecture)
-    lora = sum(p.numel() for name, p in model.named_parameters() if "_lora_layer." in name)
-    size = model_size(model)
-    return size, lora if config.trainable == "lora" else sum(size)
+    return model, trained_names(model, config.trainable, inputs.start.path, inputs.adapters is not None)
 
 
 def _checkpoints(saved: SavedBytes, inputs: Inputs) -> str:

@@ -17,10 +17,11 @@ from typing_extensions import Doc
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import read_json
 from simple_llama.common.settings import CountOrNone, PathText, Settings, TextOrFile, with_texts
+from simple_llama.interop.adapted_start import AdaptedStart, base_of
 from simple_llama.interop.hf_config import config_json
-from simple_llama.interop.hf_export import ExportForm, export_metadata, write_folder
+from simple_llama.interop.hf_export import ExportForm, write_folder
 from simple_llama.interop.hf_names import LLAMA, check_mappable
-from simple_llama.interop.open_start import open_start
+from simple_llama.interop.open_start import open_start, open_start_of
 from simple_llama.interop.own_checkpoints import MergedLoRA, UntiedHead, training_config
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
@@ -84,7 +85,7 @@ class _Source(NamedTuple):
     @property
     def tokenizer(self) -> Trained:
         """What is known of the tokenizer that it was trained with, where none came with the weights themselves."""
-        apart = self.is_state or isinstance(self.start, StartFile)
+        apart = self.is_state or isinstance(base_of(self.start), StartFile)
         return Trained.of(self.metadata if apart else {})
 
 
@@ -106,12 +107,12 @@ def export_model(config: ExportConfig) -> str:
     _check_used(config, source, output)
     dtype = None if config.dtype == "source" else getattr(torch, config.dtype)
     asked = Asked(config.tokenize_path, config.system_prompt)
-    if isinstance(source.start, StartFile):
-        written = _from_own(source.start, source, output, dtype, asked)
+    if isinstance(base := base_of(source.start), StartFile):
+        written = _from_own(base, source, output, dtype, asked)
     elif output.suffix == _PTH:
         written = _to_own(source, output, dtype)
     else:
-        tokenizer = tokenizer_of(asked, source.tokenizer, source.start)
+        tokenizer = tokenizer_of(asked, source.tokenizer, base)
         source.start.export(output, source.trained, source.metadata, dtype, tokenizer)
         written = ""
     return f"wrote {output} from {source.metadata['source']}{written}"
@@ -125,15 +126,17 @@ def _open_source(config: ExportConfig) -> _Source:
     saved = _state_at(path)
     if saved is None:
         start = open_start(path)
-        loaded = start.load()
-        check_weights(loaded, start.export_dtype)
-        found = export_metadata(start.path), _OF_A_RUN
+        loaded = base_of(start).load()
+        check_weights(start.load(), start.export_dtype)
+        metadata = _kept(start.export_metadata(start.path), _OF_A_RUN)
         if isinstance(loaded, WeightsFile):
-            found = loaded.metadata, (*_OF_A_RUN, *_OF_A_CONVERSION)
-        return _Source(start, {}, {**_kept(*found), **_about(start.path.name)})
+            metadata |= _kept(loaded.metadata, (*(_OF_A_RUN if start is base_of(start) else ()), *_OF_A_CONVERSION))
+        return _Source(start, {}, {**metadata, **_about(start.path.name)})
     run = saved.folder.parent.parent
     settings = _settings_of(run)
-    start = open_start(_start_path(config, settings, run))
+    start = open_start_of(settings, _start_path(config, settings, run))
+    if isinstance(start, AdaptedStart):
+        start.as_adapters = False
     if start_digest(saved.facts.course) != start.digest:
         raise UserError(f"{start.path}: not the model that the run {run.name} started from; give that as --model_path")
     metadata = {
@@ -144,7 +147,7 @@ def _open_source(config: ExportConfig) -> _Source:
         "reference": saved.facts.course["reference"],
         "start": start.digest,
     }
-    loaded = start.load()
+    loaded = base_of(start).load()
     if not isinstance(loaded, WeightsFile) or TOKENIZER_KEY in loaded.metadata:
         metadata[TOKENIZER_KEY] = saved.facts.course["reference"]["tokenizer"]
     return _Source(start, StateWeights(saved), metadata, is_state=True)
@@ -218,8 +221,14 @@ def _start_path(config: ExportConfig, settings: Mapping[str, Any], run: Path) ->
 
 
 def _from_own(start: StartFile, source: _Source, output: Path, dtype: torch.dtype | None, asked: Asked) -> str:
-    """A SimpleLLaMA checkpoint, LoRA merged, as one or as a LlamaForCausalLM with its tokenizer and chat template."""
-    merged = MergedLoRA(start.merged(source.trained), start.architecture)
+    """A SimpleLLaMA checkpoint, LoRA merged, as one or as a LlamaForCausalLM with its tokenizer and chat template.
+
+    Args: start: the source's, without adapters that stand beside it.
+    """
+    if isinstance(source.start, AdaptedStart):
+        merged = source.start.merged(source.trained)
+    else:
+        merged = MergedLoRA(start.merged(source.trained), start.architecture)
     architecture = merged.architecture
     tensors = MeanWeights([merged, *map(_merged, source.older)]) if source.older else merged
     dtype = dtype or torch.float32
@@ -234,7 +243,7 @@ def _from_own(start: StartFile, source: _Source, output: Path, dtype: torch.dtyp
         settings = config_json(architecture, dtype, tokenizer.token_ids)
         form = ExportForm(architecture, LLAMA, settings, dtype, tokenizer.files)
         write_folder(output, tensors, form, source.metadata)
-    return ", LoRA merged" if start.architecture.lora else ""
+    return ", LoRA merged" if source.start.architecture.lora else ""
 
 
 def _merged(start: StartModel) -> MergedLoRA:
@@ -244,14 +253,17 @@ def _merged(start: StartModel) -> MergedLoRA:
 
 def _to_own(source: _Source, output: Path, dtype: torch.dtype | None) -> str:
     """Another model as a SimpleLLaMA checkpoint, where its TrainingConfig can say it."""
-    start = source.start
+    start = base_of(source.start)
     untied = replace(start.architecture, tied_head=False)
     try:
         own = training_config(untied)
     except UserError as error:
         raise UserError(f"{start.path}: {error}; leave out the .pth for a Hugging Face folder") from error
-    both: Any = (source.trained, start.load().state_dict)
-    tensors: Mapping[str, torch.Tensor] = ChainMap(*both)
+    if isinstance(source.start, AdaptedStart):
+        tensors: Mapping[str, torch.Tensor] = source.start.merged(source.trained)
+    else:
+        both: Any = (source.trained, start.load().state_dict)
+        tensors = ChainMap(*both)
     if start.architecture.tied_head:
         tensors = UntiedHead(tensors)
     metadata = dict(source.metadata)

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from typing_extensions import Doc
@@ -22,6 +22,8 @@ from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.dataset.tokenizer import is_simple_llama, token_count, tokenizer_digest
 from simple_llama.finetune.chat_config import ChatConfig, own_chat, simple_llama_chat
 from simple_llama.finetune.chat_format import ChatFormat, about_system
+from simple_llama.interop.adapted_start import AdaptedStart, adapted, base_of, reference_of
+from simple_llama.interop.adapters import AdapterConfig
 from simple_llama.interop.hf_tokenizer import tokenizer_at
 from simple_llama.interop.open_start import open_start
 from simple_llama.interop.own_checkpoints import tokenizer_for_others
@@ -51,13 +53,21 @@ class ModelConfig(Settings):
         PathText,
         Doc(
             "the model to start from: a .pth file, a folder whose newest .pth is taken, or a Hugging Face folder "
-            "(config.json, safetensors)"
+            "(config.json, safetensors); adapters alone that name their base"
         ),
     ] = root_path("simple_llama", "finetune", "full_sft", "sft_checkpoints")
     tokenize_path: Annotated[
         PathText,
         Doc("tokenizer JSON; left at its default, a Hugging Face or GGUF model has its own; a folder: the one in it"),
     ] = package_path("dataset", "bpe_8k.json")
+
+    adapter_path: Annotated[
+        str,
+        Doc(
+            "adapters to stand beside it, which alone are trained: a folder of peft's form, or a file of SimpleLLaMA's "
+            "LoRA script; empty: none"
+        ),
+    ] = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class ChatModelConfig(ChatConfig, ModelConfig):
 
 
 @dataclass(frozen=True)
-class InputsConfig(EngineConfig, DataConfig, ChatModelConfig):
+class InputsConfig(AdapterConfig, EngineConfig, DataConfig, ChatModelConfig):
     """What decides the inputs: the models' and the tokenizer's files, the data, and how the model is computed."""
 
     # === Reference ===
@@ -76,10 +86,15 @@ class InputsConfig(EngineConfig, DataConfig, ChatModelConfig):
     ] = ""
 
     def check_rules(self) -> None:
-        """UserError where what follows an end token is scored, and the end token is not."""
+        """UserError where what follows an end token is scored, and the end token is not, or for two references."""
         if self.mask_end_token and self.score_tail:
             raise UserError(
                 "mask_end_token: expected no score_tail beside it, which scores the end token and what follows it; "
+                "leave one of both out"
+            )
+        if self.reference_path and self.reference_without_adapters:
+            raise UserError(
+                "reference_without_adapters: expected no reference_path beside it, which names another reference; "
                 "leave one of both out"
             )
 
@@ -114,7 +129,22 @@ class Inputs:
     @property
     def reference(self) -> StartModel:
         """The model that rewards are measured from."""
-        return self.other_reference or self.start
+        return self.other_reference or reference_of(self.start)
+
+    @property
+    def adapters(self) -> dict[str, Any] | None:
+        """What a resumed run must share of the adapters that alone are trained; None without such."""
+        return self.start.about if isinstance(self.start, AdaptedStart) else None
+
+    @property
+    def without_adapters(self) -> bool:
+        """Whether the policy without its adapters is the reference."""
+        return not self.other_reference and self.reference is not self.start
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether the policy before the first step computes what the reference does."""
+        return not self.other_reference and self.reference.digest == self.start.digest
 
     @property
     def architecture(self) -> Architecture:
@@ -152,11 +182,10 @@ def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None)
 def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
-    start = open_start(config.model_path)
+    start = adapted(open_start(config.model_path), config, config.adapter_path)
     chat, given_tokenizer = chat_format(config, start)
-    loaded = start.load()
-    check_weights(loaded, dtype)
-    digest, kept = check_tokenizer(chat, config, start, loaded)
+    check_weights(start.load(), dtype)
+    digest, kept = check_tokenizer(chat, config, start)
     architecture = start.architecture
     max_seq_len = config.max_seq_len or architecture.max_seq_len
     if max_seq_len > architecture.max_seq_len:
@@ -179,7 +208,7 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             scoring=Scoring(config.score, config.mask_end_token),
         )
     other = _other_reference(config, start, chat, digest, max_seq_len) if config.reference_path else None
-    reference = other or start
+    reference = other or reference_of(start)
     numerics = {
         "dtype": str(dtype).removeprefix("torch."),
         "attention": ATTENTION_VERSION,
@@ -200,11 +229,10 @@ def _other_reference(
     reference = open_start(config.reference_path)
     if (reference.digest, reference.numerics) == (start.digest, start.numerics):
         return None
-    loaded = reference.load()
-    check_weights(loaded, model_dtype(read_ds_config(config)))
-    check_tokenizer(chat, config, reference, loaded)
+    check_weights(reference.load(), model_dtype(read_ds_config(config)))
+    check_tokenizer(chat, config, reference)
     own = reference.own_tokenizer
-    chosen = not isinstance(start, StartFile) and not is_shipped(Path(config.tokenize_path))
+    chosen = not isinstance(base_of(start), StartFile) and not is_shipped(Path(config.tokenize_path))
     if own and not chosen and (found := tokenizer_digest(own.tokenizer)) != digest:
         raise UserError(
             f"reference_path: {own.source}: expected the tokenizer of the start model {start.path} (digest {digest}), "
@@ -229,12 +257,10 @@ def _reads_alike(known: Inputs, chat: ChatFormat, digest: str, max_seq_len: int)
     )
 
 
-def check_tokenizer(
-    chat: ChatFormat, config: ChatModelConfig, start: StartModel, loaded: Loaded
-) -> tuple[str, str | None]:
+def check_tokenizer(chat: ChatFormat, config: ChatModelConfig, start: StartModel) -> tuple[str, str | None]:
     """UserError where a chat format's tokenizer is another model's. Gives its digest, and that of the one that belongs
     to a .pth which was made of a folder."""
-    known = start.architecture.vocab_size
+    known, start = start.architecture.vocab_size, base_of(start)
     if token_count(chat.tokenizer) > known:
         own = start.own_tokenizer if is_shipped(Path(config.tokenize_path)) else None
         raise UserError(
@@ -243,6 +269,7 @@ def check_tokenizer(
             "expected the tokenizer that the model was trained with (tokenize_path)"
         )
     digest = tokenizer_digest(chat.tokenizer)
+    loaded = start.load()
     kept = loaded.metadata.get(TOKENIZER_KEY) if isinstance(loaded, WeightsFile) else None
     if kept not in (None, digest):
         raise UserError(
@@ -255,6 +282,7 @@ def check_tokenizer(
 def chat_format(config: ChatModelConfig, start: StartModel) -> tuple[ChatFormat, OwnTokenizer | None]:
     """The format of the model's chats, with its tokenizer: its own where `tokenize_path` is left at its default. And
     one that was given, for exports that are folders."""
+    start = base_of(start)
     if is_shipped(Path(config.tokenize_path)) and not isinstance(start, StartFile):
         if start.own_tokenizer is None:
             raise UserError(

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,7 +24,8 @@ from simple_llama.finetune.chat_config import ChatConfig
 from simple_llama.finetune.chat_format import Chat
 from simple_llama.inference import chat as terminal
 from simple_llama.inference.generate import Sampling, generate
-from simple_llama.interop.open_start import open_start
+from simple_llama.interop.adapted_start import with_adapters
+from simple_llama.interop.open_start import open_start, open_start_of
 from simple_llama.ops.machine import has_fast_bf16, prepare_gemms
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import build_model
@@ -64,7 +66,10 @@ def talk(argv: Sequence[str] | None = None, description: str | None = None) -> N
         parse_settings(_TalkConfig, argv, description)
     if not (sys.stdin and sys.stdout and sys.stderr):
         raise UserError("expected stdin, stdout and stderr, found one of them closed; a pipe or /dev/null will do")
-    first = open_start(peek_settings(ModelConfig, argv).model_path)
+    asked = peek_settings(ModelConfig, argv)
+    first = open_start(asked.model_path)
+    if asked.adapter_path:
+        first = with_adapters(first, asked.adapter_path, Path(asked.adapter_path))
     config = _settings(first, argv, description)
     prepare_gemms()
     device = device_of(config.device)
@@ -100,14 +105,15 @@ def _settings_of_run(start: StartModel) -> tuple[dict[str, Any], str]:
 
 def _start_of(start: StartModel) -> StartModel:
     """The model that the run which wrote `start` began with. UserError where it is not known, not there or another."""
-    path = _settings_of_run(start)[0].get("model_path")
+    settings = _settings_of_run(start)[0]
+    path = settings.get("model_path")
     if not isinstance(path, str):
         raise UserError(
             f"against: expected a model that says which one its run started from, or whose run's config.json lies "
             f"beside it, found {start.path}, which does not; give the path of the start model"
         )
     try:
-        found = open_start(path)
+        found = open_start_of(settings, path)
     except UserError as error:
         raise UserError(f"against: the start model is not where the run found it; give its path: {error}") from error
     if start_digest(start.export_metadata(start.path)) not in (None, found.digest):
@@ -125,7 +131,7 @@ def _speaker(name: str, start: StartModel, config: _TalkConfig, device: torch.de
     dtype = fast if config.dtype == "auto" else getattr(torch, config.dtype)
     with start.reading() as loaded:
         model = build_model(loaded, dtype, device).eval()
-        check_tokenizer(chat, config, start, loaded)
+        check_tokenizer(chat, config, start)
     spelling = Spelling(chat.tokenizer, chat.unknown_id)
 
     def encode(users: Sequence[str], answers: Sequence[str]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.architecture import Architecture, LoRA
 from simple_llama.pretraining.layers import FeedForward, LoRAInjection, RMSNorm, TiedEmbedding
 
 
@@ -72,7 +72,7 @@ def test_tied_embedding_by_hand():
 
 def test_lora_by_hand():
     """alpha/rank = 8/2 times (1 * 1 + 2 * 0.5, 0) . (3, 7) = 4 * 2 * 3 = 24; zero as it starts."""
-    layer = LoRAInjection(2, 1, rank=2, alpha=8)
+    layer = LoRAInjection(2, 1, LoRA(rank=2, alpha=8, targets=()))
     x = torch.tensor([[1.0, 2.0]])
     assert layer(x).item() == 0
     layer.lora_a.data = torch.tensor([[1.0, 0.0], [0.5, 0.0]])

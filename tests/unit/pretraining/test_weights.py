@@ -341,7 +341,7 @@ def test_adapters_alone_are_told_what_they_need(tmp_path: Path):
     for said in (
         "LoRA adapters alone (1 tensors, rank 4, alpha 8, of the projections q, v)",
         "the SFT or pretraining .pth that they were trained on, a checkpoint with n_embd 8, n_layers 1, n_heads 2",
-        "cannot be trained on yet",
+        "give that as --model_path and this as --adapter_path",
     ):
         assert said in str(raised.value)
 

@@ -188,6 +188,7 @@ def test_each_setting_has_one_owner():
         "BatchConfig",
         "OptimizerConfig",
         "EngineConfig",
+        "AdapterConfig",
         "InputsConfig",
         "LossConfig",
         "StoreConfig",

@@ -137,7 +137,8 @@ def test_a_tied_model_with_grouped_keys_by_hand(ranks: Ranks, tmp_path: Path) ->
     job = make_hf_job(tmp_path)
     config = DPOConfig(**job.settings)  # type: ignore[arg-type]
     inputs = load_inputs(config, ranks)
-    assert dry_run._sizes(config, inputs) == (ModelSize(15_360, 9_600, 160), 25_120)
+    counted = dry_run._Job(config, inputs, ranks)
+    assert (counted.size, counted.trained) == (ModelSize(15_360, 9_600, 160), 25_120)
     found = sections(describe(config, inputs, replace(ranks, world_size=2)))
     assert found["memory per rank"].splitlines()[-1].startswith("25,120 weights; ")
     assert found["checkpoints"].splitlines()[1].startswith("2 Hugging Face folders stay (keep_exports), 0.000 GiB")

@@ -34,8 +34,8 @@ class ModelsConfig(Settings):
     models: Annotated[
         str,
         Doc(
-            "what to evaluate: .pth files, folders of runs or of Hugging Face models, .gguf files, commas between "
-            "them; empty: the start model alone"
+            "what to evaluate: .pth files, folders of runs or of Hugging Face models, .gguf files, adapters that name "
+            "their base, commas between them; empty: the start model alone"
         ),
     ] = ""
     model_path: Annotated[

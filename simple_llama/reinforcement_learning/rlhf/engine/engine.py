@@ -18,6 +18,7 @@ import torch
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
+from simple_llama.pretraining.layers import adapters_off
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import Loaded, empty_model, fill
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
@@ -149,6 +150,11 @@ class Engine:
         ignored_B2 = torch.zeros(len(batch), 2, device=batch.tokens_T.device)
         with torch.no_grad(), evaluating(self.engine.module):  # only the engine's forward gathers the head's weight
             return self.engine(batch, ignored_B2).logps_B2
+
+    def logps_without_adapters(self, batch: PairBatch) -> torch.Tensor:
+        """The same (B, 2) with the model's adapters off."""
+        with adapters_off(self.model):
+            return self.logps(batch)
 
     def step(self, rate: float) -> float:
         """Clips by the global norm, makes one AdamW step at learning rate `rate`; returns the norm before the clip."""

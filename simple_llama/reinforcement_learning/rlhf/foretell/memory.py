@@ -48,6 +48,7 @@ class TrainedModel(NamedTuple):
     dtype: torch.dtype
     online: bool = False  # whether the reference is in memory too
     mapped: int = 4  # bytes of a weight in the start file, which is mapped while it is read
+    head: bool = True  # whether the vocabulary matrix has a gradient
 
     @property
     def largest(self) -> int:
@@ -154,6 +155,7 @@ def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     keys, key_values = shape.key_heads * shape.key_width, shape.key_heads * shape.value_width
     norms = 7 if item == 4 else 10
     of_row = norms * shape.width + 2 * (queries + keys) + key_values + 2 * values + 4 * shape.hidden_width
+    of_row += shape.lora.rank * len(shape.lora.targets) if shape.lora else 0
     branches = sum(block.prefix + block.rows for block in batch.layout.blocks if block.prefix)
     of_layer = item * (rows * of_row + branches * (keys + key_values))
     moving = item * rows * (3 * shape.hidden_width + 4 * shape.width)
@@ -163,11 +165,12 @@ def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
 
 def _head(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     """Bytes of the head: a chunk of logits, the gradient of the vocabulary matrix, and where that is bf16 on a CPU its
-    wider copy."""
+    wider copy. Without a gradient that copy alone."""
     scored, item, shape = len(batch.targets_N), model.dtype.itemsize, model.architecture
     chunk, matrix = min(scored, CHUNK_ROWS[engine.device]), shape.vocab_size * shape.width
-    wide = (4 + 2) * matrix if item == 2 and engine.device == "cpu" else 0
-    return 4 * chunk * shape.vocab_size + 4 * matrix + wide + scored * shape.width * (4 + item)
+    gradient = matrix if model.head else 0
+    wide = 4 * matrix + 2 * gradient if item == 2 and engine.device == "cpu" else 0
+    return 4 * chunk * shape.vocab_size + 4 * gradient + wide + scored * shape.width * (4 + item)
 
 
 def step_extra(masters: Sequence[int], largest: int, offloads: bool) -> int:

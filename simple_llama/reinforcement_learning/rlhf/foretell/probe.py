@@ -69,7 +69,7 @@ def probe(config: RunConfig, inputs: Inputs, plan: BatchPlan, base: Base, ranks:
     """
     with watchdog.patience("probing"):
         loss_fn = PreferenceLoss.of(config)
-        in_memory = config.reference == "online" and loss_fn.needs_reference
+        in_memory = config.reference == "online" and loss_fn.needs_reference and not inputs.without_adapters
         frozen = open_reference(config, inputs, ranks) if in_memory else None
         engine = start_engine(config, inputs, loss_fn, ranks).engine
         start = max(0, peak_bytes(ranks.device) - base.compiled)

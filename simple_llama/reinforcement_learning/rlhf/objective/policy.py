@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.files import shown
 from simple_llama.common.settings import Bounds, Settings
 from simple_llama.ops import logprob
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -35,7 +36,13 @@ class PolicyConfig(Settings):
         Bounds(0.0, 0.9),
         Doc("of the policy while training; anything above 0 makes the step-0 loss differ from ln 2"),
     ] = 0.0
-    trainable: Literal["all", "lora"] = "all"  # lora: only the adapters of a checkpoint that has them
+    trainable: Annotated[
+        str,
+        Doc(
+            "what is trained: all (where a run has adapters, these alone); lora: the adapters of a checkpoint that has "
+            "them; last:N: the last N decoder blocks and the norm behind them; no_embeddings: all but these"
+        ),
+    ] = "all"
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, about a third slower
     compile: Annotated[
         bool,
@@ -44,6 +51,49 @@ class PolicyConfig(Settings):
             "ZeRO-2; references are kept apart from uncompiled ones"
         ),
     ] = False
+
+    def check_rules(self) -> None:
+        """UserError for weights that no model has."""
+        kind, _, count = self.trainable.partition(":")
+        counted = kind == "last" and count.isascii() and count.isdigit() and int(count) > 0
+        if not counted and self.trainable not in ("all", "lora", "no_embeddings"):
+            raise UserError(
+                f"trainable: expected all, lora, last:N (last:4, say) or no_embeddings, found {shown(self.trainable)}"
+            )
+
+
+def trained_names(model: LLaMaTransformer, trainable: str, source: object, adapters: bool = False) -> set[str]:
+    """Names of the parameters that are to be trained.
+
+    Args:
+        source: the model's file, for messages.
+        adapters: whether the run has adapters beside its start model, which alone are trained then.
+
+    Raises UserError where the model has not what is asked for.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    architecture = model.architecture
+    if adapters and trainable not in ("all", "lora"):
+        raise UserError(f"trainable: expected all or lora with adapters, which alone are trained, found {trainable}")
+    if adapters or trainable == "lora":
+        found = {name for name in names if "_lora_layer." in name}
+        if not found:
+            raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {source}")
+        return found
+    if trainable == "no_embeddings":
+        if architecture.tied_head:
+            raise UserError(
+                f"trainable: expected a head of its own for no_embeddings, found one in {source} that is the "
+                f"embeddings; last:{architecture.layers} trains all decoder blocks, and neither"
+            )
+        return {name for name in names if not name.startswith("embeddings.")}
+    if trainable == "all":
+        return set(names)
+    count = int(trainable.partition(":")[2])
+    if count > architecture.layers:
+        raise UserError(f"trainable: expected at most last:{architecture.layers} of {source}, found {trainable}")
+    last = tuple(f"decoder_blocks.{number}." for number in range(architecture.layers - count, architecture.layers))
+    return {name for name in names if name.startswith((*last, "norm."))}
 
 
 # Fields of Scores that `scores_of` fills in; gaps where the data has them, which `require_gaps` looks at.

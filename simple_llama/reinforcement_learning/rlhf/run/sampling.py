@@ -15,6 +15,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.finetune.chat_format import answer_text
 from simple_llama.inference.generate import Sampling, answer_together, groups_with_room
 from simple_llama.inference.guards import ENDED_AT_ONCE, count_language, language_metrics
+from simple_llama.pretraining.layers import adapters_off
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
@@ -170,9 +171,13 @@ class Samples:
         return Spoken.pack([self.prompts[number] for number in numbers], kept)
 
     def reference_logps(self, spoken: Spoken) -> torch.Tensor:
-        """What the reference gives the tokens (N,): a model in memory, or its files, read a block at a time."""
+        """What the reference gives the tokens (N,): a model in memory, the policy without its adapters, or the
+        reference's files, read a block at a time."""
         if self.reference is not None:
             return spoken_logps(self.reference, spoken)
+        if self.inputs.without_adapters and not self.engine.model.compiled:
+            with adapters_off(self.engine.model):
+                return spoken_logps(self.engine.model, spoken)
         with self.inputs.reference.reading() as start:
             return spoken_logps(lean_model(start, self.inputs.dtype, self.ranks.device), spoken)
 

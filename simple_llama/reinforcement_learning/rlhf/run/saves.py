@@ -17,6 +17,7 @@ from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_toget
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Count, CountOrNone, Settings
+from simple_llama.interop.adapted_start import AdaptedStart
 from simple_llama.ops.machine import trim_heap
 from simple_llama.pretraining.start_model import StartChanged
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
@@ -100,6 +101,7 @@ def course_of(settings: dict[str, Any], pairs_per_step: int, total_steps: int, i
         "data": inputs.data_digest,
         "reference": inputs.reference_id,
         "start": inputs.start.digest,
+        **({"adapters": inputs.adapters} if inputs.adapters else {}),
     }
 
 
@@ -112,7 +114,7 @@ def meant_by_lack(course: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[s
     """What a state's course means that lacks an entry of a run's, for settings that came after it was written."""
     loss = {**_loss_course(LossConfig(course["loss_type"])), "loss_type": LossConfig().loss_type}
     own = {name: getattr(ScheduleConfig(), name) for name in ("max_steps", "schedule")}
-    return {**loss, **own, "start": start_digest(saved)}
+    return {**loss, **own, "start": start_digest(saved), "adapters": None}
 
 
 def start_digest(found: Mapping[str, Any]) -> Any:
@@ -182,6 +184,23 @@ class Saves:
         loss, suffix = at.last_loss if measured else None, self.inputs.start.export_suffix
         self._save(at, measured, weights_name(at.done, self.steps_per_epoch, loss, self.inputs.max_seq_len, suffix))
 
+    def save_merged(self, at: Position, measured: bool) -> None:
+        """The whole model, once, at the end of a run that exports adapters alone (collective)."""
+        start = self.inputs.start
+        if not (isinstance(start, AdaptedStart) and start.as_adapters and self.newest):
+            return
+        found = ""
+        with watchdog.patience("merging the adapters"), fail_together(self.ranks):
+            if self.ranks.is_main:
+                name = self.newest.facts.weights.removesuffix(start.export_suffix) + f"_merged{start.export_suffix}"
+                path = free_path(self.folder, name, at.done, start)
+                weights = StateWeights(self.newest)
+                if is_export(path, at.done, start) or self._export(weights, path, at, measured, merged=True):
+                    found = path.name
+        if found := broadcast_object(found, self.ranks):
+            self.newest_path = self.folder / found
+            LOGGER.info("saved %s", self.newest_path)
+
     def save_stopped(self, at: Position) -> None:
         """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no export."""
         if self.newest is None or self.newest.facts.step != at.done:
@@ -223,9 +242,14 @@ class Saves:
         trim_heap()
         return self.newest
 
-    def _export(self, weights: Mapping[str, torch.Tensor], path: Path, at: Position, measured: bool) -> bool:
+    def _export(
+        self, weights: Mapping[str, torch.Tensor], path: Path, at: Position, measured: bool, merged: bool = False
+    ) -> bool:
         """Exports, and deletes what `keep_exports` does not keep. Gives False, and says so, where the start
-        checkpoint is needed and is not what it was: what is trained is in the state, so the run may go on."""
+        checkpoint is needed and is not what it was: what is trained is in the state, so the run may go on.
+
+        Args: merged: writes the whole model where exports are adapters alone.
+        """
         metadata = {
             "run": self.folder.name,
             "file": path.name,
@@ -241,7 +265,9 @@ class Saves:
             metadata[TOKENIZER_KEY] = self.inputs.kept_digest
         try:
             # what is not trained keeps its values
-            self.inputs.start.export(path, weights, metadata, tokenizer=self.inputs.given_tokenizer)
+            start = self.inputs.start
+            export = start.export_merged if merged and isinstance(start, AdaptedStart) else start.export
+            export(path, weights, metadata, tokenizer=self.inputs.given_tokenizer)
         except StartChanged as changed:
             self.refused.append(path.name)
             LOGGER.warning(

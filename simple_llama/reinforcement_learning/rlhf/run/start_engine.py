@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simple_llama.cluster.distributed import Ranks, fail_together
-from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer, compiled_graphs
 from simple_llama.pretraining.weights import Loaded, empty_model
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, read_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, dealt_model
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size
-from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyConfig, compile_now
+from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, TrainedPart, model_size, trained_part
+from simple_llama.reinforcement_learning.rlhf.objective.policy import (
+    DPOPolicy,
+    PolicyConfig,
+    compile_now,
+    trained_names,
+)
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 
 
@@ -23,6 +27,7 @@ class Started(NamedTuple):
 
     engine: Engine
     size: ModelSize  # of its model
+    part: TrainedPart  # of it that a backward pass computes
 
 
 def start_engine(config: EngineConfig, inputs: Inputs, loss_fn: PreferenceLoss, ranks: Ranks) -> Started:
@@ -30,13 +35,14 @@ def start_engine(config: EngineConfig, inputs: Inputs, loss_fn: PreferenceLoss, 
     with inputs.start.reading() as start:
         model = _start_model(config, inputs, start, ranks)
         with fail_together(ranks):
-            policy = _build_policy(config, model, loss_fn, start.path)
-        size = model_size(empty_model(start))
+            policy = _build_policy(config, model, loss_fn, start.path, inputs.adapters is not None)
+        shape, trained = empty_model(start), {name for name, p in model.named_parameters() if p.requires_grad}
+        size, part = model_size(shape), trained_part(shape, trained)
         engine = Engine(policy, start.state_dict, config, ranks)
     compile_now(policy.model, inputs.data.train[0], ranks.device, backward=True)
     if config.compile:
         LOGGER.info("compiled the decoder layers: %d graphs", compiled_graphs())
-    return Started(engine, size)
+    return Started(engine, size, part)
 
 
 def _start_model(config: EngineConfig, inputs: Inputs, start: Loaded, ranks: Ranks) -> LLaMaTransformer:
@@ -47,13 +53,12 @@ def _start_model(config: EngineConfig, inputs: Inputs, start: Loaded, ranks: Ran
         return inputs.build_model(start, ranks.device, dropout=config.dropout)
 
 
-def _build_policy(config: PolicyConfig, model: LLaMaTransformer, loss_fn: PreferenceLoss, source: Path) -> DPOPolicy:
-    """The start model, of that file, as a policy, with the weights that are to be trained marked."""
+def _build_policy(
+    config: PolicyConfig, model: LLaMaTransformer, loss_fn: PreferenceLoss, source: Path, adapters: bool = False
+) -> DPOPolicy:
+    """The start model, of that file, as a policy, with the weights that are to be trained marked: `trained_names`."""
     model.activation_checkpointing = config.activation_checkpointing
-    if config.trainable == "lora":
-        names = [name for name, _ in model.named_parameters() if "_lora_layer." in name]
-        if not names:
-            raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {source}")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in names)
+    names = trained_names(model, config.trainable, source, adapters)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
     return DPOPolicy(model, loss_fn)

@@ -10,8 +10,10 @@ from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.logging import LOGGER
 from simple_llama.ops.machine import release
+from simple_llama.pretraining.layers import adapters_off
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
+from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
@@ -25,6 +27,8 @@ def open_reference(
     """Where reference log-probs come from (collective); where they are not `needed`, nothing is opened."""
     if not needed:
         return ref_source.Reference(ref_source.without, "none")
+    if config.reference == "online" and inputs.without_adapters:
+        return ref_source.Reference(ref_source.without, "online")  # until `through_policy`
     if config.reference == "online":
         frozen = inputs.build_reference(ranks.device).requires_grad_(False)
         compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)
@@ -33,6 +37,17 @@ def open_reference(
     with fail_together(ranks):
         content = store.content_digest(inputs.data.pairs.keys)  # raises where pairs are missing
     return ref_source.Reference(ref_source.from_store(store), content, store)
+
+
+def through_policy(
+    reference: ref_source.Reference, engine: Engine, inputs: Inputs, ranks: Ranks
+) -> ref_source.Reference:
+    """The reference; an online one that is the policy without its adapters needs no model of its own."""
+    online = reference.content == "online" and inputs.without_adapters
+    if online or (inputs.without_adapters and not inputs.starts_as_reference):
+        with adapters_off(engine.model):
+            compile_now(engine.model, inputs.data.train[0], ranks.device, backward=False)
+    return replace(reference, logps=engine.logps_without_adapters) if online else reference
 
 
 def reference_values(

@@ -61,6 +61,7 @@ from simple_llama.reinforcement_learning.rlhf.run.start_reference import (
     audit_reference,
     open_reference,
     reference_values,
+    through_policy,
 )
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import expected_change, saved_bytes, start_warnings
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, Portion, portions
@@ -132,8 +133,9 @@ class TrainingRun:
             self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
         if inputs.other_reference and self.loss_fn.needs_reference and not saved:
             audit_other(config, self.reference, inputs, ranks)
-        self.engine, size = start_engine(config, inputs, self.loss_fn, ranks)
-        work = partial(useful_flops, size, inputs.architecture, backward=True)
+        self.engine, size, part = start_engine(config, inputs, self.loss_fn, ranks)
+        self.reference = through_policy(self.reference, self.engine, inputs, ranks)
+        work = partial(useful_flops, size, inputs.architecture, backward=True, trained=part)
         steps, trained = self.plan.steps_per_epoch, self.engine.trained_weights
         room = saved_bytes(config, self.total_steps, steps, sum(size), trained, inputs.start)
         self.saved_bytes = None if saved else room
@@ -171,6 +173,8 @@ class TrainingRun:
                 found = {"max_seq_len": self.inputs.max_seq_len, "model_path": str(self.inputs.start.path)}
                 if self.config.reference_path:
                     found["reference_path"] = str(self.inputs.reference.path.absolute())
+                if self.config.adapter_path:
+                    found["adapter_path"] = str(Path(self.config.adapter_path).absolute())
                 settings = with_absolute_paths(replace(self.config, run_name=name, **found))
                 if not (saved and (self.log_folder / "environment.json").exists()):
                     write_records(self.log_folder, settings, self.engine.ds_config)
@@ -190,6 +194,11 @@ class TrainingRun:
         counts = len(self.pairs), len(self.held_out), self.total_steps
         LOGGER.info("run %s: %d pairs, %d held out, %d steps", name, *counts)
         LOGGER.info("loss: %s; learning rate: %s", self.loss_fn, about_schedule(self.config))
+        if self.inputs.adapters:
+            LOGGER.info("adapters: %s; %d weights are trained", self.inputs.adapters, self.engine.trained_weights)
+            if not self.inputs.other_reference:
+                whose = "without them" if self.inputs.without_adapters else "as it starts, with them"
+                LOGGER.info("the reference is the model %s", whose)
         if TENSORBOARD in tracker_names(self.config):
             LOGGER.info("to watch: tensorboard --logdir %s --host localhost", self.config.log_dir)
         steps = self.total_steps, self.plan.steps_per_epoch
@@ -205,7 +214,8 @@ class TrainingRun:
                 "step 0: rewards are measured from %s, so margins are not 0 and no loss is foretold", other.path
             )
         else:
-            audit_reference(self.config, self.reference, self.engine.logps, self.inputs, self.ranks)
+            logps = self.engine.logps if self.inputs.starts_as_reference else self.engine.logps_without_adapters
+            audit_reference(self.config, self.reference, logps, self.inputs, self.ranks)
         self.evaluate(0)
         weights = weight_facts(self.engine.own_matrices(self.ranks), self.inputs.dtype, self.ranks.device)
         LOGGER.info("%s", expected_change(self.config, self.total_steps, weights))
@@ -217,6 +227,9 @@ class TrainingRun:
     def _check_first_loss(self) -> None:
         """The held-out loss of step 0 is what the loss gives of log-ratios of 0 or of the store's sums (collective)."""
         if not (self.held_out and self.loss_fn.needs_reference) or self.inputs.other_reference:
+            return
+        if not self.inputs.starts_as_reference:
+            LOGGER.info("step 0: the policy is not the reference: nothing says beforehand what the loss must be")
             return
         expected, store = self.loss_fn.at_start(), self.reference.store
         if expected is not None:
@@ -263,7 +276,7 @@ class TrainingRun:
         rounds_elsewhere = self.config.compile and self.inputs.dtype == torch.bfloat16
         if index > 0 or self.config.dropout > 0 or rounds_elsewhere or not self.loss_fn.needs_reference:
             return None
-        if self.inputs.other_reference:
+        if not self.inputs.starts_as_reference:
             return None
         mine = [micro_batch for micro_batch in self.plan.step(index)[self.ranks.rank] if micro_batch]
         return FirstStep(self.pairs, mine, self.bound, self.ranks)
@@ -385,5 +398,5 @@ def _state_to_resume(folder: Path, course: dict[str, Any], total_steps: int, ran
     require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files}, ranks)
     with fail_together(ranks):
         later = meant_by_lack(course, saved.facts.course)
-        checkpoint.check_same_run(saved, course, total_steps, later=later)
+        checkpoint.check_same_run(saved, {"adapters": None, **course}, total_steps, later=later)
     return saved
