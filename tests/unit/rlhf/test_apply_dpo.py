@@ -76,6 +76,8 @@ def test_whole_run_starts_at_ln_2_learns_and_leaves_its_records(done):
         if "loss" in line:
             assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
             assert line["logps/chosen"] < 0 and line["logps/rejected"] < 0 and 0 < line["perf/mfu"] < 1.5
+    warnings = [json.loads(line) for line in (job.folder / "runs" / "tiny" / "warnings.jsonl").read_text().splitlines()]
+    assert (3, "held_out_small") in [(line["step"], line["name"]) for line in warnings]  # whatever 3 pairs say
     names = {file.name for file in (job.folder / "runs" / "tiny").iterdir()}
     assert {"config.json", "ds_config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "train.log"} <= names
     found = load_weights(path)
