@@ -25,7 +25,6 @@ from simple_llama.reinforcement_learning.rlhf.report.standing import (
 )
 from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     paired_bootstrap,
-    preferred,
     sign_test,
     standard_error,
     two_sided,
@@ -99,7 +98,10 @@ def groups_of(standings: Sequence[Standing]) -> tuple[list[Group], list[str]]:
     notes: list[str] = []
     for run in standings:
         if run.unfinished or not run.pairs:
-            why = run.unfinished or "no held-out pairs (val_share 0), so that nothing says how good it is"
+            none = (
+                "no held-out pairs (val_share 0)" if not run.run.settings.get("val_share") else "no evaluation recorded"
+            )
+            why = run.unfinished or f"{none}, so that nothing says how good it is"
             notes.append(f"{run.label}: {why}; shown, and not judged")
             continue
         whys = [why_not_comparable(group[0], run) for group in groups]
@@ -132,7 +134,7 @@ def _difference(better: Standing, worse: Standing, interval: bool) -> Difference
     value, names = better.right - worse.right, (better.label, worse.label)
     if better.by_pair and worse.by_pair:
         groups_N, low, high = better.groups_N, math.nan, math.nan
-        right_N, other_N = preferred(better.by_pair.margins_N), preferred(worse.by_pair.margins_N)
+        right_N, other_N = better.by_pair.hits_N, worse.by_pair.hits_N
         if interval:
             _, low, high = paired_bootstrap(right_N, other_N, groups_N)
         by_pair_N = right_N - other_N

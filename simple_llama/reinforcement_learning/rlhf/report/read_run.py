@@ -24,7 +24,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import r
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import PairSums
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, read_records
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import BEST
-from simple_llama.reinforcement_learning.rlhf.run.statistics import groups_of
+from simple_llama.reinforcement_learning.rlhf.run.statistics import groups_of, preferred
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class HeldOutPairs(PairSums):
     step: int
     origins: tuple[str, ...]  # file:record
     prompts_N: np.ndarray | None = None  # pairs that answer one prompt have one number; None where none were written
+    rewards_N2: np.ndarray | None = None  # fp32: implicit rewards; None where none were written
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether margins in nats are known: the loss reads a reference."""
+        return not np.isnan(self.ref_N2).any()
+
+    @property
+    def hits_N(self) -> np.ndarray:
+        """1 where the policy prefers the chosen answer by the rewards of its loss, 1/2 for a tie: a loss may divide by
+        lengths, or read no reference."""
+        return preferred(self.margins_N if self.rewards_N2 is None else self.rewards_N2[:, 0] - self.rewards_N2[:, 1])
 
     @property
     def groups_N(self) -> np.ndarray:
@@ -209,9 +221,13 @@ def _held_out(path: Path) -> HeldOutPairs | None:
             logps_N2, ref_N2, counts_N2 = (arrays[name] for name in ("logps_N2", "ref_N2", "counts_N2"))
             origins = tuple(map(str, arrays["origins"]))
             prompts_N = arrays.get("prompts")
+            rewards_N2 = arrays.get("rewards_N2")
             lengths = {len(origins), len(origins if prompts_N is None else prompts_N)}
-            if {logps_N2.shape, ref_N2.shape, counts_N2.shape} == {(length, 2) for length in lengths}:
-                return HeldOutPairs(logps_N2, ref_N2, counts_N2, step, origins, prompts_N)
+            shapes = {each.shape for each in (logps_N2, ref_N2, counts_N2, rewards_N2) if each is not None}
+            if rewards_N2 is None and np.isnan(ref_N2).any():
+                problem = "neither rewards nor log-probs of a reference"
+            elif shapes == {(length, 2) for length in lengths}:
+                return HeldOutPairs(logps_N2, ref_N2, counts_N2, step, origins, prompts_N, rewards_N2)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             problem = str(error) or type(error).__name__
     LOGGER.warning("left out of the report: %s: %s", path, problem)

@@ -171,6 +171,9 @@ def _add_samples(page: Page, facts: RunFacts) -> None:
 
 def add_pairs(page: Page, facts: RunFacts, pairs: HeldOutPairs, texts: Mapping[int, PairText]) -> None:
     """What the run did to each held-out pair: charts over all, then those that gained and lost most."""
+    if not pairs.has_reference:
+        page.paragraph("The loss of this run reads no reference: by how much it moved a pair is not recorded.")
+        return
     margins_N, gaps_N = pairs.margins_N, pairs.length_gaps_N
     ratios_N2 = pairs.ratios_N2
     chosen, rejected = ratios_N2[:, 0].tolist(), ratios_N2[:, 1].tolist()
@@ -194,8 +197,10 @@ def add_pairs(page: Page, facts: RunFacts, pairs: HeldOutPairs, texts: Mapping[i
         "A slope says that the policy goes by length.",
     )
     if facts.beta > 0:
+        rewards_N2 = pairs.rewards_N2
+        rewards_N = facts.beta * margins_N if rewards_N2 is None else rewards_N2[:, 0] - rewards_N2[:, 1]
         page.figure(
-            reliability_chart("Calibration", {"policy": reliability(facts.beta * margins_N, _BINS).bins}),
+            reliability_chart("Calibration", {"policy": reliability(rewards_N, _BINS).bins}),
             "Of the pairs on which the policy is so sure, how many it gets right, with 95 % intervals.",
         )
     _add_extremes(page, pairs, texts)

@@ -52,7 +52,7 @@ def last_interval(facts: RunFacts) -> tuple[float, float]:
     pairs = facts.pairs_at_end
     if pairs is None:
         return interval_of(facts.evaluations[-1])
-    found = share_interval(preferred(pairs.margins_N), pairs.groups_N)
+    found = share_interval(pairs.hits_N, pairs.groups_N)
     return found.low, found.high
 
 
@@ -128,9 +128,10 @@ def _differences(pairs: HeldOutPairs) -> dict[str, tuple[Interval, bool]]:
     rules = {
         "the longer answer is chosen": preferred(gaps_N),
         "the shorter answer is chosen": preferred(-gaps_N),
-        _LIKELIER: preferred(ref_N2[:, 0] - ref_N2[:, 1]),
     }
-    hits_N, groups_N = preferred(pairs.margins_N), pairs.groups_N
+    if pairs.has_reference:
+        rules[_LIKELIER] = preferred(ref_N2[:, 0] - ref_N2[:, 1])
+    hits_N, groups_N = pairs.hits_N, pairs.groups_N
     return {
         name: (paired_bootstrap(hits_N, rule_N, groups_N), sign_test(hits_N - rule_N, groups_N) <= _ERROR)
         for name, rule_N in rules.items()

@@ -21,7 +21,6 @@ from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     Interval,
     accuracy_interval,
     mean_interval,
-    preferred,
     share_interval,
 )
 
@@ -114,7 +113,7 @@ class Standing:
     def accuracy(self) -> Interval | None:
         """With Wilson's interval; None without held-out pairs."""
         if self.by_pair:
-            return share_interval(preferred(self.by_pair.margins_N), self.groups_N)
+            return share_interval(self.by_pair.hits_N, self.groups_N)
         return Interval(self.right, *accuracy_interval(self.right, self.pairs)) if self.pairs else None
 
     @cached_property

@@ -45,8 +45,9 @@ def write_data_facts(folder: Path, data: RLDatasetLoader) -> None:
 
 
 def write_held_out(folder: Path, step: int, found: HeldOut, pairs: PairSet) -> None:
-    """Writes held_out.npz, whole or not at all: `step`, `logps_N2`, `ref_N2` (fp32), `counts_N2` (int32), `origins`
-    (`file:record`) and `prompts` (int32, one number for all pairs of a prompt) of all held-out pairs, in their order.
+    """Writes held_out.npz, whole or not at all: `step`, `logps_N2`, `ref_N2` (NaN where the loss reads no reference)
+    and `rewards_N2` (fp32), `counts_N2` (int32), `origins` (`file:record`) and `prompts` (int32, one
+    number for all pairs of a prompt) of all held-out pairs, in their order.
     """
     origins = np.array([pairs.origin(index) for index in range(len(pairs))])
     with atomic_path(folder / _HELD_OUT) as temp, temp.open("wb") as file:
@@ -55,6 +56,7 @@ def write_held_out(folder: Path, step: int, found: HeldOut, pairs: PairSet) -> N
             step=np.int64(step),
             logps_N2=found.logps_N2,
             ref_N2=found.ref_N2,
+            rewards_N2=found.rewards_N2,
             counts_N2=found.counts_N2,
             origins=origins,
             prompts=pairs.prompts,
@@ -62,13 +64,14 @@ def write_held_out(folder: Path, step: int, found: HeldOut, pairs: PairSet) -> N
 
 
 def histograms_of(found: HeldOut) -> dict[str, np.ndarray]:
-    """What TensorBoard shows of the held-out pairs, by name."""
-    return {
+    """What TensorBoard shows of the held-out pairs, by name; without margins where the loss reads no reference."""
+    shown = {
         "held_out/margin_nats": found.margins_N,
         "held_out/reward_chosen": found.rewards_N2[:, 0],
         "held_out/reward_rejected": found.rewards_N2[:, 1],
         "held_out/chosen_less_rejected_tokens": found.length_gaps_N,
     }
+    return {name: values_N for name, values_N in shown.items() if not np.isnan(values_N).any()}
 
 
 def drop_held_out(folder: Path, done: int) -> None:

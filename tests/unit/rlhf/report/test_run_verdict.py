@@ -77,6 +77,19 @@ def test_pairs_of_one_prompt_are_no_independent_draws() -> None:
     assert "does not show that anything was learned" in verdict(together)[0]
 
 
+def test_pairs_are_counted_by_the_rewards_of_the_loss() -> None:
+    """A loss without a reference: 60 of 100 by its rewards, no margins (NaN); the interval is that of 60. Without
+    rewards a margin that is not known is no wrong answer."""
+    pairs = held_out([1] * 60 + [0] * 40, list(range(100)))
+    free = dataclasses.replace(pairs, ref_N2=pairs.ref_N2 * np.nan, rewards_N2=pairs.logps_N2)
+    lines = evaluation(0, 0.5), evaluation(9, 0.6)
+    assert last_interval(facts_of(*lines, held_out=free)) == pytest.approx(interval_of(lines[1]))
+    said = verdict(facts_of(*lines, held_out=free))
+    assert any("the longer answer is chosen" in one and "0.600 less than the policy" in one for one in said)
+    shorter = dataclasses.replace(pairs, rewards_N2=-pairs.logps_N2)  # as where a loss divides by lengths
+    assert last_interval(facts_of(*lines, held_out=shorter))[1] < 0.5
+
+
 def test_a_rule_is_compared_on_the_same_pairs() -> None:
     """The policy has 80 of 100 right, "the longer answer" none by the pairs, and the interval of the difference is the
     bootstrap's; pairs of another step, or another number of them, say

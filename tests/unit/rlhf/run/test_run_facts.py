@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,12 @@ from simple_llama.cluster.distributed import Ranks
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import HeldOut
-from simple_llama.reinforcement_learning.rlhf.run.run_facts import drop_held_out, weight_facts, write_held_out
+from simple_llama.reinforcement_learning.rlhf.run.run_facts import (
+    drop_held_out,
+    histograms_of,
+    weight_facts,
+    write_held_out,
+)
 
 
 def test_held_out_pairs_are_kept_until_their_step_is_made_anew(tmp_path: Path) -> None:
@@ -27,8 +33,10 @@ def test_held_out_pairs_are_kept_until_their_step_is_made_anew(tmp_path: Path) -
     with np.load(path, allow_pickle=False) as kept:
         assert kept["step"] == 4 and kept["origins"].tolist() == ["pairs.jsonl:7"]
         assert np.array_equal(kept["logps_N2"], logps_N2) and np.array_equal(kept["ref_N2"], ref_N2)
-        assert kept["counts_N2"].tolist() == [[1, 2]]
-    assert found.margins_N.tolist() == [1.5]
+        assert kept["counts_N2"].tolist() == [[1, 2]] and np.array_equal(kept["rewards_N2"], rewards_N2)
+    assert found.margins_N.tolist() == [1.5] and len(histograms_of(found)) == 4
+    free = dataclasses.replace(found, ref_N2=ref_N2 * np.nan)  # a loss that reads no reference
+    assert "held_out/margin_nats" not in histograms_of(free) and len(histograms_of(free)) == 3
     drop_held_out(tmp_path, 3)
     assert not path.exists()
     path.write_bytes(b"PK\3\4 cut short")
