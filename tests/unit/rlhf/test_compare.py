@@ -239,12 +239,15 @@ def test_runs_that_say_nothing_are_shown_and_not_judged(tmp_path: Path) -> None:
     write_lines(path / "metrics.jsonl", lines_of(path / "metrics.jsonl")[:3])
     path = make_run(tmp_path / "d", 80) / "metrics.jsonl"
     write_lines(path, lines_of(path)[1::2])
-    found = compare(tmp_path, "c", "d", "a", "b")
+    path = make_run(tmp_path / "e", 80, val_share=0.0) / "metrics.jsonl"
+    write_lines(path, lines_of(path)[1::2])
+    found = compare(tmp_path, "c", "d", "e", "a", "b")
     assert found["notes"] == [
         "c: unfinished at step 2 of 4; shown, and not judged",
-        "d: no held-out pairs (val_share 0), so that nothing says how good it is; shown, and not judged",
+        "d: no evaluation recorded, so that nothing says how good it is; shown, and not judged",
+        "e: no held-out pairs (val_share 0), so that nothing says how good it is; shown, and not judged",
     ]
-    assert [run["run"] for run in found["runs"]] == ["a", "b", "c", "d"]
+    assert [run["run"] for run in found["runs"]] == ["a", "b", "c", "d", "e"]
     assert found["verdict"][-2] == "Beware: a gave 1 alarm: answers loop."
     assert 'the rule "the longer answer is the better one" scores 0.550' in found["verdict"][-1]
 
