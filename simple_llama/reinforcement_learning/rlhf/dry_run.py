@@ -332,7 +332,8 @@ def _checkpoints(saved: SavedBytes, inputs: Inputs) -> str:
         [
             f"{saved.ends + saved.between} saves: {saved.ends} at epochs' ends, {saved.between} between "
             "(save_interval)",
-            f"{saved.exports} {kind} stay (keep_exports), {export:.3f} GiB each, {saved.exports * export:.3f} GiB",
+            f"{saved.exports} {kind} stay (keep_exports), {export:.3f} GiB each, {saved.exports * export:.3f} GiB"
+            + (f"; at the end the merged model, {saved.merged / _GIB:.3f} GiB" if saved.merged else ""),
             f"{saved.states} states stay (keep_states), {state:.3f} GiB each, {saved.states * state:.3f} GiB; one more "
             "in a save",
         ]

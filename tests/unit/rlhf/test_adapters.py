@@ -299,3 +299,7 @@ def test_a_dry_run_counts_what_is_trained(job: TinyHFJob, ranks: Ranks) -> None:
         counted = dry_run._Job(config, load_inputs(config, ranks), ranks)
         assert counted.trained == trained and counted.part.head == 0
         assert counted.saved().state == 12 * trained
+        assert counted.saved().export == 4 * 25_120  # the merged model
+    alone = DPOConfig(**{**job.settings, **LORA, "export": "adapters"})
+    saved = dry_run._Job(alone, load_inputs(alone, ranks), ranks).saved()
+    assert (saved.export, saved.merged) == (4 * 2 * 1856, 4 * 25_120)

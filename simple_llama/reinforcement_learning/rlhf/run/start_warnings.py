@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from simple_llama.interop.adapted_start import AdaptedStart
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
@@ -41,11 +42,12 @@ class SavedBytes(NamedTuple):
     states: int  # that stay
     export: int  # bytes of one
     state: int  # bytes of one
+    merged: int = 0  # bytes of the whole model at the end, where exports are adapters alone
 
     @property
     def most(self) -> int:
         """Bytes at most: what stays, and one more state while it is written."""
-        return self.exports * self.export + (self.states + 1) * self.state
+        return self.exports * self.export + (self.states + 1) * self.state + self.merged
 
 
 def saved_bytes(
@@ -56,7 +58,12 @@ def saved_bytes(
     ends, between = count_saves(total_steps, steps_per_epoch, config.save_interval, evaluations)
     exports = ends + (min(between, config.keep_exports + 1) if config.keep_exports else between)
     states = min(ends + between, config.keep_states)
-    return SavedBytes(ends, between, exports, states, start.export_dtype.itemsize * weights, _STATE_BYTES * trained)
+    export, merged = start.export_dtype.itemsize * weights, 0
+    if isinstance(start, AdaptedStart):
+        export = start.export_dtype.itemsize * (weights - trained)
+        if start.as_adapters:
+            export, merged = 4 * trained, export
+    return SavedBytes(ends, between, exports, states, export, _STATE_BYTES * trained, merged)
 
 
 def start_warnings(
