@@ -188,6 +188,9 @@ A run judges its own numbers as it records them and says in words what they show
 `runs/<run_name>/warnings.jsonl`, on TensorBoard's text page `warnings` and in the report. A warning says what was
 found, how far it went, since which step, and what to try. It changes nothing about the run.
 
+None is taken back: whether it has passed since, the report's curves and later sample answers show. Look into an alarm
+before you use the model or go on with the settings; a notice asks for nothing while the answers are good.
+
 Names in backticks below are those of [curves.md](curves.md). "Surely" means by the end of a 95 % interval.
 
 ## Notices: honest runs have them too

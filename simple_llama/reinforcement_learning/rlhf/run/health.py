@@ -287,7 +287,10 @@ def _answers_empty(history: History, facts: Facts) -> str | None:
 
 
 def _answers_run_on(history: History, facts: Facts) -> str | None:
-    """Sample answers no longer end by themselves."""
+    """Sample answers no longer end by themselves. Those that ended at once had no answer that could end."""
+    at_start = history.curve("samples/empty").values[:1]
+    if len(at_start) and at_start[0] >= _EMPTY:
+        return None
     if not (found := _change(history, "samples/ended", _ENDED, _ENDED_DROP, falls=True)):
         return None
     return (
@@ -406,7 +409,8 @@ CHECKS = {
         "alarm",
         _answers_run_on,
         "samples/ended",
-        f"`samples/ended` at most {_ENDED:g}, and {_ENDED_DROP:g} less than at step 0",
+        f"`samples/ended` at most {_ENDED:g}, and {_ENDED_DROP:g} less than at step 0; not where `samples/empty` was "
+        f"at least {_EMPTY:g} at step 0",
         "See whether chosen answers were cut off or lack the token that ends them; more sample_tokens where they are "
         "only longer",
     ),

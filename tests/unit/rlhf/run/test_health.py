@@ -163,6 +163,14 @@ def test_answers(
     assert not named([{**line, "step": line["step"] + 10} for line in evaluated(metric, fires)])
 
 
+@pytest.mark.parametrize(("empty", "expected"), [(0.5, []), (0.45, ["answers_run_on"])])
+def test_what_ended_at_once_cannot_run_on(empty: float, expected: list[str]) -> None:
+    """A start model whose answers were mostly empty had none that ended."""
+    lines = evaluated("samples/ended", (1.0, 0.2))
+    lines[0]["samples/empty"] = empty
+    assert named(lines) == expected
+
+
 def test_once_a_run_and_no_number_is_no_warning() -> None:
     """Three spikes are one warning; NaN and infinity are left out, words too."""
     lines = trained("grad_norm", [*([1.0] * 8), float("nan"), 9.0, float("inf"), 1.0, 9.0, 90.0])
