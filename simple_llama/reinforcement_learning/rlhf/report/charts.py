@@ -57,6 +57,8 @@ def line_chart(
     xs = [x for one in thin for x in one.xs]
     bounds = [value for one in thin for side in (one.ys, one.low or (), one.high or ()) for value in side]
     extra = [] if y_from is None else [y_from]
+    if extra and all(value == y_from for value in (*bounds, *levels.values()) if math.isfinite(value)):
+        extra.append(extra[0] + 1)  # level curves: an axis around 0 would show shares and counts below it
     axes = (
         Axis.of(xs, 6, whole=all(float(x).is_integer() for x in xs if math.isfinite(x))),
         Axis.of([*bounds, *levels.values(), *extra], margin=0.04),

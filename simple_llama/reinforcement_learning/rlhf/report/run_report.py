@@ -143,6 +143,10 @@ def _page(
     page.verdict(sentences)
     page.heading("Warnings")
     if facts.warnings:
+        page.paragraph(
+            "Each is given once, at the step that first showed it; curves and answers show whether it has passed. "
+            "Alarms say that something is wrong, notices are common in honest runs: docs/warnings.md."
+        )
         page.warnings((level, f"step {step}: {text}") for level, step, text in facts.warnings)
     else:
         page.paragraph("None." if facts.data else "None are recorded: the run is of a version that gave none.")
@@ -178,6 +182,12 @@ def _add_before_and_after(page: Page, facts: RunFacts) -> None:
     ties = facts.starts_as_reference
     shown = [_interval(line, *intervals[name], ties) for name, line in lines.items()]
     rows.insert(2, ["its 95 % interval", *shown, "Wilson's"])
+    page.paragraph(
+        "Of pairs that training never saw. The policy is the model that is trained. An answer gains where the policy "
+        f"finds it likelier than {facts.reference} does; nats are natural logarithms: +0.7 is twice as likely. "
+        "Accuracy says whether the preference was learned, the margin how far it went, KL and sample answers what it "
+        "cost. More: docs/evaluate.md, docs/curves.md."
+    )
     page.table(["held out", *lines, "unit"], rows)
     add_rules(page, facts)
 

@@ -76,6 +76,14 @@ def test_a_curve_goes_through_its_points_and_breaks_at_gaps() -> None:
     assert points[1][1] < points[0][1] < points[2][1]  # the y axis of SVG points down
 
 
+@pytest.mark.parametrize("ys", [(0, 0), ()])
+def test_no_share_below_nothing(ys: tuple[float, ...]) -> None:
+    """Curves that stay at the value that the axis is to show lie at its lower end: 0 to 1."""
+    svg = line_chart("t", "step", "share", [Series("a", range(len(ys)), ys)], y_from=0.0)
+    labels = [text for text in texts(svg) if re.fullmatch(r"-?\d\.\d", text)]
+    assert labels[:3] == ["0.0", "0.5", "1.0"]
+
+
 def test_a_band_lies_around_its_curve() -> None:
     """Its outline runs along the upper ends and back along the lower ones."""
     svg = line_chart("A", "step", "share", [Series("a", [0, 1], [0.5, 0.5], low=[0.4, 0.4], high=[0.6, 0.6])])
