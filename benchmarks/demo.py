@@ -112,9 +112,14 @@ def main(arguments: Sequence[str]) -> None:
     print(report(Path(config["log_dir"]) / config["run_name"], config["sample_tokens"]))
     seconds = time.perf_counter() - started
     print(f"whole demo            {seconds:.0f} s, at most {memory.peak_gib:.1f} GiB in all processes")
+    export = newest_export(Path(config["ckpt_dir"]) / config["run_name"])
     print(f"\n{REAL_NOTE if model else TINY_NOTE}\n")
     print(f"settings     {shown(settings)}")
-    print(f"checkpoint   {shown(newest_export(Path(config['ckpt_dir']) / config['run_name']))}")
+    print(f"checkpoint   {shown(export)}")
+    print(f"report       {shown(Path(config['log_dir']) / config['run_name'] / 'report.html')}")
+    print(
+        f"talk to it   {shown(Path(sys.executable))} launch/chat.py --model_path {shown(export.parent)} --against start"
+    )
     print("curves       make tensorboard")
 
 
