@@ -19,6 +19,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 DIVERGENCES = ("forward_kl", "js", "alpha")
 SUM = "sigmoid:0.8,bco_pair:0.2,sft:1"  # MPO's
 _DIVERGED = [name for name, loss in LOSSES.items() if "f_divergence" in loss.defaults]
+_COMPARED = [name for name, loss in LOSSES.items() if "ld_alpha" in loss.defaults]
 _SMOOTHED = [name for name, loss in LOSSES.items() if "label_smoothing" in loss.defaults]
 VARIANTS: Sequence[PreferenceLoss] = (
     *(PreferenceLoss(name) for name in LOSSES),
@@ -32,39 +33,48 @@ VARIANTS: Sequence[PreferenceLoss] = (
     PreferenceLoss("dpop", 0.1, dpop_lambda=5.0),
     PreferenceLoss("rdpo", 0.1, length_penalty=0.5),
     PreferenceLoss("rpo_gap", 0.5, gap_scale=3.0),
+    *(PreferenceLoss(name, ld_alpha=alpha) for name in _COMPARED for alpha in (0.0, 0.6)),
+    *(PreferenceLoss(name, weighting="wpo") for name in LOSSES),
+    PreferenceLoss("sigmoid", 0.5, f_divergence="js", nll_weight=0.2, ld_alpha=0.3, weighting="wpo"),
     PreferenceLoss(SUM, 0.1),
     PreferenceLoss("orpo:2,hinge:0.5", 0.1),
 )
 
 
 def random_scores(pairs: int) -> Scores:
-    """Answers of 1 to 40 tokens of about 2 nats, fp64, log-ratios of about 3 nats, weights from 0.1 to 3 and gaps of
-    about 2."""
+    """Answers of 1 to 40 tokens of about 2 nats, fp64, log-ratios of about 3 nats, weights from 0.1 to 3, gaps of about
+    2, and more or less of a sum within the common length."""
     generator = torch.Generator().manual_seed(3)
     counts = torch.randint(1, 41, (pairs, 2), generator=generator)
     ref = -counts * (0.5 + 3 * torch.rand(pairs, 2, dtype=torch.float64, generator=generator))
     moved = 3 * torch.randn(pairs, 2, dtype=torch.float64, generator=generator)
     weights = 0.1 + 2.9 * torch.rand(pairs, dtype=torch.float64, generator=generator)
     gaps = 2 * torch.randn(pairs, dtype=torch.float64, generator=generator)
-    return Scores(torch.minimum(ref + moved, -0.05 * counts), ref, counts, weights, gaps)
+    logps, squares = torch.minimum(ref + moved, -0.05 * counts), -counts * torch.rand(pairs, 2, generator=generator)
+    share = torch.rand(2, pairs, 2, dtype=torch.float64, generator=generator)
+    share = torch.where(counts == counts.amin(dim=1, keepdim=True), 1.0, share)
+    return Scores(logps, ref, counts, weights, gaps, share[0] * logps, share[1] * ref, squares.double())
 
 
 def slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (B,) and their gradient (B, 2) by the policy's sums."""
-    logps = scores.logps_B2.clone().requires_grad_()
-    losses = loss(replace(scores, logps_B2=logps))
-    (gradient,) = torch.autograd.grad(losses.sum(), logps)
-    return losses.detach(), gradient
+    """Losses (B,) and their gradient by the policy's sums, (B, 2), or (B, 4) with those over the common length."""
+    names = [name for name in ("logps_B2", "fronts_B2") if getattr(scores, name) is not None]
+    leaves = {name: getattr(scores, name).clone().requires_grad_() for name in names}
+    losses = loss(replace(scores, **leaves))
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return losses.detach(), torch.cat(gradients, dim=1)
 
 
 def textbook_slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the textbook; NaN where a formula overflows."""
-    parts = (scores.logps_B2, scores.ref_B2, scores.counts_B2, scores.gaps_B, scores.weights_B)
-    columns = zip(*(part.tolist() for part in parts if part is not None), strict=True)
+    assert scores.weights_B is not None and scores.gaps_B is not None
+    parts = (scores.logps_B2, scores.ref_B2, scores.counts_B2, scores.gaps_B[:, None])
+    others = (scores.fronts_B2, scores.ref_fronts_B2, scores.squares_B2)
+    columns = [part.tolist() for part in (*parts, *others) if part is not None]
     options = loss.own_options()
     found = [
-        value_and_gradient(loss.loss_type, (*logps, *ref, *counts, gap), options, weight)
-        for logps, ref, counts, gap, weight in columns
+        value_and_gradient(loss.loss_type, tuple(number for part in pair for number in part), options, weight)
+        for weight, *pair in zip(scores.weights_B.tolist(), *columns, strict=True)
     ]
     losses, gradients = zip(*found, strict=True)
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)

@@ -13,24 +13,34 @@ import numpy as np
 
 _STEP = 1e-30
 
-Sums = tuple[Any, ...]  # log pi (w, l), log pi_ref (w, l), scored tokens (w, l), and the pair's gap where it has one
+# log pi (w, l), log pi_ref (w, l), scored tokens (w, l); where options need them, the gap, then the first four over the
+# common length alone, then sums of log sum p^2 (w, l)
+Sums = tuple[Any, ...]
 
 
 def value_and_gradient(
     name: str, sums: Sums, options: Mapping[str, Any], weight: float = 1.0
-) -> tuple[float, tuple[float, float]]:
-    """A loss of one pair, and its slopes by the policy's two log-prob sums; no numbers (NaN) where a formula overflows.
+) -> tuple[float, tuple[float, ...]]:
+    """A loss of one pair, and its slopes by the policy's two log-prob sums, and by those over the common length where
+    there are any; no numbers (NaN) where a formula overflows.
 
     Args:
         name: of `FORMULAS`, or a weighted sum of such names.
         options: of the loss, by the settings' names; `nll_weight` as well.
         weight: of the pair.
     """
-    chosen, rejected, *rest = sums
-    steps = [(0.0, 0.0), (_STEP, 0.0), (0.0, _STEP)]
+    places = (0, 1, 7, 8) if len(sums) > 7 else (0, 1)
     with np.errstate(all="ignore"):
-        found = [weight * _value(name, (chosen + 1j * one, rejected + 1j * two, *rest), options) for one, two in steps]
-    return float(found[0].real), (float(found[1].imag) / _STEP, float(found[2].imag) / _STEP)
+        value = weight * _value(name, _stepped(sums, None), options)
+        slopes = [weight * _value(name, _stepped(sums, place), options).imag / _STEP for place in places]
+    return float(value.real), tuple(map(float, slopes))
+
+
+def _stepped(sums: Sums, place: int | None) -> Sums:
+    """Sums as complex numbers, the one at `place` with a step."""
+    return tuple(
+        np.complex128(one) + 1j * _STEP * (i == place) if i in (0, 1, 7, 8) else one for i, one in enumerate(sums)
+    )
 
 
 def _value(name: str, sums: Any, options: Mapping[str, Any]) -> Any:
@@ -38,10 +48,25 @@ def _value(name: str, sums: Any, options: Mapping[str, Any]) -> Any:
     total = np.complex128(0)
     for part in name.split(","):
         loss, _, weight = part.partition(":")
-        own = FORMULAS[loss](sums, options)
+        own = FORMULAS[loss](less_length(sums, options), options)
         likelihood = 0 if loss in ("sft", "orpo") else options.get("nll_weight", 0) * sft(sums, options)
-        total += float(weight or 1) * (own + likelihood)
+        total += float(weight or 1) * (own + likelihood) * of_policy(sums, options)
     return total
+
+
+def less_length(s: Any, o: Mapping[str, Any]) -> Any:
+    """LD-DPO: what lies beyond the common length to the power of alpha, of policy and reference."""
+    if o.get("ld_alpha", 1) == 1:
+        return s
+    beyond = (s[0] - s[7], s[1] - s[8], s[2] - s[9], s[3] - s[10])
+    return (*(front + o["ld_alpha"] * rest for front, rest in zip(s[7:11], beyond, strict=True)), *s[4:])
+
+
+def of_policy(s: Any, o: Mapping[str, Any]) -> Any:
+    """WPO: geometric means of p / sum p^2 over each answer, which are no function of the weights."""
+    if o.get("weighting", "none") == "none":
+        return 1
+    return np.exp((s[0].real - s[11]) / s[4]) * np.exp((s[1].real - s[12]) / s[5])
 
 
 def log_sigmoid(x: Any) -> Any:
@@ -165,8 +190,8 @@ def rdpo(s: Any, o: Mapping[str, Any]) -> Any:
 def rpo_gap(s: Any, o: Mapping[str, Any]) -> Any:
     """Reward-aware preference optimisation: KL of two Bernoulli distributions, that of the rewards first."""
     r_w, r_l = ratios(s)
-    a, b = sigmoid(o["beta"] * r_w - o["beta"] * r_l), sigmoid(o["gap_scale"] * s[6])
-    return b * np.log(b / a) + (1 - b) * np.log((1 - b) / (1 - a))
+    a, b = o["beta"] * r_w - o["beta"] * r_l, o["gap_scale"] * s[6]
+    return sigmoid(b) * np.log(sigmoid(b) / sigmoid(a)) + sigmoid(-b) * np.log(sigmoid(-b) / sigmoid(-a))
 
 
 def sft(s: Any, o: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,7 @@ _PAIRS = 16
 _AGREES = {torch.float64: 1e-10, torch.float32: 1e-4}
 _NAMES = {"ipo_norm": "ipo"}  # ours: TRL's; all others are called the same
 _DIVERGENCES = {"js": "js_divergence", "alpha": "alpha_divergence"}
+_OTHER_TRAINERS = ("simpo", "orpo", "cpo")
 _ABSENT = {"dpop", "rdpo", "rpo_gap", "slic"}
 # What TRL's source says where it computes something else; the comparison must find that it does.
 _KNOWN = {
@@ -38,6 +39,7 @@ _KNOWN = {
     "exo_pair": "makes log e in fp32",
 }
 _TOKENS = "one pair at a time; a micro-batch's likelihood is a mean over its tokens, ours over its pairs"
+_UNWEIGHTED = "has no gradient with WPO's weights, which are multiplied in place"
 _CERTAIN = "not finite where an answer is certain"
 _NOTES = {
     "sft": _TOKENS,
@@ -72,12 +74,19 @@ def compare(name: str) -> Outcome:
     if name in _ABSENT:
         return Outcome("has none", "")
     worst, differs, not_finite = dict[torch.dtype, float](), list[float](), list[str]()
+    unweighted = ""
     for loss in (one for one in VARIANTS if one.loss_type == name):
-        if loss.nll_weight and name != "cpo":
-            continue  # TRL's DPO trainer has no such term
+        if (loss.nll_weight and name != "cpo") or (loss.weighting == "wpo" and name in _OTHER_TRAINERS):
+            continue  # TRL's DPO trainer has no such term, and its others no such weights
         # of alpha its table of dtypes lacks fp64, and orpo makes fp32 of what it is given
         dtype = torch.float32 if name == "orpo" or loss.f_divergence == "alpha" else torch.float64
-        error = difference(loss, dtype)
+        try:
+            error = difference(loss, dtype)
+        except RuntimeError as fault:
+            if loss.weighting != "wpo" or "modified by an inplace operation" not in str(fault):
+                raise
+            unweighted = _UNWEIGHTED
+            continue
         if error <= _AGREES[dtype]:
             worst[dtype] = max(worst.get(dtype, 0.0), error)
         else:
@@ -85,6 +94,7 @@ def compare(name: str) -> Outcome:
         if not all(part.isfinite().all() for part in their_slopes(loss, _extremes())):
             not_finite.append(loss.own_options().get("f_divergence", ""))
     parts = ["agrees"] if worst else []
+    parts += [unweighted] * bool(unweighted)
     if differs:
         ends = dict.fromkeys(f"{error:.0e}" for error in (min(differs), max(differs)))
         parts.append(f"{_KNOWN[name]} ({' to '.join(ends)})")
@@ -102,52 +112,77 @@ def compare(name: str) -> Outcome:
 def _extremes() -> Scores:
     """Log-ratios of -1000, 0 and 1000 on each side, fp32, answers of ten tokens."""
     ratios = torch.cartesian_prod(*[torch.tensor([-1000.0, 0.0, 1000.0])] * 2)
-    ref = torch.full_like(ratios, -1000.0)
-    return Scores(ref + ratios, ref, torch.full(ratios.shape, 10))
+    ref, counts = torch.full_like(ratios, -1000.0), torch.full(ratios.shape, 10)
+    return Scores(ref + ratios, ref, counts, fronts_B2=ref + ratios, ref_fronts_B2=ref, squares_B2=-0.5 * counts)
 
 
 def difference(loss: PreferenceLoss, dtype: torch.dtype) -> float:
     """The largest difference of values and slopes of random pairs, relative where they are above 1."""
-    scores = random_scores(_PAIRS)
-    assert scores.ref_B2 is not None and scores.counts_B2 is not None
-    scores = Scores(scores.logps_B2.to(dtype), scores.ref_B2.to(dtype), scores.counts_B2)
-    ours, theirs = slopes(loss, scores), their_slopes(loss, scores)
+    scores = replace(random_scores(_PAIRS), weights_B=None, gaps_B=None)
+    sums = ("logps_B2", "ref_B2", "fronts_B2", "ref_fronts_B2", "squares_B2")
+    scores = replace(scores, **{name: getattr(scores, name).to(dtype) for name in sums})
+    ours, theirs = (
+        (losses, _folded(gradient, scores)) for losses, gradient in (slopes(loss, scores), their_slopes(loss, scores))
+    )
     return max(largest_error(one.double(), other.double()) for one, other in zip(theirs, ours, strict=True))
 
 
+def _folded(gradient_B4: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """Slopes of which those of an answer that ends at the common length are one: its two sums are the same."""
+    assert scores.counts_B2 is not None
+    ends_B2 = scores.counts_B2 == scores.counts_B2.amin(dim=1, keepdim=True)
+    whole_B2, fronts_B2 = gradient_B4[:, :2], gradient_B4[:, 2:]
+    return torch.cat([whole_B2 + fronts_B2 * ends_B2, fronts_B2 * ~ends_B2], dim=1)
+
+
 def their_slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (B,) and slopes (B, 2) of TRL, a pair at a time: a micro-batch's mean over tokens is of that pair then."""
-    assert scores.ref_B2 is not None and scores.counts_B2 is not None
+    """Losses (B,) and slopes (B, 4), as `slopes`, of TRL, a pair at a time: a micro-batch's mean over tokens is of that
+    pair then."""
+    assert scores.fronts_B2 is not None
     losses, gradients = [], []
-    for logps_2, ref_2, counts_2 in zip(scores.logps_B2, scores.ref_B2, scores.counts_B2, strict=True):
-        sums_2 = logps_2.clone().requires_grad_()
-        value = _loss(loss, sums_2, ref_2, counts_2)
-        (gradient_2,) = torch.autograd.grad(value, sums_2)
+    for place in range(len(scores.logps_B2)):
+        leaves = [part[place : place + 1].clone().requires_grad_() for part in (scores.logps_B2, scores.fronts_B2)]
+        value = _loss(loss, _pair(scores, place, *leaves))
+        gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         losses.append(value.detach())
-        gradients.append(gradient_2)
+        gradients.append(torch.cat(gradient, dim=1)[0])
     return torch.stack(losses), torch.stack(gradients)
 
 
-def _loss(loss: PreferenceLoss, sums_2: torch.Tensor, ref_2: torch.Tensor, counts_2: torch.Tensor) -> torch.Tensor:
+def _pair(scores: Scores, place: int, logps_12: torch.Tensor, fronts_12: torch.Tensor) -> Scores:
+    """One of the pairs, with other sums of the policy in their places."""
+    given = {name: part[place : place + 1] for name, part in vars(scores).items() if part is not None}
+    return Scores(**{**given, "logps_B2": logps_12, "fronts_B2": fronts_12})
+
+
+def _loss(loss: PreferenceLoss, pair: Scores) -> torch.Tensor:
     """The loss of a pair by the trainer that has it."""
     name, options = loss.loss_type, loss.own_options()
+    assert pair.counts_B2 is not None
     if name in ("simpo", "cpo"):
-        return _cpo(name, options, sums_2, counts_2)
+        return _cpo(name, options, pair.logps_B2[0], pair.counts_B2[0])
     if name == "orpo":
-        return _orpo(options, sums_2, counts_2)
-    return _dpo(loss, options, sums_2, ref_2, counts_2)
+        return _orpo(options, pair.logps_B2[0], pair.counts_B2[0])
+    return _dpo(loss, options, pair)
 
 
-def _dpo(
-    loss: PreferenceLoss,
-    options: dict[str, Any],
-    sums_2: torch.Tensor,
-    ref_2: torch.Tensor,
-    counts_2: torch.Tensor,
-) -> torch.Tensor:
-    """`DPOTrainer._compute_loss`, with a model that gives each token of an answer an equal share of its sum."""
+def _tokens(sums_2: torch.Tensor, fronts_2: torch.Tensor, counts_2: torch.Tensor) -> torch.Tensor:
+    """Log-probs (2, longest answer) of tokens that add up to these sums: equal within the common length, and behind."""
+    place, common = torch.arange(int(counts_2.max())), counts_2.min()
+    beyond = (sums_2 - fronts_2) / (counts_2 - common).clamp(min=1)
+    found = torch.where(place < common, (fronts_2 / common)[:, None], beyond[:, None])
+    return found * (place < counts_2[:, None])
+
+
+def _dpo(loss: PreferenceLoss, options: dict[str, Any], pair: Scores) -> torch.Tensor:
+    """`DPOTrainer._compute_loss` of a pair, with a model that gives tokens of such sums."""
     from trl import DPOTrainer  # pyright: ignore[reportMissingImports]
 
+    assert pair.ref_B2 is not None and pair.counts_B2 is not None
+    assert pair.fronts_B2 is not None and pair.ref_fronts_B2 is not None and pair.squares_B2 is not None
+    (sums_2,), (fronts_2,), (ref_2,), (counts_2,) = pair.logps_B2, pair.fronts_B2, pair.ref_B2, pair.counts_B2
+    if (alpha := options.get("ld_alpha")) is not None:
+        ref_2 = pair.ref_fronts_B2[0] + alpha * (ref_2 - pair.ref_fronts_B2[0])  # as its own pass would give
     terms = [part.partition(":") for part in loss.loss_type.split(",")]
     trainer: Any = object.__new__(DPOTrainer)
     divergence = options.get("f_divergence") or "reverse_kl"
@@ -161,8 +196,8 @@ def _dpo(
         label_smoothing=options.get("label_smoothing") or 0.0,
         f_divergence_type=_DIVERGENCES.get(divergence, divergence),
         f_alpha_divergence_coef=1 - (options.get("f_alpha") or 0.5),
-        use_weighting=False,
-        ld_alpha=None,
+        use_weighting=options.get("weighting") == "wpo",
+        ld_alpha=alpha,
         aux_loss_enabled=False,
         precompute_ref_logps=True,
         _metrics={"train": defaultdict(list)},
@@ -172,12 +207,13 @@ def _dpo(
     longest = int(counts_2.max())
     mask_2T = (torch.arange(longest) < counts_2[:, None]).long()
     whole_2T = torch.cat([torch.zeros(2, 1, dtype=torch.long), mask_2T], dim=1)  # one token of a prompt
-    tokens_2T = (sums_2 / counts_2)[:, None] * mask_2T
+    tokens_2T = _tokens(sums_2, fronts_2, counts_2)
     outputs = SimpleNamespace(
         log_probs=tokens_2T,
         entropy=torch.zeros(2, longest),
         mean_logits=torch.zeros(2, longest),
         is_top1=mask_2T.bool(),
+        log_sum_sq_probs=(pair.squares_B2[0] / counts_2)[:, None] * mask_2T,
     )
     inputs = {
         "input_ids": torch.zeros_like(whole_2T),

@@ -14,7 +14,11 @@ from simple_llama.common.files import atomic_write, read_json
 from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.objective.scores import divergence_scores
+from simple_llama.reinforcement_learning.rlhf.objective.scores import (
+    divergence_scores,
+    policy_weights,
+    without_length,
+)
 
 PAGE = Path(root_path("docs", "losses.md"))
 INTRODUCTION = f"""\
@@ -112,8 +116,15 @@ def page() -> str:
         checks.append(_checked(name, told[name]))
     checks.append(_checked(SUM, told[SUM]))
     divergences = ["## Divergences", "", inspect.cleandoc(divergence_scores.__doc__ or ""), ""]
-    parts = [*about, "", *divergences, STRENGTHS, SCORED, CHECKED, *checks, "", REWARDS]
+    options = [line for title, what in _OPTIONS.items() for line in (title, "", inspect.cleandoc(what), "")]
+    parts = [*about, "", *divergences, *options, STRENGTHS, SCORED, CHECKED, *checks, "", REWARDS]
     return "\n".join([INTRODUCTION, *parts])
+
+
+_OPTIONS = {
+    "## Length: ld_alpha": without_length.__doc__ or "",
+    "## What the policy would write: weighting": policy_weights.__doc__ or "",
+}
 
 
 _WORDS = {"logps_B2": "policy", "ref_B2": "reference", "counts_B2": "token counts", "gaps_B": "gaps"}

@@ -4,14 +4,17 @@
     token_logps   four GEMMs; logits are computed again in backward, for any loss downstream
     pair_logps    token_logps summed over each answer
 
-Without gradient all three only compute sums. Scored rows stand pair after pair, chosen rows then rejected rows.
+Without gradient all three only compute sums. Scored rows stand pair after pair, chosen rows then rejected rows; an
+answer may be summed in parts. Where `squares` are asked for, sums of log sum p^2 (p of all tokens, no gradient)
+stand behind those of log-probs.
 Logits, sums, losses and coefficients are fp32 for bf16 and fp32 inputs, fp64 for fp64 inputs: a bf16 logit is off by
 up to 0.03 at |z| = 16, and a bf16 sum near 300 has spacing 2.
 
 This file has the chunks and the GEMMs. What happens to a chunk's logits between the GEMMs is the row kernels' work:
 `logprob_torch` specifies them and runs anywhere, `logprob_triton` has them for CUDA.
 
-Shapes: B pairs, N scored tokens, D width, V vocabulary; lower case b, n for those of one chunk.
+Shapes: B pairs, K parts of a pair that are summed (2: chosen, rejected), S sums of a pair (K, or 2 K with squares),
+N scored tokens, D width, V vocabulary; lower case b, n for those of one chunk.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from simple_llama.ops.machine import bf16_valued_gemms, has_fast_bf16
 # Part of the name of a reference store. Change it with anything that changes a log-prob by more than rounding noise.
 HEAD_VERSION = "fp32-logits-1"
 
-Counts = Sequence[tuple[int, int]]  # scored tokens of (chosen, rejected) a pair, on the host: no sync to read them
-LossFn = Callable[[torch.Tensor, slice], torch.Tensor]  # (logps_b2, which pairs) -> losses_b
+# Scored tokens of each part of a pair, as (chosen, rejected), on the host: no sync to read them. A part may be empty.
+Counts = Sequence[tuple[int, ...]]
+LossFn = Callable[[torch.Tensor, slice], torch.Tensor]  # (sums_bS, which pairs) -> losses_b
 _Grads = tuple[torch.Tensor | None, ...]  # one an argument of forward
 
 # Rows of logits that exist at once. Fewer rows make the GEMMs memory-bound (each chunk reads and writes all of dW).
@@ -48,6 +52,7 @@ def pair_loss(
     loss_fn: LossFn,
     chunk_rows: int | None = None,
     kernels: RowKernels | None = None,
+    squares: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum over pairs of a loss of the pairs' log-prob sums, in three GEMMs.
 
@@ -56,22 +61,23 @@ def pair_loss(
     Args:
         hidden_ND: rows that predict the scored tokens; fp32, bf16 or fp64, same dtype as the weight.
         targets_N: int64 scored tokens.
-        counts: (chosen, rejected) scored tokens a pair; they add up to N.
-        loss_fn: (logps_b2, pairs: slice) -> losses_b for those pairs, each of its own pair's log-probs only.
+        counts: scored tokens of each part of a pair; they add up to N.
+        loss_fn: (sums_bS, pairs: slice) -> losses_b for those pairs, each of its own pair's sums only.
         chunk_rows: about how many rows of logits exist at once (a chunk holds whole pairs).
         kernels: row kernels; None takes the fastest that this installation has.
+        squares: whether the sums have those of log sum p^2 behind them.
 
     Returns:
-        The sum (scalar, differentiable in hidden and weight), the losses_B that it is of and logps_B2 (both detached),
+        The sum (scalar, differentiable in hidden and weight), the losses_B that it is of and sums_BS (both detached),
         all fp32.
     """
-    chunk_rows = chunk_rows or CHUNK_ROWS[hidden_ND.device.type]
+    chunk_rows = chunk_rows or _chunk_rows(hidden_ND)
     kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return _PairLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, kernels)
-    logps_B2 = pair_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, kernels)
-    losses_B = loss_fn(logps_B2, slice(0, len(counts)))
-    return losses_B.sum(), losses_B.detach(), logps_B2
+        return _PairLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, kernels, squares)
+    sums_BS = pair_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, kernels, squares)
+    losses_B = loss_fn(sums_BS, slice(0, len(counts)))
+    return losses_B.sum(), losses_B.detach(), sums_BS
 
 
 def pair_logps(
@@ -81,10 +87,17 @@ def pair_logps(
     counts: Counts,
     chunk_rows: int | None = None,
     kernels: RowKernels | None = None,
+    squares: bool = False,
 ) -> torch.Tensor:
-    """Log-prob sums (B, 2) of the chosen and rejected answers, fp32, differentiable. Arguments as in `pair_loss`."""
+    """Sums (B, S), log-probs of the chosen and rejected answers for K = 2, fp32, differentiable but for squares.
+    Arguments as in `pair_loss`."""
+    lengths, parts = _lengths(counts, hidden_ND.device), len(counts[0])
     logps_N = token_logps(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
-    return _pair_sums(logps_N, _lengths(counts, logps_N.device))
+    sums_BK = _pair_sums(logps_N, lengths, parts)
+    if not squares:
+        return sums_BK
+    squares_N = _token_squares(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
+    return torch.cat([sums_BK, _pair_sums(squares_N, lengths, parts)], dim=1)
 
 
 def token_logps(
@@ -95,9 +108,34 @@ def token_logps(
     kernels: RowKernels | None = None,
 ) -> torch.Tensor:
     """Log-prob (N,) of each target, fp32, differentiable by computing the logits again. Arguments as in `pair_loss`."""
-    chunk_rows = chunk_rows or CHUNK_ROWS[hidden_ND.device.type]
+    chunk_rows = chunk_rows or _chunk_rows(hidden_ND)
     kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
     return _TokenLogps.apply(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
+
+
+@torch.no_grad()
+def _token_squares(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    chunk_rows: int | None,
+    kernels: RowKernels | None,
+) -> torch.Tensor:
+    """log sum p^2 (N,) of each row, fp32, by logits of its own."""
+    kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
+    gemms, chunks = _Gemms(hidden_ND, weight_VD), _row_chunks(len(targets_N), chunk_rows or _chunk_rows(hidden_ND))
+    logits_nV = gemms.logits_buffer(chunks)
+    squares_N = torch.empty(len(targets_N), dtype=gemms.wide_dtype, device=hidden_ND.device)
+    for chunk in chunks:
+        buffer_nV = gemms.logits_(logits_nV, chunk)
+        _, state_n = kernels.logps_(buffer_nV, targets_N[chunk])
+        squares_N[chunk] = kernels.log_squares(buffer_nV, state_n)
+    return squares_N
+
+
+def _chunk_rows(hidden_ND: torch.Tensor) -> int:
+    """How many rows of logits exist at once on the device of these."""
+    return CHUNK_ROWS[hidden_ND.device.type]
 
 
 @functools.cache
@@ -124,30 +162,34 @@ class _PairLoss(torch.autograd.Function):
         loss_fn: LossFn,
         chunk_rows: int,
         kernels: RowKernels,
+        squares: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gemms = _Gemms(hidden_ND, weight_VD)
         gradients = _Gradients(gemms, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         chunks = _pair_chunks(counts, chunk_rows)
         logits_nV = gemms.logits_buffer([chunk.rows for chunk in chunks])
-        lengths_2B = _lengths(counts, hidden_ND.device)
-        losses, logps = [], []
+        lengths, parts = _lengths(counts, hidden_ND.device), len(counts[0])
+        losses, sums = [], []
         for chunk in chunks:
             targets_n = targets_N[chunk.rows]
-            lengths_2b = lengths_2B[2 * chunk.pairs.start : 2 * chunk.pairs.stop]
+            lengths_n = lengths[parts * chunk.pairs.start : parts * chunk.pairs.stop]
             buffer_nV = gemms.logits_(logits_nV, chunk.rows)
             logps_n, state_n = kernels.logps_(buffer_nV, targets_n)
-            logps_b2 = _pair_sums(logps_n, lengths_2b)
-            losses_b, coefs_b2 = _differentiate(loss_fn, logps_b2, chunk.pairs)
-            coefs_n = torch.repeat_interleave(coefs_b2.flatten(), lengths_2b, output_size=len(targets_n))
+            sums_bS = _pair_sums(logps_n, lengths_n, parts)
+            if squares:
+                squares_bK = _pair_sums(kernels.log_squares(buffer_nV, state_n), lengths_n, parts)
+                sums_bS = torch.cat([sums_bS, squares_bK], dim=1)
+            losses_b, coefs_bS = _differentiate(loss_fn, sums_bS, chunk.pairs)
+            coefs_n = torch.repeat_interleave(coefs_bS[:, :parts].flatten(), lengths_n, output_size=len(targets_n))
             gradient_nV = kernels.gradient_(buffer_nV, targets_n, state_n, coefs_n, gemms.gradient_dtype)
             gradients.add_(gradient_nV, chunk.rows)
             losses.append(losses_b)
-            logps.append(logps_b2)
+            sums.append(sums_bS)
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD)
         ctx.dtype, ctx.scaled = hidden_ND.dtype, kernels.scaled
-        losses_B, logps_B2 = torch.cat(losses), torch.cat(logps)
-        ctx.mark_non_differentiable(losses_B, logps_B2)
-        return losses_B.sum(), losses_B, logps_B2
+        losses_B, sums_BS = torch.cat(losses), torch.cat(sums)
+        ctx.mark_non_differentiable(losses_B, sums_BS)
+        return losses_B.sum(), losses_B, sums_BS
 
     @staticmethod
     @once_differentiable
@@ -156,7 +198,7 @@ class _PairLoss(torch.autograd.Function):
         hidden_ND, weight_VD = (
             None if gradient is None else ctx.scaled(gradient, grad_loss, ctx.dtype) for gradient in ctx.saved_tensors
         )
-        return hidden_ND, weight_VD, None, None, None, None, None
+        return hidden_ND, weight_VD, None, None, None, None, None, None
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -284,12 +326,12 @@ def _pair_chunks(counts: Counts, chunk_rows: int) -> list[_Chunk]:
 
     A chunk has at most chunk_rows rows and the halves of its first and last pair that stick out.
     """
-    total = sum(chosen + rejected for chosen, rejected in counts)
+    total = sum(map(sum, counts))
     n_chunks = -(-total // chunk_rows)
     chunks: list[_Chunk] = []
     previous, start = -1, 0
-    for pair, (chosen, rejected) in enumerate(counts):
-        stop = start + chosen + rejected
+    for pair, parts in enumerate(counts):
+        stop = start + sum(parts)
         index = (start + stop) * n_chunks // (2 * total)
         if index == previous:
             last = chunks.pop()
@@ -308,24 +350,24 @@ def _row_chunks(n_rows: int, chunk_rows: int) -> list[slice]:
 
 
 def _lengths(counts: Counts, device: torch.device) -> torch.Tensor:
-    """Scored tokens of each answer (2B,), chosen and rejected in turn, on `device` without a host sync."""
-    lengths_2B = torch.tensor(counts, dtype=torch.int64).flatten()
+    """Scored tokens of each part (B * K,), pair after pair, on `device` without a host sync."""
+    lengths = torch.tensor(counts, dtype=torch.int64).flatten()
     if device.type == "cuda":
-        return lengths_2B.pin_memory().to(device, non_blocking=True)
-    return lengths_2B
+        return lengths.pin_memory().to(device, non_blocking=True)
+    return lengths
 
 
-def _pair_sums(logps_n: torch.Tensor, lengths_2b: torch.Tensor) -> torch.Tensor:
-    """Sums (b, 2) over each answer, rounded once: they depend on no other answer and on no order of adding."""
+def _pair_sums(values_n: torch.Tensor, lengths: torch.Tensor, parts: int) -> torch.Tensor:
+    """Sums (b, K) over each of the `parts`, rounded once: they depend on no other part and on no order of adding."""
     # unsafe=True skips a check of the lengths that would wait for the device
-    sums_2b = torch.segment_reduce(logps_n.double(), "sum", lengths=lengths_2b, unsafe=True)
-    return sums_2b.view(-1, 2).to(logps_n.dtype)
+    sums = torch.segment_reduce(values_n.double(), "sum", lengths=lengths, unsafe=True)
+    return sums.view(-1, parts).to(values_n.dtype)
 
 
-def _differentiate(loss_fn: LossFn, logps_b2: torch.Tensor, pairs: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (b,) of these pairs, and the derivative (b, 2) of their sum in each log-prob."""
+def _differentiate(loss_fn: LossFn, sums_bS: torch.Tensor, pairs: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (b,) of these pairs, and the derivative (b, S) of their sum in each sum."""
     with torch.enable_grad():
-        leaf_b2 = logps_b2.detach().requires_grad_()
-        losses_b = loss_fn(leaf_b2, pairs)
-        (coefs_b2,) = torch.autograd.grad(losses_b.sum(), leaf_b2)
-    return losses_b.detach(), coefs_b2
+        leaf_bS = sums_bS.detach().requires_grad_()
+        losses_b = loss_fn(leaf_bS, pairs)
+        (coefs_bS,) = torch.autograd.grad(losses_b.sum(), leaf_bS)
+    return losses_b.detach(), coefs_bS

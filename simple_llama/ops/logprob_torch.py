@@ -14,10 +14,12 @@ _NARROWING_PARTS = 16  # narrowing a chunk holds a copy of one part at a time be
 
 
 class RowKernels(NamedTuple):
-    """Three steps of the head, in the order in which they run. The first two may overwrite the logits."""
+    """Steps of the head, in the order in which they run. The first and the gradient may overwrite the logits."""
 
     # (logits_nV, targets_n) -> (logps_n, state_n); state_n is for gradient_ only
     logps_: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    # (buffer_nV as logps_ left it, state_n) -> log of the sum of p^2 over the vocabulary (n,); both stay as they are
+    log_squares: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     # (buffer_nV as logps_ left it, targets_n, state_n, coefficients_n, dtype) -> d/d logits (n, V) in dtype, which
     # is that of the buffer or narrower; it lies in the memory of the buffer
     gradient_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
@@ -31,6 +33,11 @@ def _torch_logps_(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[tor
     maximum_n = logits_nV.amax(1)
     sum_n = logits_nV.sub_(maximum_n[:, None]).exp_().sum(1)
     return target_n - maximum_n - sum_n.log(), sum_n
+
+
+def _torch_log_squares(exp_nV: torch.Tensor, sum_n: torch.Tensor) -> torch.Tensor:
+    """log sum p^2 of the buffer that `_torch_logps_` left: p = exp / sum."""
+    return 2 * (torch.linalg.vector_norm(exp_nV, dim=1).log() - sum_n.log())
 
 
 def _torch_gradient_(
@@ -59,4 +66,4 @@ def _torch_scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dty
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
-TORCH_KERNELS = RowKernels(_torch_logps_, _torch_gradient_, _torch_scaled)
+TORCH_KERNELS = RowKernels(_torch_logps_, _torch_log_squares, _torch_gradient_, _torch_scaled)

@@ -1,6 +1,7 @@
 """Triton row kernels for a chunk of fp32 logits; the three GEMMs around them stay cuBLAS.
 
-A row pass reads the logits once (logsumexp and target logit), and a gradient pass overwrites them in place. For bf16
+A row pass reads the logits once (logsumexp and target logit), another one where sums of squares are asked for, and a
+gradient pass overwrites them in place. For bf16
 GEMMs the gradient is written as bf16 into the first half of each row's own bytes, so that it needs no second buffer.
 Import this module only where Triton is installed. `logprob_torch` is their specification.
 
@@ -44,6 +45,22 @@ def _logps_kernel(logits_ptr, row_stride, targets_ptr, logps_ptr, lse_ptr, vocab
     tl.store(logps_ptr + row, (target_logit - row_maximum) - log_total)
     tl.store(lse_ptr + 2 * row, row_maximum)
     tl.store(lse_ptr + 2 * row + 1, log_total)
+
+
+@triton.jit
+def _squares_kernel(logits_ptr, row_stride, lse_ptr, squares_ptr, vocab, BLOCK: tl.constexpr):
+    """One program a row: log of the sum of the squares of its softmax."""
+    row = tl.program_id(0).to(tl.int64)
+    row_maximum = tl.load(lse_ptr + 2 * row)
+    log_total = tl.load(lse_ptr + 2 * row + 1)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        columns = start + lanes
+        logit = tl.load(logits_ptr + row * row_stride + columns, mask=columns < vocab, other=-3.4028234e38)
+        softmax = tl.exp((logit - row_maximum) - log_total)
+        total += softmax * softmax
+    tl.store(squares_ptr + row, tl.log(tl.sum(total, axis=0)))
 
 
 @triton.jit
@@ -92,6 +109,22 @@ def _triton_logps_(logits_nV: torch.Tensor, targets_n: torch.Tensor) -> tuple[to
         num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
     )
     return logps_n, lse_n2
+
+
+def _triton_log_squares(logits_nV: torch.Tensor, lse_n2: torch.Tensor) -> torch.Tensor:
+    """log sum p^2 of each row; the logits are read once more."""
+    n, vocab = logits_nV.shape
+    squares_n = logits_nV.new_empty(n)
+    _squares_kernel[(n,)](
+        logits_nV,
+        logits_nV.stride(0),
+        lse_n2,
+        squares_n,
+        vocab,
+        BLOCK=_block(vocab),
+        num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
+    )
+    return squares_n
 
 
 def _triton_gradient_(
@@ -150,4 +183,4 @@ def _block(vocab: int) -> int:
     return min(1 << (vocab - 1).bit_length(), _MAX_BLOCK)
 
 
-TRITON_KERNELS = RowKernels(_triton_logps_, _triton_gradient_, _triton_scaled)
+TRITON_KERNELS = RowKernels(_triton_logps_, _triton_log_squares, _triton_gradient_, _triton_scaled)

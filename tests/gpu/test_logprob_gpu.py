@@ -77,8 +77,14 @@ def test_row_kernels_match(vocab: int, scale: float, dtype: torch.dtype) -> None
     coefs = torch.randn(301, generator=generator, device="cuda")
     slow_logits = logits.clone()
     slow_logps, slow_state = TORCH_KERNELS.logps_(slow_logits, targets)
+    slow_buffer = slow_logits.clone()
     slow_gradient = TORCH_KERNELS.gradient_(slow_logits, targets, slow_state, coefs, torch.float32)
+    exact_squares = logits.double().softmax(1).square().sum(1).log()
+    torch.testing.assert_close(
+        TORCH_KERNELS.log_squares(slow_buffer, slow_state).double(), exact_squares, rtol=1e-5, atol=1e-5
+    )
     logps, state = triton_kernels.logps_(logits, targets)
+    torch.testing.assert_close(triton_kernels.log_squares(logits, state).double(), exact_squares, rtol=1e-5, atol=1e-5)
     gradient = triton_kernels.gradient_(logits, targets, state, coefs, dtype)
     torch.testing.assert_close(logps, slow_logps, rtol=1e-6, atol=1e-5)
     tolerance = 1e-4 if dtype == torch.float32 else 2**-7

@@ -35,6 +35,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, trained_part, useful_flops
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig, require_gaps, trained_names
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import missing_pairs
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from simple_llama.reinforcement_learning.rlhf.run.health import warnings_of
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import weight_facts
@@ -105,7 +106,7 @@ class _Job:
         if self.reference == "store":
             with fail_together(ranks):
                 store = RefStore.open(config.ref_cache_dir, inputs.reference_id, make=False, mend=False)
-                self.missing = store.missing(inputs.data.pairs.keys)
+                self.missing = missing_pairs(store, inputs.data.pairs, self.loss_fn.asks.fronts)
 
     def plan(self, batch_size: int) -> BatchPlan:
         """Who would train on what, with so many pairs a micro-batch."""
@@ -266,8 +267,10 @@ class _Job:
         if refusal := config.refusal(len(data.validation)):
             found.append(refusal)
         if len(self.missing):
+            lacks = f"{len(self.missing)} of {len(data.pairs)} pairs"
+            lacks += ", or their sums over the common length, which ld_alpha reads" * self.loss_fn.asks.fronts
             found.append(
-                f"{config.ref_cache_dir}: the reference store lacks {len(self.missing)} of {len(data.pairs)} pairs; "
+                f"{config.ref_cache_dir}: the reference store lacks {lacks}; "
                 "launch/precompute_ref.py computes them (how long: under time), without them the run does not start"
             )
         facts = facts_of(config, data, self.steps[0], self.loss_fn.scale)

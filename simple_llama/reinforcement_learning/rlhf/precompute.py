@@ -21,8 +21,10 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound
-from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
+from simple_llama.reinforcement_learning.rlhf.reference.ref_source import missing_pairs, open_store
 
 
 class PassConfig(Protocol):
@@ -42,15 +44,18 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
     """Fills the store for all pairs of the data set, or `pairs` of it (collective). Returns the number of pairs
     computed.
 
-    A pass that was killed resumes: what it wrote is there, and only the missing pairs are computed. Raises Stopped on
-    request, with all that was computed on disk.
+    Where the settings have a loss that reads sums over the common length of both answers, these come from the same
+    forward pass. A pass that was killed resumes: what it wrote is there, and only the missing pairs are computed.
+    Raises Stopped on request, with all that was computed on disk.
     """
+    fronts = isinstance(config, LossConfig) and PreferenceLoss.of(config).asks.fronts
     stopping.begin()
     pairs = inputs.data.pairs if pairs is None else pairs
     store = open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     # one rank's word, or two ranks could share out differently
-    missing = broadcast_positions(store.missing(pairs.keys), len(pairs), ranks)
-    LOGGER.info("reference store %s: %d of %d pairs are there", store.folder, len(pairs) - len(missing), len(pairs))
+    missing = broadcast_positions(missing_pairs(store, pairs, fronts), len(pairs), ranks)
+    there, too = len(pairs) - len(missing), " with their sums over the common length (ld_alpha)" if fronts else ""
+    LOGGER.info("reference store %s: %d of %d pairs are there%s", store.folder, there, len(pairs), too)
     auditor = Auditor(pairs, Bound.here(inputs.dtype, ranks.device.type), config.batch_size, config.seed, ranks)
     unbound = auditor.finds_unbound(store)
     if not len(missing) and not unbound:
@@ -76,8 +81,9 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
                 yield PairBatch.pack([todo[i] for i in micro_batch])
 
     with fail_together(ranks), store.writer(every_pairs=config.ref_flush_pairs) as writer:
-        for keys, logps_B2 in computed(model, batches(), ranks.device):
-            writer.add(keys, logps_B2)
+        for keys, logps_B2 in computed(model, batches(), ranks.device, fronts):
+            fresh = store.missing(keys) if fronts else slice(None)  # records that are there keep their values
+            writer.add(keys[fresh], logps_B2[fresh])
             watchdog.started()
     stopping.agree(ranks, at_once=True)
     seconds = time.perf_counter() - started
@@ -93,18 +99,20 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
 
 
 def computed(
-    model: LLaMaTransformer, batches: Iterable[PairBatch], device: torch.device
+    model: LLaMaTransformer, batches: Iterable[PairBatch], device: torch.device, fronts: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The keys (B,) and log-prob sums (B, 2), fp32, of each batch, in the same order.
+    """The keys (B,) and log-prob sums (B, 2), fp32, of each batch, in the same order; with `fronts` behind them those
+    over the common lengths, under the keys of pairs that end there.
 
     A GPU is given the next micro-batch before the host waits for the sums of the last one, so it never waits for work.
     """
     waiting: tuple[np.ndarray, torch.Tensor, torch.cuda.Event | None] | None = None
     for batch in batches:
-        sums_B2, arrived = _to_host(pair_logps(model, batch.to(device)))
+        sums_BS = pair_logps(model, batch.to(device), Asked(fronts))
+        sums, arrived = _to_host(torch.cat(sums_BS.split(2, dim=1)))
         if waiting:
             yield _waited_for(*waiting)
-        waiting = batch.keys, sums_B2, arrived
+        waiting = np.concatenate([batch.keys, batch.front_keys]) if fronts else batch.keys, sums, arrived
     if waiting:
         yield _waited_for(*waiting)
 

@@ -34,9 +34,14 @@ def compare_rows(triton_kernels: RowKernels, logits_nV: torch.Tensor, dtype: tor
     # the chunk is the front of a larger workspace, whose other rows must stay as they are
     workspace = torch.cat([logits_nV, torch.full((1, vocab), 7.0)])
     logps, state = triton_kernels.logps_(workspace[:n], targets)
+    squares = triton_kernels.log_squares(workspace[:n], state)
     gradient = triton_kernels.gradient_(workspace[:n], targets, state, coefs, dtype)
     slow_logits = logits_nV.clone()
     slow_logps, slow_state = TORCH_KERNELS.logps_(slow_logits, targets)
+    slow_squares = TORCH_KERNELS.log_squares(slow_logits, slow_state)
+    exact = logits_nV.double().softmax(1).square().sum(1).log()
+    for found in (squares, slow_squares):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-6)
     slow_gradient = TORCH_KERNELS.gradient_(slow_logits, targets, slow_state, coefs, torch.float32)
     torch.testing.assert_close(logps, slow_logps, rtol=1e-6, atol=2e-6)
     assert gradient.dtype == dtype and gradient.data_ptr() == workspace.data_ptr()

@@ -148,8 +148,8 @@ def test_each_pair_sum_is_its_own() -> None:
     On any CPU, with any number of threads: torch adds up each segment by itself, here in fp64.
     """
     logps_N = -300 * torch.rand(25, generator=torch.Generator().manual_seed(0))
-    sums = logprob._pair_sums(logps_N, logprob._lengths(COUNTS, torch.device("cpu")))
-    alone = logprob._pair_sums(logps_N[7:18], torch.tensor([4, 7]))
+    sums = logprob._pair_sums(logps_N, logprob._lengths(COUNTS, torch.device("cpu")), 2)
+    alone = logprob._pair_sums(logps_N[7:18], torch.tensor([4, 7]), 2)
     assert torch.equal(sums[2:3], alone)
     assert sums[2].tolist() == [
         logps_N[7:11].double().sum().float().item(),
@@ -298,6 +298,38 @@ def test_loss_function_sees_each_pair_once() -> None:
     pair_loss(hidden, weight, targets, COUNTS, recording, chunk_rows=8)
     assert [pair for start, stop in seen for pair in range(start, stop)] == [0, 1, 2, 3]
     assert len(seen) > 1
+
+
+def test_sums_of_parts_and_of_squares() -> None:
+    """Answers in two parts, some of them empty, and log sum p^2 beside each: the loss is given all, its gradient by the
+    log-probs goes through, that by the squares nowhere; fp64 against log_softmax. Without gradient the same sums."""
+    counts = ((2, 1, 2, 0), (1, 0, 1, 0), (4, 0, 4, 3), (2, 0, 2, 3))
+    hidden, weight, targets = problem(COUNTS, 7, 11)
+    whole = (hidden @ weight.T).log_softmax(-1)
+    lengths = [length for pair in counts for length in pair]
+
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.sum() for part in values.split(lengths)]).view(-1, 4)
+
+    logps = sums(whole.gather(1, targets[:, None])[:, 0])
+    squares = sums(whole.exp().square().sum(1).log()).detach()
+    factors = torch.tensor([1.0, 0.3, -0.5, 2.0], dtype=torch.float64)
+
+    def loss_fn(sums_b8: torch.Tensor, pairs: slice) -> torch.Tensor:
+        return (sums_b8[:, :4] * factors).sum(1) * (sums_b8[:, 4:].sum(1) / 10).exp()
+
+    expected = loss_fn(torch.cat([logps, squares], 1), slice(0))
+    slow = gradients(expected.sum(), hidden, weight)
+    for chunk_rows in (5, 100):
+        loss, losses, found = pair_loss(hidden, weight, targets, counts, loss_fn, chunk_rows, squares=True)
+        torch.testing.assert_close(found, torch.cat([logps, squares], 1).detach())
+        torch.testing.assert_close(losses, expected.detach())
+        for fused, exact in zip(gradients(loss, hidden, weight), slow, strict=True):
+            torch.testing.assert_close(fused, exact)
+        with torch.no_grad():
+            torch.testing.assert_close(pair_logps(hidden, weight, targets, counts, chunk_rows, squares=True), found)
+            plain, *_ = pair_loss(hidden, weight, targets, counts, loss_fn, chunk_rows, squares=True)
+        torch.testing.assert_close(plain, loss.detach())
 
 
 @settings(deadline=None)

@@ -28,6 +28,17 @@ def test_rows_by_hand(dtype: torch.dtype) -> None:
     assert place == 0
 
 
+def test_log_squares_by_hand() -> None:
+    """p = (1/4, 3/4): 10/16; one logit 1e4 above the other: 1; both equal: 1/2. The buffer is still the gradient's."""
+    logits = torch.tensor([[0.0, math.log(3)], [1e4, 0.0], [-1e4, -1e4]])
+    targets = torch.tensor([1, 0, 0])
+    _, state = TORCH_KERNELS.logps_(logits, targets)
+    before = logits.clone()
+    found = TORCH_KERNELS.log_squares(logits, state)
+    torch.testing.assert_close(found, torch.tensor([10 / 16, 1.0, 0.5]).log(), atol=1e-7, rtol=1e-6)
+    assert torch.equal(logits, before)
+
+
 def test_huge_logits_by_hand() -> None:
     """One logit 1e4 above the other: 0 at it and -1e4 beside it, and no gradient at the one that is sure."""
     logps, gradient, _ = _run(torch.tensor([[1e4, 0.0]] * 2), [0, 1], [1.0, 1.0], torch.float32)

@@ -17,11 +17,15 @@ from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.weights import load_weights
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import precompute_and_train, train
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
+from simple_llama.reinforcement_learning.rlhf.reference import ref_source
 from simple_llama.reinforcement_learning.rlhf.run import training_run
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, optimizer_step
@@ -153,6 +157,44 @@ def test_gaps_of_a_run(job, ranks, caplog):
     expected = s * math.log(2 * s) + (1 - s) * math.log(2 * (1 - s))
     assert job.curve("eval_loss", "asked")[0] == pytest.approx(expected, abs=1e-6)
     assert f"expected {expected:.6f}" in caplog.text
+
+
+def test_a_run_that_reads_sums_over_the_common_length(job, ranks, caplog):
+    """LD-DPO on a store that DPO filled: the pass adds those sums, and keeps the others; it begins at ln 2. Another
+    alpha needs no pass; with the model in memory the curve is the same."""
+    caplog.set_level("INFO", "simple_llama")
+    few, plain = {"epochs": 1, "n_samples": 0}, DPOConfig(**job.settings)
+    inputs = load_inputs(plain, ranks)
+    precompute(plain, inputs, ranks)
+    store, keys = ref_source.open_store(plain.ref_cache_dir, inputs.reference_id, ranks), inputs.data.pairs.keys
+    before = store.content_digest(keys)
+    caplog.clear()
+    run_job(job, ranks, run_name="ld", ld_alpha=0.5, **few)
+    same = sum(pair.chosen_scored == pair.rejected_scored for pair in inputs.data.pairs)
+    assert 0 < same < 24 and f"{same} of 24 pairs are there with their sums over the common length" in caplog.text
+    assert f"computed {24 - same} pairs" in caplog.text
+    again = ref_source.open_store(plain.ref_cache_dir, inputs.reference_id, ranks)
+    assert again.content_digest(keys) == before and not len(again.missing(inputs.data.pairs.names(True)))
+    assert job.curve("eval_loss", "ld")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert job.curve("loss", "ld")[0] == pytest.approx(math.log(2), abs=1e-5)
+    caplog.clear()
+    run_job(job, ranks, run_name="zero", ld_alpha=0.0, **few)
+    assert "24 of 24 pairs are there with" in caplog.text and "computed" not in caplog.text
+    run_job(job, ranks, run_name="online", ld_alpha=0.5, reference="online", **few)
+    assert job.curve("loss", "online") == pytest.approx(job.curve("loss", "ld"), abs=1e-6)
+    assert abs(job.curve("loss", "ld")[2] - job.curve("loss", "zero")[2]) > 1e-5
+
+
+def test_a_run_whose_pairs_are_weighted_by_the_policy(job, ranks):
+    """WPO: at the start ln 2 times weights that are of the policy, so that no constant is foretold."""
+    run_job(job, ranks, weighting="wpo", epochs=1, n_samples=0)
+    inputs = load_inputs(DPOConfig(**job.settings), ranks)
+    batch = PairBatch.pack(list(inputs.data.validation))
+    sums_B6 = pair_logps(inputs.build_reference("cpu"), batch, Asked(squares=True))
+    weights_B = ((sums_B6[:, :2] - sums_B6[:, 4:]) / batch.counts_B2).sum(1).exp()
+    assert job.curve("eval_loss")[0] == pytest.approx(math.log(2) * weights_B.mean().item(), rel=1e-5)
+    assert job.curve("eval_rewards/margins")[0] == 0
+    assert abs(job.curve("loss")[0] - math.log(2)) > 1e-3
 
 
 def test_reference_in_memory_equals_the_store(done, ranks):

@@ -11,6 +11,7 @@ import torch
 
 from simple_llama.reinforcement_learning.rlhf import precompute
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 
 CPU = torch.device("cpu")
 PAIRS = [TokenizedPair.from_chats([1, 2, i], 1, [1, 2, i + 1, 5], 2) for i in range(10, 15)]
@@ -21,10 +22,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """In the model's place: the sum of a pair's target tokens. Holds how many pairs each call had."""
     calls: list[int] = []
 
-    def sums(model: Any, batch: PairBatch) -> torch.Tensor:
+    def sums(model: Any, batch: PairBatch, asked: Asked) -> torch.Tensor:
         calls.append(len(batch))
         lengths = [length for pair in batch.counts for length in pair]
-        return torch.stack([part.sum() for part in batch.targets_N.split(lengths)]).view(-1, 2).float()
+        parts = [batch.targets_N.split(lengths), [part[:1] for part in batch.targets_N.split(lengths)]]
+        taken = [torch.stack([one.sum() for one in part]).view(-1, 2).float() for part in parts]
+        return torch.cat(taken[: asked.columns // 2], dim=1)
 
     monkeypatch.setattr(precompute, "pair_logps", sums)
     return calls
@@ -43,6 +46,16 @@ def test_each_micro_batch_comes_with_its_own_sums(asked: list[int]) -> None:
         (batches[1].keys.tobytes(), [[12, 18]], [2, 1, 2]),
         (batches[2].keys.tobytes(), [[13, 19], [14, 20]], [2, 1, 2]),
     ]
+
+
+def test_fronts_come_from_the_same_call(asked: list[int]) -> None:
+    """Of answers of 1 and 2 tokens that up to the common length of 1, under the names of pairs that end there."""
+    model: Any = None
+    batch = PairBatch.pack(PAIRS[:2])
+    [(keys, sums_B2)] = precompute.computed(model, iter([batch]), CPU, fronts=True)
+    assert asked == [2] and sums_B2.tolist() == [[10, 16], [11, 17], [10, 11], [11, 12]]
+    shorter = [TokenizedPair.from_chats([1, 2, i], 1, [1, 2, i + 1], 1) for i in (10, 11)]
+    assert keys.tobytes() == batch.keys.tobytes() + PairBatch.pack(shorter).keys.tobytes()
 
 
 def test_a_stop_gives_out_what_is_computed(asked: list[int]) -> None:

@@ -11,7 +11,7 @@ chats. Shapes: B pairs, T packed rows, N scored tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,8 +62,8 @@ class TokenizedPair:
     @classmethod
     def from_spans(
         cls,
-        chosen_ids: Sequence[int],
-        rejected_ids: Sequence[int],
+        chosen_ids: Sequence[int] | np.ndarray,
+        rejected_ids: Sequence[int] | np.ndarray,
         spans: tuple[Spans, Spans],
         weight: float = 1.0,
         gap: float | None = None,
@@ -158,10 +158,31 @@ class TokenizedPair:
         chosen, rejected = (whole[spans[-1][0] :] for whole, spans in zip(self.wholes, self.scored_spans, strict=True))
         return chosen, rejected
 
+    @property
+    def front(self) -> TokenizedPair:
+        """The pair up to the common length: chats that end with as many scored tokens as both have. What stands behind
+        them changes no log-prob, so this is a pair with a name of its own; where both score as many, the pair itself.
+        """
+        common = min(self.chosen_scored, self.rejected_scored)
+        if self.chosen_scored == self.rejected_scored:
+            return self
+        (chosen, rejected), (one, other) = self.wholes, (_first(spans, common) for spans in self.scored_spans)
+        return TokenizedPair.from_spans(chosen[: one[-1][1]], rejected[: other[-1][1]], (one, other))
+
     def without_sharing(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
         """Both chats whole, each with its scored count: what a trainer without prefix sharing computes."""
         chosen, rejected = self.wholes
         return (chosen, self.chosen_scored), (rejected, self.rejected_scored)
+
+
+def _first(spans: Spans, count: int) -> Spans:
+    """The first `count` tokens of spans."""
+    found: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if count:
+            found.append((start, min(stop, start + count)))
+            count -= found[-1][1] - start
+    return tuple(found)
 
 
 def _name(
@@ -205,9 +226,25 @@ class PairBatch:
         return tuple((pair.chosen_scored, pair.rejected_scored) for pair in self.pairs)
 
     @property
+    def part_counts(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Scored tokens of chosen and rejected, each up to the common length and beyond it."""
+        common = (min(counts) for counts in self.counts)
+        return tuple((c, w - c, c, r - c) for (w, r), c in zip(self.counts, common, strict=True))
+
+    def counts_of(self, columns: int) -> torch.Tensor:
+        """Scored tokens (B, 2) of the answers, or (B, 4) with those up to the common length behind them."""
+        common_B1 = self.counts_B2.amin(dim=1, keepdim=True)
+        return self.counts_B2 if columns == 2 else torch.cat([self.counts_B2, common_B1, common_B1], dim=1)
+
+    @property
     def keys(self) -> np.ndarray:
         """Names of the pairs in the reference store: (B,) of KEY."""
         return as_keys([pair.digest for pair in self.pairs], self.counts)
+
+    @property
+    def front_keys(self) -> np.ndarray:
+        """Those of the pairs up to their common lengths."""
+        return front_keys(self.pairs)
 
     @classmethod
     def pack(cls, pairs: Sequence[TokenizedPair]) -> PairBatch:
@@ -262,3 +299,9 @@ class PairBatch:
             weights_B=move(self.weights_B),
             gaps_B=move(self.gaps_B),
         )
+
+
+def front_keys(pairs: Iterable[TokenizedPair]) -> np.ndarray:
+    """Names in the reference store of pairs up to their common lengths: (B,) of KEY."""
+    fronts = [pair.front for pair in pairs]
+    return as_keys([one.digest for one in fronts], [(one.chosen_scored, one.rejected_scored) for one in fronts])

@@ -16,7 +16,7 @@ from typing import overload
 import numpy as np
 
 from simple_llama.common.files import digest
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair, front_keys
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
 from simple_llama.reinforcement_learning.rlhf.data.span_table import SpanBuffer, SpanTable
 
@@ -123,6 +123,10 @@ class PairSet(Sequence[TokenizedPair]):
         """Share of pairs whose chosen answer has more tokens, ties one half: what a rule that reads nothing scores."""
         chosen, rejected = self.keys["counts"].T
         return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+
+    def names(self, fronts: bool) -> np.ndarray:
+        """What a reference store is asked for: the keys, and behind them those of all fronts where these are needed."""
+        return np.concatenate([self.keys, front_keys(self)]) if fronts else self.keys
 
     @property
     def weights(self) -> np.ndarray:

@@ -144,15 +144,17 @@ class Engine:
             parameter.register_post_accumulate_grad_hook(self.optimizer._fill_param_grad_accum_attribute)
 
     def logps(self, batch: PairBatch) -> torch.Tensor:
-        """Log-prob sums (B, 2) with the current weights, as `policy.pair_logps`; with ZeRO-3 on every rank at once."""
+        """Log-prob sums (B, S) that the loss reads, with the current weights, as `policy.pair_logps`; with ZeRO-3 on
+        every rank at once."""
+        asked = self.engine.module.loss_fn.asks
         if not self.partitioned:
-            return pair_logps(self.model, batch)
-        ignored_B2 = torch.zeros(len(batch), 2, device=batch.tokens_T.device)
+            return pair_logps(self.model, batch, asked)
+        ignored_BS = torch.zeros(len(batch), asked.columns, device=batch.tokens_T.device)
         with torch.no_grad(), evaluating(self.engine.module):  # only the engine's forward gathers the head's weight
-            return self.engine(batch, ignored_B2).logps_B2
+            return self.engine(batch, ignored_BS).sums_BS
 
     def logps_without_adapters(self, batch: PairBatch) -> torch.Tensor:
-        """The same (B, 2) with the model's adapters off."""
+        """The same with the model's adapters off."""
         with adapters_off(self.model):
             return self.logps(batch)
 

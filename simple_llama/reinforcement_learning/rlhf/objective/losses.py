@@ -21,9 +21,13 @@ from simple_llama.reinforcement_learning.rlhf.objective.scores import (
     length_rewards,
     mean_policy_rewards,
     policy_rewards,
+    policy_weights,
+    without_length,
 )
 
 NLL_WEIGHT = "nll_weight"  # an option of each loss that is no likelihood itself
+LD_ALPHA = "ld_alpha"  # of each that reads a reference
+WEIGHTING = "weighting"  # of each
 
 
 class Loss(NamedTuple):
@@ -38,19 +42,29 @@ class Loss(NamedTuple):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """A loss's own options with their defaults: its keyword-only parameters, and the likelihood's weight."""
-        return {**keywords(self.function), **({} if self.nll_weight is None else {NLL_WEIGHT: self.nll_weight})}
+        """A loss's own options with their defaults: its keyword-only parameters, the likelihood's weight, what counts
+        beyond the common length, and how pairs are weighted."""
+        found = {**keywords(self.function), **({} if self.nll_weight is None else {NLL_WEIGHT: self.nll_weight})}
+        return {**found, **({LD_ALPHA: 1.0} if "ref_B2" in self.reads else {}), WEIGHTING: "none"}
 
     def losses(self, scores: Scores, values: Mapping[str, Any]) -> torch.Tensor:
         """Loss (B,) of each pair. Args: values: of its options; the default of one that is missing."""
-        losses_B = self.function(scores, **{name: values[name] for name in keywords(self.function) if name in values})
-        if not values.get(NLL_WEIGHT):
-            return losses_B
-        return losses_B + values[NLL_WEIGHT] * reference_free.sft_loss(scores)
+        own = {name: values[name] for name in keywords(self.function) if name in values}
+        losses_B = self.function(self.compared(scores, values), **own)
+        if values.get(NLL_WEIGHT):
+            losses_B = losses_B + values[NLL_WEIGHT] * reference_free.sft_loss(scores)
+        return policy_weights(scores) * losses_B if values.get(WEIGHTING) == "wpo" else losses_B
+
+    def compared(self, scores: Scores, values: Mapping[str, Any]) -> Scores:
+        """The scores that answers are compared by."""
+        return without_length(scores, values[LD_ALPHA]) if values.get(LD_ALPHA, 1.0) != 1 else scores
 
     def fields_read(self, values: Mapping[str, Any]) -> set[str]:
         """Names of the fields of `Scores` that it reads with these options."""
-        return {*self.reads, *(("logps_B2", "counts_B2") if values.get(NLL_WEIGHT) else ())}
+        found = {*self.reads, *(("logps_B2", "counts_B2") if values.get(NLL_WEIGHT) else ())}
+        if values.get(LD_ALPHA, 1.0) != 1:
+            found |= {"fronts_B2", "ref_fronts_B2"}
+        return found | ({"counts_B2", "squares_B2"} if values.get(WEIGHTING) == "wpo" else set())
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """A model and a PairBatch make log-probs or a loss. The one forward of the reference pass, training and evaluation.
 
-Shapes: B pairs (b of a chunk of the head), T packed rows, N scored tokens, D width, V vocabulary.
+Shapes: B pairs (b of a chunk of the head), S sums of a pair, P of its parts, T packed rows, N scored tokens, D width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked, Scores
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,28 @@ def trained_names(model: LLaMaTransformer, trainable: str, source: object, adapt
 
 
 # Fields of Scores that `scores_of` fills in; gaps where the data has them, which `require_gaps` looks at.
-GIVEN = ("logps_B2", "ref_B2", "counts_B2", "weights_B", "gaps_B")
+GIVEN = (
+    *("logps_B2", "ref_B2", "counts_B2", "weights_B", "gaps_B"),
+    *("fronts_B2", "ref_fronts_B2", "squares_B2"),
+)
 
 
-def scores_of(
-    logps_B2: torch.Tensor, ref_logps_B2: torch.Tensor, batch: PairBatch, pairs: slice = slice(None)
-) -> Scores:
-    """What a loss reads of some pairs of a batch, in training and evaluation alike; `logps_B2` is of these pairs."""
-    of_batch = (batch.counts_B2, batch.weights_B, batch.gaps_B)
-    return Scores(logps_B2, ref_logps_B2[pairs], *(part[pairs] for part in of_batch))
+_WHOLE = Asked()
+
+
+def scores_of(sums_BS: torch.Tensor, ref_BS: torch.Tensor, batch: PairBatch, pairs: slice = slice(None)) -> Scores:
+    """What a loss reads of some pairs of a batch, in training and evaluation alike; `sums_BS` is of these pairs."""
+    ref_BS = ref_BS[pairs]
+    return Scores(
+        sums_BS[:, :2],
+        ref_BS[:, :2],
+        batch.counts_B2[pairs],
+        batch.weights_B[pairs],
+        batch.gaps_B[pairs],
+        sums_BS[:, 2:4] if sums_BS.shape[1] > 2 else None,
+        ref_BS[:, 2:4] if ref_BS.shape[1] > 2 else None,
+        sums_BS[:, 4:6] if sums_BS.shape[1] > 4 else None,
+    )
 
 
 def require_gaps(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
@@ -125,6 +139,7 @@ class PolicyOutput(NamedTuple):
     losses_B: torch.Tensor
     logps_B2: torch.Tensor  # log-prob sums of chosen and rejected
     rewards_B2: torch.Tensor  # implicit rewards of chosen and rejected
+    sums_BS: torch.Tensor | None = None  # all sums that the loss reads, as `pair_logps`
 
 
 class DPOPolicy(nn.Module):
@@ -142,19 +157,23 @@ class DPOPolicy(nn.Module):
 
         Args:
             batch: B packed pairs on the model's device.
-            ref_logps_B2: fp32 log-prob sums of the frozen reference, (chosen, rejected); no numbers without one.
+            ref_logps_B2: fp32 log-prob sums of the frozen reference, (chosen, rejected), behind them those over the
+                common length where the loss reads these; no numbers without a reference.
         """
+        asked = self.loss_fn.asks
 
-        def loss_of(logps_b2: torch.Tensor, pairs: slice) -> torch.Tensor:
-            return self.loss_fn(scores_of(logps_b2, ref_logps_B2, batch, pairs))
+        def loss_of(parts_bP: torch.Tensor, pairs: slice) -> torch.Tensor:
+            return self.loss_fn(scores_of(_sums(parts_bP, asked), ref_logps_B2, batch, pairs))
 
         hidden_ND = _scored_hidden(self.model, batch)
-        loss, losses_B, logps_B2 = logprob.pair_loss(
-            hidden_ND, self.model.head_weight, batch.targets_N, batch.counts, loss_of
+        weight_VD, counts = self.model.head_weight, batch.part_counts if asked.fronts else batch.counts
+        loss, losses_B, parts_BP = logprob.pair_loss(
+            hidden_ND, weight_VD, batch.targets_N, counts, loss_of, squares=asked.squares
         )
+        sums_BS = _sums(parts_BP, asked)
         with torch.no_grad():
-            rewards_B2 = self.loss_fn.rewards(scores_of(logps_B2, ref_logps_B2, batch))
-        return PolicyOutput(loss, losses_B, logps_B2, rewards_B2)
+            rewards_B2 = self.loss_fn.rewards(scores_of(sums_BS, ref_logps_B2, batch))
+        return PolicyOutput(loss, losses_B, sums_BS[:, :2], rewards_B2, sums_BS)
 
 
 def _scored_hidden(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
@@ -163,12 +182,27 @@ def _scored_hidden(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
     return hidden_TD.index_select(0, batch.rows_N)
 
 
+def _sums(parts_BP: torch.Tensor, asked: Asked) -> torch.Tensor:
+    """Sums of whole answers, and behind them what else is asked for (B, S), from those of answers, or of their fronts
+    and rests, with those of squares behind them."""
+    if asked == Asked():
+        return parts_BP
+    if asked.fronts:
+        whole_BP, fronts_B2 = parts_BP[:, 0::2] + parts_BP[:, 1::2], parts_BP[:, 0:4:2]
+    else:
+        whole_BP, fronts_B2 = parts_BP, parts_BP[:, :2]
+    return torch.cat([whole_BP[:, :2], fronts_B2, whole_BP[:, 2:]], dim=1)
+
+
 @torch.no_grad()
-def pair_logps(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
-    """Log-prob sums (B, 2) of the chosen and rejected answers, fp32, without gradient and without dropout."""
+def pair_logps(model: LLaMaTransformer, batch: PairBatch, asked: Asked = _WHOLE) -> torch.Tensor:
+    """Log-prob sums (B, S) of the chosen and rejected answers, and behind them what else is asked for, fp32, without
+    gradient and without dropout."""
     with evaluating(model):
         hidden_ND = _scored_hidden(model, batch)
-        return logprob.pair_logps(hidden_ND, model.head_weight, batch.targets_N, batch.counts)
+        counts = batch.part_counts if asked.fronts else batch.counts
+        parts_BP = logprob.pair_logps(hidden_ND, model.head_weight, batch.targets_N, counts, squares=asked.squares)
+        return _sums(parts_BP, asked)
 
 
 def compile_now(model: LLaMaTransformer, pair: TokenizedPair, device: torch.device, backward: bool) -> None:

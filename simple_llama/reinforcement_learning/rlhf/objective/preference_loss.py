@@ -15,11 +15,24 @@ from typing_extensions import Doc
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
 from simple_llama.common.settings import Bounds, Settings
-from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES, NLL_WEIGHT, Loss, keywords
-from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
+from simple_llama.reinforcement_learning.rlhf.objective.losses import (
+    LD_ALPHA,
+    LOSSES,
+    NLL_WEIGHT,
+    WEIGHTING,
+    Loss,
+    keywords,
+)
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked, Scores
 
 # Values of an option that ask for nothing, so that a loss without it need not refuse them: files of runs have them.
-_ASKS_NOTHING = {"label_smoothing": 0.0, NLL_WEIGHT: 0.0, "f_divergence": "reverse_kl"}
+_ASKS_NOTHING = {
+    "label_smoothing": 0.0,
+    NLL_WEIGHT: 0.0,
+    "f_divergence": "reverse_kl",
+    LD_ALPHA: 1.0,
+    WEIGHTING: "none",
+}
 _BETA = Bounds(0, math.inf, above=True, below=True)
 Beta = Annotated[float, _BETA, Doc("what rewards and losses multiply log-ratios by")]  # of a command without a loss
 _TERM = re.compile(r"(\w+)(?::(.*))?")
@@ -74,6 +87,18 @@ class LossConfig(Settings):
         float | None,
         Bounds(0, 1000, above=True),
         Doc("eta of rpo_gap: nats of margin for each unit of a pair's gap"),
+    ] = None
+    ld_alpha: Annotated[
+        float | None,
+        Bounds(0, 1),
+        Doc(
+            "how much log-probs count beyond the length that both answers have, of policy and reference (LD-DPO); a "
+            "store keeps the reference's sums over that length beside the others"
+        ),
+    ] = None
+    weighting: Annotated[
+        Literal["none", "wpo"] | None,
+        Doc("wpo: pairs count by how likely the policy is to write such answers itself, beside their own weights"),
     ] = None
 
     def check_rules(self) -> None:
@@ -175,6 +200,7 @@ class PreferenceLoss(LossConfig):
     def rewards(self, scores: Scores) -> torch.Tensor:
         """Rewards (B, 2) that the loss, the first one of a sum, implies; see docs/losses.md."""
         _, _, loss, values = self._terms[0]
+        scores = loss.compared(scores, values)
         return loss.rewards(scores, **{name: values[name] for name in keywords(loss.rewards) if name in values})
 
     @property
@@ -186,6 +212,12 @@ class PreferenceLoss(LossConfig):
     def reads(self) -> set[str]:
         """Names of the fields of `Scores` that it reads."""
         return set().union(*(term.loss.fields_read(term.values) for term in self._terms))
+
+    @property
+    def asks(self) -> Asked:
+        """Which sums it reads beside those of whole answers."""
+        reads = self.reads
+        return Asked("fronts_B2" in reads, "squares_B2" in reads)
 
     @property
     def needs_reference(self) -> bool:
@@ -206,8 +238,11 @@ class PreferenceLoss(LossConfig):
         """
         if any(term.values.get(NLL_WEIGHT) or not term.loss.of_ratios for term in self._terms):
             return None
+        if self.asks.squares:
+            return None
         equal_12 = torch.full((1, 2), -1.0, dtype=torch.float64)
-        return self(Scores(equal_12, equal_12, torch.ones(1, 2, dtype=torch.int64))).item()
+        one_12 = torch.ones(1, 2, dtype=torch.int64)
+        return self(Scores(equal_12, equal_12, one_12, fronts_B2=equal_12, ref_fronts_B2=equal_12)).item()
 
     def foretold(
         self,
@@ -215,11 +250,12 @@ class PreferenceLoss(LossConfig):
         counts_B2: torch.Tensor,
         weights_B: torch.Tensor | None = None,
         gaps_B: torch.Tensor | None = None,
+        fronts_B2: torch.Tensor | None = None,
     ) -> float:
-        """The mean loss, in fp64, of pairs with these sums of the reference, scored tokens, weights and gaps, while
-        the reference is the policy."""
-        sums_B2 = ref_B2.double()
-        return self(Scores(sums_B2, sums_B2, counts_B2, weights_B, gaps_B)).mean().item()
+        """The mean loss, in fp64, of pairs with these sums of the reference, scored tokens, weights and gaps, and sums
+        over the common length, while the reference is the policy."""
+        sums_B2, fronts_B2 = ref_B2.double(), None if fronts_B2 is None else fronts_B2.double()
+        return self(Scores(sums_B2, sums_B2, counts_B2, weights_B, gaps_B, fronts_B2, fronts_B2)).mean().item()
 
 
 @functools.cache
@@ -254,11 +290,13 @@ def _number(text: str | None) -> float:
 
 
 def _values(loss: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A loss's options: as given, else its defaults; f_alpha only where it counts."""
+    """A loss's options: as given, else its defaults; f_alpha, ld_alpha and weighting only where they count."""
     values = {name: default if given[name] is None else given[name] for name, default in loss.defaults.items()}
     if values.get("f_divergence") != "alpha":
         values.pop("f_alpha", None)
-    return values
+    return {
+        name: value for name, value in values.items() if (name, value) not in ((LD_ALPHA, 1.0), (WEIGHTING, "none"))
+    }
 
 
 def _with_option(name: str) -> list[str]:

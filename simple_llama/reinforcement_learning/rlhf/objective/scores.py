@@ -6,7 +6,8 @@ Shapes: B pairs; column 0 is chosen, column 1 rejected.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,21 @@ class Scores:
     counts_B2: torch.Tensor | None = None  # scored tokens
     weights_B: torch.Tensor | None = None  # what each pair's loss is multiplied by; None: 1
     gaps_B: torch.Tensor | None = None  # reward of the chosen answer less that of the rejected one; NaN for none
+    fronts_B2: torch.Tensor | None = None  # log-prob sums over as many first scored tokens as both answers have
+    ref_fronts_B2: torch.Tensor | None = None  # the same of the frozen reference
+    squares_B2: torch.Tensor | None = None  # sums over the scored tokens of log sum p^2 of the policy, no gradient
+
+
+class Asked(NamedTuple):
+    """Which sums of a pair a loss reads beside those of chosen and rejected: columns (B, 2) behind theirs each."""
+
+    fronts: bool = False  # over the common length
+    squares: bool = False  # of log sum p^2; behind the fronts, which are then there whether they are asked for or not
+
+    @property
+    def columns(self) -> int:
+        """How many sums a pair has."""
+        return 6 if self.squares else 4 if self.fronts else 2
 
 
 def log_ratios(scores: Scores) -> torch.Tensor:
@@ -41,6 +57,34 @@ def token_means(sums_B2: torch.Tensor, scores: Scores) -> torch.Tensor:
 def margin(values_B2: torch.Tensor) -> torch.Tensor:
     """Chosen less rejected (B,)."""
     return values_B2[:, 0] - values_B2[:, 1]
+
+
+def without_length(scores: Scores, alpha: float) -> Scores:
+    """Scores whose log-probs count alpha times beyond the common length, those of policy and reference alike: LD-DPO,
+    arXiv:2409.06411.
+
+    The common length is that of the answer with fewer scored tokens: with alpha 0 a longer answer is compared by as
+    many tokens as the other one has, with 1 this is DPO. An option of each loss that reads a reference; rewards are of
+    these scores too, and a likelihood term counts whole answers. The reference's sums up to the common length are
+    entries of their own in the store, named as pairs that end there; the pass makes them where ld_alpha asks for them.
+    The same in TRL (1.16), whose ld_alpha it is; other codes have the policy's alone.
+    """
+    assert scores.ref_B2 is not None and scores.fronts_B2 is not None and scores.ref_fronts_B2 is not None
+    logps_B2 = scores.fronts_B2 + alpha * (scores.logps_B2 - scores.fronts_B2)
+    ref_B2 = scores.ref_fronts_B2 + alpha * (scores.ref_B2 - scores.ref_fronts_B2)
+    return replace(scores, logps_B2=logps_B2, ref_B2=ref_B2)
+
+
+def policy_weights(scores: Scores) -> torch.Tensor:
+    """w_w w_l with w = exp(mean over an answer's scored tokens of log p - log sum p^2): how near a pair's answers are
+    to what the policy would write itself (B,), without gradient: WPO, Eq. 2, arXiv:2406.11827.
+
+    sum p^2, over the vocabulary, is the p that a token which the policy samples has on average, so such an answer has
+    about 1. `weighting wpo` multiplies each pair's loss, likelihood term included, beside the weight of its record; the
+    first loss then depends on the policy, and no store has it. The same in TRL (1.16), use_weighting.
+    """
+    assert scores.squares_B2 is not None
+    return token_means(scores.logps_B2.detach() - scores.squares_B2, scores).sum(dim=1).exp()
 
 
 def divergence_scores(scores: Scores, f_divergence: str, f_alpha: float) -> torch.Tensor:

@@ -188,11 +188,12 @@ class Auditor:
     def _compare(self, logps: Logps, ref_logps: Logps, positions: Sequence[int]) -> tuple[float, list[str]]:
         """The largest difference a scored token (nats) of a micro-batch, and which pairs are beyond the bound."""
         batch = PairBatch.pack([self.pairs[i] for i in positions]).to(self.ranks.device)
-        ours_B2, ref_B2 = logps(batch), ref_logps(batch)
-        far_B = self.bound.exceeded(ours_B2, ref_B2, batch.counts_B2).any(1).tolist()
-        told = zip(positions, far_B, ours_B2.tolist(), ref_B2.tolist(), strict=True)
+        ref_BS = ref_logps(batch)[:, :4]  # what else a loss reads is of the policy alone
+        ours_BS, counts_BS = logps(batch)[:, : ref_BS.shape[1]], batch.counts_of(ref_BS.shape[1])
+        far_B = self.bound.exceeded(ours_BS, ref_BS, counts_BS).any(1).tolist()
+        told = zip(positions, far_B, ours_BS.tolist(), ref_BS.tolist(), strict=True)
         named = [_told(self.pairs.origin(i), ours, ref) for i, far, ours, ref in told if far]
-        return float(((ours_B2 - ref_B2).abs() / batch.counts_B2).max()), named
+        return float(((ours_BS - ref_BS).abs() / counts_BS).max()), named
 
 
 def require_kept(kept: KeptValues, store: RefStore, content: str, bound: Bound, place: str) -> None:

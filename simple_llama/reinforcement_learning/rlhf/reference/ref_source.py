@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from typing_extensions import Doc
 
@@ -18,10 +19,13 @@ from simple_llama.common.paths import root_path
 from simple_llama.common.settings import Count, PathText, Settings
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 
-Logps = Callable[[PairBatch], torch.Tensor]  # -> (B, 2) fp32: log-prob sums, on the batch's device
+# -> (B, 2) fp32: log-prob sums, on the batch's device; behind them what else a loss reads, see `policy.pair_logps`
+Logps = Callable[[PairBatch], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Reference:
     content: str  # digest of all that will be looked up; "none" where there is no reference
     store: RefStore | None = None  # where it comes from one
     model: LLaMaTransformer | None = None  # where it stays in memory
+    fronts: bool = False  # whether `logps` has those over the common length too
 
 
 def open_store(cache_dir: str, reference: dict, ranks: Ranks) -> RefStore:
@@ -67,11 +72,19 @@ def open_store(cache_dir: str, reference: dict, ranks: Ranks) -> RefStore:
     return store
 
 
-def from_store(store: RefStore) -> Logps:
-    """Looks the pairs of a batch up by their digests; no model in memory."""
+def missing_pairs(store: RefStore, pairs: PairSet, fronts: bool) -> np.ndarray:
+    """Positions of the pairs without a record, in order, of equal ones only the first; with `fronts` also of those
+    without one of their sums over the common length."""
+    return np.unique(store.missing(pairs.names(fronts)) % len(pairs)) if fronts else store.missing(pairs.keys)
+
+
+def from_store(store: RefStore, fronts: bool = False) -> Logps:
+    """Looks the pairs of a batch up by their digests; no model in memory. `fronts`: also those up to the common
+    length, (B, 4)."""
 
     def look_up(batch: PairBatch) -> torch.Tensor:
-        return torch.from_numpy(store.lookup(batch.keys)).to(batch.tokens_T.device, non_blocking=True)
+        found = [store.lookup(keys) for keys in (batch.keys, *([batch.front_keys] if fronts else []))]
+        return torch.from_numpy(np.concatenate(found, axis=1)).to(batch.tokens_T.device, non_blocking=True)
 
     return look_up
 
@@ -82,6 +95,6 @@ def without(batch: PairBatch) -> torch.Tensor:
     return torch.full((len(batch.counts), 2), math.nan, device=batch.tokens_T.device)
 
 
-def from_model(frozen: LLaMaTransformer) -> Logps:
+def from_model(frozen: LLaMaTransformer, fronts: bool = False) -> Logps:
     """Computes the reference with a frozen model that stays in memory."""
-    return lambda batch: pair_logps(frozen, batch)
+    return lambda batch: pair_logps(frozen, batch, Asked(fronts))

@@ -94,9 +94,9 @@ def evaluate(
     for micro_batch in micro_batches:
         # an empty one still makes its forward call, for nothing
         batch = PairBatch.pack([pairs[i] for i in micro_batch or (0,)]).to(device)
-        logps_B2 = logps(batch)
-        ref_B2 = ref_logps(batch)
-        scores = scores_of(logps_B2, ref_B2, batch)
+        sums_BS, ref_BS = logps(batch), ref_logps(batch)
+        scores = scores_of(sums_BS, ref_BS, batch)
+        logps_B2, ref_B2 = sums_BS[:, :2], ref_BS[:, :2]
         if not micro_batch:
             continue
         losses_B, rewards_B2 = loss_fn(scores), loss_fn.rewards(scores)

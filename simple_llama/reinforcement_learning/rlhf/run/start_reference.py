@@ -16,15 +16,17 @@ from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, require_kept
 from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
 
 
 def open_reference(
-    config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks, needed: bool = True
+    config: ref_source.ReferenceConfig, inputs: Inputs, ranks: Ranks, needed: bool = True, fronts: bool = False
 ) -> ref_source.Reference:
-    """Where reference log-probs come from (collective); where they are not `needed`, nothing is opened."""
+    """Where reference log-probs come from (collective); where they are not `needed`, nothing is opened. `fronts`: also
+    those over the common length."""
     if not needed:
         return ref_source.Reference(ref_source.without, "none")
     if config.reference == "online" and inputs.without_adapters:
@@ -32,11 +34,11 @@ def open_reference(
     if config.reference == "online":
         frozen = inputs.build_reference(ranks.device).requires_grad_(False)
         compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)
-        return ref_source.Reference(ref_source.from_model(frozen), "online", model=frozen)
+        return ref_source.Reference(ref_source.from_model(frozen, fronts), "online", model=frozen, fronts=fronts)
     store = ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     with fail_together(ranks):
-        content = store.content_digest(inputs.data.pairs.keys)  # raises where pairs are missing
-    return ref_source.Reference(ref_source.from_store(store), content, store)
+        content = store.content_digest(inputs.data.pairs.names(fronts))  # raises where pairs are missing
+    return ref_source.Reference(ref_source.from_store(store, fronts), content, store, fronts=fronts)
 
 
 def through_policy(
@@ -60,7 +62,7 @@ def reference_values(
     store, kept = reference.store, saved.facts.reference_values if saved else None
     if not store:
         return kept
-    values = KeptValues.of(store, pairs.keys, reference.content)
+    values = KeptValues.of(store, pairs.names(reference.fronts), reference.content)
     if saved and not kept:
         LOGGER.info("%s keeps no values of the reference: none are compared", saved.folder)
     elif saved:
@@ -94,6 +96,6 @@ def audit_other(config: InputsConfig, reference: ref_source.Reference, inputs: I
         model = inputs.build_reference(ranks.device)
         compile_now(model, inputs.data.pairs[0], ranks.device, backward=False)
     LOGGER.info("the reference is %s, not the start model: the audit asks that one", inputs.reference.path)
-    audit_reference(config, reference, partial(pair_logps, model), inputs, ranks)
+    audit_reference(config, reference, partial(pair_logps, model, asked=Asked(reference.fronts)), inputs, ranks)
     del model
     release(ranks.device)

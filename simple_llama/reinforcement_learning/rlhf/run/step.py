@@ -107,7 +107,7 @@ def accumulate(
         if weight:
             sums.add(out, batch)
             if first:
-                first.see(batch, out.logps_B2, ref_B2)
+                first.see(batch, out.logps_B2, ref_B2[:, :2])
             losses.append(out.losses_B)
     return losses
 

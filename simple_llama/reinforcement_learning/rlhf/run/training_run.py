@@ -125,7 +125,8 @@ class TrainingRun:
         course = course_of(asdict(config), self.plan.pairs_per_step, self.total_steps, inputs)
         # before the store is looked into: of another model's nobody should be asked to fill one
         saved = _state_to_resume(ckpt_folder, course, self.total_steps, ranks) if config.resume else None
-        self.reference = open_reference(config, inputs, ranks, self.loss_fn.needs_reference)
+        needed, fronts = self.loss_fn.needs_reference, self.loss_fn.asks.fronts
+        self.reference = open_reference(config, inputs, ranks, needed, fronts)
         require_same("reference store (digest)", self.reference.content, ranks)
         self.bound = Bound.here(inputs.dtype, ranks.device.type)
         with fail_together(ranks):
@@ -231,13 +232,17 @@ class TrainingRun:
         if not self.inputs.starts_as_reference:
             LOGGER.info("step 0: the policy is not the reference: nothing says beforehand what the loss must be")
             return
+        if self.loss_fn.asks.squares:
+            LOGGER.info("step 0: pairs are weighted by the policy: nothing says beforehand what the loss must be")
+            return
         expected, store = self.loss_fn.at_start(), self.reference.store
         if expected is not None:
             expected *= float(self.held_out.weights.mean())
         with fail_together(self.ranks):
             if expected is None and store:
                 keys, held_out = self.held_out.keys, self.held_out
-                parts = (store.lookup(keys), keys["counts"], held_out.weights, held_out.gaps)
+                fronts = [store.lookup(held_out.names(True)[len(keys) :])] if self.loss_fn.asks.fronts else []
+                parts = (store.lookup(keys), keys["counts"], held_out.weights, held_out.gaps, *fronts)
                 expected = self.loss_fn.foretold(*(torch.from_numpy(np.array(part)) for part in parts))
         if expected is None:
             LOGGER.info("step 0: without a store nothing says beforehand what %s must be", self.config.loss_type)

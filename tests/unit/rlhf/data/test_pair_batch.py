@@ -64,6 +64,23 @@ def test_several_answers_by_hand() -> None:
     assert TokenizedPair.from_spans([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], (((4, 6),), ((4, 5),))).digest == last.digest
 
 
+def test_fronts_by_hand() -> None:
+    """Answers of 2 and 3 tokens up to 2; of spans, 1 + 2 and 1 + 1 tokens, up to 2; of as many tokens: itself."""
+    pair = TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3, 2.0, 1.0)
+    shorter = TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7], 2)
+    assert pair.front.digest == shorter.digest != pair.digest and shorter.front is shorter
+    batch = PairBatch.pack([pair, shorter])
+    assert batch.front_keys.tobytes() == PairBatch.pack([shorter, shorter]).keys.tobytes()
+    assert batch.part_counts == ((2, 0, 2, 1), (2, 0, 2, 0))
+    assert batch.counts_of(4).tolist() == [[2, 3, 2, 2], [2, 2, 2, 2]] and batch.counts_of(2) is batch.counts_B2
+    spans = ((2, 3), (4, 6)), ((2, 3), (4, 5))
+    several = TokenizedPair.from_spans([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], spans)
+    cut = TokenizedPair.from_spans([1, 2, 3, 4, 5], [1, 2, 3, 4, 7], (((2, 3), (4, 5)), spans[1]))
+    assert several.front.digest == cut.digest and PairBatch.pack([several]).part_counts == ((2, 1, 2, 0),)
+    first = TokenizedPair.from_spans([1, 2, 3, 4, 5], [1, 2, 6, 7, 8, 4, 5], (((2, 3), (4, 5)), ((2, 5), (6, 7))))
+    assert first.front.scored_spans == (((2, 3), (4, 5)), ((2, 4),)) and first.front.rejected_len == 4
+
+
 def test_different_first_answers_score_two_pairs_of_tokens() -> None:
     """Chats 1 [2] 3 [4] and 1 [5] 3 [4]: the last answers are the same, all of them are not."""
     spans = ((1, 2), (3, 4)), ((1, 2), (3, 4))

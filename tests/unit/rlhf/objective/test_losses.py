@@ -47,7 +47,8 @@ def test_extreme_log_ratios_stay_finite(loss: PreferenceLoss) -> None:
     ref = torch.full((18, 2), -1000.0)
     gaps = torch.tensor([-1000.0, 0.0, 1000.0]).repeat(6)
     logps, counts_B2 = ref + torch.stack([chosen, rejected], dim=1), torch.stack([counts, counts], dim=1)
-    scores = Scores(logps, ref, counts_B2, gaps_B=gaps)
+    others = {"fronts_B2": 0.5 * logps, "ref_fronts_B2": 0.25 * ref, "squares_B2": -0.1 * counts_B2}
+    scores = Scores(logps, ref, counts_B2, gaps_B=gaps, **others)
     losses, gradient = slopes(loss, scores)
     assert losses.dtype == torch.float32 and losses.isfinite().all()
     squared = loss.loss_type.startswith("ipo") and loss.f_divergence in ("forward_kl", "alpha")

@@ -16,6 +16,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked, Scores
 from tiny_job import TINY
 
 VOCAB = 50
@@ -89,6 +90,71 @@ def test_packed_and_shared_equals_each_chat_alone(shape, seed, count, pad):
     counts = torch.tensor(PairBatch.pack(pairs).counts)
     assert ((packed - plain).abs() / counts).max() < 1e-5
     assert (packed <= 0).all()
+
+
+def test_all_sums_of_a_pair():
+    """Chosen, rejected, both over the common length, and log sum p^2 of both: against each chat alone."""
+    model, pairs = tiny_model(), random_pairs(2, 3) + random_dialogues(2, 2)
+    expected = []
+    with torch.no_grad():
+        for pair in pairs:
+            sides = []
+            for ids, at in zip(pair.wholes, pair.scored_at, strict=True):
+                row, at = torch.from_numpy(ids).long(), torch.from_numpy(at)
+                logps = model(row[None])[0].double().log_softmax(-1)[at - 1]
+                own = logps.gather(1, row[at, None])[:, 0]
+                common = min(pair.chosen_scored, pair.rejected_scored)
+                sides.append((own.sum(), own[:common].sum(), logps.exp().square().sum(1).log().sum()))
+            expected.append([value for both in zip(*sides, strict=True) for value in both])
+    expected_BS = torch.tensor(expected)
+    for asked in (Asked(), Asked(fronts=True), Asked(True, True)):
+        found = pair_logps(model, PairBatch.pack(pairs), asked)
+        torch.testing.assert_close(found.double(), expected_BS[:, : asked.columns], atol=1e-4, rtol=1e-5)
+    found = pair_logps(model, PairBatch.pack(pairs), Asked(squares=True)).double()[:, [0, 1, 4, 5]]
+    torch.testing.assert_close(found, expected_BS[:, [0, 1, 4, 5]], atol=1e-4, rtol=1e-5)
+    fronts = pair_logps(model, PairBatch.pack([pair.front for pair in pairs]))
+    both = pair_logps(model, PairBatch.pack(pairs), Asked(fronts=True))
+    torch.testing.assert_close(fronts, both[:, 2:], atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        PreferenceLoss("sigmoid", 0.5, ld_alpha=0.25),
+        PreferenceLoss("sigmoid_norm", 2.0, weighting="wpo"),
+        PreferenceLoss("hinge:0.5,simpo", nll_weight=0.1, ld_alpha=0.0, weighting="wpo"),
+    ],
+    ids=str,
+)
+def test_losses_of_more_sums_and_their_gradients(loss_fn):
+    """Three GEMMs against autograd through whole chats alone, token by token: loss and gradients."""
+    model, pairs = tiny_model(), random_pairs(4, 3) + random_dialogues(4, 1)
+    batch = PairBatch.pack(pairs)
+    ref = pair_logps(tiny_model(1), batch, Asked(fronts=True))
+    out = DPOPolicy(model, loss_fn)(batch, ref)
+    out.loss.backward()
+    got = {name: torch.clone(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total = torch.zeros(())
+    for place, pair in enumerate(pairs):
+        whole, fronts, squares = [], [], []
+        for ids, at in zip(pair.wholes, pair.scored_at, strict=True):
+            row, at = torch.from_numpy(ids).long(), torch.from_numpy(at)
+            logps = model(row[None])[0].log_softmax(-1)[at - 1]
+            own = logps.gather(1, row[at, None])[:, 0]
+            whole.append(own.sum())
+            fronts.append(own[: min(pair.chosen_scored, pair.rejected_scored)].sum())
+            squares.append(logps.detach().exp().square().sum(1).log().sum())
+        sums = (torch.stack(part)[None] for part in (whole, fronts, squares))
+        logps_12, fronts_12, squares_12 = sums
+        counts_12 = torch.tensor([[pair.chosen_scored, pair.rejected_scored]])
+        others = {"fronts_B2": fronts_12, "ref_fronts_B2": ref[place, None, 2:], "squares_B2": squares_12}
+        total = total + loss_fn(Scores(logps_12, ref[place, None, :2], counts_12, **others)).sum()
+    total.backward()
+    assert out.loss.item() == pytest.approx(total.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, atol=2e-5, rtol=1e-4, msg=name)
+    assert max(grad.abs().max() for grad in got.values()) > 1e-4
 
 
 def test_positions_that_go_on_counting_are_noticed():
