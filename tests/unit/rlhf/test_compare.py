@@ -230,9 +230,8 @@ def test_other_data_is_seen_in_the_pairs_and_in_the_start(tmp_path: Path) -> Non
 
 def test_runs_that_say_nothing_are_shown_and_not_judged(tmp_path: Path) -> None:
     """One that has not ended, and one without held-out pairs; what is level with a rule is said."""
-    write_lines(
-        make_run(tmp_path / "a", 50) / "warnings.jsonl", [{"step": 4, "level": "alarm", "text": "answers loop."}]
-    )
+    text = f"answers loop: {'0.5 of ' * 50}them. A larger beta"
+    write_lines(make_run(tmp_path / "a", 50) / "warnings.jsonl", [{"step": 4, "level": "alarm", "text": text}])
     make_run(tmp_path / "b", 49)
     path = make_run(tmp_path / "c", 80)
     (path / "finished.json").unlink()
@@ -248,7 +247,7 @@ def test_runs_that_say_nothing_are_shown_and_not_judged(tmp_path: Path) -> None:
         "e: no held-out pairs (val_share 0), so that nothing says how good it is; shown, and not judged",
     ]
     assert [run["run"] for run in found["runs"]] == ["a", "b", "c", "d", "e"]
-    assert found["verdict"][-2] == "Beware: a gave 1 alarm: answers loop."
+    assert found["verdict"][-2] == f"Beware: a gave 1 alarm: answers loop: {'0.5 of ' * 50}them."
     assert 'the rule "the longer answer is the better one" scores 0.550' in found["verdict"][-1]
 
 

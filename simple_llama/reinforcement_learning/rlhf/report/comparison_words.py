@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from simple_llama.common.files import listed
 from simple_llama.reinforcement_learning.rlhf.report.comparison import Difference, Group, pairs_needed
 from simple_llama.reinforcement_learning.rlhf.report.run_verdict import log_ratio
 from simple_llama.reinforcement_learning.rlhf.report.standing import Standing
@@ -103,7 +102,9 @@ def _difference(found: Difference) -> str:
 def _beware(best: Standing) -> Iterator[str]:
     """The alarms of the best run; what a rule without any model scores, where that run is not clearly above it."""
     if alarms := [text for level, _, text in best.run.warnings if level == "alarm"]:
-        yield f"Beware: {best.label} gave {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}: {listed(alarms)}"
+        found = [text.partition(". ")[0].rstrip(".") for text in alarms]  # without what to try
+        said = "; ".join(text if text.isprintable() else repr(text) for text in found)
+        yield f"Beware: {best.label} gave {len(alarms)} {'alarm' if len(alarms) == 1 else 'alarms'}: {said}."
     rule = best.values.get("eval_longer_is_chosen")
     if rule is None or best.accuracy is None:
         return
