@@ -34,12 +34,12 @@ def run_job(job: TinyJob, ranks: Ranks, **settings: Any) -> Path:
     return precompute_and_train(config, load_inputs(config, ranks), ranks)
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> TinyJob:
-    return make_job(tmp_path)
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
+    return make_job(tmp_path_factory.mktemp("job"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def first(job: TinyJob, ranks: Ranks) -> Path:
     """What the first round made."""
     return run_job(job, ranks, run_name="first")
@@ -120,9 +120,10 @@ def test_a_reference_must_have_the_starts_tokens(job: TinyJob, ranks: Ranks, tmp
 
 
 def test_a_sweep_of_six_settings_makes_one_reference_pass(
-    job: TinyJob, ranks: Ranks, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Betas, losses, rates and files over one store: the log has one pass, and five times that all pairs are there."""
+    job = make_job(tmp_path)
     caplog.set_level(logging.INFO, LOGGER.name)
     fewer = job.folder / "fewer.jsonl"
     fewer.write_text("".join((job.folder / "pairs.jsonl").read_text().splitlines(keepends=True)[4:20]))
