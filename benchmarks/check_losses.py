@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.textbook_losses import value_and_gradient
+from benchmarks.textbook_losses import coupled_values_and_gradients, value_and_gradient
 from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
@@ -34,10 +34,11 @@ VARIANTS: Sequence[PreferenceLoss] = (
     PreferenceLoss("rdpo", 0.1, length_penalty=0.5),
     PreferenceLoss("rpo_gap", 0.5, gap_scale=3.0),
     *(PreferenceLoss(name, ld_alpha=alpha) for name in _COMPARED for alpha in (0.0, 0.6)),
-    *(PreferenceLoss(name, weighting="wpo") for name in LOSSES),
+    *(PreferenceLoss(name, weighting="wpo") for name, loss in LOSSES.items() if "weighting" in loss.defaults),
     PreferenceLoss("sigmoid", 0.5, f_divergence="js", nll_weight=0.2, ld_alpha=0.3, weighting="wpo"),
     PreferenceLoss(SUM, 0.1),
     PreferenceLoss("orpo:2,hinge:0.5", 0.1),
+    PreferenceLoss("aot:0.7,sigmoid:0.3", 0.2, nll_weight=0.1),
 )
 
 
@@ -72,6 +73,13 @@ def textbook_slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor,
     others = (scores.fronts_B2, scores.ref_fronts_B2, scores.squares_B2)
     columns = [part.tolist() for part in (*parts, *others) if part is not None]
     options = loss.own_options()
+    if loss.couples:
+        rows = [tuple(number for part in pair for number in part) for pair in zip(*columns, strict=True)]
+        weights = scores.weights_B.tolist()
+        values, slopes_of = coupled_values_and_gradients(loss.loss_type, rows, options, weights)
+        gradient = torch.zeros(len(values), 2 if scores.fronts_B2 is None else 4, dtype=torch.float64)
+        gradient[:, :2] = torch.tensor(slopes_of, dtype=torch.float64)
+        return torch.tensor(values, dtype=torch.float64), gradient
     found = [
         value_and_gradient(loss.loss_type, tuple(number for part in pair for number in part), options, weight)
         for weight, *pair in zip(scores.weights_B.tolist(), *columns, strict=True)

@@ -18,7 +18,8 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, decay_groups
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, model_size, trained_part, useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, trained_names
+from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, pair_logps, trained_names
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.precompute import computed
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import from_store
@@ -116,9 +117,20 @@ class PlainLoop:
             fused=True,
         )
 
-    def backward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
+    @property
+    def loss_fn(self) -> PreferenceLoss:
+        """The policy's loss."""
+        return self.policy.loss_fn
+
+    def logps(self, batch: PairBatch) -> torch.Tensor:
+        """Log-prob sums (B, 2) with the current weights, without gradient."""
+        return pair_logps(self.policy.model, batch)
+
+    def backward(
+        self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool, pull: Pull | None = None
+    ) -> PolicyOutput:
         """Adds `weight` times the gradient of the batch's summed loss to the fp32 gradients."""
-        out = self.policy(batch, ref_logps_B2)
+        out = self.policy(batch, ref_logps_B2, pull)
         (out.loss * weight).backward()
         for name, parameter in self.weights.items():
             gradient, master = parameter.grad, self.masters[name]

@@ -1,4 +1,4 @@
-"""Every preference loss once more, written from its paper alone: one pair, complex numpy numbers, no stable forms.
+"""Every preference loss once more, written from its paper alone: complex numpy numbers, no stable forms.
 
 For tests and for docs/losses.md. It imports nothing of what it checks. Gradients are complex steps: f(x + ih) has
 h f'(x) as its imaginary part, without a difference that cancels (Squire and Trapp 1998).
@@ -6,7 +6,7 @@ h f'(x) as its imaginary part, without a difference that cancels (Squire and Tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,15 +43,48 @@ def _stepped(sums: Sums, place: int | None) -> Sums:
     )
 
 
+def coupled_values_and_gradients(
+    name: str, pairs: Sequence[Sums], options: Mapping[str, Any], weights: Sequence[float]
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """The same of all pairs of a step at once: each pair's loss, and the slopes of the sum of all losses.
+
+    Args:
+        name: as for `value_and_gradient`, a loss of `COUPLED` among them.
+        weights: of the pairs.
+    """
+
+    def losses(moved: int, side: int) -> Sequence[Any]:
+        steps = [(_STEP * 1j * (i == moved and side == 0), _STEP * 1j * (i == moved and side == 1)) for i in places]
+        taken = [(s[0] + one, s[1] + two, *s[2:]) for s, (one, two) in zip(pairs, steps, strict=True)]
+        return [weight * one for weight, one in zip(weights, _values(name, taken, options), strict=True)]
+
+    places = range(len(pairs))
+    with np.errstate(all="ignore"):
+        values = [float(one.real) for one in losses(-1, 0)]
+        slopes = [tuple(float(sum(losses(i, side)).imag) / _STEP for side in (0, 1)) for i in places]
+    return values, [(one, two) for one, two in slopes]
+
+
 def _value(name: str, sums: Any, options: Mapping[str, Any]) -> Any:
     """A weighted sum of losses."""
-    total = np.complex128(0)
+    return _values(name, [sums], options)[0]
+
+
+def _values(name: str, pairs: Sequence[Any], options: Mapping[str, Any]) -> Sequence[Any]:
+    """That of each pair."""
+    totals = [np.complex128(0)] * len(pairs)
     for part in name.split(","):
         loss, _, weight = part.partition(":")
-        own = FORMULAS[loss](less_length(sums, options), options)
-        likelihood = 0 if loss in ("sft", "orpo") else options.get("nll_weight", 0) * sft(sums, options)
-        total += float(weight or 1) * (own + likelihood) * of_policy(sums, options)
-    return total
+        if loss in COUPLED:
+            own = COUPLED[loss](pairs, options)
+        else:
+            own = [FORMULAS[loss](less_length(sums, options), options) for sums in pairs]
+        likely = 0 if loss in ("sft", "orpo") else options.get("nll_weight", 0)
+        totals = [
+            total + float(weight or 1) * (one + likely * sft(sums, options)) * of_policy(sums, options)
+            for total, one, sums in zip(totals, own, pairs, strict=True)
+        ]
+    return totals
 
 
 def less_length(s: Any, o: Mapping[str, Any]) -> Any:
@@ -217,6 +250,30 @@ def cpo(s: Any, o: Mapping[str, Any]) -> Any:
     return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
 
 
+def _by_quantiles(better: Sequence[Any], worse: Sequence[Any], o: Mapping[str, Any]) -> Sequence[Any]:
+    """AOT: the smallest of the one beside the smallest of the other, and so on; each in the place of the better one."""
+    e, losses = o["label_smoothing"], [np.complex128(0)] * len(better)
+    ladder = sorted(worse, key=lambda x: x.real)
+    for step, place in enumerate(sorted(range(len(better)), key=lambda i: better[i].real)):
+        x = o["beta"] * (better[place] - ladder[step])
+        losses[place] = -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
+    return losses
+
+
+def aot(pairs: Sequence[Any], o: Mapping[str, Any]) -> Sequence[Any]:
+    """Paired AOT: margins of the policy over those of the reference."""
+    return _by_quantiles([s[0] - s[1] for s in pairs], [np.complex128(s[2] - s[3]) for s in pairs], o)
+
+
+def aot_unpaired(pairs: Sequence[Any], o: Mapping[str, Any]) -> Sequence[Any]:
+    """Unpaired AOT: rewards of chosen answers over those of rejected ones."""
+    return _by_quantiles([ratios(s)[0] for s in pairs], [ratios(s)[1] for s in pairs], o)
+
+
+COUPLED: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], Sequence[Any]]] = {
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+}
 FORMULAS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "sigmoid": dpo,
     "hinge": lambda s, o: positive(1 - o["beta"] * margin(s, o)),

@@ -41,12 +41,15 @@ _KNOWN = {
 _TOKENS = "one pair at a time; a micro-batch's likelihood is a mean over its tokens, ours over its pairs"
 _UNWEIGHTED = "has no gradient with WPO's weights, which are multiplied in place"
 _CERTAIN = "not finite where an answer is certain"
+_COUPLED = "of all pairs at once; it couples a micro-batch of one rank, ours the step"
 _NOTES = {
     "sft": _TOKENS,
     "cpo": _TOKENS,
     SUM: _TOKENS,
     "orpo": f"{_TOKENS}, and theirs is of the prompt's tokens too",
     "bco_pair": "no shift either",
+    "aot": _COUPLED,
+    "aot_unpaired": _COUPLED,
 }
 
 
@@ -124,6 +127,8 @@ def difference(loss: PreferenceLoss, dtype: torch.dtype) -> float:
     ours, theirs = (
         (losses, _folded(gradient, scores)) for losses, gradient in (slopes(loss, scores), their_slopes(loss, scores))
     )
+    if loss.couples:  # TRL gives the mean of all pairs alone
+        ours = ours[0].mean().expand(_PAIRS), ours[1]
     return max(largest_error(one.double(), other.double()) for one, other in zip(theirs, ours, strict=True))
 
 
@@ -137,8 +142,13 @@ def _folded(gradient_B4: torch.Tensor, scores: Scores) -> torch.Tensor:
 
 def their_slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (B,) and slopes (B, 4), as `slopes`, of TRL, a pair at a time: a micro-batch's mean over tokens is of that
-    pair then."""
+    pair then. Of a loss that couples pairs all at once, their mean as the loss of each."""
     assert scores.fronts_B2 is not None
+    if loss.couples:
+        leaves = [part.clone().requires_grad_() for part in (scores.logps_B2, scores.fronts_B2)]
+        value = _dpo(loss, loss.own_options(), replace(scores, logps_B2=leaves[0], fronts_B2=leaves[1]))
+        gradient = torch.autograd.grad(value * len(leaves[0]), leaves, allow_unused=True, materialize_grads=True)
+        return value.detach().expand(len(leaves[0])), torch.cat(gradient, dim=1)
     losses, gradients = [], []
     for place in range(len(scores.logps_B2)):
         leaves = [part[place : place + 1].clone().requires_grad_() for part in (scores.logps_B2, scores.fronts_B2)]
@@ -166,23 +176,25 @@ def _loss(loss: PreferenceLoss, pair: Scores) -> torch.Tensor:
     return _dpo(loss, options, pair)
 
 
-def _tokens(sums_2: torch.Tensor, fronts_2: torch.Tensor, counts_2: torch.Tensor) -> torch.Tensor:
-    """Log-probs (2, longest answer) of tokens that add up to these sums: equal within the common length, and behind."""
-    place, common = torch.arange(int(counts_2.max())), counts_2.min()
-    beyond = (sums_2 - fronts_2) / (counts_2 - common).clamp(min=1)
-    found = torch.where(place < common, (fronts_2 / common)[:, None], beyond[:, None])
-    return found * (place < counts_2[:, None])
+def _tokens(sums: torch.Tensor, fronts: torch.Tensor, counts_B2: torch.Tensor) -> torch.Tensor:
+    """Log-probs of tokens (2 B, longest answer), chosen answers before rejected ones, that add up to these sums: equal
+    within the common length, and behind it."""
+    counts, common = counts_B2.T.flatten(), counts_B2.amin(dim=1).repeat(2)
+    place = torch.arange(int(counts.max()))
+    beyond = (sums - fronts) / (counts - common).clamp(min=1)
+    found = torch.where(place < common[:, None], (fronts / common)[:, None], beyond[:, None])
+    return found * (place < counts[:, None])
 
 
-def _dpo(loss: PreferenceLoss, options: dict[str, Any], pair: Scores) -> torch.Tensor:
-    """`DPOTrainer._compute_loss` of a pair, with a model that gives tokens of such sums."""
+def _dpo(loss: PreferenceLoss, options: dict[str, Any], pairs: Scores) -> torch.Tensor:
+    """`DPOTrainer._compute_loss` of pairs, with a model that gives tokens of such sums."""
     from trl import DPOTrainer  # pyright: ignore[reportMissingImports]
 
-    assert pair.ref_B2 is not None and pair.counts_B2 is not None
-    assert pair.fronts_B2 is not None and pair.ref_fronts_B2 is not None and pair.squares_B2 is not None
-    (sums_2,), (fronts_2,), (ref_2,), (counts_2,) = pair.logps_B2, pair.fronts_B2, pair.ref_B2, pair.counts_B2
+    ref_B2, counts_B2 = pairs.ref_B2, pairs.counts_B2
+    assert ref_B2 is not None and counts_B2 is not None
+    assert pairs.fronts_B2 is not None and pairs.ref_fronts_B2 is not None and pairs.squares_B2 is not None
     if (alpha := options.get("ld_alpha")) is not None:
-        ref_2 = pair.ref_fronts_B2[0] + alpha * (ref_2 - pair.ref_fronts_B2[0])  # as its own pass would give
+        ref_B2 = pairs.ref_fronts_B2 + alpha * (ref_B2 - pairs.ref_fronts_B2)  # as its own pass would give
     terms = [part.partition(":") for part in loss.loss_type.split(",")]
     trainer: Any = object.__new__(DPOTrainer)
     divergence = options.get("f_divergence") or "reverse_kl"
@@ -204,23 +216,22 @@ def _dpo(loss: PreferenceLoss, options: dict[str, Any], pair: Scores) -> torch.T
         _total_train_tokens=0,
         _tp_size=1,
     )
-    longest = int(counts_2.max())
-    mask_2T = (torch.arange(longest) < counts_2[:, None]).long()
-    whole_2T = torch.cat([torch.zeros(2, 1, dtype=torch.long), mask_2T], dim=1)  # one token of a prompt
-    tokens_2T = _tokens(sums_2, fronts_2, counts_2)
+    counts, longest = counts_B2.T.flatten(), int(counts_B2.max())
+    mask = (torch.arange(longest) < counts[:, None]).long()
+    whole = torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask], dim=1)  # one token of a prompt
     outputs = SimpleNamespace(
-        log_probs=tokens_2T,
-        entropy=torch.zeros(2, longest),
-        mean_logits=torch.zeros(2, longest),
-        is_top1=mask_2T.bool(),
-        log_sum_sq_probs=(pair.squares_B2[0] / counts_2)[:, None] * mask_2T,
+        log_probs=_tokens(pairs.logps_B2.T.flatten(), pairs.fronts_B2.T.flatten(), counts_B2),
+        entropy=torch.zeros(mask.shape),
+        mean_logits=torch.zeros(mask.shape),
+        is_top1=mask.bool(),
+        log_sum_sq_probs=(pairs.squares_B2.T.flatten() / counts)[:, None] * mask,
     )
     inputs = {
-        "input_ids": torch.zeros_like(whole_2T),
-        "attention_mask": torch.ones_like(whole_2T),
-        "completion_mask": whole_2T,
-        "ref_chosen_logps": ref_2[:1],
-        "ref_rejected_logps": ref_2[1:],
+        "input_ids": torch.zeros_like(whole),
+        "attention_mask": torch.ones_like(whole),
+        "completion_mask": whole,
+        "ref_chosen_logps": ref_B2[:, 0],
+        "ref_rejected_logps": ref_B2[:, 1],
     }
 
     class Model:

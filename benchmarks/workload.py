@@ -6,7 +6,6 @@ without sharing the prompt) and padded (both chats of all pairs, each as long as
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
 from simple_llama.dataset.tokenizer import load_tokenizer
-from simple_llama.ops.attention import PackedLayout
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -140,42 +138,12 @@ def pack_shared(pairs: Sequence[TokenizedPair]) -> PairBatch:
 
 def pack_whole(pairs: Sequence[TokenizedPair]) -> PairBatch:
     """Both chats of each pair, packed without padding: sharing switched off."""
-    return pack_chats(pairs, padded=False)
+    return PairBatch.unshared(pairs, padded=False)
 
 
 def pack_padded(pairs: Sequence[TokenizedPair]) -> PairBatch:
     """Both chats of each pair, padded to the longest of the batch; only scored rows meet the head."""
-    return pack_chats(pairs, padded=True)
-
-
-def pack_chats(pairs: Sequence[TokenizedPair], padded: bool) -> PairBatch:
-    """Chats one after the other, each a causal sequence of its own, without its last token, which predicts nothing."""
-    chats = [chat for pair in pairs for chat in pair.without_sharing()]
-    lengths = [len(ids) - 1 for ids, _ in chats]
-    longest = max(lengths)
-    tokens, positions, rows, targets, start = [], [], [], [], 0
-    for (ids, scored), length in zip(chats, lengths, strict=True):
-        room = longest if padded else length
-        tokens.append(np.pad(ids[:-1], (0, room - length)))
-        positions.append(np.arange(room))
-        rows.append(np.arange(start + length - scored, start + length))
-        targets.append(ids[-scored:])
-        start += room
-
-    def stack(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-    return PairBatch(
-        pairs=tuple(pairs),
-        tokens_T=stack(tokens),
-        positions_T=stack(positions),
-        layout=PackedLayout.causal([longest] * len(chats) if padded else lengths),
-        rows_N=stack(rows),
-        targets_N=stack(targets),
-        counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
-        weights_B=torch.tensor([pair.weight for pair in pairs]),
-        gaps_B=torch.tensor([math.nan if pair.gap is None else pair.gap for pair in pairs]),
-    )
+    return PairBatch.unshared(pairs, padded=True)
 
 
 PACKS = {"shared": pack_shared, "whole": pack_whole, "padded": pack_padded}

@@ -36,7 +36,8 @@ option that is not given has the default of its loss ([settings.md](settings.md#
 own. `nll_weight` w adds w times -m_w to any loss but sft and orpo, which have it themselves: RPO, arXiv:2404.19733, and
 Llama 3's 0.2. Losses of one name differ between trainers: where ours is not that of others, or its beta does not carry
 over, it is said. Losses that read no reference open no store, and neither ask for a reference pass nor hold a second
-model.
+model. aot and aot_unpaired couple all pairs of an optimizer step, of all ranks: a pass without gradient makes the sums
+first (a third slower), so that neither micro-batches nor ranks change what is learnt.
 """
 STRENGTHS = """\
 ## Weights and gaps
@@ -74,10 +75,13 @@ beside score_tail.
 CHECKED = """\
 ## How they are checked
 
-`first` is the loss of every pair before the first step, with default options; a run's held-out loss at step 0 must show
-it. "store": it depends on the pair, and a run computes it in fp64 from the store's sums and counts, which are then the
-policy's. "-": it reads no reference, and nothing says beforehand what it must be. Of weighted pairs it is times the
-mean weight.
+`first` is the loss of every pair before the first step, with default options. "sums": it depends on the pair, and is
+computed in fp64 from the reference's sums and the counts. "chats": it reads no reference; then of eight pairs of the
+first step, whose sums the model makes of each chat alone and padded. A run's held-out loss at step 0 must show it, and
+each run compares its first optimizer step before it changes a weight: log-prob sums with those of the reference and of
+chats alone, each pair's loss with what the loss gives of them in fp64, the weighted loss with their mean. With dropout
+(and with compiled layers in bf16) the sums cannot be foretold, only what the loss makes of them; the log says so. Of
+weighted pairs `first` is times the mean weight.
 
 `value` and `slope` are the largest differences in fp64 from a textbook that was written apart, from the papers, without
 stable forms (`benchmarks/textbook_losses.py`, slopes by complex steps): 64 random pairs, weighted, for each divergence
@@ -156,7 +160,7 @@ def _first(name: str) -> str:
     """The first value of a loss with default options."""
     loss = PreferenceLoss(name)
     first = loss.at_start()
-    return "-" if not loss.needs_reference else "store" if first is None else f"{first:.6f}"
+    return "chats" if not loss.needs_reference else "sums" if first is None else f"{first:.6f}"
 
 
 def _power_of_ten(error: float) -> str:

@@ -26,6 +26,7 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation, ReadOptions, from_template
+from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
 from simple_llama.reinforcement_learning.rlhf.objective.losses import Scores
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
@@ -48,11 +49,18 @@ class Learner:
 
     def __init__(self, policy: DPOPolicy):
         self.policy = policy
+        self.loss_fn = policy.loss_fn
         self.optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
 
-    def backward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
+    def logps(self, batch: PairBatch) -> torch.Tensor:
+        """Log-prob sums, without gradient."""
+        return pair_logps(self.policy.model, batch)
+
+    def backward(
+        self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool, pull: Pull | None = None
+    ) -> PolicyOutput:
         """Adds `weight` times the gradient of the summed loss."""
-        out = self.policy(batch, ref_logps_B2)
+        out = self.policy(batch, ref_logps_B2, pull)
         (out.loss * weight).backward()
         return out
 

@@ -233,6 +233,9 @@ class _Job:
             row_flops = useful_flops(self.size, inputs.architecture, batch, True, self.part) / len(batch.tokens_T)
             flops = row_flops * (4 / 3 if config.activation_checkpointing else 1)
             speed = duration.estimated(flops * rows, row_flops, weight_bytes, foretold.rate, device)
+        if self.loss_fn.couples:
+            source = f"{speed.source}, and a pass without gradient before them, for {config.loss_type}"
+            speed = speed._replace(step_s=speed.step_s + rows * speed.forward_row_s, source=source)
         (steps, steps_per_epoch), held_out = self.steps, inputs.data.validation
         prompts = sample_prompts(held_out, config.n_samples)
         prompt_rows, spoken_rows = sum(map(len, prompts)), 0

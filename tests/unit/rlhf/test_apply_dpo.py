@@ -21,6 +21,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from simple_llama.reinforcement_learning.rlhf.objective import policy
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
@@ -433,6 +434,8 @@ def test_a_loss_without_a_reference_asks_for_none(job, ranks, caplog):
     precompute_and_train(replace(config, epochs=1), inputs, ranks)
     assert not (job.folder / "ref_cache").exists()
     assert "step 0: simpo reads no reference" in caplog.text and "audit" not in caplog.text
+    (told,) = re.findall(r"step 1: loss (\S+) on 8 pairs, foretold (\S+) by sums of each chat alone", caplog.text)
+    assert [float(text) for text in told] == pytest.approx([job.curve("loss")[0]] * 2, abs=2e-6)
     assert "loss: simpo (beta 2.0, gamma 1.0, nll_weight 0.0)" in caplog.text
     kept = json.loads((job.folder / "runs" / "tiny" / "config.json").read_text())
     assert (kept["beta"], kept["gamma"], kept["label_smoothing"], kept["f_divergence"]) == (2.0, 1.0, None, None)
@@ -457,3 +460,65 @@ def test_first_loss_is_foretold_from_the_store(job, ranks, caplog, monkeypatch):
     monkeypatch.setattr(PreferenceLoss, "foretold", lambda *args: right(*args) + 0.01)
     with pytest.raises(UserError, match="step 0: the held-out loss is"):
         run_job(job, ranks, loss_type="sft,sigmoid:0.8", run_name="other")
+
+
+def test_a_fault_in_packing_stops_the_first_step(job, ranks, monkeypatch):
+    """Each token predicted by the row before the right one: store and policy agree, chats alone do not, with a
+    reference and without."""
+    right = PairBatch.pack.__func__
+
+    def one_early(cls, pairs):
+        batch = right(cls, pairs)
+        return replace(batch, rows_N=batch.rows_N - 1)
+
+    monkeypatch.setattr(PairBatch, "pack", classmethod(one_early))
+    for loss_type in ("sigmoid", "simpo"):
+        with pytest.raises(UserError, match=r"step 1: the log-probs of \d pairs are not those .*pairs\.jsonl:\d+ \(ch"):
+            run_job(job, ranks, loss_type=loss_type, run_name=loss_type, batch_size=4)
+    assert not list((job.folder / "checkpoints").glob("*/dpo_*"))
+
+
+def test_another_loss_than_foretold_stops_the_first_step(job, ranks, monkeypatch):
+    """Token counts of the other side, where the loss reads them; and weights of a micro-batch that make no mean."""
+    right = policy.scores_of
+
+    def swapped(*args):
+        scores = right(*args)
+        assert scores.counts_B2 is not None
+        return replace(scores, counts_B2=scores.counts_B2.flip(1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "scores_of", swapped)
+        run_job(job, ranks, epochs=1)
+        with pytest.raises(
+            UserError, match=r"step 1: the loss of \d pairs is not what it must be .*pairs\.jsonl:\d+ \("
+        ):
+            run_job(job, ranks, loss_type="orpo", run_name="orpo")
+    parts = training_run.portions
+    monkeypatch.setattr(
+        training_run, "portions", lambda *args: (part._replace(weight=2 * part.weight) for part in parts(*args))
+    )
+    with pytest.raises(UserError, match=r"step 1: the weighted loss is 1\.38629, expected 0\.693147"):
+        run_job(job, ranks, run_name="twice")
+
+
+def test_what_dropout_leaves_is_compared(job, ranks, caplog):
+    """Sums under dropout are not the reference's; that they cannot be foretold is said, and the run goes on."""
+    run_job(job, ranks, dropout=0.1, epochs=1)
+    assert "step 1: its log-probs cannot be foretold, only what the loss makes of them: dropout" in caplog.text
+    assert "foretold 0." not in caplog.text
+
+
+def test_coupled_pairs_are_those_of_the_step(job, ranks, caplog):
+    """AOT, 8 pairs a step as 2 x 4 and 8 x 1: the same losses, gradients and held-out losses (1e-5, of norms 1e-4);
+    what it costs is said. With dropout it is refused."""
+    for batch, accum in ((2, 4), (8, 1)):
+        settings = {"batch_size": batch, "grad_accum_steps": accum, "run_name": f"b{batch}", "max_lr": 1e-2}
+        run_job(job, ranks, loss_type="aot_unpaired", **settings)
+    assert "couples the pairs of a step: a pass without gradient before each step" in caplog.text
+    assert job.curve("loss", "b8")[-1] < math.log(2) - 0.01
+    for name in ("loss", "eval_loss"):
+        assert job.curve(name, "b8") == pytest.approx(job.curve(name, "b2"), abs=1e-5)
+    assert job.curve("grad_norm", "b8") == pytest.approx(job.curve("grad_norm", "b2"), rel=1e-4)
+    with pytest.raises(UserError, match=r"dropout: expected 0 with a loss that couples pairs \(aot .*, found 0\.1"):
+        run_job(job, ranks, loss_type="aot", dropout=0.1, run_name="dropped")

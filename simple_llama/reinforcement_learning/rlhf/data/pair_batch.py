@@ -265,16 +265,38 @@ class PairBatch:
             segments.append((shared, (len(pair.chosen) - 1, len(pair.rejected) - 1)))
             start = branch_start
 
-        def stack(parts: list[np.ndarray]) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
         return cls(
             pairs=tuple(pairs),
-            tokens_T=stack(tokens),
-            positions_T=stack(positions),
+            tokens_T=_stack(tokens),
+            positions_T=_stack(positions),
             layout=PackedLayout(segments=tuple(segments)),
-            rows_N=stack(rows),
-            targets_N=stack(targets),
+            rows_N=_stack(rows),
+            targets_N=_stack(targets),
+            counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
+            weights_B=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+            gaps_B=torch.tensor([math.nan if pair.gap is None else pair.gap for pair in pairs], dtype=torch.float32),
+        )
+
+    @classmethod
+    def unshared(cls, pairs: Sequence[TokenizedPair], padded: bool) -> PairBatch:
+        """Both chats of each pair whole, each a causal sequence of its own, without its last token, which predicts
+        nothing: what `pack` is compared with.
+
+        Args:
+            padded: whether each chat is as long as the longest, with tokens 0 behind it.
+        """
+        chats = [chat for pair in pairs for chat in zip(pair.wholes, pair.scored_at, strict=True)]
+        lengths = [len(ids) - 1 for ids, _ in chats]
+        rooms = [max(lengths) if padded else length for length in lengths]
+        starts = np.cumsum([0, *rooms[:-1]]).tolist()
+        tokens = [np.pad(ids[:-1], (0, room - len(ids) + 1)) for (ids, _), room in zip(chats, rooms, strict=True)]
+        return cls(
+            pairs=tuple(pairs),
+            tokens_T=_stack(tokens),
+            positions_T=_stack([np.arange(room) for room in rooms]),
+            layout=PackedLayout.causal(rooms),
+            rows_N=_stack([start + places - 1 for start, (_, places) in zip(starts, chats, strict=True)]),
+            targets_N=_stack([ids[places] for ids, places in chats]),
             counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
             weights_B=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
             gaps_B=torch.tensor([math.nan if pair.gap is None else pair.gap for pair in pairs], dtype=torch.float32),
@@ -305,3 +327,8 @@ def front_keys(pairs: Iterable[TokenizedPair]) -> np.ndarray:
     """Names in the reference store of pairs up to their common lengths: (B,) of KEY."""
     fronts = [pair.front for pair in pairs]
     return as_keys([one.digest for one in fronts], [(one.chosen_scored, one.rejected_scored) for one in fronts])
+
+
+def _stack(parts: list[np.ndarray]) -> torch.Tensor:
+    """Parts one after the other, int64."""
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

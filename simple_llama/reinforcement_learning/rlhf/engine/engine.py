@@ -29,7 +29,9 @@ from simple_llama.reinforcement_learning.rlhf.engine.ds_config import (
     without_communication,
     zero_stage,
 )
+from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, evaluating, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 
 _MOST_WORDS = 1000  # characters of an error of DeepSpeed's that are shown
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the master weight: what a resumed run needs of a parameter
@@ -112,17 +114,24 @@ class Engine:
         """Whether no rank holds all weights (ZeRO-3): then every rank must make every forward call."""
         return self.stage == 3
 
-    def backward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
+    @property
+    def loss_fn(self) -> PreferenceLoss:
+        """The policy's loss."""
+        return self.engine.module.loss_fn
+
+    def backward(
+        self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool, pull: Pull | None = None
+    ) -> PolicyOutput:
         """Forward and backward of one micro-batch; its gradient is `weight` times that of the sum of losses.
 
         ZeRO divides by the number of ranks when it reduces, so a weight of ranks / pairs makes the step's gradient that
-        of the mean over all pairs. `last` marks the step's last micro-batch.
+        of the mean over all pairs. `last` marks the step's last micro-batch. `pull` as for the policy.
         """
         self.engine.set_gradient_accumulation_boundary(last)
         if self.reduce_once:  # the flags of DeepSpeed's coalesce_grad_reduction (0.19.8): no reduction while they stand
             self.engine.inside_no_sync_ctxt = self.optimizer._coalesce_grad_reduction = not last
         with self.communication.counting():
-            out = self.engine(batch, ref_logps_B2)
+            out = self.engine(batch, ref_logps_B2, pull)
             self.engine.backward(out.loss * weight, scale_wrt_gas=False)
         return out
 

@@ -23,6 +23,8 @@ from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.foretell.duration import FORWARD, Speed, token_s
 from simple_llama.reinforcement_learning.rlhf.foretell.memory import Base, step_extra
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
+from simple_llama.reinforcement_learning.rlhf.objective.coupling import pull_of
+from simple_llama.reinforcement_learning.rlhf.objective.policy import scores_of
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
 from simple_llama.reinforcement_learning.rlhf.run.start_reference import open_reference
@@ -98,7 +100,8 @@ def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks, onlin
         ref_B2 = engine.logps(batch)
         synchronize(device)
         since = started + (0.0 if online else time.perf_counter() - packed)
-        engine.backward(batch, ref_B2, 1.0 / len(batch), last)
+        pull = pull_of(engine.loss_fn, scores_of(ref_B2, ref_B2, batch)) if engine.loss_fn.couples else None
+        engine.backward(batch, ref_B2, 1.0 / len(batch), last, pull)
         synchronize(device)
         return len(batch.tokens_T), time.perf_counter() - since
 

@@ -1,8 +1,9 @@
 """The table of preference losses: a name's function, what it reads, and what it implies as rewards.
 
 A loss takes `Scores` and its own options as keywords, with its own defaults, and gives each pair's loss from the scores
-of that pair alone: the head asks it for a few pairs at a time. To add one: write the function in `ratio_losses.py` or,
-where it reads no reference, in `reference_free.py`, and name it in `LOSSES`.
+of that pair alone: the head asks it for a few pairs at a time. One that `couples` is given all pairs of the optimizer
+step at once. To add one: write the function in `ratio_losses.py`, where it reads no reference in `reference_free.py`,
+where it couples in `coupled_losses.py`, and name it in `LOSSES`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from simple_llama.reinforcement_learning.rlhf.objective import ratio_losses, reference_free
+from simple_llama.reinforcement_learning.rlhf.objective import coupled_losses, ratio_losses, reference_free
 from simple_llama.reinforcement_learning.rlhf.objective.scores import (
     Scores,
     implicit_rewards,
@@ -26,8 +27,8 @@ from simple_llama.reinforcement_learning.rlhf.objective.scores import (
 )
 
 NLL_WEIGHT = "nll_weight"  # an option of each loss that is no likelihood itself
-LD_ALPHA = "ld_alpha"  # of each that reads a reference
-WEIGHTING = "weighting"  # of each
+LD_ALPHA = "ld_alpha"  # of each that reads a reference and couples no pairs
+WEIGHTING = "weighting"  # of each that couples no pairs
 
 
 class Loss(NamedTuple):
@@ -39,12 +40,15 @@ class Loss(NamedTuple):
     nll_weight: float | None = 0.0  # default weight of the chosen answer's likelihood beside it; None: has it itself
     of_ratios: bool = True  # whether log-ratios of 0 give one value, whatever the sums and counts are
     positive: tuple[str, ...] = ()  # options that must not be 0
+    couples: bool = False  # whether a pair's loss depends on the other pairs of the step
 
     @property
     def defaults(self) -> dict[str, Any]:
         """A loss's own options with their defaults: its keyword-only parameters, the likelihood's weight, what counts
         beyond the common length, and how pairs are weighted."""
         found = {**keywords(self.function), **({} if self.nll_weight is None else {NLL_WEIGHT: self.nll_weight})}
+        if self.couples:
+            return found
         return {**found, **({LD_ALPHA: 1.0} if "ref_B2" in self.reads else {}), WEIGHTING: "none"}
 
     def losses(self, scores: Scores, values: Mapping[str, Any]) -> torch.Tensor:
@@ -95,6 +99,8 @@ LOSSES = {
     "dpop": Loss(ratio_losses.dpop_loss, _RATIOS),
     "rdpo": Loss(ratio_losses.rdpo_loss, _MEANS, length_rewards, of_ratios=False),
     "rpo_gap": Loss(ratio_losses.rpo_gap_loss, (*_RATIOS, "gaps_B"), of_ratios=False),
+    "aot": Loss(coupled_losses.aot_loss, _RATIOS, couples=True),
+    "aot_unpaired": Loss(coupled_losses.aot_unpaired_loss, _RATIOS, couples=True),
     "sft": Loss(reference_free.sft_loss, _POLICY, mean_policy_rewards, nll_weight=None, of_ratios=False),
     "simpo": Loss(reference_free.simpo_loss, _POLICY, mean_policy_rewards, of_ratios=False),
     "orpo": Loss(reference_free.orpo_loss, _POLICY, mean_policy_rewards, nll_weight=None, of_ratios=False),

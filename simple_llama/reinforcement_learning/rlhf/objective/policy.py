@@ -23,6 +23,7 @@ from simple_llama.ops import logprob
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked, Scores
 
@@ -152,17 +153,21 @@ class DPOPolicy(nn.Module):
         self.model = model
         self.loss_fn = loss_fn
 
-    def forward(self, batch: PairBatch, ref_logps_B2: torch.Tensor) -> PolicyOutput:
+    def forward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, pull: Pull | None = None) -> PolicyOutput:
         """Sum over the batch's pairs of the preference loss, by the three-GEMM head.
 
         Args:
             batch: B packed pairs on the model's device.
             ref_logps_B2: fp32 log-prob sums of the frozen reference, (chosen, rejected), behind them those over the
                 common length where the loss reads these; no numbers without a reference.
+            pull: of these pairs, where the loss couples those of the whole step.
         """
+        assert pull or not (self.loss_fn.couples and torch.is_grad_enabled())
         asked = self.loss_fn.asks
 
         def loss_of(parts_bP: torch.Tensor, pairs: slice) -> torch.Tensor:
+            if pull:
+                return pull.losses(parts_bP, pairs)
             return self.loss_fn(scores_of(_sums(parts_bP, asked), ref_logps_B2, batch, pairs))
 
         hidden_ND = _scored_hidden(self.model, batch)

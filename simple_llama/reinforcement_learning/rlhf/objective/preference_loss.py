@@ -117,6 +117,13 @@ class LossConfig(Settings):
                     f"{name}: expected {words} with loss_type {self.loss_type!r}, which ignores it, found {value}; use "
                     f"one of {', '.join(_with_option(name))} or leave it out"
                 )
+        for name, nothing in ((LD_ALPHA, 1.0), (WEIGHTING, "none")):
+            value = getattr(self, name)
+            if value not in (None, nothing) and any(term.loss.couples for term in terms):
+                raise UserError(
+                    f"{name}: expected none beside a loss that couples the pairs of a step ({self.loss_type}), found "
+                    f"{value}; leave it out"
+                )
         for term in terms:
             for name in term.loss.positive:
                 if term.values[name] == 0:
@@ -223,6 +230,12 @@ class PreferenceLoss(LossConfig):
     def needs_reference(self) -> bool:
         """Whether it compares the policy with a reference."""
         return "ref_B2" in self.reads
+
+    @property
+    def couples(self) -> bool:
+        """Whether a pair's loss depends on the other pairs of the optimizer step: then it is to be called for all of
+        them at once."""
+        return any(term.loss.couples for term in self._terms)
 
     def require(self, given: Collection[str]) -> None:
         """UserError where the loss reads a field of `Scores` that is not `given`."""

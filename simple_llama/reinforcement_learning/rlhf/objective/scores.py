@@ -6,7 +6,8 @@ Shapes: B pairs; column 0 is chosen, column 1 rejected.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,25 @@ class Scores:
     fronts_B2: torch.Tensor | None = None  # log-prob sums over as many first scored tokens as both answers have
     ref_fronts_B2: torch.Tensor | None = None  # the same of the frozen reference
     squares_B2: torch.Tensor | None = None  # sums over the scored tokens of log sum p^2 of the policy, no gradient
+
+    @property
+    def given(self) -> dict[str, torch.Tensor]:
+        """The fields that are not None, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
+        """Each field that is given, changed."""
+        return Scores(**{name: change(value) for name, value in self.given.items()})
+
+    def first(self, count: int) -> Scores:
+        """Those of the first pairs."""
+        return self.map(lambda value: value[:count])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """Pairs of one or more parts, which have the same fields, one after the other."""
+        return cls(**{name: torch.cat([part.given[name] for part in parts]) for name in parts[0].given})
 
 
 class Asked(NamedTuple):

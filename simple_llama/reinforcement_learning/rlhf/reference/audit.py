@@ -1,4 +1,4 @@
-"""Whether the reference's numbers are those of the model that a run starts from: pairs drawn anew, and the first step.
+"""Whether the reference's numbers are those of the model that a run starts from: pairs drawn anew.
 
 Shapes: B pairs of a micro-batch, 2 sides (chosen, rejected).
 """
@@ -17,7 +17,6 @@ import torch
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.distributed import (
     Ranks,
-    all_reduce_sum,
     broadcast_object,
     fail_together,
     gather_objects,
@@ -47,8 +46,8 @@ _LAST_PLACES = 2.0**-20  # of a sum: some eight units in its last place, which s
 
 _DRAWN, _FEWEST, _DRAWN_UNBOUND = 64, 16, 256  # pairs
 _MOST_S = 10.0
-_MOST_NAMED = 8  # pairs in a message
-_REMEDY = (
+MOST_NAMED = 8  # pairs in a message
+REMEDY = (
     "The store does not belong to this model or machine: delete its folder under ref_cache_dir and run "
     "launch/precompute_ref.py again"
 )
@@ -78,6 +77,11 @@ class Bound(NamedTuple):
             return by_tokens_B2
         return torch.minimum(by_tokens_B2, (_LAST_PLACES * ref_B2.abs()).clamp(min=_AN_ANSWER[self.dtype]))
 
+    def between_kernels(self) -> Bound:
+        """That of sums whose rows were computed among others and by other kernels, with shared prefixes or without: in
+        bf16 what tiles are allowed, on every device."""
+        return self._replace(device="cpu", tiles=True) if self.dtype == torch.bfloat16 else self
+
     def exceeded(self, ours_B2: torch.Tensor, ref_B2: torch.Tensor, counts_B2: torch.Tensor) -> torch.Tensor:
         """(B, 2) bool: which sums lie further from the reference, or are no numbers."""
         return ~((ours_B2 - ref_B2).abs() <= self.of(ref_B2, counts_B2))
@@ -100,7 +104,7 @@ class Auditor:
         ref_logps: Logps,
         what: str,
         among: np.ndarray | None = None,
-        remedy: str = _REMEDY,
+        remedy: str = REMEDY,
     ) -> None:
         """Draws, recomputes and compares (collective); the log tells how many, and how near they came.
 
@@ -131,12 +135,12 @@ class Auditor:
             goes_on = done < _FEWEST or spent * (done + turn) <= _MOST_S * done
             if not broadcast_object(goes_on, self.ranks, bool):  # by one clock
                 break
-        told = gather_objects([worst, bad], self.ranks, tuple[float, list[str]])
-        worst, named = max(one[0] for one in told), list(dict.fromkeys(name for one in told for name in one[1]))
+        every = gather_objects([worst, bad], self.ranks, tuple[float, list[str]])
+        worst, named = max(one[0] for one in every), list(dict.fromkeys(name for one in every for name in one[1]))
         if named:
             problem = (
                 f"{what}: {len(named)} of {done} pairs drawn are further from the reference than rounding: "
-                f"{', '.join(named[:_MOST_NAMED])}. {remedy}"
+                f"{', '.join(named[:MOST_NAMED])}. {remedy}"
             )
             raise shared(UserError(problem), self.ranks)
         seconds = time.monotonic() - started
@@ -191,8 +195,8 @@ class Auditor:
         ref_BS = ref_logps(batch)[:, :4]  # what else a loss reads is of the policy alone
         ours_BS, counts_BS = logps(batch)[:, : ref_BS.shape[1]], batch.counts_of(ref_BS.shape[1])
         far_B = self.bound.exceeded(ours_BS, ref_BS, counts_BS).any(1).tolist()
-        told = zip(positions, far_B, ours_BS.tolist(), ref_BS.tolist(), strict=True)
-        named = [_told(self.pairs.origin(i), ours, ref) for i, far, ours, ref in told if far]
+        sums = zip(positions, far_B, ours_BS.tolist(), ref_BS.tolist(), strict=True)
+        named = [told(self.pairs.origin(i), ours, ref) for i, far, ours, ref in sums if far]
         return float(((ours_BS - ref_BS).abs() / counts_BS).max()), named
 
 
@@ -222,43 +226,6 @@ def require_kept(kept: KeptValues, store: RefStore, content: str, bound: Bound, 
     )
 
 
-class FirstStep:
-    """Compares each pair of a run's first optimizer step with the reference, by the forward passes of that step.
-
-    Without dropout the policy is the reference then, so each margin is 0. Nothing waits for the device until `judge`.
-    """
-
-    def __init__(self, pairs: PairSet, micro_batches: Sequence[Sequence[int]], bound: Bound, ranks: Ranks):
-        """Args: micro_batches: those of this rank that count, as positions, in the order in which they will come."""
-        self.pairs, self.bound, self.ranks = pairs, bound, ranks
-        self.coming = iter(micro_batches)
-        self.seen: list[tuple[Sequence[int], torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def see(self, batch: PairBatch, logps_B2: torch.Tensor, ref_B2: torch.Tensor) -> None:
-        """Takes the sums of the next micro-batch."""
-        far_B = self.bound.exceeded(logps_B2, ref_B2, batch.counts_B2).any(1)
-        self.seen.append((next(self.coming), far_B, logps_B2, ref_B2))
-
-    def judge(self) -> None:
-        """Raises UserError on all ranks where a pair is beyond the bound (collective)."""
-        count = torch.stack([far_B.sum() for _, far_B, _, _ in self.seen] or [torch.zeros((), dtype=torch.int64)])
-        if not all_reduce_sum(count.sum().to(self.ranks.device)).item():
-            return
-        named = [
-            _told(self.pairs.origin(i), ours, ref)
-            for positions, far_B, logps_B2, ref_B2 in self.seen
-            for i, far, ours, ref in zip(positions, far_B.tolist(), logps_B2.tolist(), ref_B2.tolist(), strict=True)
-            if far
-        ]
-        told = gather_objects([len(named), named[:_MOST_NAMED]], self.ranks, tuple[int, list[str]])
-        everybody = [name for _, names in told for name in names]
-        problem = (
-            f"step 1: {sum(one[0] for one in told)} pairs are further from the reference than rounding, while the "
-            f"policy is the reference: {', '.join(everybody[:_MOST_NAMED])}. No weights were changed. {_REMEDY}"
-        )
-        raise shared(UserError(problem), self.ranks)
-
-
-def _told(origin: str, ours: Sequence[float], ref: Sequence[float]) -> str:
-    """A pair with its sums, for a message."""
-    return f"{origin} (chosen {ours[0]:.6g}, stored {ref[0]:.6g}; rejected {ours[1]:.6g}, stored {ref[1]:.6g})"
+def told(origin: str, ours: Sequence[float], ref: Sequence[float], where: str = "stored") -> str:
+    """A pair with its sums, and what they should be, for a message."""
+    return f"{origin} (chosen {ours[0]:.6g}, {where} {ref[0]:.6g}; rejected {ours[1]:.6g}, {where} {ref[1]:.6g})"

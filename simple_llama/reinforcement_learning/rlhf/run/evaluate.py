@@ -17,8 +17,10 @@ from simple_llama.cluster.distributed import all_reduce_sum
 from simple_llama.common.settings import Bounds, CountOrNone, Settings
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import MicroBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.objective.coupling import at_places
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput, scores_of
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.statistics import correlation
@@ -91,12 +93,14 @@ def evaluate(
     sums = MetricSums(device)
     positions: list[int] = []
     found: list[torch.Tensor] = []  # (B, 9) of each micro-batch, on the device: no wait between two of them
+    every: list[Scores] = []
     for micro_batch in micro_batches:
         # an empty one still makes its forward call, for nothing
         batch = PairBatch.pack([pairs[i] for i in micro_batch or (0,)]).to(device)
         sums_BS, ref_BS = logps(batch), ref_logps(batch)
         scores = scores_of(sums_BS, ref_BS, batch)
         logps_B2, ref_B2 = sums_BS[:, :2], ref_BS[:, :2]
+        every.append(scores.first(len(micro_batch)))
         if not micro_batch:
             continue
         losses_B, rewards_B2 = loss_fn(scores), loss_fn.rewards(scores)
@@ -106,6 +110,9 @@ def evaluate(
         found.append(torch.cat([column.double() for column in columns], dim=1))
     table_N9 = _of_all_ranks(positions, found, len(pairs), device)
     means = {name: value for name, value in sums.means().items() if name not in ("tokens", "useful_flops")}
+    if loss_fn.couples:  # all held-out pairs, as a step couples all of its own
+        losses_N = loss_fn(at_places(Scores.joined(every), positions, len(pairs)))
+        table_N9[:, 4], means["loss"] = losses_N.cpu().numpy(), float(losses_N.double().mean())
     return _held_out({f"eval_{name}": value for name, value in means.items()}, table_N9)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simple_llama.cluster.distributed import Ranks, fail_together
+from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer, compiled_graphs
 from simple_llama.pretraining.weights import Loaded, empty_model
@@ -58,6 +59,8 @@ def _build_policy(
 ) -> DPOPolicy:
     """The start model, of that file, as a policy, with the weights that are to be trained marked: `trained_names`."""
     model.activation_checkpointing = config.activation_checkpointing
+    if loss_fn.couples and config.dropout > 0:  # what the coefficients are of is computed without
+        raise UserError(f"dropout: expected 0 with a loss that couples pairs ({loss_fn}), found {config.dropout}")
     names = trained_names(model, config.trainable, source, adapters)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)

@@ -13,12 +13,16 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import all_reduce_sum
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import Step
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
-from simple_llama.reinforcement_learning.rlhf.reference.audit import FirstStep
+from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull, of_all_ranks, pull_of
+from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput, scores_of
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
+from simple_llama.reinforcement_learning.rlhf.reference.first_step import FirstStep
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 
@@ -35,8 +39,17 @@ class NotFinite(UserError):
 class Learner(Protocol):
     """What a step drives: the engine, or the plain loop that benches compare it with."""
 
-    def backward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool) -> PolicyOutput:
-        """Adds `weight` times the gradient of the batch's summed loss; `last` of the step."""
+    @property
+    def loss_fn(self) -> PreferenceLoss: ...
+
+    def logps(self, batch: PairBatch) -> torch.Tensor:
+        """Log-prob sums (B, 2) with the current weights, without gradient."""
+        ...
+
+    def backward(
+        self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool, pull: Pull | None = None
+    ) -> PolicyOutput:
+        """Adds `weight` times the gradient of the batch's summed loss; `last` of the step. `pull` of a coupled loss."""
         ...
 
     def step(self, rate: float) -> float:
@@ -50,6 +63,7 @@ class Portion(NamedTuple):
     batch: PairBatch
     weight: float  # of each pair's loss; 0 for one that is computed for company's sake
     last: bool  # of the step
+    pull: Pull | None = None  # of its pairs, where the loss couples those of the step
 
 
 def portions(step: Step, rank: int, pairs: Sequence[TokenizedPair]) -> Iterator[Portion]:
@@ -77,7 +91,7 @@ def optimizer_step(
     """A whole step at learning rate `rate` (collective); gives the gradient's norm before the clip.
 
     Raises NotFinite on all ranks: for a loss before the weights change, for a gradient after. Where it is the run's
-    first one, as `first` says, UserError for pairs whose margin is not 0, before the weights change.
+    first one, as `first` says, UserError for what is not as foretold, before the weights change.
     """
     losses = accumulate(learner, parts, ref_logps, sums, device, first)
     if not _all_finite(losses, device):
@@ -100,16 +114,38 @@ def accumulate(
 ) -> list[torch.Tensor]:
     """Forward and backward of this rank's micro-batches; gives the losses (B,) of those that count."""
     losses = []
-    for on_host, weight, last in parts:
+    if learner.loss_fn.couples:
+        parts = _coupled(learner, parts, ref_logps, device)
+    for on_host, weight, last, pull in parts:
         batch = on_host.to(device)
         ref_B2 = ref_logps(batch)
-        out = learner.backward(batch, ref_B2, weight, last)
+        out = learner.backward(batch, ref_B2, weight, last, pull)
         if weight:
             sums.add(out, batch)
             if first:
-                first.see(batch, out.logps_B2, ref_B2[:, :2])
+                first.see(out, ref_B2, weight)
             losses.append(out.losses_B)
     return losses
+
+
+def _coupled(learner: Learner, parts: Iterable[Portion], ref_logps: Logps, device: torch.device) -> Iterator[Portion]:
+    """The same micro-batches with what a coupled loss makes of their pairs (collective): a pass without gradient over
+    all of them, before the first is given."""
+    kept, scores = list[Portion](), list[Scores]()
+    for part in parts:
+        batch = part.batch.to(device)
+        found = scores_of(learner.logps(batch), ref_logps(batch), batch)
+        scores.append(found if part.weight else found.first(0))
+        kept.append(part)
+    everybody, mine = of_all_ranks(Scores.joined(scores))
+    pull = pull_of(learner.loss_fn, everybody)
+    own = Pull(pull.losses_B[mine], pull.coefs_B2[mine])
+    for part, its in zip(kept, own.split([len(one.logps_B2) for one in scores]), strict=True):
+        watchdog.beat("second pass over the pairs of a step")
+        if not part.weight:  # for company: any loss
+            size = len(part.batch)
+            its = Pull(torch.zeros(size, device=device), torch.zeros(size, 2, device=device))
+        yield part._replace(pull=its)
 
 
 def _all_finite(losses: Sequence[torch.Tensor], device: torch.device) -> bool:

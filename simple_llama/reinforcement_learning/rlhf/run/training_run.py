@@ -30,10 +30,11 @@ from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
 from simple_llama.reinforcement_learning.rlhf.objective.policy import require_gaps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss, resolved
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
-from simple_llama.reinforcement_learning.rlhf.reference.audit import Bound, FirstStep
+from simple_llama.reinforcement_learning.rlhf.reference.audit import Bound
+from simple_llama.reinforcement_learning.rlhf.reference.first_step import FirstStep
 from simple_llama.reinforcement_learning.rlhf.run.agenda import Agenda
 from simple_llama.reinforcement_learning.rlhf.run.best import Best, BestConfig
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig, evaluate
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig, HeldOut, evaluate
 from simple_llama.reinforcement_learning.rlhf.run.interval import Interval, IntervalConfig
 from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig, StepProfile
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter, log_line, rewind
@@ -200,6 +201,8 @@ class TrainingRun:
             if not self.inputs.other_reference:
                 whose = "without them" if self.inputs.without_adapters else "as it starts, with them"
                 LOGGER.info("the reference is the model %s", whose)
+        if self.loss_fn.couples:
+            LOGGER.info("it couples the pairs of a step: a pass without gradient before each, about a third slower")
         if TENSORBOARD in tracker_names(self.config):
             LOGGER.info("to watch: tensorboard --logdir %s --host localhost", self.config.log_dir)
         steps = self.total_steps, self.plan.steps_per_epoch
@@ -209,52 +212,52 @@ class TrainingRun:
     def check_start(self) -> None:
         """Step-0 facts: the untrained policy is the reference, so margins are 0 and the loss is known."""
         if not self.loss_fn.needs_reference:
-            LOGGER.info("step 0: %s reads no reference: nothing says beforehand what it must be", self.config.loss_type)
+            LOGGER.info("step 0: %s reads no reference; step 1 is compared with chats alone", self.config.loss_type)
         elif other := self.inputs.other_reference:
-            LOGGER.info(
-                "step 0: rewards are measured from %s, so margins are not 0 and no loss is foretold", other.path
-            )
+            LOGGER.info("step 0: rewards are measured from %s, so margins are not 0", other.path)
         else:
             logps = self.engine.logps if self.inputs.starts_as_reference else self.engine.logps_without_adapters
             audit_reference(self.config, self.reference, logps, self.inputs, self.ranks)
-        self.evaluate(0)
+        found = self.evaluate(0)
         weights = weight_facts(self.engine.own_matrices(self.ranks), self.inputs.dtype, self.ranks.device)
         LOGGER.info("%s", expected_change(self.config, self.total_steps, weights))
         self.writer.scalars(0, weights)
         self.health.see(0, weights)
-        self._check_first_loss()
+        self._check_first_loss(found)
         self.interval.start()
 
-    def _check_first_loss(self) -> None:
-        """The held-out loss of step 0 is what the loss gives of log-ratios of 0 or of the store's sums (collective)."""
-        if not (self.held_out and self.loss_fn.needs_reference) or self.inputs.other_reference:
+    def _check_first_loss(self, found: HeldOut | None) -> None:
+        """The held-out loss of step 0 is what the loss gives of log-ratios of 0, or of the reference's sums
+        (collective)."""
+        if not (found and self.loss_fn.needs_reference) or self.inputs.other_reference:
             return
         if not self.inputs.starts_as_reference:
             LOGGER.info("step 0: the policy is not the reference: nothing says beforehand what the loss must be")
             return
         if self.loss_fn.asks.squares:
-            LOGGER.info("step 0: pairs are weighted by the policy: nothing says beforehand what the loss must be")
+            LOGGER.info("step 0: pairs are weighted by the policy; step 1 is compared with chats alone")
             return
-        expected, store = self.loss_fn.at_start(), self.reference.store
+        expected, sums_N2, held_out = self.loss_fn.at_start(), found.ref_N2, self.held_out
         if expected is not None:
-            expected *= float(self.held_out.weights.mean())
+            expected *= float(held_out.weights.mean())
         with fail_together(self.ranks):
-            if expected is None and store:
-                keys, held_out = self.held_out.keys, self.held_out
-                fronts = [store.lookup(held_out.names(True)[len(keys) :])] if self.loss_fn.asks.fronts else []
-                parts = (store.lookup(keys), keys["counts"], held_out.weights, held_out.gaps, *fronts)
+            if expected is None:
+                names, fronts = held_out.names(self.loss_fn.asks.fronts), []
+                if self.reference.store:
+                    sums_2 = self.reference.store.lookup(names)
+                    sums_N2, fronts = sums_2[: len(held_out)], [sums_2[len(held_out) :]][: self.loss_fn.asks.fronts]
+                elif self.loss_fn.asks.fronts:
+                    return
+                parts = (sums_N2, held_out.keys["counts"], held_out.weights, held_out.gaps, *fronts)
                 expected = self.loss_fn.foretold(*(torch.from_numpy(np.array(part)) for part in parts))
-        if expected is None:
-            LOGGER.info("step 0: without a store nothing says beforehand what %s must be", self.config.loss_type)
-        else:
-            LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
-            if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[self.inputs.dtype] * max(expected, 1.0):
-                problem = UserError(
-                    f"step 0: the held-out loss is {self.at.last_loss:.6f}, expected {expected:.6f} while the policy "
-                    "is the reference; the store does not belong to this model or machine: delete its folder under "
-                    "ref_cache_dir and run launch/precompute_ref.py again"
-                )
-                raise shared(problem, self.ranks)
+        LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
+        if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[self.inputs.dtype] * max(expected, 1.0):
+            problem = UserError(
+                f"step 0: the held-out loss is {self.at.last_loss:.6f}, expected {expected:.6f} while the policy "
+                "is the reference; the store does not belong to this model or machine: delete its folder under "
+                "ref_cache_dir and run launch/precompute_ref.py again"
+            )
+            raise shared(problem, self.ranks)
 
     # === A step ===
 
@@ -272,19 +275,28 @@ class TrainingRun:
         watchdog.started()
 
     def first_step(self, index: int) -> FirstStep | None:
-        """What step `index` (from 0) is compared with, where its policy must be the reference: none but the first.
+        """What step `index` (from 0) is compared with where it is the first (collective); None for all others.
 
-        None for a loss without a reference, or with one that is not the start model. None for compiled layers in bf16:
-        with gradients they are another graph than without, which rounds elsewhere (0.48 nats an answer were seen). The
-        audit, whose graph is the reference pass's, has looked at these.
+        What cannot be foretold is said. Compiled layers in bf16 are another graph with gradients than without, which
+        rounds elsewhere (0.48 nats an answer were seen); the audit, whose graph is the reference pass's, has looked at
+        these.
         """
-        rounds_elsewhere = self.config.compile and self.inputs.dtype == torch.bfloat16
-        if index > 0 or self.config.dropout > 0 or rounds_elsewhere or not self.loss_fn.needs_reference:
-            return None
-        if not self.inputs.starts_as_reference:
+        if index > 0:
             return None
         mine = [micro_batch for micro_batch in self.plan.step(index)[self.ranks.rank] if micro_batch]
-        return FirstStep(self.pairs, mine, self.bound, self.ranks)
+        why = None
+        if self.config.dropout > 0:
+            why = "dropout leaves out other units each time"
+        elif self.config.compile and self.inputs.dtype == torch.bfloat16:
+            why = "compiled layers round otherwise with gradients"
+        at_reference = why is None and self.loss_fn.needs_reference and self.inputs.starts_as_reference
+        store = self.reference.store
+        first = FirstStep(self.pairs, mine, self.loss_fn, self.bound, self.ranks, at_reference, store)
+        if why is None:
+            first.compute_anew(self.engine.logps)
+        else:
+            LOGGER.info("step 1: its log-probs cannot be foretold, only what the loss makes of them: %s", why)
+        return first
 
     def stoppable(self, items: Iterable[Item], place: str) -> Iterator[Item]:
         """Micro-batches, of which each rank has as many (collective); between two of them the run may stop."""
@@ -340,8 +352,8 @@ class TrainingRun:
             self.at.last_loss = values["loss"]
         self.interval.start()
 
-    def evaluate(self, step: int) -> None:
-        """Held-out metrics and sample answers after `step` steps (collective)."""
+    def evaluate(self, step: int) -> HeldOut | None:
+        """Held-out metrics and sample answers after `step` steps (collective); None without held-out pairs."""
         ranks = self.ranks
         if self.held_out:
             mine = sweep(self.held_out.rows, self.config.batch_size, ranks.world_size)[ranks.rank]
@@ -365,6 +377,8 @@ class TrainingRun:
             values |= self.samples.take(step)
             self.writer.scalars(step, values)
             self.health.see(step, values)
+            return found
+        return None
 
     def save(self) -> None:
         """A checkpoint of where the run stands (collective)."""

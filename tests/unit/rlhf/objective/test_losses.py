@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.check_losses import DIVERGENCES, VARIANTS, errors, largest_error, slopes
-from benchmarks.textbook_losses import FORMULAS, value_and_gradient
+from benchmarks.textbook_losses import COUPLED, FORMULAS, value_and_gradient
 from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import _EXPONENT_LIMIT, Scores
@@ -18,7 +18,8 @@ from simple_llama.reinforcement_learning.rlhf.objective.scores import _EXPONENT_
 
 def test_the_textbook_has_each_loss() -> None:
     """And no other."""
-    assert FORMULAS.keys() == LOSSES.keys()
+    assert FORMULAS.keys() | COUPLED.keys() == LOSSES.keys()
+    assert COUPLED.keys() == {name for name, loss in LOSSES.items() if loss.couples}
 
 
 @pytest.mark.parametrize("loss", VARIANTS, ids=str)

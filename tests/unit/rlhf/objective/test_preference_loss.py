@@ -57,6 +57,9 @@ def scores(logps_B2: torch.Tensor, ref_B2: torch.Tensor, *counts: tuple[int, int
         ("apo_down", 0.0, 0.7416622532),  # 0.6224593 + 1 - 0.8807971
         ("discopop", 0.0, 0.1353352832),  # all of it e^-2: m = sigmoid(40)
         ("dpop", 0.0, 0.1269280110429725),  # the chosen answer became likelier: DPO
+        # one pair alone: each smallest is also the largest
+        ("aot", 0.0, 0.1269280110429725),
+        ("aot_unpaired", 0.1, 0.3269280110429725),
         ("rdpo", 0.0, 0.1293331751),  # ln(1 + e^-(2 - 0.01 * 2))
         ("rpo_gap", 0.0, 0.0826077449),  # s ln(s / q) + (1 - s) ln((1 - s) / (1 - q)), s = sigmoid(1), q = sigmoid(2)
         ("sft", 0.0, 5.0),  # 10 / 2
@@ -166,7 +169,7 @@ def test_one_value_a_pair() -> None:
         (("sigmoid", 0.5, math.nan), "label_smoothing: .* found nan"),
         (("ipo", 0.5, 0.1), "label_smoothing: expected 0 with loss_type 'ipo', which ignores it, found 0.1"),
         (("hinge", 0.5, 0.1), "label_smoothing: expected 0 with loss_type 'hinge'"),
-        (("sigmoid_norm", 0.5, 0.1), "use one of sigmoid, robust, exo_pair, cpo or leave it out"),
+        (("sigmoid_norm", 0.5, 0.1), "use one of sigmoid, robust, exo_pair, aot, aot_unpaired, cpo or leave it out"),
         (("exo_pair", 0.5, 0.0), "label_smoothing: expected a number above 0 with loss_type 'exo_pair', found 0"),
         (("slic", 0.5, None), "beta: expected none with loss_type 'slic', which ignores it, found 0.5; use one of sig"),
         (("sft", None, None, 0.5), "nll_weight: expected 0 with loss_type 'sft', which ignores it"),
@@ -237,7 +240,7 @@ def test_what_a_loss_reads_is_what_it_says(loss_type: Any) -> None:
     assert loss.needs_reference == (loss_type.split(":")[0] not in ("sft", "simpo", "orpo", "cpo", "slic"))
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", [name for name, loss in LOSSES.items() if not loss.couples])
 def test_each_pair_has_its_own_loss(loss_type: Any) -> None:
     """The head asks for a few pairs at a time: a part of a batch, and another order, give the same losses."""
     logps, ref = -30 * torch.rand(2, 5, 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The audit of the reference's values: whom it draws, how many, what it finds; the first step; values kept by a state.
+"""The audit of the reference's values: whom it draws, how many, what it finds; values kept by a state.
 
 Pair i is the tokens [1, 2, 10 + i | 10 + i, 5]: 1 and 2 scored tokens. The honest reference gives -i and -2 i.
 """
@@ -23,7 +23,7 @@ from simple_llama.common.files import file_digest
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.reference import audit
-from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, FirstStep, require_kept
+from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, require_kept
 from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import from_store
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
@@ -204,29 +204,6 @@ def test_an_unbound_store_that_cannot_be_written_is_audited_and_stays(
     assert "on 256 of 1000 pairs" in caplog.text and "stay (cannot write" in caplog.text
     assert sorted(path.name for path in store.folder.iterdir()) == before
     assert from_store(store)(PairBatch.pack(PAIRS[:3])).tolist() == [[0, 0], [-1, -2], [-2, -4]]
-
-
-# === the first step ===
-
-
-def test_the_first_step_names_the_pair_that_does_not_start_at_the_reference(ranks: Ranks) -> None:
-    """Two micro-batches, of pairs 7 and 2 and of pair 5: as they are, and with pair 2 off by 0.001 on one side."""
-    parts = [(7, 2), (5,)]
-    for shift in (0.0, 1e-3):
-        first = FirstStep(PAIRS, parts, FP32, ranks)
-        for part in parts:
-            batch = PairBatch.pack([PAIRS[i] for i in part])
-            ref_B2 = honest(batch)
-            first.see(batch, ref_B2 + shift * (ref_B2 == -2), ref_B2)
-        if not shift:
-            first.judge()
-    with pytest.raises(UserError, match=r"step 1: 1 pairs .*: pairs:3 \(chosen -1\.999, stored -2; .*No weights were"):
-        first.judge()
-
-
-def test_a_rank_without_pairs_of_its_own_judges_too(ranks: Ranks) -> None:
-    """The only micro-batch of a rank in a short step is for company: nothing was seen."""
-    FirstStep(PAIRS, [], FP32, ranks).judge()
 
 
 # === what a state keeps ===

@@ -1,0 +1,37 @@
+"""The first step of every loss beside a plain model that computes it apart; two ranks: tests/distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
+from start_cells import Cell, cells, make_weighted_job, plain_cells
+from tiny_job import ROOT
+
+SOME = ("sigmoid", "sft", "aot", "orpo")
+
+
+def both(folder: Path, ranks: Ranks, name: str, losses: tuple[str, ...]) -> dict[str, tuple[Cell, Cell]]:
+    """Each loss's first step by the engine, and apart."""
+    settings = {**make_weighted_job(folder).settings, "reference": "online"}
+    config = DPOConfig(**{**settings, "deepspeed_config": str(ROOT / "ds_configs" / f"{name}.json")})
+    ours, plain = cells(config, losses, ranks), plain_cells(config, losses, ranks)
+    return {loss: (ours[loss], plain[loss]) for loss in losses}
+
+
+def test_all_losses_in_fp32(tmp_path: Path, ranks: Ranks) -> None:
+    """Loss and gradient's norm, at the start and after a step that leaves the reference: 1e-5, relative above 1."""
+    for loss, (ours, plain) in both(tmp_path, ranks, "zero2_fp32", tuple(LOSSES)).items():
+        assert ours == pytest.approx(plain, rel=1e-5, abs=1e-5), loss
+        assert ours.norm > 1e-3 and abs(ours.loss_after - ours.loss) > 1e-4, loss
+
+
+@pytest.mark.parametrize("name", ["zero2_bf16", "zero3_bf16"])
+def test_some_losses_in_bf16(tmp_path: Path, ranks: Ranks, name: str) -> None:
+    """2e-2, with whole weights and partitioned ones."""
+    for loss, (ours, plain) in both(tmp_path, ranks, name, SOME).items():
+        assert ours == pytest.approx(plain, rel=2e-2), loss

@@ -1,0 +1,51 @@
+"""A step whose loss couples its pairs: how they are dealt into micro-batches changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.ours import PlainLoop
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.pretraining.weights import LoadedModel
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
+from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
+from simple_llama.reinforcement_learning.rlhf.run.step import Portion, accumulate
+from start_cells import alone
+from tiny_model import VOCAB, tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("loss_type", ["aot", "aot_unpaired", "sigmoid:0.5,aot_unpaired"])
+def test_coupled_pairs_in_any_micro_batches(ranks: Ranks, loss_type: str) -> None:
+    """16 pairs as 1 x 16, 4 x 4 and 16 x 1, with one for company: losses and gradients are those of autograd through
+    all chats at once (fp32 1e-5), with a reference that is some nats away."""
+    model, loss_fn = tiny_model(), PreferenceLoss(loss_type, 0.3)
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(2, VOCAB, (16, 12), generator=generator).tolist()
+    pairs = [TokenizedPair.from_chats([1, *t[:4]], 3, [1, *t[4 : 6 + i % 6]], 1 + i % 2) for i, t in enumerate(drawn)]
+    sums = alone(model, pairs)
+    ref = {pair.digest: row for pair, row in zip(pairs, sums.detach() + torch.randn(16, 2), strict=True)}
+    ref_N2 = torch.stack([ref[pair.digest] for pair in pairs])
+    losses_N = loss_fn(Scores(sums, ref_N2, PairBatch.pack(pairs).counts_B2))
+    weights = list(model.parameters())
+    right = torch.cat([part.flatten() for part in torch.autograd.grad(losses_N.mean(), weights)])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    loop = PlainLoop(DPOPolicy(model, loss_fn), LoadedModel(state, model.architecture, Path()), DPOConfig(), CPU)
+    for size in (1, 4, 16):
+        parts = [Portion(PairBatch.pack(pairs[i : i + size]), 1 / 16, i + size == 16) for i in range(0, 16, size)]
+        parts.insert(1, Portion(PairBatch.pack(pairs[:2]), 0.0, False))
+        loop.optimizer.zero_grad()
+        found = accumulate(
+            loop, parts, lambda batch: torch.stack([ref[pair.digest] for pair in batch.pairs]), MetricSums(CPU), CPU
+        )
+        torch.testing.assert_close(torch.cat(found), losses_N.detach(), atol=1e-5, rtol=0)
+        gradient = torch.cat([master.grad.flatten() for master in loop.masters.values() if master.grad is not None])
+        assert (gradient - right).norm() <= 1e-5 * right.norm()
