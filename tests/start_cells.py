@@ -19,10 +19,11 @@ import torch
 
 from benchmarks.textbook_losses import COUPLED, Sums, coupled_values_and_gradients, value_and_gradient
 from simple_llama.cluster.distributed import Ranks, all_reduce_sum, close_ranks, init_ranks, leave
+from simple_llama.common.settings import parse_settings
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
@@ -148,7 +149,7 @@ def textbook(
 def main() -> None:
     """The cells of a configuration after the other."""
     losses, paths = sys.argv.pop().split(","), sys.argv.pop().split(":")
-    config = parse_config()
+    config = parse_settings(DPOConfig, None, None)  # a loss option that is not given stays so: each loss has its own
     ranks = init_ranks(config.device, config.start_timeout_s)
     found = {path: cells(replace(config, deepspeed_config=path), losses, ranks) for path in paths}
     if ranks.is_main:
