@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from plain_cells import plain_cells
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.objective.losses import LOSSES
-from start_cells import Cell, cells, make_weighted_job, plain_cells
+from start_cells import Cell, cells, make_weighted_job
 from tiny_job import ROOT
 
 SOME = ("sigmoid", "sft", "aot", "orpo")
@@ -17,7 +18,7 @@ SOME = ("sigmoid", "sft", "aot", "orpo")
 
 def both(folder: Path, ranks: Ranks, name: str, losses: tuple[str, ...]) -> dict[str, tuple[Cell, Cell]]:
     """Each loss's first step by the engine, and apart."""
-    settings = {**make_weighted_job(folder).settings, "reference": "online"}
+    settings = {**make_weighted_job(folder).settings, "reference": "online", "grad_accum_steps": 2}
     config = DPOConfig(**{**settings, "deepspeed_config": str(ROOT / "ds_configs" / f"{name}.json")})
     ours, plain = cells(config, losses, ranks), plain_cells(config, losses, ranks)
     return {loss: (ours[loss], plain[loss]) for loss in losses}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.ours import PlainLoop
+from plain_cells import alone
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.weights import LoadedModel
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
@@ -17,7 +18,6 @@ from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import P
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.step import Portion, accumulate
-from start_cells import alone
 from tiny_model import VOCAB, tiny_model
 
 CPU = torch.device("cpu")

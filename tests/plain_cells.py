@@ -1,0 +1,93 @@
+"""What start_cells.py makes with an engine, computed apart: a plain model, one chat at a time, padded, textbook slopes,
+torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from benchmarks.textbook_losses import COUPLED, Sums, coupled_values_and_gradients, value_and_gradient
+from simple_llama.cluster.distributed import Ranks
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
+from start_cells import RATE, Cell
+
+PAD = 3
+
+
+def plain_cells(config: DPOConfig, loss_types: Sequence[str], ranks: Ranks) -> dict[str, Cell]:
+    """The same of a plain model in the same dtype; the pairs of a step are those of one rank."""
+    inputs = load_inputs(config, ranks)
+    pairs = inputs.data.train
+    plan = BatchPlan(pairs.rows, config.seed, 1, config.batch_size, config.grad_accum_steps)
+    mine = [pairs[i] for micro_batch in plan.step(0)[0] for i in micro_batch]
+    with inputs.start.reading() as start:
+        model = inputs.build_model(start, ranks.device)
+        masters = {name: start.state_dict[name].clone() for name, _ in model.named_parameters()}
+    sums_N2 = alone(model, mine)
+    ref_N2, found = sums_N2.detach(), {}
+    for loss_type in loss_types:
+        loss, gradients = _gradients(loss_type, sums_N2, ref_N2, mine, list(model.parameters()))
+        moved = {name: master.clone().requires_grad_() for name, master in masters.items()}
+        for master, gradient in zip(moved.values(), gradients, strict=True):
+            master.grad = gradient.float()
+        norm = torch.nn.utils.clip_grad_norm_(moved.values(), config.max_grad_norm)
+        torch.optim.AdamW(moved.values(), RATE, (config.beta1, config.beta2), weight_decay=0.0).step()
+        stepped = {name: master.detach().to(inputs.dtype).requires_grad_() for name, master in moved.items()}
+        after_N2 = alone(partial(_with, model, stepped), mine)
+        loss_after, gradients = _gradients(loss_type, after_N2, ref_N2, mine, list(stepped.values()))
+        norm_after = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
+        found[loss_type] = Cell(loss, float(norm), loss_after, float(norm_after))
+    return found
+
+
+def _gradients(
+    loss_type: str,
+    sums_N2: torch.Tensor,
+    ref_N2: torch.Tensor,
+    pairs: Sequence[TokenizedPair],
+    weights: Sequence[torch.Tensor],
+) -> tuple[float, Sequence[torch.Tensor]]:
+    """The mean loss of pairs, and its gradient: the textbook's slopes by the sums, then autograd."""
+    loss, slopes_N2 = textbook(loss_type, sums_N2.detach(), ref_N2, pairs)
+    return loss, torch.autograd.grad((slopes_N2 * sums_N2.double()).sum(), weights, retain_graph=True)
+
+
+def _with(model: LLaMaTransformer, weights: dict[str, torch.Tensor], ids_BT: torch.Tensor) -> torch.Tensor:
+    """Logits with other weights."""
+    return torch.func.functional_call(model, weights, (ids_BT,))
+
+
+def alone(model: Callable[[torch.Tensor], torch.Tensor], pairs: Sequence[TokenizedPair]) -> torch.Tensor:
+    """Sums (N, 2): each chat whole and padded, log_softmax of all logits, then gather."""
+    sums = []
+    for pair in pairs:
+        for ids, scored in pair.without_sharing():
+            row = torch.tensor([[*ids.tolist(), *[0] * PAD]])
+            logps = model(row)[0, : len(ids) - 1].float().log_softmax(-1)
+            sums.append(logps.gather(1, row[0, 1 : len(ids), None])[-scored:].sum())
+    return torch.stack(sums).view(-1, 2)
+
+
+def textbook(
+    loss_type: str, sums_N2: torch.Tensor, ref_N2: torch.Tensor, pairs: Sequence[TokenizedPair]
+) -> tuple[float, torch.Tensor]:
+    """The mean loss of pairs with default options, and its slopes (N, 2) by their sums."""
+    options = PreferenceLoss(loss_type).own_options()
+    rows: list[Sums] = [
+        (*sums, *ref, pair.chosen_scored, pair.rejected_scored, pair.gap)
+        for sums, ref, pair in zip(sums_N2.tolist(), ref_N2.tolist(), pairs, strict=True)
+    ]
+    weights = [pair.weight for pair in pairs]
+    if loss_type in COUPLED:
+        values, slopes = coupled_values_and_gradients(loss_type, rows, options, weights)
+    else:
+        found = (value_and_gradient(loss_type, row, options, weight) for row, weight in zip(rows, weights, strict=True))
+        values, slopes = zip(*found, strict=True)
+    return sum(values) / len(rows), torch.tensor(slopes, dtype=torch.float64) / len(rows)
