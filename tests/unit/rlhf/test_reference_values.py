@@ -155,11 +155,14 @@ def test_one_wrong_pair_is_found_in_the_first_step(job: TinyJob, ranks: Ranks, m
 
 
 def test_only_the_first_step_without_dropout_is_compared(job: TinyJob, ranks: Ranks) -> None:
+    """With dropout its log-probs are compared with nothing: neither with the reference nor with chats alone."""
     config, inputs = inputs_of(job, ranks, run_name="new")
     run = begin(config, inputs, ranks, "new")
-    assert run.first_step(0) and not run.first_step(1)
+    first = run.first_step(0)
+    assert first and first.at_reference and first.anew and not run.first_step(1)
     run.config = replace(config, dropout=0.1)
-    assert not run.first_step(0)
+    first = run.first_step(0)
+    assert first and not first.at_reference and not first.anew
 
 
 # === a resume ===

@@ -31,9 +31,9 @@ def test_a_probe_of_a_tiny_model(ranks: Ranks, tmp_path: Path, monkeypatch: pyte
     computed: list[tuple[int, bool]] = []
     backward = Engine.backward
 
-    def watched(engine: Engine, batch, ref_B2, weight: float, last: bool):
+    def watched(engine: Engine, batch, ref_B2, weight: float, last: bool, *more):
         computed.append((len(batch.tokens_T), last))
-        return backward(engine, batch, ref_B2, weight, last)
+        return backward(engine, batch, ref_B2, weight, last, *more)
 
     def refuse(*_: object) -> None:
         raise AssertionError("a probe makes no step")
