@@ -119,7 +119,11 @@ def test_a_read_only_store(job: TinyJob, mount: Mount) -> None:
     mount("-o", "remount,ro,bind", folder)
     assert "24 of 24 pairs are there" in run_ranks(PRECOMPUTE, settings, world=1)
     output = run_ranks(TRAIN, settings, world=1)
-    assert "finished (all epochs are done):" in output and "24 of 24 pairs, drawn anew" in output and "Read-only file system" in output
+    assert (
+        "finished (all epochs are done):" in output
+        and "24 of 24 pairs, drawn anew" in output
+        and "Read-only file system" in output
+    )
     assert sorted(folder.rglob("*")) == before
     write_pairs(job.folder / "pairs.jsonl", range(30))
     message = fails(PRECOMPUTE, settings)
