@@ -46,7 +46,7 @@ def test_what_a_person_has_set_stays(intel: bool, monkeypatch: pytest.MonkeyPatc
     Set again: no change."""
     onednn, other, aten = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
     monkeypatch.setattr("simple_llama.ops.machine._is_intel", lambda: intel)
-    mkl = {"MKL_CBWR": "AUTO"} if intel else {}
+    mkl = {"MKL_CBWR": "AUTO,STRICT"} if intel else {}
     for before, after in (({}, {onednn: "128", aten: "128"}), ({other: "9"}, {other: "9", aten: "128"})):
         monkeypatch.setattr("os.environ", dict(before))
         prepare_gemms()
@@ -69,4 +69,4 @@ torch.ones(9, 9) @ torch.ones(9, 9)
         pytest.skip("no MKL on a CPU of Intel's")
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"} | {"MKL_VERBOSE": "1"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert re.search(r"SGEMM.*CNR:AUTO", said.stdout), said.stdout
+    assert re.search(r"SGEMM.*CNR:AUTO,STRICT", said.stdout), said.stdout
