@@ -29,8 +29,8 @@ def prepare_gemms() -> None:
     With bf16 units oneDNN compiles code for every new shape, and packed lengths are always new: of the 1,024 that it
     and ATen keep, each takes some 0.6 MiB. MKL promises the same bits from run to run in its conditional numerical
     reproducibility alone, where reductions and the dealing to threads are fixed, and wherever arrays lie in memory only
-    in its strict form (oneMKL guide, "MKL_CBWR"; on the CPUs of others than Intel it would take slower code). Set in the environment, where all look; what a person has set
-    stays.
+    in its strict form (oneMKL guide, "MKL_CBWR"; on the CPUs of others than Intel it would take slower code). Set in
+    the environment, where all look; what a person has set stays.
     """
     for names in _CACHE_BOUNDS:
         if not any(name in os.environ for name in names):
