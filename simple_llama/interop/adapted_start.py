@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from simple_llama.interop.hf_folder import HFFolder
 from simple_llama.interop.hf_names import LLAMA, NameMap
 from simple_llama.interop.own_checkpoints import MergedLoRA, check_mergeable
 from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.named_tensors import NamedTensors
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import Loaded, LoadedModel, empty_model, load_lora_adapters
@@ -78,6 +80,12 @@ class AdaptedStart:
     def _over(self, loaded: Loaded) -> LoadedModel:
         return LoadedModel(_over(self.adapters.tensors, loaded.state_dict), self.architecture, self.path)
 
+    def whole(self) -> AdaptedStart:
+        """The same, whose exports are the merged model."""
+        other = copy(self)
+        other.as_adapters = False
+        return other
+
     def merged(self, trained: Mapping[str, torch.Tensor]) -> MergedLoRA:
         """The whole model, the updates (the trained ones, if there are) in its weights. StartChanged."""
         base = self.base
@@ -94,25 +102,14 @@ class AdaptedStart:
     ) -> None:
         """Writes the merged model in the base's form, or with `as_adapters` the adapters alone. StartChanged."""
         if not self.as_adapters:
-            self.export_merged(path, trained, metadata, dtype, tokenizer)
+            merged = self.merged(trained)
+            names = list(merged) if isinstance(self.base, StartFile) else merged.updated
+            self.base.export(path, _Some(merged, names), metadata, dtype, tokenizer)
         elif isinstance(self.base, StartFile):
             write_upstream(path, trained, self.adapters.lora, self.base.config, metadata)
         else:
             lora, where = self.adapters.lora, str(self.base.path.absolute())
             write_peft(path, trained, lora, self.base.architecture, _family_of(self.base), where, metadata)
-
-    def export_merged(
-        self,
-        path: Path,
-        trained: Mapping[str, torch.Tensor],
-        metadata: dict[str, Any],
-        dtype: torch.dtype | None = None,
-        tokenizer: OwnTokenizer | None = None,
-    ) -> None:
-        """Writes the merged model in the base's form. StartChanged."""
-        merged = self.merged(trained)
-        names = list(merged) if isinstance(self.base, StartFile) else merged.updated
-        self.base.export(path, _Some(merged, names), metadata, dtype, tokenizer)
 
     def export_metadata(self, path: Path) -> dict[str, Any]:
         """What an export, of the merged model or of the adapters, says of itself; nothing for what is none."""
@@ -123,25 +120,14 @@ class AdaptedStart:
         return adapters.metadata if adapters else {}
 
 
-class _Some(Mapping[str, torch.Tensor]):
+class _Some(NamedTensors):
     """Some of a model's tensors, each made when it is asked for."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], names: Sequence[str]):
         self._tensors, self._names = tensors, dict.fromkeys(names)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
+    def _make(self, name: str) -> torch.Tensor:
         return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
 
 
 def adapted(start: StartModel, config: AdapterConfig, adapter_path: str = "") -> StartModel:

@@ -5,7 +5,7 @@ Shapes: I inputs and O outputs of a linear layer, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -16,10 +16,9 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest, json_bytes, shown
 from simple_llama.common.settings import Bounds, CountOrNone, Settings
 from simple_llama.interop.hf_names import our_shapes
-from simple_llama.pretraining.architecture import ATTENTION_TARGETS, LORA_TARGETS, Architecture, LoRA
+from simple_llama.pretraining.architecture import ATTENTION_TARGETS, LORA_MARK, LORA_TARGETS, Architecture, LoRA
+from simple_llama.pretraining.named_tensors import NamedTensors
 from simple_llama.pretraining.weights import weights_digest
-
-_LORA_MARK = "_lora_layer."  # in the name of each of their tensors
 
 
 @dataclass(frozen=True)
@@ -112,31 +111,26 @@ def fresh_adapters(architecture: Architecture, config: AdapterConfig) -> Adapter
 def adapter_shapes(architecture: Architecture, lora: LoRA) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that these updates add to a model of the architecture."""
     shapes = our_shapes(replace(architecture, lora=lora))
-    return {name: shape for name, shape in shapes.items() if _LORA_MARK in name}
+    return {name: shape for name, shape in shapes.items() if LORA_MARK in name}
 
 
 def adapter_name(layer: int, target: str, half: str) -> str:
     """Our name of one half, "a" (I, R) or "b" (R, O), of an update."""
     room = "attention" if target in ATTENTION_TARGETS else "ffwd"
-    return f"decoder_blocks.{layer}.{room}.{target}{_LORA_MARK}lora_{half}"
+    return f"decoder_blocks.{layer}.{room}.{target}{LORA_MARK}lora_{half}"
 
 
-class _Fresh(Mapping[str, torch.Tensor]):
+class _Fresh(NamedTensors):
     """Tensors of fresh adapters, each made when it is asked for."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int):
-        self._shapes, self._seed = shapes, seed
+        self._names = self._shapes = shapes
+        self._seed = seed
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _make(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         if name.endswith("lora_b"):
             return torch.zeros(shape)
         number = int.from_bytes(digest(f"{self._seed} {name}".encode(), size=7), "little")
         bound = shape[0] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(number))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
 from simple_llama.interop.held_file import HeldFile
+from simple_llama.pretraining.named_tensors import NamedTensors
 
 _EXPECTED = "expected a GGUF file"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -56,7 +56,7 @@ class _Row(NamedTuple):
     offset: int
 
 
-class GGUFContainer(HeldFile, Mapping[str, torch.Tensor]):
+class GGUFContainer(HeldFile, NamedTensors):
     """A GGUF file held open. Its tensors are fp32, by the names in the file."""
 
     def __init__(self, path: Path):
@@ -68,13 +68,13 @@ class GGUFContainer(HeldFile, Mapping[str, torch.Tensor]):
             header.opening()
             tensors, keys = header.count(_LEAST_TENSOR, "tensors"), header.count(_LEAST_KEY, "keys")
             self.metadata = header.metadata(keys)  # by key
-            self._entries = self._table([header.tensor() for _ in range(tensors)], header.at)
+            self._names = self._entries = self._table([header.tensor() for _ in range(tensors)], header.at)
         except UserError as error:
             raise UserError(f"{path}: {_EXPECTED}, found one that is not sound: {error}") from error
         except OSError as error:
             raise UserError(f"{path}: {_EXPECTED}, found: {error.strerror or error}") from error
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _make(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
         raw = self.tensor_bytes(name, entry.start, entry.size).numpy()
         values = np.empty(math.prod(entry.shape), np.float32)
@@ -85,15 +85,6 @@ class GGUFContainer(HeldFile, Mapping[str, torch.Tensor]):
                 piece = self._gguf.dequantize(row, entry.type).reshape(-1)
             values[number * _PIECE :][: len(piece)] = piece
         return torch.from_numpy(values).view(entry.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""

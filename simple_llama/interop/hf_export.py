@@ -27,6 +27,7 @@ from simple_llama.interop.hf_names import NameMap, check_mappable, our_shapes, s
 from simple_llama.interop.hf_tokenizer import PLAIN_CLASS
 from simple_llama.interop.model_card import model_card
 from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.named_tensors import NamedTensors
 
 RUN_FILE = "simple_llama_run.json"
 _FORMAT = 1  # of RUN_FILE; a reader refuses others
@@ -70,20 +71,14 @@ class ExportForm:
         return {name: _Tensor(shape, self.dtypes.get(name, self.dtype)) for name, shape in shapes.items()}
 
 
-class TrainedOver(Mapping[str, torch.Tensor]):
+class TrainedOver(NamedTensors):
     """The trained tensors, and those of a start where a name is not among them."""
 
     def __init__(self, trained: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]):
-        self.trained, self.start = trained, start
+        self._names, self.trained, self.start = start, trained, start
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _make(self, name: str) -> torch.Tensor:
         return self.trained[name] if name in self.trained else self.start[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.start)
-
-    def __len__(self) -> int:
-        return len(self.start)
 
 
 def write_folder(

@@ -6,7 +6,7 @@ TrainingConfig that says the architecture. Shapes: G key heads, D width, R rank 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from simple_llama.common.files import json_bytes
 from simple_llama.dataset.own_tokenizer import OwnTokenizer
 from simple_llama.dataset.tokenizer import SPECIAL_IDS
 from simple_llama.interop.hf_tokenizer import PLAIN_CLASS, load_hf_tokenizer
-from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.architecture import LORA_MARK, Architecture
 from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.pretraining.named_tensors import NamedTensors
 
-_LORA = "_lora_layer."
 _BEHIND_NORMS = frozenset("qkv")  # projections of latent attention to which no update can be added
 _PLAIN = {  # linear layers that are one target, by the target
     "attention.out": "attention.o",
@@ -48,7 +48,7 @@ _TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '\\n<SOA>' }}{% endif %}"""
 
 
-class MergedLoRA(Mapping[str, torch.Tensor]):
+class MergedLoRA(NamedTensors):
     """A model's tensors with its low-rank updates added to the layers they stand beside: the same function.
 
     A tensor that has an update (`updated`) is made, in fp32, when it is asked for.
@@ -59,23 +59,15 @@ class MergedLoRA(Mapping[str, torch.Tensor]):
         check_mergeable(architecture)
         self._tensors, self._before = tensors, architecture
         self.architecture = replace(architecture, lora=None)
-        self._names = dict.fromkeys(name for name in tensors if _LORA not in name)
+        self._names = dict.fromkeys(name for name in tensors if LORA_MARK not in name)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
+    def _make(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
         if name.endswith(_QKV):
             return self._with_updates(tensor, name.removesuffix("qkv_linear.weight"))
         place = _place_of(name)
         update = self._update(*place) if place else None
         return tensor if update is None else tensor.float() + update
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     @property
     def updated(self) -> list[str]:
@@ -106,7 +98,7 @@ class MergedLoRA(Mapping[str, torch.Tensor]):
         lora = self._before.lora
         if lora is None or name not in lora.targets:
             return None
-        a_DR, b_RO = (self._tensors[f"{place}{name}{_LORA}lora_{half}"].float() for half in "ab")
+        a_DR, b_RO = (self._tensors[f"{place}{name}{LORA_MARK}lora_{half}"].float() for half in "ab")
         return (lora.scale * (a_DR @ b_RO)).T
 
 
@@ -129,21 +121,14 @@ def _place_of(name: str) -> tuple[str, str] | None:
     return f"{parts[0]}.{room}.", which
 
 
-class UntiedHead(Mapping[str, torch.Tensor]):
+class UntiedHead(NamedTensors):
     """A model's tensors, the head beside the embeddings, which it is."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        self._tensors = tensors
+        self._names, self._tensors = dict.fromkeys([*tensors, _HEAD]), tensors
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _make(self, name: str) -> torch.Tensor:
         return self._tensors[_EMBEDDINGS].clone() if name == _HEAD else self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._tensors
-        yield _HEAD
-
-    def __len__(self) -> int:
-        return len(self._tensors) + 1
 
 
 def training_config(architecture: Architecture) -> TrainingConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import listed, parse_json, read_json, shown
 from simple_llama.interop.held_file import HeldFile
+from simple_llama.pretraining.named_tensors import NamedTensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LENGTH = struct.Struct("<Q")  # of the table, in front of it
@@ -77,7 +77,7 @@ class _File(HeldFile):
         return entries
 
 
-class SafetensorsFiles(Mapping[str, torch.Tensor]):
+class SafetensorsFiles(NamedTensors):
     """The tensors of one or several files by the names in them, each read when it is asked for, into memory of its own.
 
     A tensor that is read again has to have the bytes of the first time: StartChanged otherwise.
@@ -87,6 +87,7 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
         """Opens the files and reads their tables. UserError for a file that is not sound, or a tensor in two files."""
         self._files = [_File(path) for path in paths]
         self._owners: dict[str, _File] = {}
+        self._names = self._owners
         for file in self._files:
             for name in file.entries:
                 if name in self._owners:
@@ -96,19 +97,10 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
                     )
                 self._owners[name] = file
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _make(self, name: str) -> torch.Tensor:
         file = self._owners[name]
         entry = file.entries[name]
         return file.tensor_bytes(name, entry.start, entry.size).view(entry.dtype).view(entry.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owners)
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._owners
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""

@@ -22,6 +22,7 @@ class Latent:
 
 
 LORA_TARGETS = ("q", "k", "v", "o", "w1", "w2", "w3")  # linear layers of a decoder block that may have an update
+LORA_MARK = "_lora_layer."  # in the name of each tensor of an update, behind its layer's
 ATTENTION_TARGETS = LORA_TARGETS[:4]  # those that SimpleLLaMA's own checkpoints can have
 
 

@@ -11,28 +11,23 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import listed, shown
 from simple_llama.interop.open_start import open_start, start_metadata
+from simple_llama.pretraining.named_tensors import NamedTensors
 from simple_llama.pretraining.start_model import StartModel
 
 _OF_ONE_RUN = ("run", "reference", "start")  # metadata
 
 
-class MeanWeights(Mapping[str, torch.Tensor]):
+class MeanWeights(NamedTensors):
     """The mean of several models' tensors in fp64, each made when it is asked for."""
 
     def __init__(self, models: Sequence[Mapping[str, torch.Tensor]]):
-        self._models = models
+        self._names, self._models = models[0], models
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _make(self, name: str) -> torch.Tensor:
         total = self._models[0][name].to(torch.float64, copy=True)
         for model in self._models[1:]:
             total += model[name]
         return total / len(self._models)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._models[0])
-
-    def __len__(self) -> int:
-        return len(self._models[0])
 
 
 class _Export(NamedTuple):

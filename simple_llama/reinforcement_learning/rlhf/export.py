@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from simple_llama.common.files import read_json
 from simple_llama.common.settings import CountOrNone, PathText, Settings, TextOrFile, with_texts
 from simple_llama.interop.adapted_start import AdaptedStart, base_of
 from simple_llama.interop.hf_config import config_json
-from simple_llama.interop.hf_export import ExportForm, write_folder
+from simple_llama.interop.hf_export import ExportForm, TrainedOver, write_folder
 from simple_llama.interop.hf_names import LLAMA, check_mappable
 from simple_llama.interop.open_start import open_start, open_start_of
 from simple_llama.interop.own_checkpoints import MergedLoRA, UntiedHead, training_config
@@ -136,7 +135,7 @@ def _open_source(config: ExportConfig) -> _Source:
     settings = _settings_of(run)
     start = open_start_of(settings, _start_path(config, settings, run))
     if isinstance(start, AdaptedStart):
-        start.as_adapters = False
+        start = start.whole()
     if start_digest(saved.facts.course) != start.digest:
         raise UserError(f"{start.path}: not the model that the run {run.name} started from; give that as --model_path")
     metadata = {
@@ -262,8 +261,7 @@ def _to_own(source: _Source, output: Path, dtype: torch.dtype | None) -> str:
     if isinstance(source.start, AdaptedStart):
         tensors: Mapping[str, torch.Tensor] = source.start.merged(source.trained)
     else:
-        both: Any = (source.trained, start.load().state_dict)
-        tensors = ChainMap(*both)
+        tensors = TrainedOver(source.trained, start.load().state_dict)
     if start.architecture.tied_head:
         tensors = UntiedHead(tensors)
     metadata = dict(source.metadata)

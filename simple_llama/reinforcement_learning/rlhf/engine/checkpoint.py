@@ -38,6 +38,7 @@ from simple_llama.common.files import (
     shown,
 )
 from simple_llama.common.logging import LOGGER
+from simple_llama.pretraining.named_tensors import NamedTensors
 from simple_llama.reinforcement_learning.rlhf.engine.engine import MOMENTS, Engine
 from simple_llama.reinforcement_learning.rlhf.engine.state_folders import (
     begin_state,
@@ -190,18 +191,18 @@ def read_state(candidate: Path) -> SavedState:
     return SavedState(candidate, StateFacts.from_json(found), found["files"], int(found["optimizer_steps"]))
 
 
-class StateWeights(Mapping[str, torch.Tensor]):
+class StateWeights(NamedTensors):
     """The fp32 master weights of a checked state by name, on the CPU, each read when it is asked for.
 
     UserError where the state is gone by then.
     """
 
     def __init__(self, saved: SavedState):
-        self._places = {
+        self._names = self._places = {
             parameter: saved.folder / file for file in saved.files for parameter in _parameters_in(saved.folder / file)
         }
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _make(self, name: str) -> torch.Tensor:
         place = self._places[name]
         try:
             with safe_open(place, framework="pt") as file:
@@ -211,15 +212,6 @@ class StateWeights(Mapping[str, torch.Tensor]):
                 f"{place}: expected a whole state, found: {error}; a run that goes on deletes old states: export the "
                 "newest again"
             ) from error
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._places  # the mixin would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def _check_state(candidate: Path) -> tuple[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
 from simple_llama.common.settings import Bounds, Settings
 from simple_llama.ops import logprob
+from simple_llama.pretraining.architecture import LORA_MARK
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
@@ -78,7 +79,7 @@ def trained_names(model: LLaMaTransformer, trainable: str, source: object, adapt
     if adapters and trainable not in ("all", "lora"):
         raise UserError(f"trainable: expected all or lora with adapters, which alone are trained, found {trainable}")
     if adapters or trainable == "lora":
-        found = {name for name in names if "_lora_layer." in name}
+        found = {name for name in names if LORA_MARK in name}
         if not found:
             raise UserError(f"trainable: expected a checkpoint with LoRA for 'lora', found none in {source}")
         return found
@@ -103,24 +104,13 @@ GIVEN = (
     *("logps_B2", "ref_B2", "counts_B2", "weights_B", "gaps_B"),
     *("fronts_B2", "ref_fronts_B2", "squares_B2"),
 )
-
-
 _WHOLE = Asked()
 
 
 def scores_of(sums_BS: torch.Tensor, ref_BS: torch.Tensor, batch: PairBatch, pairs: slice = slice(None)) -> Scores:
     """What a loss reads of some pairs of a batch, in training and evaluation alike; `sums_BS` is of these pairs."""
-    ref_BS = ref_BS[pairs]
-    return Scores(
-        sums_BS[:, :2],
-        ref_BS[:, :2],
-        batch.counts_B2[pairs],
-        batch.weights_B[pairs],
-        batch.gaps_B[pairs],
-        sums_BS[:, 2:4] if sums_BS.shape[1] > 2 else None,
-        ref_BS[:, 2:4] if ref_BS.shape[1] > 2 else None,
-        sums_BS[:, 4:6] if sums_BS.shape[1] > 4 else None,
-    )
+    facts = batch.counts_B2[pairs], batch.weights_B[pairs], batch.gaps_B[pairs]
+    return Scores.of_sums(sums_BS, ref_BS[pairs], *facts)
 
 
 def require_gaps(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
@@ -190,7 +180,7 @@ def _scored_hidden(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
 def _sums(parts_BP: torch.Tensor, asked: Asked) -> torch.Tensor:
     """Sums of whole answers, and behind them what else is asked for (B, S), from those of answers, or of their fronts
     and rests, with those of squares behind them."""
-    if asked == Asked():
+    if asked == _WHOLE:
         return parts_BP
     if asked.fronts:
         whole_BP, fronts_B2 = parts_BP[:, 0::2] + parts_BP[:, 1::2], parts_BP[:, 0:4:2]

@@ -19,7 +19,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Count, CountOrNone, Settings
 from simple_llama.interop.adapted_start import AdaptedStart
 from simple_llama.ops.machine import trim_heap
-from simple_llama.pretraining.start_model import StartChanged
+from simple_llama.pretraining.start_model import StartChanged, StartModel
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
@@ -195,7 +195,7 @@ class Saves:
                 name = self.newest.facts.weights.removesuffix(start.export_suffix) + f"_merged{start.export_suffix}"
                 path = free_path(self.folder, name, at.done, start)
                 weights = StateWeights(self.newest)
-                if is_export(path, at.done, start) or self._export(weights, path, at, measured, merged=True):
+                if is_export(path, at.done, start) or self._export(weights, path, at, measured, start.whole()):
                     found = path.name
         if found := broadcast_object(found, self.ranks):
             self.newest_path = self.folder / found
@@ -243,13 +243,19 @@ class Saves:
         return self.newest
 
     def _export(
-        self, weights: Mapping[str, torch.Tensor], path: Path, at: Position, measured: bool, merged: bool = False
+        self,
+        weights: Mapping[str, torch.Tensor],
+        path: Path,
+        at: Position,
+        measured: bool,
+        start: StartModel | None = None,
     ) -> bool:
         """Exports, and deletes what `keep_exports` does not keep. Gives False, and says so, where the start
         checkpoint is needed and is not what it was: what is trained is in the state, so the run may go on.
 
-        Args: merged: writes the whole model where exports are adapters alone.
+        Args: start: by whose form, if not by the start model's as it is.
         """
+        start = start or self.inputs.start
         metadata = {
             "run": self.folder.name,
             "file": path.name,
@@ -265,9 +271,7 @@ class Saves:
             metadata[TOKENIZER_KEY] = self.inputs.kept_digest
         try:
             # what is not trained keeps its values
-            start = self.inputs.start
-            export = start.export_merged if merged and isinstance(start, AdaptedStart) else start.export
-            export(path, weights, metadata, tokenizer=self.inputs.given_tokenizer)
+            start.export(path, weights, metadata, tokenizer=self.inputs.given_tokenizer)
         except StartChanged as changed:
             self.refused.append(path.name)
             LOGGER.warning(
