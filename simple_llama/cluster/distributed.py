@@ -135,6 +135,16 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def rows_of_all_ranks(rows: torch.Tensor, places: Sequence[int], count: int) -> torch.Tensor:
+    """`count` rows of all ranks, fp64, of which this rank gives those at `places` (collective); rows of no rank are 0.
+
+    A sum of one number and zeros is that number, in whatever order ranks add.
+    """
+    table = torch.zeros(count, rows.shape[1], dtype=torch.float64, device=rows.device)
+    table[torch.tensor(list(places), dtype=torch.int64, device=rows.device)] = rows.double()
+    return all_reduce_sum(table)
+
+
 def broadcast_object(obj: Any, ranks: Ranks, kind: Any = Any) -> Any:
     """Rank 0's `obj`, plain data, on every rank; what the others pass does not matter. `kind` as in messages.gather."""
     return messages.broadcast(obj, kind)

@@ -265,17 +265,7 @@ class PairBatch:
             segments.append((shared, (len(pair.chosen) - 1, len(pair.rejected) - 1)))
             start = branch_start
 
-        return cls(
-            pairs=tuple(pairs),
-            tokens_T=_stack(tokens),
-            positions_T=_stack(positions),
-            layout=PackedLayout(segments=tuple(segments)),
-            rows_N=_stack(rows),
-            targets_N=_stack(targets),
-            counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
-            weights_B=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
-            gaps_B=torch.tensor([math.nan if pair.gap is None else pair.gap for pair in pairs], dtype=torch.float32),
-        )
+        return cls._of(pairs, PackedLayout(segments=tuple(segments)), tokens, positions, rows, targets)
 
     @classmethod
     def unshared(cls, pairs: Sequence[TokenizedPair], padded: bool) -> PairBatch:
@@ -290,13 +280,22 @@ class PairBatch:
         rooms = [max(lengths) if padded else length for length in lengths]
         starts = np.cumsum([0, *rooms[:-1]]).tolist()
         tokens = [np.pad(ids[:-1], (0, room - len(ids) + 1)) for (ids, _), room in zip(chats, rooms, strict=True)]
+        positions = [np.arange(room) for room in rooms]
+        rows = [start + places - 1 for start, (_, places) in zip(starts, chats, strict=True)]
+        targets = [ids[places] for ids, places in chats]
+        return cls._of(pairs, PackedLayout.causal(rooms), tokens, positions, rows, targets)
+
+    @classmethod
+    def _of(cls, pairs: Sequence[TokenizedPair], layout: PackedLayout, *parts: list[np.ndarray]) -> PairBatch:
+        """A batch of these tokens, positions, rows and targets, each in parts that stand one after the other."""
+        tokens_T, positions_T, rows_N, targets_N = map(_stack, parts)
         return cls(
             pairs=tuple(pairs),
-            tokens_T=_stack(tokens),
-            positions_T=_stack([np.arange(room) for room in rooms]),
-            layout=PackedLayout.causal(rooms),
-            rows_N=_stack([start + places - 1 for start, (_, places) in zip(starts, chats, strict=True)]),
-            targets_N=_stack([ids[places] for ids, places in chats]),
+            tokens_T=tokens_T,
+            positions_T=positions_T,
+            layout=layout,
+            rows_N=rows_N,
+            targets_N=targets_N,
             counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
             weights_B=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
             gaps_B=torch.tensor([math.nan if pair.gap is None else pair.gap for pair in pairs], dtype=torch.float32),

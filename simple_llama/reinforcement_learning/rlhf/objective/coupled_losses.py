@@ -9,9 +9,8 @@ quantile by quantile, not pair by pair. Shapes: B pairs.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores, log_ratios, margin
+from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores, log_ratios, margin, smoothed_loss
 
 
 def aot_loss(scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -25,7 +24,7 @@ def aot_loss(scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.0)
     assert scores.ref_B2 is not None
     policy_B, places_B = margin(scores.logps_B2).sort()
     reference_B, _ = margin(scores.ref_B2).sort()
-    return _smoothed(beta * (policy_B - reference_B), label_smoothing)[places_B.argsort()]
+    return smoothed_loss(beta * (policy_B - reference_B), label_smoothing)[places_B.argsort()]
 
 
 def aot_unpaired_loss(scores: Scores, *, beta: float = 0.1, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -37,11 +36,4 @@ def aot_unpaired_loss(scores: Scores, *, beta: float = 0.1, label_smoothing: flo
     ratios_B2 = log_ratios(scores)
     chosen_B, places_B = ratios_B2[:, 0].sort()
     rejected_B, _ = ratios_B2[:, 1].sort()
-    return _smoothed(beta * (chosen_B - rejected_B), label_smoothing)[places_B.argsort()]
-
-
-def _smoothed(x_B: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """-(1 - e) log sigmoid(x) - e log sigmoid(-x)."""
-    if label_smoothing == 0:
-        return -F.logsigmoid(x_B)
-    return -(1 - label_smoothing) * F.logsigmoid(x_B) - label_smoothing * F.logsigmoid(-x_B)
+    return smoothed_loss(beta * (chosen_B - rejected_B), label_smoothing)[places_B.argsort()]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from simple_llama.cluster.distributed import all_reduce_sum
+from simple_llama.cluster.distributed import all_reduce_sum, rows_of_all_ranks
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 
@@ -50,17 +50,12 @@ def pull_of(loss_fn: PreferenceLoss, scores: Scores) -> Pull:
 
 
 def at_places(scores: Scores, places: Sequence[int], count: int) -> Scores:
-    """The scores of `count` pairs of all ranks, of which this rank has those at `places` (collective).
-
-    A sum of one number and zeros is that number, in whatever order ranks add. A rank without pairs gives the
-    same fields, empty.
-    """
+    """The scores of `count` pairs of all ranks, of which this rank has those at `places` (collective). A rank without
+    pairs gives the same fields, empty."""
     given = scores.given
     widths = [1 if value.dim() == 1 else value.shape[1] for value in given.values()]
-    table = torch.zeros(count, sum(widths), dtype=torch.float64, device=scores.logps_B2.device)
     columns = [value.double().reshape(len(value), width) for value, width in zip(given.values(), widths, strict=True)]
-    table[torch.tensor(list(places), dtype=torch.int64, device=table.device)] = torch.cat(columns, dim=1)
-    found = all_reduce_sum(table).split(widths, dim=1)
+    found = rows_of_all_ranks(torch.cat(columns, dim=1), places, count).split(widths, dim=1)
     whole = {
         name: part.reshape(count, *value.shape[1:]).to(value.dtype)
         for (name, value), part in zip(given.items(), found, strict=True)

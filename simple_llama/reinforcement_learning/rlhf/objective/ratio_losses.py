@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 from simple_llama.reinforcement_learning.rlhf.objective.scores import (
     Scores,
+    divergence_margin,
     divergence_scores,
     log_ratios,
     margin,
+    smoothed_loss,
     token_means,
 )
 
@@ -38,16 +40,13 @@ def sigmoid_loss(
     e = 0: DPO, Eq. 7, arXiv:2305.18290. e > 0: conservative DPO, Mitchell 2023, "A note on DPO with noisy preferences",
     as in the original code, OpenRLHF and LLaMA-Factory; TRL (1.16) ignores its label_smoothing with sigmoid.
     """
-    d_B = margin(divergence_scores(scores, f_divergence, f_alpha))
-    if label_smoothing == 0:
-        return -F.logsigmoid(beta * d_B)
-    return -(1 - label_smoothing) * F.logsigmoid(beta * d_B) - label_smoothing * F.logsigmoid(-beta * d_B)
+    return smoothed_loss(beta * divergence_margin(scores, f_divergence, f_alpha), label_smoothing)
 
 
 def hinge_loss(scores: Scores, *, beta: float = 0.5, f_divergence: str = _KL, f_alpha: float = 0.5) -> torch.Tensor:
     """max(0, 1 - beta d): SLiC's hinge on the log-ratio margin, arXiv:2305.10425 and arXiv:2309.06657. The same in TRL
     (1.16)."""
-    return F.relu(1 - beta * margin(divergence_scores(scores, f_divergence, f_alpha)))
+    return F.relu(1 - beta * divergence_margin(scores, f_divergence, f_alpha))
 
 
 def ipo_loss(scores: Scores, *, beta: float = 0.5, f_divergence: str = _KL, f_alpha: float = 0.5) -> torch.Tensor:
@@ -57,7 +56,7 @@ def ipo_loss(scores: Scores, *, beta: float = 0.5, f_divergence: str = _KL, f_al
     ms-swift take d of means, so a beta does not carry over: with n scored tokens on both sides their loss at beta is
     ours at beta / n, divided by n^2. Theirs is `ipo_norm` here.
     """
-    return (margin(divergence_scores(scores, f_divergence, f_alpha)) - 1 / (2 * beta)) ** 2
+    return (divergence_margin(scores, f_divergence, f_alpha) - 1 / (2 * beta)) ** 2
 
 
 def ipo_norm_loss(scores: Scores, *, beta: float = 0.1, f_divergence: str = _KL, f_alpha: float = 0.5) -> torch.Tensor:
@@ -80,7 +79,7 @@ def robust_loss(
     Its mean over labels that are swapped with probability e is the loss of the true ones; it may be negative. The same
     in TRL (1.16).
     """
-    d_B = margin(divergence_scores(scores, f_divergence, f_alpha))
+    d_B = divergence_margin(scores, f_divergence, f_alpha)
     right_B, swapped_B = F.logsigmoid(beta * d_B), F.logsigmoid(-beta * d_B)
     return (label_smoothing * swapped_B - (1 - label_smoothing) * right_B) / (1 - 2 * label_smoothing)
 
@@ -104,7 +103,7 @@ def exo_pair_loss(
     """q (log q - log(1 - e)) + (1 - q) (log(1 - q) - log e) with q = sigmoid(beta d): EXO-pref, Eq. 16,
     arXiv:2402.00856, the KL from the pair's softmax to labels smoothed by e > 0. The same in TRL (1.16), but for its
     log e in fp32."""
-    x_B = beta * margin(divergence_scores(scores, f_divergence, f_alpha))
+    x_B = beta * divergence_margin(scores, f_divergence, f_alpha)
     right_B = torch.sigmoid(x_B) * (F.logsigmoid(x_B) - math.log1p(-label_smoothing))
     return right_B + torch.sigmoid(-x_B) * (F.logsigmoid(-x_B) - math.log(label_smoothing))
 
@@ -123,7 +122,7 @@ def discopop_loss(
     m e^-x is made as e^(log m - x), which is at most 1 for tau <= 1; as printed it is 0 times infinity for x far below
     0, in TRL (1.16) too, otherwise the same.
     """
-    x_B = beta * margin(divergence_scores(scores, f_divergence, f_alpha))
+    x_B = beta * divergence_margin(scores, f_divergence, f_alpha)
     exponential_B = torch.exp(F.logsigmoid(x_B / discopop_tau) - x_B)
     return exponential_B - torch.sigmoid(-x_B / discopop_tau) * F.logsigmoid(x_B)
 

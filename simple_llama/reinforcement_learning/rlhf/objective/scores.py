@@ -45,6 +45,22 @@ class Scores:
         return self.map(lambda value: value[:count])
 
     @classmethod
+    def of_sums(
+        cls,
+        sums_BS: torch.Tensor,
+        ref_BS: torch.Tensor,
+        counts_B2: torch.Tensor,
+        weights_B: torch.Tensor,
+        gaps_B: torch.Tensor,
+    ) -> Scores:
+        """Of sums whose columns stand as `Asked` has them, those of the reference without squares."""
+        fronts_B2 = sums_BS[:, 2:4] if sums_BS.shape[1] > 2 else None
+        ref_fronts_B2 = ref_BS[:, 2:4] if ref_BS.shape[1] > 2 else None
+        squares_B2 = sums_BS[:, 4:6] if sums_BS.shape[1] > 4 else None
+        columns = fronts_B2, ref_fronts_B2, squares_B2
+        return cls(sums_BS[:, :2], ref_BS[:, :2], counts_B2, weights_B, gaps_B, *columns)
+
+    @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
         """Pairs of one or more parts, which have the same fields, one after the other."""
         return cls(**{name: torch.cat([part.given[name] for part in parts]) for name in parts[0].given})
@@ -77,6 +93,13 @@ def token_means(sums_B2: torch.Tensor, scores: Scores) -> torch.Tensor:
 def margin(values_B2: torch.Tensor) -> torch.Tensor:
     """Chosen less rejected (B,)."""
     return values_B2[:, 0] - values_B2[:, 1]
+
+
+def smoothed_loss(x_B: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """-(1 - e) log sigmoid(x) - e log sigmoid(-x) (B,): of labels of which a share e is assumed to be swapped."""
+    if label_smoothing == 0:
+        return -F.logsigmoid(x_B)
+    return -(1 - label_smoothing) * F.logsigmoid(x_B) - label_smoothing * F.logsigmoid(-x_B)
 
 
 def without_length(scores: Scores, alpha: float) -> Scores:
@@ -127,6 +150,11 @@ def divergence_scores(scores: Scores, f_divergence: str, f_alpha: float) -> torc
         return math.log(2) + F.logsigmoid(ratios_B2)
     assert f_divergence == "alpha", f_divergence
     return -_bounded_expm1(-f_alpha * ratios_B2) / f_alpha
+
+
+def divergence_margin(scores: Scores, f_divergence: str, f_alpha: float) -> torch.Tensor:
+    """`divergence_scores` of the chosen answer less that of the rejected one (B,)."""
+    return margin(divergence_scores(scores, f_divergence, f_alpha))
 
 
 def _bounded_expm1(x: torch.Tensor) -> torch.Tensor:

@@ -173,12 +173,7 @@ class FirstStep:
         data set, not from a batch."""
         facts = (torch.from_numpy(np.array(part[self.mine])).double() for part in (self.pairs.weights, self.pairs.gaps))
         sums_NS, ref_NS = sums_NS.double(), ref_NS.double()
-        others = {
-            "fronts_B2": sums_NS[:, 2:4] if self.loss_fn.asks.fronts else None,
-            "ref_fronts_B2": ref_NS[:, 2:4] if self.loss_fn.asks.fronts else None,
-            "squares_B2": sums_NS[:, 4:6] if self.loss_fn.asks.squares else None,
-        }
-        scores = Scores(sums_NS[:, :2], ref_NS[:, :2], self._counts(), *facts, **others)
+        scores = Scores.of_sums(sums_NS, ref_NS, self._counts(), *facts)
         if not self.loss_fn.couples:
             return self.loss_fn(scores)
         everybody, mine = of_all_ranks(scores.map(lambda value: value.to(self.ranks.device)))

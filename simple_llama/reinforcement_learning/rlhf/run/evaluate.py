@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from typing_extensions import Doc
 
-from simple_llama.cluster.distributed import all_reduce_sum
+from simple_llama.cluster.distributed import rows_of_all_ranks
 from simple_llama.common.settings import Bounds, CountOrNone, Settings
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import MicroBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
@@ -100,7 +100,8 @@ def evaluate(
         sums_BS, ref_BS = logps(batch), ref_logps(batch)
         scores = scores_of(sums_BS, ref_BS, batch)
         logps_B2, ref_B2 = sums_BS[:, :2], ref_BS[:, :2]
-        every.append(scores.first(len(micro_batch)))
+        if loss_fn.couples:
+            every.append(scores.first(len(micro_batch)))
         if not micro_batch:
             continue
         losses_B, rewards_B2 = loss_fn(scores), loss_fn.rewards(scores)
@@ -108,23 +109,13 @@ def evaluate(
         positions += micro_batch
         columns = (logps_B2, ref_B2, losses_B[:, None], rewards_B2, batch.counts_B2)
         found.append(torch.cat([column.double() for column in columns], dim=1))
-    table_N9 = _of_all_ranks(positions, found, len(pairs), device)
+    mine = torch.cat([torch.zeros(0, 9, dtype=torch.float64, device=device), *found])
+    table_N9 = rows_of_all_ranks(mine, positions, len(pairs)).cpu().numpy()
     means = {name: value for name, value in sums.means().items() if name not in ("tokens", "useful_flops")}
     if loss_fn.couples:  # all held-out pairs, as a step couples all of its own
         losses_N = loss_fn(at_places(Scores.joined(every), positions, len(pairs)))
         table_N9[:, 4], means["loss"] = losses_N.cpu().numpy(), float(losses_N.double().mean())
     return _held_out({f"eval_{name}": value for name, value in means.items()}, table_N9)
-
-
-def _of_all_ranks(positions: list[int], found: list[torch.Tensor], count: int, device: torch.device) -> np.ndarray:
-    """The rows (count, 9) of all ranks at their pairs' positions, fp64 (collective); rows of no rank are 0.
-
-    A sum of one number and zeros is that number, in whatever order ranks add.
-    """
-    table_N9 = torch.zeros(count, 9, dtype=torch.float64, device=device)
-    if positions:
-        table_N9[torch.tensor(positions, device=device)] = torch.cat(found)
-    return all_reduce_sum(table_N9).cpu().numpy()
 
 
 def _held_out(metrics: dict[str, float], table_N9: np.ndarray) -> HeldOut:
