@@ -44,7 +44,7 @@ VARIANTS: Sequence[PreferenceLoss] = (
 
 def random_scores(pairs: int) -> Scores:
     """Answers of 1 to 40 tokens of about 2 nats, fp64, log-ratios of about 3 nats, weights from 0.1 to 3, gaps of about
-    2, and more or less of a sum within the common length."""
+    2, more or less of a sum within the common length, and two or three pairs a record."""
     generator = torch.Generator().manual_seed(3)
     counts = torch.randint(1, 41, (pairs, 2), generator=generator)
     ref = -counts * (0.5 + 3 * torch.rand(pairs, 2, dtype=torch.float64, generator=generator))
@@ -54,7 +54,8 @@ def random_scores(pairs: int) -> Scores:
     logps, squares = torch.minimum(ref + moved, -0.05 * counts), -counts * torch.rand(pairs, 2, generator=generator)
     share = torch.rand(2, pairs, 2, dtype=torch.float64, generator=generator)
     share = torch.where(counts == counts.amin(dim=1, keepdim=True), 1.0, share)
-    return Scores(logps, ref, counts, weights, gaps, share[0] * logps, share[1] * ref, squares.double())
+    sums = share[0] * logps, share[1] * ref, squares.double()
+    return Scores(logps, ref, counts, weights, gaps, *sums, groups_B=torch.arange(pairs) * 2 // 5)
 
 
 def slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,9 +72,10 @@ def textbook_slopes(loss: PreferenceLoss, scores: Scores) -> tuple[torch.Tensor,
     assert scores.weights_B is not None and scores.gaps_B is not None
     parts = (scores.logps_B2, scores.ref_B2, scores.counts_B2, scores.gaps_B[:, None])
     others = (scores.fronts_B2, scores.ref_fronts_B2, scores.squares_B2)
-    columns = [part.tolist() for part in (*parts, *others) if part is not None]
+    numbers = None if scores.groups_B is None else scores.groups_B[:, None]
+    columns = [part.tolist() for part in (*parts, *others, numbers) if part is not None]
     options = loss.own_options()
-    if loss.couples:
+    if loss.couples or "groups_B" in loss.reads:
         rows = [tuple(number for part in pair for number in part) for pair in zip(*columns, strict=True)]
         weights = scores.weights_B.tolist()
         values, slopes_of = coupled_values_and_gradients(loss.loss_type, rows, options, weights)

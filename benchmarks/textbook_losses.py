@@ -14,7 +14,7 @@ import numpy as np
 _STEP = 1e-30
 
 # log pi (w, l), log pi_ref (w, l), scored tokens (w, l); where options need them, the gap, then the first four over the
-# common length alone, then sums of log sum p^2 (w, l)
+# common length alone, then sums of log sum p^2 (w, l), then the number of the record
 Sums = tuple[Any, ...]
 
 
@@ -270,9 +270,23 @@ def aot_unpaired(pairs: Sequence[Any], o: Mapping[str, Any]) -> Sequence[Any]:
     return _by_quantiles([ratios(s)[0] for s in pairs], [ratios(s)[1] for s in pairs], o)
 
 
+def plackett_luce(pairs: Sequence[Any], o: Mapping[str, Any]) -> Sequence[Any]:
+    """Of a record's pairs (k, k + 1), best answer first: -log(e^r_k / sum over j >= k of e^r_j), r times beta."""
+    losses = []
+    for place, s in enumerate(pairs):
+        rest = [one for one in pairs[place + 1 :] if len(s) > 13 and one[13] == s[13]]
+        best = np.exp(o["beta"] * ratios(s)[0])
+        others = [np.exp(o["beta"] * ratios(one)[0]) for one in rest]
+        last = np.exp(o["beta"] * ratios(rest[-1] if rest else s)[1])
+        losses.append(-np.log(best / (best + sum(others) + last)))
+    return losses
+
+
+# of all pairs of a step, or of all those of a record
 COUPLED: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], Sequence[Any]]] = {
     "aot": aot,
     "aot_unpaired": aot_unpaired,
+    "plackett_luce": plackett_luce,
 }
 FORMULAS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "sigmoid": dpo,

@@ -103,6 +103,7 @@ def walk() -> Walk:
     fields = json.loads(path.read_text())[RECORD - 1]
     tokenizer = load_tokenizer(package_path("dataset", "bpe_8k.json"))
     said = from_template(Record(path.name, RECORD, fields), ReadOptions())
+    assert isinstance(said, Conversation), "a record of two answers"
     chosen = encode_chat(tokenizer, said.system or "", said.users, said.chosen)
     rejected = encode_chat(tokenizer, said.system or "", said.users, said.rejected)
     pair = TokenizedPair.from_chats(*chosen, *rejected)

@@ -3,6 +3,7 @@ torch's AdamW."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,7 +17,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPa
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
-from start_cells import RATE, Cell
+from start_cells import Cell
 
 PAD = 3
 
@@ -25,7 +26,7 @@ def plain_cells(config: DPOConfig, loss_types: Sequence[str], ranks: Ranks) -> d
     """The same of a plain model in the same dtype; the pairs of a step are those of one rank."""
     inputs = load_inputs(config, ranks)
     pairs = inputs.data.train
-    plan = BatchPlan(pairs.rows, config.seed, 1, config.batch_size, config.grad_accum_steps)
+    plan = BatchPlan.of(pairs, config, config.seed, 1)
     mine = [pairs[i] for micro_batch in plan.step(0)[0] for i in micro_batch]
     with inputs.start.reading() as start:
         model = inputs.build_model(start, ranks.device)
@@ -38,7 +39,7 @@ def plain_cells(config: DPOConfig, loss_types: Sequence[str], ranks: Ranks) -> d
         for master, gradient in zip(moved.values(), gradients, strict=True):
             master.grad = gradient.float()
         norm = torch.nn.utils.clip_grad_norm_(moved.values(), config.max_grad_norm)
-        torch.optim.AdamW(moved.values(), RATE, (config.beta1, config.beta2), weight_decay=0.0).step()
+        torch.optim.AdamW(moved.values(), config.max_lr, (config.beta1, config.beta2), weight_decay=0.0).step()
         stepped = {name: master.detach().to(inputs.dtype).requires_grad_() for name, master in moved.items()}
         after_N2 = alone(partial(_with, model, stepped), mine)
         loss_after, gradients = _gradients(loss_type, after_N2, ref_N2, mine, list(stepped.values()))
@@ -71,7 +72,7 @@ def alone(model: Callable[[torch.Tensor], torch.Tensor], pairs: Sequence[Tokeniz
         for ids, scored in pair.without_sharing():
             row = torch.tensor([[*ids.tolist(), *[0] * PAD]])
             logps = model(row)[0, : len(ids) - 1].float().log_softmax(-1)
-            sums.append(logps.gather(1, row[0, 1 : len(ids), None])[-scored:].sum())
+            sums.append(logps.gather(1, row[0, 1 : len(ids), None])[-scored:].double().sum())
     return torch.stack(sums).view(-1, 2)
 
 
@@ -80,14 +81,26 @@ def textbook(
 ) -> tuple[float, torch.Tensor]:
     """The mean loss of pairs with default options, and its slopes (N, 2) by their sums."""
     options = PreferenceLoss(loss_type).own_options()
+    own: list[float] = [math.nan] * 6  # of no default option
     rows: list[Sums] = [
-        (*sums, *ref, pair.chosen_scored, pair.rejected_scored, pair.gap)
-        for sums, ref, pair in zip(sums_N2.tolist(), ref_N2.tolist(), pairs, strict=True)
+        (
+            *sums,
+            *ref,
+            pair.chosen_scored,
+            pair.rejected_scored,
+            pair.gap,
+            *own,
+            pair.group if pair.group >= 0 else -1 - place,
+        )
+        for place, (sums, ref, pair) in enumerate(zip(sums_N2.tolist(), ref_N2.tolist(), pairs, strict=True))
     ]
     weights = [pair.weight for pair in pairs]
     if loss_type in COUPLED:
         values, slopes = coupled_values_and_gradients(loss_type, rows, options, weights)
     else:
-        found = (value_and_gradient(loss_type, row, options, weight) for row, weight in zip(rows, weights, strict=True))
+        found = (
+            value_and_gradient(loss_type, row[:7], options, weight) for row, weight in zip(rows, weights, strict=True)
+        )
         values, slopes = zip(*found, strict=True)
-    return sum(values) / len(rows), torch.tensor(slopes, dtype=torch.float64) / len(rows)
+    total = sum(pair.share for pair in pairs)
+    return sum(values) / total, torch.tensor(slopes, dtype=torch.float64) / total

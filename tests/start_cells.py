@@ -26,9 +26,7 @@ from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
 from simple_llama.reinforcement_learning.rlhf.run.start_reference import open_reference
 from simple_llama.reinforcement_learning.rlhf.run.step import accumulate, portions
-from tiny_job import TinyJob, make_job
-
-RATE = 1e-3
+from tiny_job import TinyJob, make_job, write_rankings
 
 
 def make_weighted_job(folder: Path) -> TinyJob:
@@ -38,6 +36,16 @@ def make_weighted_job(folder: Path) -> TinyJob:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     facts = [{"weight": 0.5 + 0.25 * (n % 7), "gap": (n % 4) - 1.0} for n in range(len(rows))]
     path.write_text("".join(json.dumps({**row, **fact}) + "\n" for row, fact in zip(rows, facts, strict=True)))
+    return job
+
+
+def make_ranked_job(folder: Path) -> TinyJob:
+    """A tiny job whose 12 records have four answers, and weights of 0.5 to 2."""
+    job = make_job(folder)
+    path = folder / "pairs.jsonl"
+    write_rankings(path, range(12))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "weight": 0.5 + 0.25 * (n % 7)}) + "\n" for n, row in enumerate(rows)))
     return job
 
 
@@ -58,14 +66,15 @@ def cells(config: DPOConfig, loss_types: Sequence[str], ranks: Ranks) -> dict[st
         one = replace(config, loss_type=loss_type)
         loss_fn = PreferenceLoss.of(one)
         engine = start_engine(one, inputs, loss_fn, ranks).engine
-        plan = BatchPlan(pairs.rows, one.seed, ranks.world_size, one.batch_size, one.grad_accum_steps)
+        plan = BatchPlan.of(pairs, one, one.seed, ranks.world_size)
         ref_logps = open_reference(one, inputs, ranks, loss_fn.needs_reference).logps
         shown = []
         for _ in range(2):
             parts = portions(plan.step(0), ranks.rank, pairs)
             mine = accumulate(engine, parts, ref_logps, MetricSums(ranks.device), ranks.device)
-            loss = float(all_reduce_sum(torch.cat(mine).double().sum())) / plan.pairs_per_step
-            shown += [loss, engine.step(RATE)]
+            step = [i for hands in plan.step(0) for micro_batch in hands for i in micro_batch]
+            loss = float(all_reduce_sum(torch.cat(mine).double().sum())) / pairs.select(step).total
+            shown += [loss, engine.step(config.max_lr)]
         found[loss_type] = Cell(*shown)
     return found
 

@@ -139,6 +139,18 @@ def write_pairs(path: Path, numbers: range) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_rankings(path: Path, numbers: range, answers: int = 4) -> None:
+    """One record a number, of so many answers of 2 to 6 words with scores; among four, two are of equal score."""
+    rows = []
+    for n in numbers:
+        found = [
+            " ".join(WORDS[(n * (3 + a) + 2 * k + a) % 20] for k in range(2 + (n + 2 * a) % 5)) for a in range(answers)
+        ]
+        scores = [(n + 3 * a) % answers if a < 3 else (n + 3) % answers for a in range(answers)]
+        rows.append({"Template": ["CUSTOM"], "User": [f"say {n}"], "Responses": found, "Scores": scores})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:

@@ -1,20 +1,21 @@
 """Log-probs of targets under a vocabulary matrix, a chunk of logits at a time: the head of a DPO step.
 
-    pair_loss     three GEMMs a chunk of whole pairs; the loss is differentiated while the chunk's logits still exist
+    part_loss     three GEMMs a chunk of whole groups; the loss is differentiated while the chunk's logits still exist
     token_logps   four GEMMs; logits are computed again in backward, for any loss downstream
-    pair_logps    token_logps summed over each answer
+    part_logps    token_logps summed over each part
+    pair_loss, pair_logps    the same where each group is a pair: its sums stand in a row
 
-Without gradient all three only compute sums. Scored rows stand pair after pair, chosen rows then rejected rows; an
-answer may be summed in parts. Where `squares` are asked for, sums of log sum p^2 (p of all tokens, no gradient)
-stand behind those of log-probs.
+Without gradient all only compute sums. Scored rows stand group after group, part after part: a pair's parts are its
+chosen and its rejected answer, a prompt's all answers to it; an answer may be summed in parts. Where `squares` are
+asked for, sums of log sum p^2 (p of all tokens, no gradient) stand behind those of log-probs.
 Logits, sums, losses and coefficients are fp32 for bf16 and fp32 inputs, fp64 for fp64 inputs: a bf16 logit is off by
 up to 0.03 at |z| = 16, and a bf16 sum near 300 has spacing 2.
 
 This file has the chunks and the GEMMs. What happens to a chunk's logits between the GEMMs is the row kernels' work:
 `logprob_torch` specifies them and runs anywhere, `logprob_triton` has them for CUDA.
 
-Shapes: B pairs, K parts of a pair that are summed (2: chosen, rejected), S sums of a pair (K, or 2 K with squares),
-N scored tokens, D width, V vocabulary; lower case b, n for those of one chunk.
+Shapes: P parts, C sums of a part (1, or 2 with squares), B pairs, K parts of a pair (2: chosen, rejected), S sums of a
+pair (K C: first the K log-prob sums), N scored tokens, D width, V vocabulary; lower case p, b, n: those of one chunk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +36,68 @@ from simple_llama.ops.machine import bf16_valued_gemms, has_fast_bf16
 # Part of the name of a reference store. Change it with anything that changes a log-prob by more than rounding noise.
 HEAD_VERSION = "fp32-logits-1"
 
-# Scored tokens of each part of a pair, as (chosen, rejected), on the host: no sync to read them. A part may be empty.
+# Scored tokens of each part of each group, of a pair as (chosen, rejected), on the host: no sync to read them. A part
+# may be empty.
 Counts = Sequence[tuple[int, ...]]
-LossFn = Callable[[torch.Tensor, slice], torch.Tensor]  # (sums_bS, which pairs) -> losses_b
+LossFn = Callable[[torch.Tensor, slice], torch.Tensor]  # (sums, which groups) -> losses, as many as these groups have
 _Grads = tuple[torch.Tensor | None, ...]  # one an argument of forward
 
 # Rows of logits that exist at once. Fewer rows make the GEMMs memory-bound (each chunk reads and writes all of dW).
 CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+
+
+def part_loss(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    counts: Counts,
+    loss_fn: LossFn,
+    chunk_rows: int | None = None,
+    kernels: RowKernels | None = None,
+    squares: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum of losses, each of the log-prob sums of one group's parts, in three GEMMs.
+
+    Each chunk's gradient is formed in the forward pass, so backward only scales it and needs no weight.
+
+    Args:
+        hidden_ND: rows that predict the scored tokens; fp32, bf16 or fp64, same dtype as the weight.
+        targets_N: int64 scored tokens.
+        counts: scored tokens of each part of each group; they add up to N.
+        loss_fn: (sums_pC, groups: slice) -> losses of these groups, any number each, of its own group's sums only.
+        chunk_rows: about how many rows of logits exist at once (a chunk holds whole groups).
+        kernels: row kernels; None takes the fastest that this installation has.
+        squares: whether the sums have those of log sum p^2 behind them.
+
+    Returns:
+        The sum (scalar, differentiable in hidden and weight), the losses that it is of and sums_PC (both detached),
+        all fp32.
+    """
+    chunk_rows = chunk_rows or _chunk_rows(hidden_ND)
+    kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
+    if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
+        return _PartLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, kernels, squares)
+    sums_PC = part_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, kernels, squares)
+    losses = loss_fn(sums_PC, slice(0, len(counts)))
+    return losses.sum(), losses.detach(), sums_PC
+
+
+def part_logps(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    counts: Counts,
+    chunk_rows: int | None = None,
+    kernels: RowKernels | None = None,
+    squares: bool = False,
+) -> torch.Tensor:
+    """Log-prob sums (P, C) of the parts, fp32, differentiable but for squares. Arguments as in `part_loss`."""
+    lengths = _lengths(counts, hidden_ND.device)
+    sums_P1 = _part_sums(token_logps(hidden_ND, weight_VD, targets_N, chunk_rows, kernels), lengths)
+    if not squares:
+        return sums_P1
+    squares_N = _token_squares(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
+    return torch.cat([sums_P1, _part_sums(squares_N, lengths)], dim=1)
 
 
 def pair_loss(
@@ -54,30 +110,15 @@ def pair_loss(
     kernels: RowKernels | None = None,
     squares: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum over pairs of a loss of the pairs' log-prob sums, in three GEMMs.
+    """`part_loss` of pairs of K parts each: `loss_fn` is given (sums_bS, pairs: slice), and gives losses_b. Returns the
+    sum, losses_B and sums_BS."""
+    parts = len(counts[0])
 
-    Each chunk's gradient is formed in the forward pass, so backward only scales it and needs no weight.
+    def loss_of(sums_pC: torch.Tensor, pairs: slice) -> torch.Tensor:
+        return loss_fn(by_pairs(sums_pC, parts), pairs)
 
-    Args:
-        hidden_ND: rows that predict the scored tokens; fp32, bf16 or fp64, same dtype as the weight.
-        targets_N: int64 scored tokens.
-        counts: scored tokens of each part of a pair; they add up to N.
-        loss_fn: (sums_bS, pairs: slice) -> losses_b for those pairs, each of its own pair's sums only.
-        chunk_rows: about how many rows of logits exist at once (a chunk holds whole pairs).
-        kernels: row kernels; None takes the fastest that this installation has.
-        squares: whether the sums have those of log sum p^2 behind them.
-
-    Returns:
-        The sum (scalar, differentiable in hidden and weight), the losses_B that it is of and sums_BS (both detached),
-        all fp32.
-    """
-    chunk_rows = chunk_rows or _chunk_rows(hidden_ND)
-    kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
-    if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return _PairLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, kernels, squares)
-    sums_BS = pair_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, kernels, squares)
-    losses_B = loss_fn(sums_BS, slice(0, len(counts)))
-    return losses_B.sum(), losses_B.detach(), sums_BS
+    loss, losses_B, sums_PC = part_loss(hidden_ND, weight_VD, targets_N, counts, loss_of, chunk_rows, kernels, squares)
+    return loss, losses_B, by_pairs(sums_PC, parts)
 
 
 def pair_logps(
@@ -89,15 +130,15 @@ def pair_logps(
     kernels: RowKernels | None = None,
     squares: bool = False,
 ) -> torch.Tensor:
-    """Sums (B, S), log-probs of the chosen and rejected answers for K = 2, fp32, differentiable but for squares.
-    Arguments as in `pair_loss`."""
-    lengths, parts = _lengths(counts, hidden_ND.device), len(counts[0])
-    logps_N = token_logps(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
-    sums_BK = _pair_sums(logps_N, lengths, parts)
-    if not squares:
-        return sums_BK
-    squares_N = _token_squares(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
-    return torch.cat([sums_BK, _pair_sums(squares_N, lengths, parts)], dim=1)
+    """Sums (B, S) of pairs, for K = 2 those of the chosen and rejected answers, fp32, differentiable but for squares.
+    Arguments as in `part_loss`."""
+    sums_PC = part_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, kernels, squares)
+    return by_pairs(sums_PC, len(counts[0]))
+
+
+def by_pairs(sums_PC: torch.Tensor, parts: int) -> torch.Tensor:
+    """The sums of pairs of so many parts in rows (B, S): those of log-probs, then those of squares."""
+    return sums_PC.view(-1, parts, sums_PC.shape[1]).transpose(1, 2).flatten(1)
 
 
 def token_logps(
@@ -149,7 +190,7 @@ def _fastest_kernels(device_type: str, dtype: torch.dtype) -> RowKernels:
     return TORCH_KERNELS
 
 
-class _PairLoss(torch.autograd.Function):
+class _PartLoss(torch.autograd.Function):
     """Three GEMMs: logits, hidden gradient and weight gradient of a chunk, all in the forward pass."""
 
     @staticmethod
@@ -166,30 +207,29 @@ class _PairLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gemms = _Gemms(hidden_ND, weight_VD)
         gradients = _Gradients(gemms, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        chunks = _pair_chunks(counts, chunk_rows)
+        chunks = _group_chunks(counts, chunk_rows)
         logits_nV = gemms.logits_buffer([chunk.rows for chunk in chunks])
-        lengths, parts = _lengths(counts, hidden_ND.device), len(counts[0])
+        lengths, edges = _lengths(counts, hidden_ND.device), [0, *accumulate(map(len, counts))]
         losses, sums = [], []
         for chunk in chunks:
             targets_n = targets_N[chunk.rows]
-            lengths_n = lengths[parts * chunk.pairs.start : parts * chunk.pairs.stop]
+            lengths_p = lengths[edges[chunk.groups.start] : edges[chunk.groups.stop]]
             buffer_nV = gemms.logits_(logits_nV, chunk.rows)
             logps_n, state_n = kernels.logps_(buffer_nV, targets_n)
-            sums_bS = _pair_sums(logps_n, lengths_n, parts)
+            sums_pC = _part_sums(logps_n, lengths_p)
             if squares:
-                squares_bK = _pair_sums(kernels.log_squares(buffer_nV, state_n), lengths_n, parts)
-                sums_bS = torch.cat([sums_bS, squares_bK], dim=1)
-            losses_b, coefs_bS = _differentiate(loss_fn, sums_bS, chunk.pairs)
-            coefs_n = torch.repeat_interleave(coefs_bS[:, :parts].flatten(), lengths_n, output_size=len(targets_n))
+                sums_pC = torch.cat([sums_pC, _part_sums(kernels.log_squares(buffer_nV, state_n), lengths_p)], dim=1)
+            chunk_losses, coefs_pC = _differentiate(loss_fn, sums_pC, chunk.groups)
+            coefs_n = torch.repeat_interleave(coefs_pC[:, 0], lengths_p, output_size=len(targets_n))
             gradient_nV = kernels.gradient_(buffer_nV, targets_n, state_n, coefs_n, gemms.gradient_dtype)
             gradients.add_(gradient_nV, chunk.rows)
-            losses.append(losses_b)
-            sums.append(sums_bS)
+            losses.append(chunk_losses)
+            sums.append(sums_pC)
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD)
         ctx.dtype, ctx.scaled = hidden_ND.dtype, kernels.scaled
-        losses_B, sums_BS = torch.cat(losses), torch.cat(sums)
-        ctx.mark_non_differentiable(losses_B, sums_BS)
-        return losses_B.sum(), losses_B, sums_BS
+        every_loss, sums_PC = torch.cat(losses), torch.cat(sums)
+        ctx.mark_non_differentiable(every_loss, sums_PC)
+        return every_loss.sum(), every_loss, sums_PC
 
     @staticmethod
     @once_differentiable
@@ -317,27 +357,27 @@ class _Gradients:
 
 
 class _Chunk(NamedTuple):
-    pairs: slice
+    groups: slice
     rows: slice
 
 
-def _pair_chunks(counts: Counts, chunk_rows: int) -> list[_Chunk]:
-    """Whole pairs in about equal chunks: a pair belongs to the chunk that its middle row falls into.
+def _group_chunks(counts: Counts, chunk_rows: int) -> list[_Chunk]:
+    """Whole groups in about equal chunks: a group belongs to the chunk that its middle row falls into.
 
-    A chunk has at most chunk_rows rows and the halves of its first and last pair that stick out.
+    A chunk has at most chunk_rows rows and the halves of its first and last group that stick out.
     """
     total = sum(map(sum, counts))
     n_chunks = -(-total // chunk_rows)
     chunks: list[_Chunk] = []
     previous, start = -1, 0
-    for pair, parts in enumerate(counts):
+    for group, parts in enumerate(counts):
         stop = start + sum(parts)
         index = (start + stop) * n_chunks // (2 * total)
         if index == previous:
             last = chunks.pop()
-            chunks.append(_Chunk(slice(last.pairs.start, pair + 1), slice(last.rows.start, stop)))
+            chunks.append(_Chunk(slice(last.groups.start, group + 1), slice(last.rows.start, stop)))
         else:
-            chunks.append(_Chunk(slice(pair, pair + 1), slice(start, stop)))
+            chunks.append(_Chunk(slice(group, group + 1), slice(start, stop)))
         previous, start = index, stop
     return chunks
 
@@ -350,24 +390,24 @@ def _row_chunks(n_rows: int, chunk_rows: int) -> list[slice]:
 
 
 def _lengths(counts: Counts, device: torch.device) -> torch.Tensor:
-    """Scored tokens of each part (B * K,), pair after pair, on `device` without a host sync."""
-    lengths = torch.tensor(counts, dtype=torch.int64).flatten()
+    """Scored tokens of each part (P,), group after group, on `device` without a host sync."""
+    lengths = torch.tensor([part for parts in counts for part in parts], dtype=torch.int64)
     if device.type == "cuda":
         return lengths.pin_memory().to(device, non_blocking=True)
     return lengths
 
 
-def _pair_sums(values_n: torch.Tensor, lengths: torch.Tensor, parts: int) -> torch.Tensor:
-    """Sums (b, K) over each of the `parts`, rounded once: they depend on no other part and on no order of adding."""
+def _part_sums(values_n: torch.Tensor, lengths_p: torch.Tensor) -> torch.Tensor:
+    """Sums (p, 1) over each part, rounded once: they depend on no other part and on no order of adding."""
     # unsafe=True skips a check of the lengths that would wait for the device
-    sums = torch.segment_reduce(values_n.double(), "sum", lengths=lengths, unsafe=True)
-    return sums.view(-1, parts).to(values_n.dtype)
+    sums_p = torch.segment_reduce(values_n.double(), "sum", lengths=lengths_p, unsafe=True)
+    return sums_p.to(values_n.dtype)[:, None]
 
 
-def _differentiate(loss_fn: LossFn, sums_bS: torch.Tensor, pairs: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (b,) of these pairs, and the derivative (b, S) of their sum in each sum."""
+def _differentiate(loss_fn: LossFn, sums_pC: torch.Tensor, groups: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of these groups, and the derivative (p, C) of their sum in each sum."""
     with torch.enable_grad():
-        leaf_bS = sums_bS.detach().requires_grad_()
-        losses_b = loss_fn(leaf_bS, pairs)
-        (coefs_bS,) = torch.autograd.grad(losses_b.sum(), leaf_bS)
-    return losses_b.detach(), coefs_bS
+        leaf_pC = sums_pC.detach().requires_grad_()
+        losses = loss_fn(leaf_pC, groups)
+        (coefs_pC,) = torch.autograd.grad(losses.sum(), leaf_pC)
+    return losses.detach(), coefs_pC

@@ -33,7 +33,12 @@ from simple_llama.reinforcement_learning.rlhf.foretell.memory import (
 from simple_llama.reinforcement_learning.rlhf.foretell.probe import Probed, probe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, trained_part, useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyConfig, require_gaps, trained_names
+from simple_llama.reinforcement_learning.rlhf.objective.policy import (
+    PolicyConfig,
+    require_gaps,
+    require_rankings,
+    trained_names,
+)
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import missing_pairs
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
@@ -101,6 +106,7 @@ class _Job:
         self.trained = sum(weight.numel() for name, weight in shape.named_parameters() if name in names)
         self.loss_fn = PreferenceLoss.of(config)
         require_gaps(self.loss_fn, inputs.data.pairs)
+        require_rankings(self.loss_fn, inputs.data.pairs)
         self.reference = config.reference if self.loss_fn.needs_reference else "none"
         self.missing = np.empty(0, np.int64)  # positions of pairs
         if self.reference == "store":
@@ -110,8 +116,8 @@ class _Job:
 
     def plan(self, batch_size: int) -> BatchPlan:
         """Who would train on what, with so many pairs a micro-batch."""
-        config, rows = self.config, self.inputs.data.train.rows
-        return BatchPlan(rows, config.seed, self.ranks.world_size, batch_size, config.grad_accum_steps)
+        config = replace(self.config, batch_size=batch_size)
+        return BatchPlan.of(self.inputs.data.train, config, config.seed, self.ranks.world_size)
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -222,7 +228,7 @@ class _Job:
         """A step, and the whole run."""
         config, inputs, ranks = self.config, self.inputs, self.ranks
         plan, batch = self.plan(config.batch_size), self.largest(config.batch_size)
-        rows = float(plan.rows_per_step(0)[: max(1, len(inputs.data.train) // plan.pairs_per_step)].mean())
+        rows = float(plan.rows_per_step(0)[: max(1, len(plan.rows) // plan.units_per_step)].mean())
         rows /= ranks.world_size  # of a full step, on a rank
         device, weight_bytes = ranks.device, sum(self.size) * inputs.dtype.itemsize
         kind = "estimate"
@@ -296,12 +302,14 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
     whole = int(pairs.chosen_len.sum(dtype=np.int64) + pairs.rejected_len.sum(dtype=np.int64))
     total, steps = config.epochs * plan.steps_per_epoch, config.total_steps(plan.steps_per_epoch)
     ends = f", of which the run makes {steps} (max_steps)" if steps < total else ""
-    last = len(pairs) - (plan.steps_per_epoch - 1) * plan.pairs_per_step
+    last = len(plan.rows) - (plan.steps_per_epoch - 1) * plan.units_per_step
+    units = "pairs" if pairs.groups is None else "prompts"
+    amount = f"{len(pairs)} pairs" + (f" of {len(plan.rows)} prompts" if pairs.groups is not None else "")
     return "\n".join(
         [
-            f"{plan.batch_size} pairs a micro-batch x {plan.grad_accum_steps} micro-batches x {plan.world_size} "
-            f"ranks = {plan.pairs_per_step} pairs an optimizer step",
-            f"{len(pairs)} pairs = {plan.steps_per_epoch} steps an epoch (the last has {last} pairs); "
+            f"{plan.batch_size} {units} a micro-batch x {plan.grad_accum_steps} micro-batches x {plan.world_size} "
+            f"ranks = {plan.units_per_step} {units} an optimizer step",
+            f"{amount} = {plan.steps_per_epoch} steps an epoch (the last has {last} {units}); "
             f"{config.epochs} epochs = {total} steps{ends}; warm-up over {config.warmup_steps(steps)}",
             f"{packed} packed tokens an epoch; both chats whole would be {whole} ({whole / packed:.2f} times as many)",
         ]

@@ -206,6 +206,9 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             ascii_text=config.ascii_text,
             max_unknown=config.max_unknown,
             scoring=Scoring(config.score, config.mask_end_token),
+            compared=config.pairs,
+            group_weight=config.group_weight,
+            group_prompts=config.group_prompts,
         )
     other = _other_reference(config, start, chat, digest, max_seq_len) if config.reference_path else None
     reference = other or reference_of(start)

@@ -16,8 +16,9 @@ from simple_llama.cluster.distributed import Ranks, broadcast_positions, fail_to
 from simple_llama.common.logging import LOGGER
 from simple_llama.ops.machine import peak_memory_gb
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep_of
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.pair_key import Entries
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
@@ -70,7 +71,8 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
         return 0
     started = time.perf_counter()
     todo = pairs.select(missing)
-    mine = sweep(todo.rows, config.batch_size, ranks.world_size)[ranks.rank]
+    several = fronts or todo.groups is not None  # entries of a pair
+    mine = sweep_of(todo, config.batch_size, ranks.world_size)[ranks.rank]
 
     def batches() -> Iterator[PairBatch]:
         for micro_batch in progress(mine, total=len(mine), desc="reference", ranks=ranks):
@@ -82,7 +84,7 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
 
     with fail_together(ranks), store.writer(every_pairs=config.ref_flush_pairs) as writer:
         for keys, logps_B2 in computed(model, batches(), ranks.device, fronts):
-            fresh = store.missing(keys) if fronts else slice(None)  # records that are there keep their values
+            fresh = store.missing(keys) if several else slice(None)  # records that are there keep their values
             writer.add(keys[fresh], logps_B2[fresh])
             watchdog.started()
     stopping.agree(ranks, at_once=True)
@@ -101,18 +103,18 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
 def computed(
     model: LLaMaTransformer, batches: Iterable[PairBatch], device: torch.device, fronts: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The keys (B,) and log-prob sums (B, 2), fp32, of each batch, in the same order; with `fronts` behind them those
-    over the common lengths, under the keys of pairs that end there.
+    """The keys (M,) and log-prob sums (M, 2), fp32, of the entries of each batch, in the same order: one a pair; with
+    `fronts` behind them those over the common lengths, under the keys of pairs that end there.
 
     A GPU is given the next micro-batch before the host waits for the sums of the last one, so it never waits for work.
     """
-    waiting: tuple[np.ndarray, torch.Tensor, torch.cuda.Event | None] | None = None
+    waiting: tuple[Entries, torch.Tensor, torch.cuda.Event | None] | None = None
     for batch in batches:
         sums_BS = pair_logps(model, batch.to(device), Asked(fronts))
-        sums, arrived = _to_host(torch.cat(sums_BS.split(2, dim=1)))
+        sums, arrived = _to_host(sums_BS)
         if waiting:
             yield _waited_for(*waiting)
-        waiting = np.concatenate([batch.keys, batch.front_keys]) if fronts else batch.keys, sums, arrived
+        waiting = batch.entries(fronts), sums, arrived
     if waiting:
         yield _waited_for(*waiting)
 
@@ -129,9 +131,9 @@ def _to_host(sums_B2: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | No
 
 
 def _waited_for(
-    keys: np.ndarray, sums_B2: torch.Tensor, arrived: torch.cuda.Event | None
+    entries: Entries, sums_BS: torch.Tensor, arrived: torch.cuda.Event | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The keys and their sums, once these are there."""
+    """The entries' keys and sums, once these are there."""
     if arrived:
         arrived.synchronize()
-    return keys, sums_B2.numpy()
+    return entries.keys, entries.spread(sums_BS.numpy())

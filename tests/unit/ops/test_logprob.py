@@ -148,8 +148,8 @@ def test_each_pair_sum_is_its_own() -> None:
     On any CPU, with any number of threads: torch adds up each segment by itself, here in fp64.
     """
     logps_N = -300 * torch.rand(25, generator=torch.Generator().manual_seed(0))
-    sums = logprob._pair_sums(logps_N, logprob._lengths(COUNTS, torch.device("cpu")), 2)
-    alone = logprob._pair_sums(logps_N[7:18], torch.tensor([4, 7]), 2)
+    sums = logprob.by_pairs(logprob._part_sums(logps_N, logprob._lengths(COUNTS, torch.device("cpu"))), 2)
+    alone = logprob.by_pairs(logprob._part_sums(logps_N[7:18], torch.tensor([4, 7])), 2)
     assert torch.equal(sums[2:3], alone)
     assert sums[2].tolist() == [
         logps_N[7:11].double().sum().float().item(),
@@ -339,12 +339,12 @@ def test_sums_of_parts_and_of_squares() -> None:
 )
 def test_chunks_hold_whole_pairs(counts: Counts, chunk_rows: int) -> None:
     """Chunks tile the pairs and rows in order; their rows stay below chunk_rows plus half the first and last pair."""
-    chunks = logprob._pair_chunks(counts, chunk_rows)
+    chunks = logprob._group_chunks(counts, chunk_rows)
     sizes = [sum(pair) for pair in counts]
-    assert [p for chunk in chunks for p in range(chunk.pairs.start, chunk.pairs.stop)] == list(range(len(counts)))
+    assert [p for chunk in chunks for p in range(chunk.groups.start, chunk.groups.stop)] == list(range(len(counts)))
     assert [r for chunk in chunks for r in range(chunk.rows.start, chunk.rows.stop)] == list(range(sum(sizes)))
     for chunk in chunks:
-        inside = sizes[chunk.pairs]
+        inside = sizes[chunk.groups]
         assert chunk.rows.stop - chunk.rows.start == sum(inside)
         assert len(inside) == 1 or sum(inside) <= chunk_rows + (inside[0] + inside[-1]) / 2
 

@@ -175,7 +175,7 @@ def test_a_run_that_reads_sums_over_the_common_length(job, ranks, caplog):
     assert 0 < same < 24 and f"{same} of 24 pairs are there with their sums over the common length" in caplog.text
     assert f"computed {24 - same} pairs" in caplog.text
     again = ref_source.open_store(plain.ref_cache_dir, inputs.reference_id, ranks)
-    assert again.content_digest(keys) == before and not len(again.missing(inputs.data.pairs.names(True)))
+    assert again.content_digest(keys) == before and not len(again.missing(inputs.data.pairs.entries(True).keys))
     assert job.curve("eval_loss", "ld")[0] == pytest.approx(math.log(2), abs=1e-6)
     assert job.curve("loss", "ld")[0] == pytest.approx(math.log(2), abs=1e-5)
     caplog.clear()

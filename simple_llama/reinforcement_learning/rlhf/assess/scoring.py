@@ -44,7 +44,8 @@ def log_probs(config: EvaluateConfig, inputs: Inputs, pairs: PairSet, ranks: Ran
     precompute(config, inputs, ranks, pairs)
     store = open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     with fail_together(ranks):
-        return store.lookup(pairs.keys)
+        entries = pairs.entries()
+        return entries.sums(store.lookup(entries.keys))
 
 
 def check_same_pairs(inputs: Inputs, first: Inputs) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Annotated, Literal, NamedTuple, overload
 
 import numpy as np
+from typing_extensions import Doc
 
 from simple_llama.common.settings import Count, Settings
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 
 MicroBatch = tuple[int, ...]  # positions of pairs in the data set
 Step = tuple[tuple[MicroBatch, ...], ...]  # [rank][micro-batch]; every rank has the same number of micro-batches
@@ -22,38 +24,69 @@ class BatchConfig(Settings):
     """How many pairs are computed at once, and how many make a step."""
 
     # === Batch ===
-    batch_size: Count = 16  # pairs per micro-batch per rank
+    batch_size: Annotated[
+        Count, Doc("pairs per micro-batch per rank; prompts where records have more than two answers")
+    ] = 16
     grad_accum_steps: Count = 8  # micro-batches per optimizer step
+    group_weight: Annotated[
+        Literal["pair", "prompt"],
+        Doc("what counts alike in the mean of a step: each pair, or each prompt, whose pairs then share its weight"),
+    ] = "pair"
+    group_prompts: Annotated[
+        bool,
+        Doc("pairs of one prompt that fall into a step are computed together, the prompt once: faster, the same loss"),
+    ] = False
+
+
+class Prompts(NamedTuple):
+    """Which units answer one prompt, for plans that bring them together."""
+
+    numbers: np.ndarray  # (U,) of each unit's prompt
+    prefixes: np.ndarray  # (U,) tokens that all chats of a unit begin with
 
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
     """The optimizer steps of training.
 
-    An epoch is a shuffle of all pairs, cut into steps of `batch_size * grad_accum_steps * world_size` pairs. The last
-    step of an epoch has what is left. Within a step the pairs are dealt so that every micro-batch has nearly the same
-    number of packed rows. Where the pairs of a short step do not go round, some ranks' micro-batches are empty.
+    What is dealt are units: pairs, or all the pairs of a record. An epoch is a shuffle of all units, cut into steps of
+    `batch_size * grad_accum_steps * world_size` units. The last step of an epoch has what is left. Within a step the
+    units are dealt so that every micro-batch has nearly the same number of packed rows. Where the units of a short step
+    do not go round, some ranks' micro-batches are empty.
     """
 
-    rows: np.ndarray  # (N,) packed rows of each pair
+    rows: np.ndarray  # (U,) packed rows of each unit
     seed: int
     world_size: int
-    batch_size: int  # pairs per micro-batch per rank
+    batch_size: int  # units per micro-batch per rank
     grad_accum_steps: int
+    starts: np.ndarray | None = None  # (U + 1,) the first pair of each unit, and the number of pairs; None: U pairs
+    prompts: Prompts | None = None  # units of one prompt that fall into a step go into one micro-batch, side by side
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)  # the last epoch's shuffle
 
+    @classmethod
+    def of(cls, pairs: PairSet, config: BatchConfig, seed: int, world_size: int) -> BatchPlan:
+        """That of these pairs."""
+        starts = None if pairs.groups is None else np.append(pairs.units, len(pairs))
+        prompts = None
+        if pairs.segments is not None:
+            first = pairs.units
+            prompts = Prompts(pairs.segments[first], pairs.places["prefix"][first])
+        sizes = config.batch_size, config.grad_accum_steps
+        return cls(pairs.unit_rows, seed, world_size, *sizes, starts, prompts)
+
     @property
-    def pairs_per_step(self) -> int:
-        """Pairs of a full optimizer step, over all ranks."""
+    def units_per_step(self) -> int:
+        """Units of a full optimizer step, over all ranks."""
         return self.batch_size * self.grad_accum_steps * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch, a short last one included."""
-        return -(-len(self.rows) // self.pairs_per_step)
+        return -(-len(self.rows) // self.units_per_step)
 
     def shuffle(self, epoch: int) -> np.ndarray:
-        """The order of all pairs in epoch `epoch` (from 0); independent of the world size and of any global state.
+        """The order of all units in epoch `epoch` (from 0); independent of the world size and of any global state.
 
         Drawn when an epoch is first asked for and kept until another one is: N int64.
         """
@@ -67,39 +100,89 @@ class BatchPlan:
     def step(self, index: int) -> Step:
         """Optimizer step `index`, counted from 0 over all epochs."""
         epoch, within = divmod(index, self.steps_per_epoch)
-        mine = self.shuffle(epoch)[within * self.pairs_per_step :][: self.pairs_per_step]
-        micro_batches = -(-len(mine) // (self.batch_size * self.world_size))
-        pairs = list(zip(mine.tolist(), self.rows[mine].tolist(), strict=True))
-        hands = deal(pairs, self.world_size * micro_batches)
-        return tuple(tuple(hands[rank :: self.world_size]) for rank in range(self.world_size))
+        mine = self.shuffle(epoch)[within * self.units_per_step :][: self.units_per_step]
+        hands = self.world_size * -(-len(mine) // (self.batch_size * self.world_size))
+        units = list(zip(mine.tolist(), self.rows[mine].tolist(), strict=True))
+        dealt = deal_together(self._items(mine), hands) if self.prompts else deal(units, hands)
+        dealt = [pairs_of(hand, self.starts) for hand in dealt]
+        return tuple(tuple(dealt[rank :: self.world_size]) for rank in range(self.world_size))
+
+    def _items(self, units: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+        """Units that answer one prompt, and the packed rows that they have together, in the order of the first of
+        each."""
+        assert self.prompts
+        together: dict[int, list[int]] = {}
+        for unit, prompt in zip(units.tolist(), self.prompts.numbers[units].tolist(), strict=True):
+            together.setdefault(prompt, []).append(unit)
+        items = []
+        for found in together.values():
+            for some in (tuple(found[i : i + self.batch_size]) for i in range(0, len(found), self.batch_size)):
+                shared = int(self.prompts.prefixes[list(some)].min()) * (len(some) - 1)
+                items.append((some, int(self.rows[list(some)].sum()) - shared))
+        return items
 
     def rows_per_step(self, epoch: int) -> np.ndarray:
         """Packed rows of each step of an epoch (steps,) int64, over all ranks."""
-        starts = np.arange(0, len(self.rows), self.pairs_per_step)
+        starts = np.arange(0, len(self.rows), self.units_per_step)
         return np.add.reduceat(self.rows[self.shuffle(epoch)], starts, dtype=np.int64)
 
     def largest_micro_batch(self, most_dealt: int = _MOST_DEALT) -> MicroBatch:
         """The micro-batch of the first epoch with the most packed rows, the first one of equals.
 
-        Where the epoch has more than `most_dealt` pairs, only so many are dealt: the step with the most rows, the
-        fullest step with a longest pair, and others spread evenly over the epoch. Dealing makes micro-batches of a
+        Where the epoch has more than `most_dealt` units, only so many are dealt: the step with the most rows, the
+        fullest step with a longest unit, and others spread evenly over the epoch. Dealing makes micro-batches of a
         step nearly equal, so what the rest could add is small.
         """
         steps = range(self.steps_per_epoch)
         if len(self.rows) > most_dealt:
             rows = self.rows_per_step(0)
-            longest = np.flatnonzero(self.rows[self.shuffle(0)] == self.rows.max()) // self.pairs_per_step
-            spread = np.linspace(0, len(steps) - 1, max(1, most_dealt // self.pairs_per_step)).astype(int)
+            longest = np.flatnonzero(self.rows[self.shuffle(0)] == self.rows.max()) // self.units_per_step
+            spread = np.linspace(0, len(steps) - 1, max(1, most_dealt // self.units_per_step)).astype(int)
             steps = sorted({int(rows.argmax()), int(longest[rows[longest].argmax()]), *spread.tolist()})
         micro_batches = (micro for index in steps for rank in self.step(index) for micro in rank if micro)
-        return max(micro_batches, key=lambda micro: sum(self.rows[list(micro)].tolist()))
+        of_pair = self.rows
+        if self.starts is not None:  # a unit's rows count with its first pair
+            of_pair = np.zeros(self.starts[-1], np.int64)
+            of_pair[self.starts[:-1]] = self.rows
+        return max(micro_batches, key=lambda micro: sum(of_pair[list(micro)].tolist()))
 
 
-def deal(pairs: Sequence[tuple[int, int]], hands: int) -> list[MicroBatch]:
-    """Deals `(pair, rows)` into `hands` micro-batches of equal pair count (within one) and nearly equal rows.
+def pairs_of(units: Sequence[int], starts: np.ndarray | None) -> MicroBatch:
+    """The pairs of units, unit after unit; `starts` as in `BatchPlan`."""
+    if starts is None:
+        return tuple(units)
+    return tuple(pair for unit in units for pair in range(int(starts[unit]), int(starts[unit + 1])))
+
+
+def deal_together(items: Sequence[tuple[tuple[int, ...], int]], hands: int) -> list[tuple[int, ...]]:
+    """Deals `(units, rows)` into `hands` micro-batches, the units of an item into one, of nearly equal rows.
+
+    As `deal`, but for the number of units, which is at most one above equal; an item goes apart only where no hand has
+    room for it, one unit after the other.
+    """
+    room = [-(-sum(len(units) for units, _ in items) // hands)] * hands
+    rows, dealt = [0] * hands, [list[int]() for _ in range(hands)]
+    waiting = [(-total, place, units) for place, (units, total) in enumerate(items)]
+    heapq.heapify(waiting)
+    while waiting:
+        total, place, units = heapq.heappop(waiting)
+        fits = [hand for hand in range(hands) if room[hand] >= len(units)]
+        if not fits:
+            half = len(units) // 2
+            for some in (units[:half], units[half:]):
+                heapq.heappush(waiting, (total * len(some) // len(units), place, some))
+            continue
+        hand = min(fits, key=lambda one: (rows[one], one))
+        rows[hand], room[hand] = rows[hand] - total, room[hand] - len(units)
+        dealt[hand] += units
+    return [tuple(hand) for hand in dealt]
+
+
+def deal(pairs: Sequence[tuple[int, int]], hands: int) -> list[tuple[int, ...]]:
+    """Deals `(unit, rows)` into `hands` micro-batches of equal unit count (within one) and nearly equal rows.
 
     Longest first to the hand with the fewest rows that still has room (LPT, Graham 1969). The first `len(pairs) %
-    hands` hands have one pair more. Within a hand the order is that of `pairs`.
+    hands` hands have one unit more. Within a hand the order is that of `pairs`.
     """
     room = [len(pairs) // hands + (hand < len(pairs) % hands) for hand in range(hands)]
     heap = [(0, hand) for hand in range(hands) if room[hand]]
@@ -116,7 +199,8 @@ def deal(pairs: Sequence[tuple[int, int]], hands: int) -> list[MicroBatch]:
 class Share(Sequence[MicroBatch]):
     """One rank's micro-batches of a sweep, each made when it is asked for."""
 
-    order: np.ndarray  # positions of all pairs, longest first
+    order: np.ndarray  # all units, longest first
+    starts: np.ndarray | None  # as in `BatchPlan`
     batch_size: int
     rank: int
     world_size: int
@@ -134,15 +218,21 @@ class Share(Sequence[MicroBatch]):
         if isinstance(turns, range):
             return [self[turn] for turn in turns]
         start = (turns * self.world_size + self.rank) * self.batch_size
-        return tuple(self.order[start : start + self.batch_size].tolist())
+        return pairs_of(self.order[start : start + self.batch_size].tolist(), self.starts)
 
 
-def sweep(rows: np.ndarray, batch_size: int, world_size: int) -> list[Share]:
-    """One pass over all pairs without training (reference, evaluation): `[rank] -> micro-batches`, every pair once.
+def sweep_of(pairs: PairSet, batch_size: int, world_size: int) -> list[Share]:
+    """`sweep` of these pairs, those of a record together."""
+    starts = None if pairs.groups is None else np.append(pairs.units, len(pairs))
+    return sweep(pairs.unit_rows, batch_size, world_size, starts)
 
-    Pairs of similar length share a micro-batch, and micro-batches go round the ranks, so the ranks end together.
+
+def sweep(rows: np.ndarray, batch_size: int, world_size: int, starts: np.ndarray | None = None) -> list[Share]:
+    """One pass over all units without training (reference, evaluation): `[rank] -> micro-batches`, every pair once.
+
+    Units of similar length share a micro-batch, and micro-batches go round the ranks, so the ranks end together.
     Every rank gets the same number of micro-batches, the last one of some ranks empty: with partitioned weights a
     forward is a collective.
     """
     order = np.argsort(-np.asarray(rows, np.int64), kind="stable")
-    return [Share(order, batch_size, rank, world_size) for rank in range(world_size)]
+    return [Share(order, starts, batch_size, rank, world_size) for rank in range(world_size)]

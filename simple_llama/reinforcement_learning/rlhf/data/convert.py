@@ -124,6 +124,7 @@ def _convert_record(record: Record, options: ReadOptions, done: _Conversion) -> 
         found = format_of(record, _FORMATS)
         done.formats.add(found)
         pair = READERS[found].read(record, options)
+        assert isinstance(pair, Conversation), "other formats have two answers"
     except Dropped as reason:
         done.count.dropped.add(str(reason), record.origin)
     except NeedsOption:

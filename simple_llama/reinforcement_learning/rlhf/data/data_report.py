@@ -46,6 +46,8 @@ def describe(count: KeptCount, extra_keys: Tally, unknown: Unknown, speller: Spe
     """One line: kept and dropped pairs, their weights and gaps where they have any, ignored keys, characters that the
     tokenizer does not know and what became of them."""
     line = count.summary()
+    if pairs.groups is not None:
+        line += f"; {len(pairs.groups.by_answer):,} of them compare answers of {pairs.groups.count:,} ranked records"
     if pairs.is_weighted:
         weights = pairs.weights
         line += f"; weights from {weights.min():g} to {weights.max():g}, mean {weights.mean():g}"

@@ -19,7 +19,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,9 +50,12 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPa
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
 from simple_llama.reinforcement_learning.rlhf.data.readers import (
     PAIR_KEYS,
+    RANKING_KEYS,
     READERS,
+    Compared,
     Conversation,
     Dropped,
+    Ranking,
     ReadOptions,
     format_of,
     holds_a_turn,
@@ -88,6 +91,13 @@ class DataConfig(Settings):
     score: Annotated[
         Literal["last", "all"], Doc("answers of a dialogue that are compared: the last one, or all of them together")
     ] = "last"
+    pairs: Annotated[
+        Compared,
+        Doc(
+            "answers that are compared where a record has more than two: the best with the worst (best_worst), each "
+            "with the next (adjacent), each with each that is worse (all)"
+        ),
+    ] = "all"
     mask_end_token: bool = False  # leave out of what is scored the token that ends an answer, on both sides: Llama 3
     val_share: Annotated[float, _HELD_OUT] = 0.05  # share of prompts held out for evaluation, in [0, 0.5]
     seed: Annotated[int, Bounds(0, WHOLE)] = 42  # of the shuffle and the validation split
@@ -108,6 +118,9 @@ class RLDatasetLoader:
         default_system: what "CUSTOM" stands for where `chat` is a tokenizer; it has to be the one that the start model
             was tuned with. A chat format has its own.
         scoring: which tokens of the chats are scored.
+        compared: which answers of a record that has more than two, by their rank.
+        group_weight: what counts alike in a mean: each pair, or each prompt, whose pairs share its weight.
+        group_prompts: whether neighbours in a batch that answer one prompt share a segment.
 
     Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
     kept, dropped, ignored) and `warnings`; both are logged; `prompts`, how many different ones there are, and
@@ -128,11 +141,14 @@ class RLDatasetLoader:
         max_unknown: float = _MOST_UNKNOWN,
         default_system: str = DEFAULT_SYSTEM_PROMPT,
         scoring: Scoring = _LAST_ANSWER,
+        compared: Compared = "all",
+        group_weight: Literal["pair", "prompt"] = "pair",
+        group_prompts: bool = False,
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
-        self._options, self._scoring = ReadOptions(self._chat.default_system), scoring
+        self._options, self._scoring = ReadOptions(self._chat.default_system, compared=compared), scoring
         self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
         count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
         with watchdog.patience("reading the data"):
@@ -152,6 +168,8 @@ class RLDatasetLoader:
             LOGGER.warning("%s: %s", path, warning)
         if held_out.any():
             pairs = pairs.select(np.argsort(held_out, kind="stable"))
+        pairs = pairs.by_prompt() if group_prompts else pairs
+        pairs = pairs.shared_out() if group_weight == "prompt" else pairs
         self.pairs, self.train, self.validation = pairs, pairs[:trained], pairs[trained:]
         if not trained:
             raise UserError(
@@ -181,14 +199,17 @@ class RLDatasetLoader:
         Raises UserError where a file no longer holds what was read at first.
         """
         origins = [(pairs.files[file], record) for file, record in pairs.places[["file", "record"]].tolist()]
-        again = dict(self._read_again(set(origins)))
-        for origin, key in zip(origins, pairs.keys, strict=True):
-            if origin not in again or again[origin][1].digest != key["digest"].tobytes():
+        again: dict[tuple[str, int], dict[bytes, Conversation]] = {}
+        for origin, (conversation, pair) in self._read_again(set(origins)):
+            again.setdefault(origin, {})[pair.digest] = conversation
+        names = [key["digest"].tobytes() for key in pairs.keys]
+        for origin, name in zip(origins, names, strict=True):
+            if name not in again.get(origin, {}):
                 raise UserError(
                     f"{origin[0]}:{origin[1]}: expected the pair that was read at the start, found "
                     f"{'another' if origin in again else 'none'}: the file has changed since; start again"
                 )
-        return [again[origin][0] for origin in origins]
+        return [again[origin][name] for origin, name in zip(origins, names, strict=True)]
 
     def _read_again(
         self, origins: set[tuple[str, int]]
@@ -217,9 +238,12 @@ def _read_conversations(
         if count.total % _RECORDS_PER_BATCH == 0:
             watchdog.beat("reading the data")
         count.total += 1
+        found: list[Conversation] = []
         try:
             reader = READERS[format_of(record, FORMATS)]
-            conversation = reader.read(record, options)
+            said = reader.read(record, options)
+            found = said.pairs(options.compared) if isinstance(said, Ranking) else [said]
+            count.total += len(found) - 1
         except Dropped as reason:
             count.dropped.add(str(reason), record.origin)
             continue
@@ -230,9 +254,9 @@ def _read_conversations(
         if faults and faults.number:
             continue
         for key in record.fields:
-            if key not in reader.keys and key not in PAIR_KEYS:
+            if key not in reader.keys and key not in (*PAIR_KEYS, *RANKING_KEYS):
                 extra_keys.add(shown(key), record.origin)
-        yield conversation
+        yield from found
 
 
 def _tokenize(
@@ -243,12 +267,14 @@ def _tokenize(
     while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
         spelled = map(speller.spelled, batch)
         chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
+        distinct = list(dict.fromkeys(chats))  # an answer stands in several pairs
         try:
-            encoded = scoring.encode(chat, chats)
+            encoded = dict(zip(distinct, scoring.encode(chat, distinct), strict=True))
         except UnsayableChat as error:
-            unsaid = batch[error.index // 2]
+            unsaid = batch[chats.index(distinct[error.index]) // 2]
             raise UserError(f"{unsaid.file}:{unsaid.record}: {error}") from error
-        for c, chosen, rejected in zip(batch, encoded[0::2], encoded[1::2], strict=True):
+        for c, *sides in zip(batch, chats[0::2], chats[1::2], strict=True):
+            chosen, rejected = (encoded[side] for side in sides)
             for note in dict.fromkeys(chosen.notes + rejected.notes):
                 count.noticed.add(note, f"{c.file}:{c.record}")
             spans = chosen.spans, rejected.spans
@@ -267,23 +293,27 @@ def _keep_usable(
     tokens: what the model sees decides.
     """
     kept, shares = PairBuffer(), array("d")
-    for c, pair in pairs:
-        origin = f"{c.file}:{c.record}"
-        if max(pair.chosen_len, pair.rejected_len) > max_seq_len:
-            count.dropped.add("too long", origin)
-        elif np.array_equal(pair.chosen, pair.rejected):
-            count.dropped.add("identical", origin)
-        elif pair.scores_one_answer:
-            count.dropped.add("same last answer", origin)
-        elif pair.digest in kept:
-            count.dropped.add("duplicate", origin)
-        else:
-            if pair.swapped_digest in kept:
-                count.noticed.add(BOTH_WAYS, origin)
-            if holds_a_turn(c):
-                count.noticed.add(LIKE_A_TURN, origin)
-            kept.append(pair, c.file, c.record)
-            shares.append(_prompt_share(c.system, c.users, seed))
+    for (file, record), found in groupby(pairs, lambda said: (said[0].file, said[0].record)):
+        usable: list[TokenizedPair] = []
+        for c, pair in found:
+            origin = f"{file}:{record}"
+            if max(pair.chosen_len, pair.rejected_len) > max_seq_len:
+                count.dropped.add("too long", origin)
+            elif np.array_equal(pair.chosen, pair.rejected):
+                count.dropped.add("identical", origin)
+            elif pair.scores_one_answer:
+                count.dropped.add("same last answer", origin)
+            elif pair.digest in kept or any(pair.digest == one.digest for one in usable):
+                count.dropped.add("duplicate", origin)
+            else:
+                if pair.swapped_digest in kept:
+                    count.noticed.add(BOTH_WAYS, origin)
+                if holds_a_turn(c):
+                    count.noticed.add(LIKE_A_TURN, origin)
+                usable.append(pair)
+                shares.append(_prompt_share(c.system, c.users, seed))
+        if usable:
+            kept.append_group(usable, file, record)
     return kept.finish(), np.array(shares)
 
 
@@ -291,6 +321,8 @@ def _unknown_tokens(pairs: PairSet, unknown_id: int | None) -> Unknown:
     """Tokens for what the tokenizer does not know, of pairs whose tokens lie in their order."""
     if unknown_id is None:
         return Unknown()
+    if pairs.groups is not None:
+        return _unknown_in_each(pairs, unknown_id)
     places, counts_N2 = pairs.places, pairs.keys["counts"]
     starts_N = np.ascontiguousarray(places["start"])
     in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
@@ -303,19 +335,40 @@ def _unknown_tokens(pairs: PairSet, unknown_id: int | None) -> Unknown:
             ends_U = ends_U + places[name][owners_U]
             is_scored_U = (found_U < ends_U) & (found_U >= ends_U - counts_N2[owners_U, side])
             np.add.at(in_scored_N, owners_U, is_scored_U)
-    if not in_chats_N.any():
-        return Unknown()
     if pairs.spans is not None:
         for index in np.flatnonzero(in_chats_N).tolist():
-            pair = pairs[index]
-            scored = (whole[at] for whole, at in zip(pair.wholes, pair.scored_at, strict=True))
-            in_scored_N[index] = sum(np.count_nonzero(some == unknown_id) for some in scored)
+            in_scored_N[index] = _unknown_scored(pairs[index], unknown_id)
+    return _unknown_of(pairs, in_chats_N, in_scored_N)
+
+
+def _unknown_in_each(pairs: PairSet, unknown_id: int) -> Unknown:
+    """The same of pairs that share tokens."""
+    if not (pairs.tokens == unknown_id).any():
+        return Unknown()
+    in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
+    for index, pair in enumerate(pairs):
+        parts = (pair.prefix, pair.chosen, pair.rejected)
+        in_chats_N[index] = sum(np.count_nonzero(part == unknown_id) for part in parts)
+        in_scored_N[index] = _unknown_scored(pair, unknown_id)
+    return _unknown_of(pairs, in_chats_N, in_scored_N)
+
+
+def _unknown_scored(pair: TokenizedPair, unknown_id: int) -> int:
+    """How many of its scored tokens are <UNK>."""
+    scored = (whole[at] for whole, at in zip(pair.wholes, pair.scored_at, strict=True))
+    return sum(int(np.count_nonzero(some == unknown_id)) for some in scored)
+
+
+def _unknown_of(pairs: PairSet, in_chats_N: np.ndarray, in_scored_N: np.ndarray) -> Unknown:
+    """What is said of <UNK>, by how many each pair has in its chats, and how many of these are scored."""
+    if not in_chats_N.any():
+        return Unknown()
     having, scored = np.flatnonzero(in_chats_N), np.flatnonzero(in_scored_N)
     return Unknown(
         tokens=int(in_chats_N.sum(dtype=np.int64)),
         pairs=len(having),
         first=pairs.origin(int(having[0])),
-        scored_share=float(in_scored_N.sum(dtype=np.int64) / counts_N2.sum(dtype=np.int64)),
+        scored_share=float(in_scored_N.sum(dtype=np.int64) / pairs.keys["counts"].sum(dtype=np.int64)),
         scored_pairs=len(scored),
         scored_first=pairs.origin(int(scored[0])) if len(scored) else "",
     )

@@ -5,7 +5,11 @@
 
 The last token of each branch predicts nothing and is not in the stream; the last prefix row predicts the first token
 of both branches. Where earlier answers are scored too, they may stand in the prefix: its rows then predict for both
-chats. Shapes: B pairs, T packed rows, N scored tokens.
+chats. Pairs of one prompt may share a segment, which has the prompt once and each answer once:
+
+    stream of a segment  [ prefix | answer | answer | answer | ... ]
+
+Shapes: B pairs, A answers, T packed rows, N scored tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from simple_llama.common.files import digest
 from simple_llama.ops.attention import PackedLayout
-from simple_llama.reinforcement_learning.rlhf.data.pair_key import as_keys
+from simple_llama.reinforcement_learning.rlhf.data.pair_key import Entries, as_keys
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) of scored tokens in a whole chat, in order; it ends with the last
 
@@ -37,6 +43,10 @@ class TokenizedPair:
     weight: float = 1.0  # factor of its loss; like the gap no part of its name, since log-probs do not depend on it
     gap: float | None = None  # reward of the chosen answer less that of the rejected one
     spans: tuple[Spans, Spans] | None = None  # what is scored of both chats; None: the last `*_scored` tokens of each
+    group: int = -1  # pairs of one number come from one record, whose answers they compare; -1: from one of two answers
+    segment: int = -1  # neighbours of one number share a segment of a batch; -1: a segment of its own
+    share: float = 1.0  # what it counts for in a mean; `weight` has this factor too
+    answers: tuple[bytes, bytes] | None = None  # names of both as entries of a store; None: the pair is one entry
 
     @classmethod
     def from_chats(
@@ -103,6 +113,13 @@ class TokenizedPair:
         chosen, rejected = self.wholes
         spans = self.spans and (self.spans[1], self.spans[0])
         return _name(rejected, self.rejected_scored, chosen, self.chosen_scored, spans)
+
+    @property
+    def answer_names(self) -> tuple[bytes, bytes]:
+        """Names of both answers: each that of a pair whose two chats are it."""
+        sides = zip(self.wholes, self.scored_spans, (self.chosen_scored, self.rejected_scored), strict=True)
+        chosen, rejected = (_name(ids, n, ids, n, (some, some) if self.spans else None) for ids, some, n in sides)
+        return chosen, rejected
 
     @property
     def wholes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -175,6 +192,16 @@ class TokenizedPair:
         return (chosen, self.chosen_scored), (rejected, self.rejected_scored)
 
 
+def common_prefix(pairs: Sequence[TokenizedPair]) -> int:
+    """How many tokens all chats of these pairs begin with, never past the first one of a last answer."""
+    first, shared = pairs[0].prefix, min(len(pair.prefix) for pair in pairs)
+    for pair in pairs[1:]:
+        differs = np.flatnonzero(pair.prefix[:shared] != first[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+    assert shared, "chats begin with the same token"
+    return shared
+
+
 def _first(spans: Spans, count: int) -> Spans:
     """The first `count` tokens of spans."""
     found: list[tuple[int, int]] = []
@@ -200,9 +227,37 @@ def _name(
     return digest(*(part.data for part in parts), size=16)
 
 
+class _Segment(NamedTuple):
+    """Pairs that share a prefix."""
+
+    shared: int  # tokens of the prefix
+    chats: list[tuple[np.ndarray, np.ndarray]]  # of each answer: token ids of the whole chat, which are scored
+    sides: list[tuple[int, int]]  # of each pair: its chosen and its rejected answer
+
+    @classmethod
+    def of(cls, pairs: Sequence[TokenizedPair]) -> _Segment:
+        """That of pairs whose chats begin alike; answers in the order in which they come, each once."""
+        first, *others = pairs
+        if not others:
+            return cls(len(first.prefix), list(zip(first.wholes, first.scored_at, strict=True)), [(0, 1)])
+        shared = common_prefix(pairs)
+        found: dict[tuple[bytes, Spans], int] = {}
+        chats, sides = [], []
+        for pair in pairs:
+            numbers = []
+            for whole, at, spans in zip(pair.wholes, pair.scored_at, pair.scored_spans, strict=True):
+                number = found.setdefault((whole.tobytes(), spans), len(chats))
+                if number == len(chats):
+                    chats.append((whole, at))
+                numbers.append(number)
+            sides.append((numbers[0], numbers[1]))
+        return cls(shared, chats, sides)
+
+
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs packed into one stream, ready for the model. Scored rows stand pair after pair, chosen then rejected.
+    """Pairs packed into one stream, ready for the model. Scored rows stand answer after answer: pair after pair, chosen
+    then rejected, where no segment is shared.
 
     It has all that log-probs come from: the stream for a model, the keys for a store.
     """
@@ -216,9 +271,23 @@ class PairBatch:
     counts_B2: torch.Tensor  # int64 scored tokens of (chosen, rejected)
     weights_B: torch.Tensor  # fp32 factors of the pairs' losses
     gaps_B: torch.Tensor  # fp32 reward gaps, NaN for a pair without one
+    groups_B: torch.Tensor  # int64: pairs of one record have one number
+    answers_B2: torch.Tensor  # int64: which answers a pair compares
+    answer_counts: tuple[tuple[int, ...], ...]  # scored tokens of the answers of each segment, on the host
+    edges: tuple[int, ...]  # the first pair of each segment, and B
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def shares_segments(self) -> bool:
+        """Whether pairs share a segment; else answers 2 i and 2 i + 1 are those of pair i."""
+        return len(self.answer_counts) != len(self.pairs)
+
+    @property
+    def shares(self) -> float:
+        """What its pairs count for in a mean, together."""
+        return sum(pair.share for pair in self.pairs)
 
     @property
     def counts(self) -> tuple[tuple[int, int], ...]:
@@ -236,36 +305,40 @@ class PairBatch:
         common_B1 = self.counts_B2.amin(dim=1, keepdim=True)
         return self.counts_B2 if columns == 2 else torch.cat([self.counts_B2, common_B1, common_B1], dim=1)
 
-    @property
-    def keys(self) -> np.ndarray:
-        """Names of the pairs in the reference store: (B,) of KEY."""
-        return as_keys([pair.digest for pair in self.pairs], self.counts)
+    def entries(self, fronts: bool = False) -> Entries:
+        """What a reference store is asked for: its entries of the pairs, and of their fronts where these are needed."""
+        keys = as_keys([pair.digest for pair in self.pairs], self.counts)
+        by_answer = [place for place, pair in enumerate(self.pairs) if pair.answers]
+        names = b"".join(name for pair in self.pairs for name in pair.answers or ())
+        names_G2 = np.frombuffer(names, "V16").reshape(-1, 2)
+        return Entries.of(keys, by_answer, names_G2, front_keys(self.pairs) if fronts else None)
 
     @property
-    def front_keys(self) -> np.ndarray:
-        """Those of the pairs up to their common lengths."""
-        return front_keys(self.pairs)
+    def keys(self) -> np.ndarray:
+        """Those of the pairs by name: of KEY."""
+        return self.entries().keys
 
     @classmethod
     def pack(cls, pairs: Sequence[TokenizedPair]) -> PairBatch:
-        """Packs `pairs` in the given order (B >= 1), on the CPU."""
-        tokens, positions, rows, targets, segments = [], [], [], [], []
+        """Packs `pairs` in the given order (B >= 1), on the CPU; neighbours of one `segment` share it."""
+        tokens, positions, rows, targets, layout = [], [], [], [], []
+        segments = [_Segment.of(run) for run in _runs(pairs)]
         start = 0
-        for pair in pairs:
-            shared = len(pair.prefix)
-            tokens += [pair.prefix, pair.chosen[:-1], pair.rejected[:-1]]
-            positions += [np.arange(shared)]
+        for shared, chats, _ in segments:
+            tokens.append(chats[0][0][:shared])
+            positions.append(np.arange(shared))
             branch_start = start + shared
-            for branch, whole, at in zip((pair.chosen, pair.rejected), pair.wholes, pair.scored_at, strict=True):
-                positions.append(np.arange(shared, shared + len(branch) - 1))
+            for whole, at in chats:
+                tokens.append(whole[shared:-1])
+                positions.append(np.arange(shared, len(whole) - 1))
                 # a token is predicted by the row before it, the first of a branch by the last of the prefix
                 rows.append(np.where(at <= shared, start, branch_start - shared) + at - 1)
                 targets.append(whole[at])
-                branch_start += len(branch) - 1
-            segments.append((shared, (len(pair.chosen) - 1, len(pair.rejected) - 1)))
+                branch_start += len(whole) - 1 - shared
+            layout.append((shared, tuple(len(whole) - 1 - shared for whole, _ in chats)))
             start = branch_start
 
-        return cls._of(pairs, PackedLayout(segments=tuple(segments)), tokens, positions, rows, targets)
+        return cls._of(pairs, segments, PackedLayout(segments=tuple(layout)), tokens, positions, rows, targets)
 
     @classmethod
     def unshared(cls, pairs: Sequence[TokenizedPair], padded: bool) -> PairBatch:
@@ -275,7 +348,8 @@ class PairBatch:
         Args:
             padded: whether each chat is as long as the longest, with tokens 0 behind it.
         """
-        chats = [chat for pair in pairs for chat in zip(pair.wholes, pair.scored_at, strict=True)]
+        segments = [_Segment.of([pair]) for pair in pairs]
+        chats = [chat for segment in segments for chat in segment.chats]
         lengths = [len(ids) - 1 for ids, _ in chats]
         rooms = [max(lengths) if padded else length for length in lengths]
         starts = np.cumsum([0, *rooms[:-1]]).tolist()
@@ -283,12 +357,21 @@ class PairBatch:
         positions = [np.arange(room) for room in rooms]
         rows = [start + places - 1 for start, (_, places) in zip(starts, chats, strict=True)]
         targets = [ids[places] for ids, places in chats]
-        return cls._of(pairs, PackedLayout.causal(rooms), tokens, positions, rows, targets)
+        return cls._of(pairs, segments, PackedLayout.causal(rooms), tokens, positions, rows, targets)
 
     @classmethod
-    def _of(cls, pairs: Sequence[TokenizedPair], layout: PackedLayout, *parts: list[np.ndarray]) -> PairBatch:
+    def _of(
+        cls,
+        pairs: Sequence[TokenizedPair],
+        segments: Sequence[_Segment],
+        layout: PackedLayout,
+        *parts: list[np.ndarray],
+    ) -> PairBatch:
         """A batch of these tokens, positions, rows and targets, each in parts that stand one after the other."""
         tokens_T, positions_T, rows_N, targets_N = map(_stack, parts)
+        before = accumulate((len(one.chats) for one in segments), initial=0)
+        sides = [(start + w, start + r) for start, one in zip(before, segments, strict=False) for w, r in one.sides]
+        groups = [pair.group if pair.group >= 0 else -1 - place for place, pair in enumerate(pairs)]
         return cls(
             pairs=tuple(pairs),
             tokens_T=tokens_T,
@@ -299,6 +382,10 @@ class PairBatch:
             counts_B2=torch.tensor([(pair.chosen_scored, pair.rejected_scored) for pair in pairs]),
             weights_B=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
             gaps_B=torch.tensor([math.nan if pair.gap is None else pair.gap for pair in pairs], dtype=torch.float32),
+            groups_B=torch.tensor(groups),
+            answers_B2=torch.tensor(sides),
+            answer_counts=tuple(tuple(len(at) for _, at in one.chats) for one in segments),
+            edges=tuple(accumulate((len(one.sides) for one in segments), initial=0)),
         )
 
     def to(self, device: torch.device) -> PairBatch:
@@ -309,17 +396,19 @@ class PairBatch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.pin_memory().to(device, non_blocking=True)
 
-        return replace(
-            self,
-            tokens_T=move(self.tokens_T),
-            positions_T=move(self.positions_T),
-            layout=self.layout.to(device),
-            rows_N=move(self.rows_N),
-            targets_N=move(self.targets_N),
-            counts_B2=move(self.counts_B2),
-            weights_B=move(self.weights_B),
-            gaps_B=move(self.gaps_B),
-        )
+        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors, layout=self.layout.to(device))
+
+
+def _runs(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+    """Neighbours that share a segment, together."""
+    runs: list[list[TokenizedPair]] = []
+    for pair in pairs:
+        if runs and pair.segment >= 0 and pair.segment == runs[-1][0].segment:
+            runs[-1].append(pair)
+        else:
+            runs.append([pair])
+    return runs
 
 
 def front_keys(pairs: Iterable[TokenizedPair]) -> np.ndarray:

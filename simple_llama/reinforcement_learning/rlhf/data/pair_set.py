@@ -1,7 +1,7 @@
 """All pairs of a run as arrays: the tokens of all of them in one, and 52 bytes a pair beside them; 16 more where a
-pair has a weight or a gap.
+pair has a weight or a gap, 44 where records have more than two answers.
 
-Text is not kept: a pair knows the file and the record that it came from. N pairs.
+Text is not kept: a pair knows the file and the record that it came from. N pairs; U units, each the pairs of a record.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import math
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
 
 from simple_llama.common.files import digest
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair, front_keys
-from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
+from simple_llama.reinforcement_learning.rlhf.data.group_table import GroupBuffer, GroupTable
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair, common_prefix, front_keys
+from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY, Entries
 from simple_llama.reinforcement_learning.rlhf.data.span_table import SpanBuffer, SpanTable
 
-# Where the tokens of a pair begin, how many it has (prefix, then chosen, then rejected), and where its text is.
+# Where the tokens of a pair begin, how many it has (prefix, then chosen, then rejected; those of a group lie where its
+# table says), and where its text is.
 PLACE = np.dtype(
     [
         ("start", "<i8"),
@@ -48,6 +50,9 @@ class PairSet(Sequence[TokenizedPair]):
     files: tuple[str, ...]  # names of the data files
     strengths: np.ndarray | None = None  # (N,) of _STRENGTH; None: no pair has a weight or a gap
     spans: SpanTable | None = None  # None: each pair scores the last tokens of its chats
+    groups: GroupTable | None = None  # None: each pair is of a record of its own
+    segments: np.ndarray | None = None  # (N,) int32: neighbours of one number share a segment; None: those of a group
+    shares: np.ndarray | None = None  # (N,) fp64: what each counts for in a mean; None: 1
 
     @classmethod
     def of(cls, pairs: Iterable[TokenizedPair], origins: Iterable[tuple[str, int]] | None = None) -> PairSet:
@@ -71,26 +76,60 @@ class PairSet(Sequence[TokenizedPair]):
             return self.select(index)
         start, prefix, chosen, rejected, _, _ = self.places[index].item()
         name, chosen_scored, rejected_scored = _PACKED_KEY.unpack(self.keys[index].tobytes())
-        branches = start + prefix
+        group, chosen_at, rejected_at, answers = -1, prefix, prefix + chosen, None
+        if self.groups is not None and self.groups.places["group"][index] >= 0:
+            group, chosen_at, rejected_at, names = self.groups.places[index].item()
+            answers = names[0].tobytes(), names[1].tobytes()
         weight, gap = (1.0, math.nan) if self.strengths is None else self.strengths[index].item()
+        share = 1.0 if self.shares is None else self.shares.item(index)
         return TokenizedPair(
-            prefix=self.tokens[start:branches],
-            chosen=self.tokens[branches : branches + chosen],
-            rejected=self.tokens[branches + chosen : branches + chosen + rejected],
+            prefix=self.tokens[start : start + prefix],
+            chosen=self.tokens[start + chosen_at : start + chosen_at + chosen],
+            rejected=self.tokens[start + rejected_at : start + rejected_at + rejected],
             chosen_scored=chosen_scored,
             rejected_scored=rejected_scored,
             digest=name,
-            weight=weight,
+            weight=weight * share,
             gap=None if math.isnan(gap) else gap,
             spans=None if self.spans is None else self.spans[index],
+            group=group,
+            segment=group if self.segments is None else self.segments.item(index),
+            share=share,
+            answers=answers,
         )
 
     def select(self, positions: Sequence[int] | np.ndarray | slice) -> PairSet:
         """The pairs at these positions, in this order; their tokens are not copied."""
         where = positions if isinstance(positions, slice) else np.asarray(positions, dtype=np.intp)
-        strengths = None if self.strengths is None else self.strengths[where]
+        arrays = (self.strengths, self.segments, self.shares)
+        strengths, segments, shares = (None if one is None else one[where] for one in arrays)
         spans = None if self.spans is None else self.spans.select(where)
-        return PairSet(self.tokens, self.keys[where], self.places[where], self.files, strengths, spans)
+        groups = None if self.groups is None else self.groups.select(where)
+        rest = strengths, spans, groups, segments, shares
+        return PairSet(self.tokens, self.keys[where], self.places[where], self.files, *rest)
+
+    def by_prompt(self) -> PairSet:
+        """The same pairs; those of one prompt that stand next to each other in a batch share a segment."""
+        return replace(self, segments=self.prompts)
+
+    def shared_out(self) -> PairSet:
+        """The same pairs; those of a record count together for as much as a pair that is of its own."""
+        starts_U = self.units
+        sizes_U = np.diff([*starts_U, len(self)])
+        return replace(self, shares=np.repeat(1 / sizes_U, sizes_U))
+
+    @property
+    def units(self) -> np.ndarray:
+        """Where each unit begins (U,)."""
+        return np.arange(len(self)) if self.groups is None else self.groups.starts()
+
+    @property
+    def unit_rows(self) -> np.ndarray:
+        """Packed rows of each unit (U,)."""
+        if self.groups is None:
+            return self.rows
+        branches_N2 = np.stack([self.places["chosen"], self.places["rejected"]], axis=1)
+        return self.groups.rows(self.units, self.places["prefix"], branches_N2)
 
     def origin(self, index: int) -> str:
         """`file:record` of a pair, for messages."""
@@ -124,14 +163,32 @@ class PairSet(Sequence[TokenizedPair]):
         chosen, rejected = self.keys["counts"].T
         return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
 
-    def names(self, fronts: bool) -> np.ndarray:
-        """What a reference store is asked for: the keys, and behind them those of all fronts where these are needed."""
-        return np.concatenate([self.keys, front_keys(self)]) if fronts else self.keys
+    def entries(self, fronts: bool = False) -> Entries:
+        """What a reference store is asked for: its entries of the pairs, and of their fronts where these are needed."""
+        keys = front_keys(self) if fronts else None
+        if self.groups is None:
+            return Entries.of(self.keys, (), np.empty((0, 2), "V16"), keys)
+        places = self.groups.by_answer
+        return Entries.of(self.keys, places, self.groups.places["answers"][places], keys)
 
     @property
     def weights(self) -> np.ndarray:
         """The factor of each pair's loss (N,) fp64."""
-        return np.ones(len(self)) if self.strengths is None else self.strengths["weight"]
+        own = np.ones(len(self)) if self.strengths is None else self.strengths["weight"]
+        return own if self.shares is None else own * self.shares
+
+    @property
+    def group_numbers(self) -> np.ndarray:
+        """(N,) int64: pairs of one record have one number, all others numbers of their own below 0."""
+        own = -1 - np.arange(len(self))
+        return (
+            own if self.groups is None else np.where(self.groups.places["group"] < 0, own, self.groups.places["group"])
+        )
+
+    @property
+    def total(self) -> float:
+        """What its pairs count for in a mean, together: their number, or that of records."""
+        return float(len(self) if self.shares is None else self.shares.sum())
 
     @property
     def gaps(self) -> np.ndarray:
@@ -141,20 +198,24 @@ class PairSet(Sequence[TokenizedPair]):
     @property
     def is_weighted(self) -> bool:
         """Whether a pair has another weight than 1."""
-        return self.strengths is not None and bool((self.weights != 1).any())
+        return self.strengths is not None and bool((self.strengths["weight"] != 1).any())
 
     @property
     def digest(self) -> bytes:
-        """16 bytes over the digests of all pairs in order, and their weights and gaps where one has any."""
-        names = self.keys["digest"].tobytes()
-        if self.strengths is None or not (self.is_weighted or np.isfinite(self.gaps).any()):
-            return digest(names)
-        return digest(names, self.strengths.tobytes())
+        """16 bytes over the digests of all pairs in order, their weights and gaps where one has any, and which are of
+        one record."""
+        parts = [self.keys["digest"].tobytes()]
+        if self.strengths is not None and (self.is_weighted or np.isfinite(self.gaps).any()):
+            parts.append(self.strengths.tobytes())
+        if self.groups is not None:
+            parts.append(self.units.astype("<i8").tobytes())
+        return digest(*parts)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the set needs beside the tokens."""
-        others = (part.nbytes for part in (self.strengths, self.spans) if part is not None)
+        tables = (None if self.groups is None else self.groups.places, self.strengths, self.segments, self.shares)
+        others = (part.nbytes for part in (*tables, self.spans) if part is not None)
         return self.keys.nbytes + self.places.nbytes + sum(others)
 
 
@@ -169,7 +230,7 @@ class PairBuffer:
         self._tokens = array("i")
         self._keys, self._places = bytearray(), bytearray()
         self._strengths = bytearray()  # of the pairs up to the last that has a weight or a gap
-        self._spans = SpanBuffer()
+        self._spans, self._groups = SpanBuffer(), GroupBuffer()
         self._files: dict[str, int] = {}
         self._slots = array("i", [_FREE]) * _FIRST_SLOTS  # position of a pair whose digest starts its search here
 
@@ -182,6 +243,33 @@ class PairBuffer:
 
     def append(self, pair: TokenizedPair, file: str, record: int) -> None:
         """Adds a pair that came from this record."""
+        self._note(pair, file, record, len(self._tokens), (pair.prefix, pair.chosen, pair.rejected))
+        for part in (pair.prefix, pair.chosen, pair.rejected):
+            self._take(part)
+
+    def append_group(self, pairs: Sequence[TokenizedPair], file: str, record: int) -> None:
+        """Adds pairs of one record: each of its answers is kept once, behind what all its chats begin with."""
+        if len(pairs) == 1:
+            return self.append(pairs[0], file, record)
+        start, shared = len(self._tokens), common_prefix(pairs)
+        self._take(pairs[0].prefix[:shared])
+        offsets: dict[bytes, int] = {}
+        for pair in pairs:
+            branches = [whole[shared:] for whole in pair.wholes]
+            for name, branch in zip(pair.answer_names, branches, strict=True):
+                if name not in offsets:
+                    offsets[name] = len(self._tokens) - start
+                    self._take(branch)
+            chosen, rejected = (offsets[name] for name in pair.answer_names)
+            self._groups.append((chosen, rejected), pair.answer_names, len(self), first=pair is pairs[0])
+            self._note(pair, file, record, start, (pair.prefix[:shared], *branches))
+
+    def _take(self, ids: np.ndarray) -> None:
+        """Keeps tokens."""
+        self._tokens.frombytes(ids.astype(np.int32, copy=False).tobytes())
+
+    def _note(self, pair: TokenizedPair, file: str, record: int, start: int, parts: tuple[np.ndarray, ...]) -> None:
+        """Adds what stands beside a pair's tokens, which begin at `start`, in these parts."""
         if 2 * len(self) >= len(self._slots):
             self._grow()
         if self._slots[slot := self._slot(pair.digest)] == _FREE:
@@ -192,11 +280,8 @@ class PairBuffer:
         if pair.spans:
             self._spans.append(pair.spans, len(self))
         number = self._files.setdefault(file, len(self._files))
-        parts = (pair.prefix, pair.chosen, pair.rejected)
-        self._places += _PACKED_PLACE.pack(len(self._tokens), *map(len, parts), number, record)
+        self._places += _PACKED_PLACE.pack(start, *map(len, parts), number, record)
         self._keys += _PACKED_KEY.pack(pair.digest, pair.chosen_scored, pair.rejected_scored)
-        for part in parts:
-            self._tokens.frombytes(part.astype(np.int32, copy=False).tobytes())
 
     def finish(self) -> PairSet:
         """All pairs in the order they came; the buffer takes no more."""
@@ -208,8 +293,9 @@ class PairBuffer:
         strengths = np.frombuffer(self._strengths, _STRENGTH)
         for part in (tokens, keys, places, strengths):
             part.setflags(write=False)  # pairs are views of them
-        spans = self._spans.finish(len(self))
-        return PairSet(tokens, keys, places, tuple(self._files), strengths if len(strengths) else None, spans)
+        spans, groups = self._spans.finish(len(self)), self._groups.finish(len(self))
+        known = strengths if len(strengths) else None
+        return PairSet(tokens, keys, places, tuple(self._files), known, spans, groups)
 
     def _fill_strengths(self) -> None:
         """Notes that the pairs since the last one which has a weight or a gap have none."""

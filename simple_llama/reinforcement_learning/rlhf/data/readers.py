@@ -4,6 +4,12 @@ Template (what a data set is written in): keys Template, User, Accepted, Rejecte
 
     {"Template": ["CUSTOM"], "User": ["Hi"], "Accepted": ["Hello!"], "Rejected": ["Go away."]}
 
+A record may have more answers than two, with a number each: the larger is better, of `Ranks` the smaller. An answer is
+a list of strings as above, or a string where there is one turn. `pairs` says which two are compared.
+
+    {"Template": ["CUSTOM"], "User": ["Hi"], "Responses": ["Hello!", "Hm.", "Go away."], "Scores": [9, 5, 1]}
+    {"Template": ["CUSTOM"], "User": ["Hi"], "Accepted": ["Hello!"], "Rejected": [["Hm."], ["Go away."]]}
+
 `Template` is a list with one system prompt, or the same one for each turn; "CUSTOM" is the default system prompt, and
 what nearly spells it is refused. `User`, `Accepted` and `Rejected` are lists of strings of equal length, one entry a
 turn; the last answers are compared. A message of white space and invisible characters alone is an empty one.
@@ -32,6 +38,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from simple_llama.common.errors import UserError
@@ -44,6 +51,8 @@ CUSTOM = "CUSTOM"  # stands in a record for the default system prompt
 PAIR_KEYS = ("weight", "gap")  # a record of each format may have them
 _LARGEST = 1e30  # of what they may be, and its inverse is the least: fp32 holds it, and what losses make of it
 _TEMPLATE_KEYS = ("Template", "User", "Accepted", "Rejected")
+RANKING_KEYS = ("Responses", "Scores", "Ranks")  # of a Template record with more answers, instead of the last two
+Compared = Literal["all", "adjacent", "best_worst"]
 _PKU_LABEL = {"helpfulness": "better_response_id", "safety": "safer_response_id"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _LIKE_A_TURN = re.compile(r"^[^\S\n]*(?:Human|Assistant):", re.MULTILINE)
@@ -75,6 +84,7 @@ class Conversation:
     record: int  # from 1: place in a .json list, line of a .jsonl file
     weight: float = 1.0  # factor of the pair's loss
     gap: float | None = None  # reward of the chosen answer less that of the rejected one
+    ranked: bool = False  # whether the record has more answers than these
 
     @property
     def text(self) -> PairText:
@@ -82,6 +92,42 @@ class Conversation:
         chosen_chat = format_chat(self.system or "", self.users, self.chosen)
         rejected_chat = format_chat(self.system or "", self.users, self.rejected)
         return PairText(chosen_chat, self.chosen[-1] + "<EOA>", rejected_chat, self.rejected[-1] + "<EOA>")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a record with several answers says: a system prompt, user turns, and answers to them, each with a score."""
+
+    system: str | None
+    users: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]  # each with one entry a turn
+    scores: tuple[float, ...]  # the larger is better
+    file: str
+    record: int
+    weight: float = 1.0
+    gaps: bool = False  # whether scores are rewards, whose differences count
+
+    def pairs(self, compared: Compared) -> list[Conversation]:
+        """The pairs of it, by rank: best_worst the first with the last, adjacent each with the next, both of the first
+        answer of each score; all each with each of a lower score. Dropped where all scores are equal."""
+        order = sorted(range(len(self.scores)), key=lambda place: -self.scores[place])
+        levels = [place for n, place in enumerate(order) if not n or self.scores[order[n - 1]] > self.scores[place]]
+        if len(levels) == 1:
+            raise Dropped("with answers of equal score")
+        if compared == "best_worst":
+            chosen = [(levels[0], levels[-1])]
+        elif compared == "adjacent":
+            chosen = list(pairwise(levels))
+        else:
+            chosen = [(w, r) for n, w in enumerate(order) for r in order[n + 1 :] if self.scores[w] > self.scores[r]]
+        return [self._pair(w, r) for w, r in chosen]
+
+    def _pair(self, chosen: int, rejected: int) -> Conversation:
+        """Two of its answers."""
+        gap = self.scores[chosen] - self.scores[rejected] if self.gaps else None
+        answers = self.answers[chosen], self.answers[rejected]
+        place = self.file, self.record
+        return Conversation(self.system, self.users, *answers, *place, self.weight, gap, ranked=True)
 
 
 class Dropped(Exception):
@@ -100,13 +146,14 @@ class ReadOptions:
     prefer: Literal["helpfulness", "safety"] | None = None  # the label of PKU-SafeRLHF that decides
     keep_unsafe: bool = False  # also pairs of PKU-SafeRLHF whose preferred answer is marked unsafe
     clean: Callable[[str], str] = str  # applied to each message of HH-RLHF and PKU-SafeRLHF before it is judged
+    compared: Compared = "all"  # which answers of a record with more than two
 
 
 class Reader(NamedTuple):
     """A format of records."""
 
     keys: tuple[str, ...]  # a record that has all of them is read so
-    read: Callable[[Record, ReadOptions], Conversation]
+    read: Callable[[Record, ReadOptions], Conversation | Ranking]
 
 
 def format_of(record: Record, names: Sequence[str]) -> str:
@@ -126,15 +173,28 @@ def format_of(record: Record, names: Sequence[str]) -> str:
 # === Template ===
 
 
-def from_template(record: Record, options: ReadOptions) -> Conversation:
-    """The pair in a record of this project's own format."""
-    for key in _TEMPLATE_KEYS:
+def from_template(record: Record, options: ReadOptions) -> Conversation | Ranking:
+    """The pair, or the answers, in a record of this project's own format."""
+    ranked = any(key in record.fields for key in RANKING_KEYS)
+    for key in ("Template", "User", "Responses") if ranked else _TEMPLATE_KEYS:
         if key not in record.fields:
             raise UserError(f"{record.origin}: expected key {key!r}, found {shown(list(record.fields))}")
-    template, users, chosen, rejected = (_strings(record, key) for key in _TEMPLATE_KEYS)
-    for key, answers in (("Accepted", chosen), ("Rejected", rejected)):
-        if len(answers) != len(users):
-            raise UserError(f"{record.origin}: {key}: expected {len(users)} entries as in 'User', found {len(answers)}")
+    system, users = _prompt(record, options)
+    if ranked:
+        return _ranked(record, system, users)
+    several = record.fields["Rejected"]
+    if isinstance(several, list) and any(isinstance(one, list) for one in several):
+        chosen, others = _answer(record, users, "Accepted"), _answers(record, users, "Rejected")
+        scores = (1.0, *(0.0 for _ in others))
+        weight, _ = _strength(record)
+        return Ranking(system, users, (chosen, *others), scores, record.file, record.number, weight)
+    chosen, rejected = (_answer(record, users, key) for key in ("Accepted", "Rejected"))
+    return Conversation(system, users, chosen, rejected, record.file, record.number, *_strength(record))
+
+
+def _prompt(record: Record, options: ReadOptions) -> tuple[str | None, tuple[str, ...]]:
+    """The system prompt and the user turns."""
+    template, users = (_strings(record, key) for key in ("Template", "User"))
     if len(template) not in (1, len(users)):
         expected = "1 entry" if len(users) == 1 else f"1 entry or {len(users)}, one a turn"
         raise UserError(f"{record.origin}: Template: expected {expected}, found {len(template)}")
@@ -148,17 +208,67 @@ def from_template(record: Record, options: ReadOptions) -> Conversation:
         raise UserError(
             f"{record.origin}: Template: expected the same system prompt for each turn, found different ones"
         )
-    system = options.default_system if template[0] == CUSTOM else template[0]
-    return Conversation(system, users, chosen, rejected, record.file, record.number, *_strength(record))
+    return options.default_system if template[0] == CUSTOM else template[0], users
+
+
+def _ranked(record: Record, system: str | None, users: tuple[str, ...]) -> Ranking:
+    """The answers under `Responses`, by their `Scores` or `Ranks`."""
+    for key in ("Accepted", "Rejected", "gap"):
+        if key in record.fields:
+            raise UserError(f"{record.origin}: expected no {key!r} beside a ranking's Responses, found both")
+    found = [key for key in ("Scores", "Ranks") if key in record.fields]
+    if len(found) != 1:
+        raise UserError(
+            f"{record.origin}: expected Scores or Ranks with Responses, found {' and '.join(found) or 'none'}"
+        )
+    answers, numbers, (key,) = _answers(record, users, "Responses"), record.fields[found[0]], found
+    if not isinstance(numbers, list) or len(numbers) != len(answers):
+        count = len(numbers) if isinstance(numbers, list) else json_type(numbers)
+        raise UserError(f"{record.origin}: {key}: expected {len(answers)} numbers as in 'Responses', found {count}")
+    for number in numbers:
+        if type(number) not in (int, float) or not -_LARGEST <= number <= _LARGEST:
+            expected = f"numbers from {-_LARGEST:g} to {_LARGEST:g}"
+            raise UserError(f"{record.origin}: {key}: expected {expected}, found {json_type(number)}")
+    scores = tuple(float(number) if key == "Scores" else -float(number) for number in numbers)
+    weight, _ = _strength(record)
+    return Ranking(system, users, answers, scores, record.file, record.number, weight, gaps=key == "Scores")
+
+
+def _answers(record: Record, users: tuple[str, ...], key: str) -> tuple[tuple[str, ...], ...]:
+    """The list of answers under `key`, each a list of strings, one a turn, or a string where there is one turn."""
+    values: Any = record.fields[key]
+    if not isinstance(values, list) or len(values) < 1 + (key == "Responses"):
+        least = "two" if key == "Responses" else "one"
+        raise UserError(
+            f"{record.origin}: {key}: expected a list of {least} or more answers, found {json_type(values)}"
+        )
+    listed = [[one] if isinstance(one, str) and len(users) == 1 else one for one in values]
+    return tuple(_answer(record, users, key, one, f", answer {number}") for number, one in enumerate(listed, 1))
+
+
+def _answer(record: Record, users: tuple[str, ...], key: str, values: Any = None, which: str = "") -> tuple[str, ...]:
+    """An answer to each user turn: the messages under `key`, or `values`, one of several there."""
+    found = _messages(record, key, record.fields[key] if values is None else values, which)
+    if len(found) != len(users):
+        raise UserError(
+            f"{record.origin}: {key}{which}: expected {len(users)} entries as in 'User', found {len(found)}"
+        )
+    return found
 
 
 def _strings(record: Record, key: str) -> tuple[str, ...]:
     """The list of messages under `key`; only a system prompt may be blank."""
-    values: Any = record.fields[key]
+    return _messages(record, key, record.fields[key])
+
+
+def _messages(record: Record, key: str, values: Any, which: str = "") -> tuple[str, ...]:
+    """A list of messages that stands under `key`; only a system prompt may be blank."""
     if not isinstance(values, list) or not values:
-        raise UserError(f"{record.origin}: {key}: expected a list of one or more strings, found {json_type(values)}")
+        raise UserError(
+            f"{record.origin}: {key}{which}: expected a list of one or more strings, found {json_type(values)}"
+        )
     for number, value in enumerate(values, 1):
-        place = f"{record.origin}: {key}, entry {number}"
+        place = f"{record.origin}: {key}{which}, entry {number}"
         if not isinstance(value, str):
             raise UserError(f"{place}: expected a string, found {json_type(value)}")
         if key != "Template" and _is_blank(value):

@@ -27,7 +27,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.scores import (
 )
 
 NLL_WEIGHT = "nll_weight"  # an option of each loss that is no likelihood itself
-LD_ALPHA = "ld_alpha"  # of each that reads a reference and couples no pairs
+LD_ALPHA = "ld_alpha"  # of each that reads a reference and takes each pair alone
 WEIGHTING = "weighting"  # of each that couples no pairs
 
 
@@ -49,7 +49,8 @@ class Loss(NamedTuple):
         found = {**keywords(self.function), **({} if self.nll_weight is None else {NLL_WEIGHT: self.nll_weight})}
         if self.couples:
             return found
-        return {**found, **({LD_ALPHA: 1.0} if "ref_B2" in self.reads else {}), WEIGHTING: "none"}
+        has_length = "ref_B2" in self.reads and "groups_B" not in self.reads
+        return {**found, **({LD_ALPHA: 1.0} if has_length else {}), WEIGHTING: "none"}
 
     def losses(self, scores: Scores, values: Mapping[str, Any]) -> torch.Tensor:
         """Loss (B,) of each pair. Args: values: of its options; the default of one that is missing."""
@@ -99,6 +100,7 @@ LOSSES = {
     "dpop": Loss(ratio_losses.dpop_loss, _RATIOS),
     "rdpo": Loss(ratio_losses.rdpo_loss, _MEANS, length_rewards, of_ratios=False),
     "rpo_gap": Loss(ratio_losses.rpo_gap_loss, (*_RATIOS, "gaps_B"), of_ratios=False),
+    "plackett_luce": Loss(ratio_losses.plackett_luce_loss, (*_RATIOS, "groups_B"), of_ratios=False),
     "aot": Loss(coupled_losses.aot_loss, _RATIOS, couples=True),
     "aot_unpaired": Loss(coupled_losses.aot_unpaired_loss, _RATIOS, couples=True),
     "sft": Loss(reference_free.sft_loss, _POLICY, mean_policy_rewards, nll_weight=None, of_ratios=False),

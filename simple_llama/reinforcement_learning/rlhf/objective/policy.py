@@ -1,7 +1,7 @@
 """A model and a PairBatch make log-probs or a loss. The one forward of the reference pass, training and evaluation.
 
-Shapes: B pairs (b of a chunk of the head), S sums of a pair, P of its parts, T packed rows, N scored tokens, D width,
-V vocabulary.
+Shapes: B pairs (b of a chunk of the head), S sums of a pair, K parts of a pair that the head sums, P parts of all, C
+sums of each, T packed rows, N scored tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -102,14 +102,14 @@ def trained_names(model: LLaMaTransformer, trainable: str, source: object, adapt
 # Fields of Scores that `scores_of` fills in; gaps where the data has them, which `require_gaps` looks at.
 GIVEN = (
     *("logps_B2", "ref_B2", "counts_B2", "weights_B", "gaps_B"),
-    *("fronts_B2", "ref_fronts_B2", "squares_B2"),
+    *("fronts_B2", "ref_fronts_B2", "squares_B2", "groups_B"),
 )
 _WHOLE = Asked()
 
 
 def scores_of(sums_BS: torch.Tensor, ref_BS: torch.Tensor, batch: PairBatch, pairs: slice = slice(None)) -> Scores:
     """What a loss reads of some pairs of a batch, in training and evaluation alike; `sums_BS` is of these pairs."""
-    facts = batch.counts_B2[pairs], batch.weights_B[pairs], batch.gaps_B[pairs]
+    facts = (facts_B[pairs] for facts_B in (batch.counts_B2, batch.weights_B, batch.gaps_B, batch.groups_B))
     return Scores.of_sums(sums_BS, ref_BS[pairs], *facts)
 
 
@@ -120,6 +120,22 @@ def require_gaps(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
         raise UserError(
             f"loss_type {loss_fn.loss_type!r} reads the reward gap of each pair: expected a number under 'gap' in "
             f"every record, found none in {len(lacking):,} of {len(pairs):,} (first: {pairs.origin(int(lacking[0]))})"
+        )
+
+
+def require_rankings(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
+    """UserError where answers of one record are compared in a way that the loss cannot use."""
+    if pairs.groups is None:
+        return
+    if loss_fn.asks.fronts:
+        raise UserError(
+            "ld_alpha: expected pairs of records of their own, found records with more than two answers: an answer has "
+            "another common length with each other one; give --pairs best_worst, or leave ld_alpha out"
+        )
+    if "groups_B" in loss_fn.reads and not pairs.groups.are_chains(pairs.units):
+        raise UserError(
+            f"loss_type {loss_fn.loss_type!r} ranks the answers of a record: expected --pairs adjacent, each answer "
+            "with the next one, found others"
         )
 
 
@@ -155,17 +171,19 @@ class DPOPolicy(nn.Module):
         assert pull or not (self.loss_fn.couples and torch.is_grad_enabled())
         asked = self.loss_fn.asks
 
-        def loss_of(parts_bP: torch.Tensor, pairs: slice) -> torch.Tensor:
+        def loss_of(parts_pC: torch.Tensor, segments: slice) -> torch.Tensor:
+            pairs = slice(batch.edges[segments.start], batch.edges[segments.stop])
+            sums_bS = _sums(parts_pC, asked, batch, segments)
             if pull:
-                return pull.losses(parts_bP, pairs)
-            return self.loss_fn(scores_of(_sums(parts_bP, asked), ref_logps_B2, batch, pairs))
+                return pull.losses(sums_bS, pairs)
+            return self.loss_fn(scores_of(sums_bS, ref_logps_B2, batch, pairs))
 
         hidden_ND = _scored_hidden(self.model, batch)
-        weight_VD, counts = self.model.head_weight, batch.part_counts if asked.fronts else batch.counts
-        loss, losses_B, parts_BP = logprob.pair_loss(
+        weight_VD, counts = self.model.head_weight, _part_counts(batch, asked)
+        loss, losses_B, parts_PC = logprob.part_loss(
             hidden_ND, weight_VD, batch.targets_N, counts, loss_of, squares=asked.squares
         )
-        sums_BS = _sums(parts_BP, asked)
+        sums_BS = _sums(parts_PC, asked, batch)
         with torch.no_grad():
             rewards_B2 = self.loss_fn.rewards(scores_of(sums_BS, ref_logps_B2, batch))
         return PolicyOutput(loss, losses_B, sums_BS[:, :2], rewards_B2, sums_BS)
@@ -177,16 +195,31 @@ def _scored_hidden(model: LLaMaTransformer, batch: PairBatch) -> torch.Tensor:
     return hidden_TD.index_select(0, batch.rows_N)
 
 
-def _sums(parts_BP: torch.Tensor, asked: Asked) -> torch.Tensor:
-    """Sums of whole answers, and behind them what else is asked for (B, S), from those of answers, or of their fronts
-    and rests, with those of squares behind them."""
-    if asked == _WHOLE:
-        return parts_BP
-    if asked.fronts:
-        whole_BP, fronts_B2 = parts_BP[:, 0::2] + parts_BP[:, 1::2], parts_BP[:, 0:4:2]
+def _part_counts(batch: PairBatch, asked: Asked) -> logprob.Counts:
+    """Scored tokens of what the head sums: of the answers of each segment, of a pair's with their fronts apart."""
+    if not asked.fronts:
+        return batch.answer_counts
+    assert not batch.shares_segments, "an answer that several pairs share has several fronts"
+    return batch.part_counts
+
+
+def _sums(parts_PC: torch.Tensor, asked: Asked, batch: PairBatch, segments: slice = slice(None)) -> torch.Tensor:
+    """Sums of whole answers of the pairs of some segments, and behind them what else is asked for (B, S), from those of
+    answers, or of their fronts and rests, with those of squares behind them."""
+    if batch.shares_segments:
+        start, stop, _ = segments.indices(len(batch.answer_counts))
+        before = sum(map(len, batch.answer_counts[:start]))
+        answers_B2 = batch.answers_B2[batch.edges[start] : batch.edges[stop]] - before
+        parts_BK = parts_PC[answers_B2].transpose(1, 2).flatten(1)
     else:
-        whole_BP, fronts_B2 = parts_BP, parts_BP[:, :2]
-    return torch.cat([whole_BP[:, :2], fronts_B2, whole_BP[:, 2:]], dim=1)
+        parts_BK = logprob.by_pairs(parts_PC, 4 if asked.fronts else 2)
+    if asked == _WHOLE:
+        return parts_BK
+    if asked.fronts:
+        whole_BK, fronts_B2 = parts_BK[:, 0::2] + parts_BK[:, 1::2], parts_BK[:, 0:4:2]
+    else:
+        whole_BK, fronts_B2 = parts_BK, parts_BK[:, :2]
+    return torch.cat([whole_BK[:, :2], fronts_B2, whole_BK[:, 2:]], dim=1)
 
 
 @torch.no_grad()
@@ -195,9 +228,9 @@ def pair_logps(model: LLaMaTransformer, batch: PairBatch, asked: Asked = _WHOLE)
     gradient and without dropout."""
     with evaluating(model):
         hidden_ND = _scored_hidden(model, batch)
-        counts = batch.part_counts if asked.fronts else batch.counts
-        parts_BP = logprob.pair_logps(hidden_ND, model.head_weight, batch.targets_N, counts, squares=asked.squares)
-        return _sums(parts_BP, asked)
+        counts = _part_counts(batch, asked)
+        parts_PC = logprob.part_logps(hidden_ND, model.head_weight, batch.targets_N, counts, squares=asked.squares)
+        return _sums(parts_PC, asked, batch)
 
 
 def compile_now(model: LLaMaTransformer, pair: TokenizedPair, device: torch.device, backward: bool) -> None:

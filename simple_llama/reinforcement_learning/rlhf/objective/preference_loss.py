@@ -259,16 +259,19 @@ class PreferenceLoss(LossConfig):
 
     def foretold(
         self,
-        ref_B2: torch.Tensor,
+        ref_BS: torch.Tensor,
         counts_B2: torch.Tensor,
         weights_B: torch.Tensor | None = None,
         gaps_B: torch.Tensor | None = None,
-        fronts_B2: torch.Tensor | None = None,
+        groups_B: torch.Tensor | None = None,
+        total: float | None = None,
     ) -> float:
-        """The mean loss, in fp64, of pairs with these sums of the reference, scored tokens, weights and gaps, and sums
-        over the common length, while the reference is the policy."""
-        sums_B2, fronts_B2 = ref_B2.double(), None if fronts_B2 is None else fronts_B2.double()
-        return self(Scores(sums_B2, sums_B2, counts_B2, weights_B, gaps_B, fronts_B2, fronts_B2)).mean().item()
+        """The mean loss, in fp64, of pairs with these sums of the reference (B, 2), those over the common length behind
+        them where they are read, scored tokens, weights, gaps and groups, while the reference is the policy; `total`:
+        what they count for together, if not each as one."""
+        sums_BS = ref_BS.double()
+        losses_B = self(Scores.of_sums(sums_BS, sums_BS, counts_B2, weights_B, gaps_B, groups_B))
+        return losses_B.sum().item() / (len(losses_B) if total is None else total)
 
 
 @functools.cache

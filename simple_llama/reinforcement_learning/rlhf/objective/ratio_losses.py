@@ -160,6 +160,27 @@ def rpo_gap_loss(scores: Scores, *, beta: float = 0.2, gap_scale: float = 1.0) -
 # === Of each side ===
 
 
+def plackett_luce_loss(scores: Scores, *, beta: float = 0.1) -> torch.Tensor:
+    """log sum over j >= k of exp(beta r_j), less beta r_k: how surely answer k is the best of those from its rank on;
+    the sum over a record's pairs (k, k + 1) is -log of the ranking's probability, Eq. 20 of arXiv:2305.18290 (A.3).
+
+    A record of K answers, best first, is K - 1 pairs of neighbours in rank: pair k has the term of answer k. With two
+    answers this is sigmoid. Pairs of a record stand together in their order; `pairs adjacent` makes them.
+    """
+    assert scores.groups_B is not None
+    chosen_B, rejected_B = (beta * log_ratios(scores)).unbind(1)
+    groups_B = scores.groups_B
+    is_last_B = F.pad(groups_B[1:] != groups_B[:-1], (0, 1), value=True)
+    rests_B = torch.where(is_last_B, torch.logaddexp(chosen_B, rejected_B), chosen_B)
+    reach = 1  # pairs that a sum has; it doubles, and no host has to know how long records are
+    while reach < len(rests_B):
+        joined_B = torch.logaddexp(rests_B[:-reach], rests_B[reach:])
+        same_B = groups_B[reach:] == groups_B[:-reach]
+        rests_B = torch.cat([torch.where(same_B, joined_B, rests_B[:-reach]), rests_B[-reach:]])
+        reach *= 2
+    return rests_B - chosen_B
+
+
 def nca_pair_loss(scores: Scores, *, beta: float = 0.1) -> torch.Tensor:
     """-log sigmoid(beta r_w) - (log sigmoid(-beta r_w) + log sigmoid(-beta r_l)) / 2: NCA for a pair,
     arXiv:2402.05369. The same in TRL (1.16)."""

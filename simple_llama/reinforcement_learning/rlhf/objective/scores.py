@@ -29,6 +29,7 @@ class Scores:
     fronts_B2: torch.Tensor | None = None  # log-prob sums over as many first scored tokens as both answers have
     ref_fronts_B2: torch.Tensor | None = None  # the same of the frozen reference
     squares_B2: torch.Tensor | None = None  # sums over the scored tokens of log sum p^2 of the policy, no gradient
+    groups_B: torch.Tensor | None = None  # int64: pairs of one record, which stand together, have one number
 
     @property
     def given(self) -> dict[str, torch.Tensor]:
@@ -50,14 +51,15 @@ class Scores:
         sums_BS: torch.Tensor,
         ref_BS: torch.Tensor,
         counts_B2: torch.Tensor,
-        weights_B: torch.Tensor,
-        gaps_B: torch.Tensor,
+        weights_B: torch.Tensor | None,
+        gaps_B: torch.Tensor | None,
+        groups_B: torch.Tensor | None = None,
     ) -> Scores:
         """Of sums whose columns stand as `Asked` has them, those of the reference without squares."""
         fronts_B2 = sums_BS[:, 2:4] if sums_BS.shape[1] > 2 else None
         ref_fronts_B2 = ref_BS[:, 2:4] if ref_BS.shape[1] > 2 else None
         squares_B2 = sums_BS[:, 4:6] if sums_BS.shape[1] > 4 else None
-        columns = fronts_B2, ref_fronts_B2, squares_B2
+        columns = fronts_B2, ref_fronts_B2, squares_B2, groups_B
         return cls(sums_BS[:, :2], ref_BS[:, :2], counts_B2, weights_B, gaps_B, *columns)
 
     @classmethod

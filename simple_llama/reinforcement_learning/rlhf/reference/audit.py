@@ -151,12 +151,16 @@ class Auditor:
 
     def finds_unbound(self, store: RefStore) -> bool:
         """Whether pairs have records in unbound shards alone: rank 0's word, since it draws them and binds them."""
-        return broadcast_object(len(store.unbound(self.pairs.keys)) > 0, self.ranks, bool)
+        return broadcast_object(len(self._unbound(store)) > 0, self.ranks, bool)
+
+    def _unbound(self, store: RefStore) -> np.ndarray:
+        """Positions of the pairs that are entries of unbound shards alone."""
+        return store.unbound(self.pairs.entries().keys[: len(self.pairs)])
 
     def take_over(self, store: RefStore, logps: Logps) -> None:
         """Audits the records that pairs have in unbound shards alone, with the store's model, and binds them
         (collective). Where the store cannot be written they stay as they are, and each command audits them."""
-        unbound = store.unbound(self.pairs.keys)
+        unbound = self._unbound(store)
         wider = replace(self, draw=_DRAWN_UNBOUND)
         what = "audit of shards that no name binds to the reference"
         remedy = (
@@ -171,7 +175,7 @@ class Auditor:
             if not (self.ranks.is_main and store.has_unbound):
                 return
             try:
-                count = store.bind(self.pairs.keys)
+                count = store.bind(self.pairs.entries().keys)
             except UserError as error:
                 LOGGER.warning("%s: shards that no name binds to the reference stay (%s)", store.folder, error)
                 return

@@ -94,8 +94,8 @@ class FirstStep:
         sums_NS = _joined(sums, asked.columns)
         ref_NS = _joined([ref_BS for _, ref_BS, _ in self.seen], 4 if asked.fronts else 2)
         if self.store:
-            found = self.store.lookup(self.pairs.select(self.mine).names(asked.fronts))
-            ref_NS = torch.cat(torch.from_numpy(found).split(max(len(self.mine), 1)), dim=1)
+            entries = self.pairs.select(self.mine).entries(asked.fronts)
+            ref_NS = torch.from_numpy(entries.sums(self.store.lookup(entries.keys)))
         if self.at_reference:
             self._compare_sums(dict(enumerate(ref_NS)), sums_NS, self.bound, "stored", _OFF_REFERENCE)
         if self.anew is not None:
@@ -129,20 +129,22 @@ class FirstStep:
             ],
             _OFF_LOSS,
         )
-        foretold_K, found_K = self._foretold(ref_NS, losses_N)
+        places, foretold_K = self._foretold(ref_NS)
+        found_K = losses_N[places]
         weighted = sum(weight * float(out.losses_B.double().sum()) for out, _, weight in self.seen)
         mine = [
             weighted,
             float(expected_N.sum()),
-            len(self.mine),
+            self.pairs.select(self.mine).total,
             float(foretold_K.sum()),
             float(found_K.sum()),
-            len(found_K),
+            self.pairs.select([self.mine[place] for place in places]).total,
+            len(places),
         ]
-        loss, expected, pairs, foretold, found, known = all_reduce_sum(
+        loss, expected, total, foretold, found, of_known, known = all_reduce_sum(
             torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)
         ).tolist()
-        loss, expected = loss / self.ranks.world_size, expected / max(pairs, 1)
+        loss, expected = loss / self.ranks.world_size, expected / (total or 1)
         if not abs(loss - expected) <= _TOLERANCE * max(abs(expected), 1):
             problem = (
                 f"step 1: the weighted loss is {loss:.6g}, expected {expected:.6g}, the mean of its pairs. {_OURS}"
@@ -150,18 +152,18 @@ class FirstStep:
             raise shared(UserError(problem), self.ranks)
         if known:
             by = "the reference's sums" if self._foretells_all else "sums of each chat alone"
-            numbers = found / known, known, foretold / known
+            numbers = found / of_known, known, foretold / of_known
             LOGGER.info("step 1: loss %.6f on %d pairs, foretold %.6f by %s", *numbers, by)
 
-    def _foretold(self, ref_NS: torch.Tensor, losses_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses that were known beforehand, and those found of the same pairs."""
+    def _foretold(self, ref_NS: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """Places of the pairs whose losses were known beforehand, and these."""
         if self._foretells_all:
-            return self._losses(ref_NS, ref_NS), losses_N
-        places = [] if self.loss_fn.couples else list(self.anew or ())
+            return list(range(len(self.mine))), self._losses(ref_NS, ref_NS)
+        places = [] if self.loss_fn.couples or "groups_B" in self.loss_fn.reads else list(self.anew or ())
         sums_NS = torch.zeros(len(self.mine), self.loss_fn.asks.columns)
         for place in places:
             sums_NS[place] = (self.anew or {})[place].cpu()
-        return self._losses(sums_NS, ref_NS)[places], losses_N[places]
+        return places, self._losses(sums_NS, ref_NS)[places]
 
     @property
     def _foretells_all(self) -> bool:
@@ -172,8 +174,10 @@ class FirstStep:
         """What the loss gives in fp64 of this rank's pairs (collective if it couples them); their facts come from the
         data set, not from a batch."""
         facts = (torch.from_numpy(np.array(part[self.mine])).double() for part in (self.pairs.weights, self.pairs.gaps))
+        groups_N = torch.from_numpy(self.pairs.group_numbers[self.mine])
         sums_NS, ref_NS = sums_NS.double(), ref_NS.double()
-        scores = Scores.of_sums(sums_NS, ref_NS, self._counts(), *facts)
+        weights_N, gaps_N = facts
+        scores = Scores.of_sums(sums_NS, ref_NS, self._counts(), weights_N, gaps_N, groups_N)
         if not self.loss_fn.couples:
             return self.loss_fn(scores)
         everybody, mine = of_all_ranks(scores.map(lambda value: value.to(self.ranks.device)))

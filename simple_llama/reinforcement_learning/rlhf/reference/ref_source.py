@@ -74,8 +74,11 @@ def open_store(cache_dir: str, reference: dict, ranks: Ranks) -> RefStore:
 
 def missing_pairs(store: RefStore, pairs: PairSet, fronts: bool) -> np.ndarray:
     """Positions of the pairs without a record, in order, of equal ones only the first; with `fronts` also of those
-    without one of their sums over the common length."""
-    return np.unique(store.missing(pairs.names(fronts)) % len(pairs)) if fronts else store.missing(pairs.keys)
+    without one of their sums over the common length. Of answers of one record: all pairs that lack one."""
+    entries = pairs.entries(fronts)
+    if len(entries.by_answer):
+        return np.unique(entries.owners[~store.has(entries.keys)])
+    return np.unique(entries.owners[store.missing(entries.keys)])
 
 
 def from_store(store: RefStore, fronts: bool = False) -> Logps:
@@ -83,8 +86,9 @@ def from_store(store: RefStore, fronts: bool = False) -> Logps:
     length, (B, 4)."""
 
     def look_up(batch: PairBatch) -> torch.Tensor:
-        found = [store.lookup(keys) for keys in (batch.keys, *([batch.front_keys] if fronts else []))]
-        return torch.from_numpy(np.concatenate(found, axis=1)).to(batch.tokens_T.device, non_blocking=True)
+        entries = batch.entries(fronts)
+        found = torch.from_numpy(entries.sums(store.lookup(entries.keys)))
+        return found.to(batch.tokens_T.device, non_blocking=True)
 
     return look_up
 
@@ -92,7 +96,7 @@ def from_store(store: RefStore, fronts: bool = False) -> Logps:
 def without(batch: PairBatch) -> torch.Tensor:
     """For a loss that reads no reference: no numbers (NaN), so that a loss which read them after all would end the
     run."""
-    return torch.full((len(batch.counts), 2), math.nan, device=batch.tokens_T.device)
+    return torch.full((len(batch), 2), math.nan, device=batch.tokens_T.device)
 
 
 def from_model(frozen: LLaMaTransformer, fronts: bool = False) -> Logps:

@@ -167,10 +167,13 @@ class RefStore:
             LOGGER.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
         return found
 
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """Whether each key (B,) has a record."""
+        return rows_of(keys, self._records)[1]
+
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Positions of the keys (B,) without a record, in order; of equal keys only the first."""
-        _, found = rows_of(keys, self._records)
-        absent = np.flatnonzero(~found)
+        absent = np.flatnonzero(~self.has(keys))
         _, first = np.unique(sortable(keys[absent]), return_index=True)
         return absent[np.sort(first)]
 

@@ -5,7 +5,7 @@ Shapes: B pairs of a micro-batch, N held-out pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +16,8 @@ from typing_extensions import Doc
 from simple_llama.cluster.distributed import rows_of_all_ranks
 from simple_llama.common.settings import Bounds, CountOrNone, Settings
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import MicroBatch
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.coupling import at_places
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput, scores_of
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
@@ -79,7 +80,7 @@ def evaluate(
     logps: Logps,
     loss_fn: PreferenceLoss,
     ref_logps: Logps,
-    pairs: Sequence[TokenizedPair],
+    pairs: PairSet,
     micro_batches: Iterable[MicroBatch],
     device: torch.device,
 ) -> HeldOut:
@@ -114,7 +115,7 @@ def evaluate(
     means = {name: value for name, value in sums.means().items() if name not in ("tokens", "useful_flops")}
     if loss_fn.couples:  # all held-out pairs, as a step couples all of its own
         losses_N = loss_fn(at_places(Scores.joined(every), positions, len(pairs)))
-        table_N9[:, 4], means["loss"] = losses_N.cpu().numpy(), float(losses_N.double().mean())
+        table_N9[:, 4], means["loss"] = losses_N.cpu().numpy(), float(losses_N.double().sum() / pairs.total)
     return _held_out({f"eval_{name}": value for name, value in means.items()}, table_N9)
 
 

@@ -36,24 +36,30 @@ class MetricSums:
         """Args: work: FLOPs that the result of a batch needs; none are counted without it."""
         self.sums = torch.zeros(len(_SUMMED), dtype=torch.float64, device=device)
         self.saturated = torch.zeros(1, dtype=torch.float64, device=device)  # pairs
-        self.weights = torch.zeros(2, dtype=torch.float64, device=device)  # of the pairs, and the pairs
+        self.weights = torch.zeros(1, dtype=torch.float64, device=device)  # of the pairs
+        self.shares = torch.zeros(1, dtype=torch.float64, device=device)  # what the pairs count for in a mean
         self.work = work
 
     def add(self, out: PolicyOutput, batch: PairBatch) -> None:
         """Adds what a forward pass gave for a batch, its packed tokens and its work."""
         self.sums += _pair_statistics(out)
         self.saturated += ((out.rewards_B2[:, 0] - out.rewards_B2[:, 1]).sigmoid() > _SATURATED).sum()
-        self.weights[0] += batch.weights_B.sum(dtype=torch.float64)
-        self.weights[1] += len(batch)
+        self.weights += batch.weights_B.sum(dtype=torch.float64)
+        self.shares += batch.shares
         if self.work is not None:
             self.sums[_SUMMED.index("tokens")] += len(batch.tokens_T)
             self.sums[_SUMMED.index("useful_flops")] += self.work(batch)
 
     def means(self) -> dict[str, float]:
-        """Means over all pairs of all ranks (collective), and the TOTALS."""
+        """Means over all pairs of all ranks (collective), and the TOTALS; the loss is what training has the mean of."""
         totals = dict(zip(_SUMMED, all_reduce_sum(self.sums).tolist(), strict=True))
         count = max(totals["pairs"], 1.0)
-        return {name: value if name in TOTALS else value / count for name, value in totals.items()}
+        means = {name: value if name in TOTALS else value / count for name, value in totals.items()}
+        return {**means, "loss": totals["loss"] / self._total()}
+
+    def _total(self) -> float:
+        """What the pairs of all ranks count for in a mean (collective); 1 where there are none."""
+        return all_reduce_sum(self.shares).item() or 1.0
 
     def saturated_share(self, pairs: float) -> float:
         """Share of `pairs`, those of all ranks, whose sigmoid(reward margin) is above 0.99 (collective).
@@ -64,13 +70,13 @@ class MetricSums:
 
     def mean_weight(self) -> float:
         """The mean weight of the pairs of all ranks (collective)."""
-        weights, pairs = all_reduce_sum(self.weights).tolist()
-        return weights / max(pairs, 1.0)
+        return all_reduce_sum(self.weights).item() / self._total()
 
     def reset(self) -> None:
         """Starts a new interval."""
         self.sums.zero_()
         self.weights.zero_()
+        self.shares.zero_()
         self.saturated.zero_()
 
 

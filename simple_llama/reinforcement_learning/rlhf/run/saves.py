@@ -20,6 +20,7 @@ from simple_llama.common.settings import Count, CountOrNone, Settings
 from simple_llama.interop.adapted_start import AdaptedStart
 from simple_llama.ops.machine import trim_heap
 from simple_llama.pretraining.start_model import StartChanged, StartModel
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchConfig
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
     StateFacts,
@@ -50,6 +51,7 @@ _SAME_ON_RESUME = (
     "max_grad_norm",
     "dropout",
     "trainable",
+    "group_weight",
 )
 
 
@@ -89,7 +91,7 @@ def count_saves(total_steps: int, steps_per_epoch: int, *intervals: int) -> tupl
     return ends, multiples + ends_between - ends
 
 
-def course_of(settings: dict[str, Any], pairs_per_step: int, total_steps: int, inputs: Inputs) -> dict[str, Any]:
+def course_of(settings: dict[str, Any], units_per_step: int, total_steps: int, inputs: Inputs) -> dict[str, Any]:
     """What a resumed run must share with the saved one; the same pairs a step may be dealt to other ranks. A warm-up
     counts in steps, however it was given."""
     schedule = ScheduleConfig(**{field.name: settings[field.name] for field in fields(ScheduleConfig)})
@@ -97,7 +99,7 @@ def course_of(settings: dict[str, Any], pairs_per_step: int, total_steps: int, i
         **{name: settings[name] for name in _SAME_ON_RESUME},
         "warmup_iterations": schedule.warmup_steps(total_steps),
         **_loss_course(LossConfig(**{field.name: settings[field.name] for field in fields(LossConfig)})),
-        "pairs_per_step": pairs_per_step,
+        "pairs_per_step": units_per_step,
         "data": inputs.data_digest,
         "reference": inputs.reference_id,
         "start": inputs.start.digest,
@@ -114,7 +116,7 @@ def meant_by_lack(course: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[s
     """What a state's course means that lacks an entry of a run's, for settings that came after it was written."""
     loss = {**_loss_course(LossConfig(course["loss_type"])), "loss_type": LossConfig().loss_type}
     own = {name: getattr(ScheduleConfig(), name) for name in ("max_steps", "schedule")}
-    return {**loss, **own, "start": start_digest(saved), "adapters": None}
+    return {**loss, **own, "group_weight": BatchConfig().group_weight, "start": start_digest(saved), "adapters": None}
 
 
 def start_digest(found: Mapping[str, Any]) -> Any:

@@ -37,7 +37,7 @@ def open_reference(
         return ref_source.Reference(ref_source.from_model(frozen, fronts), "online", model=frozen, fronts=fronts)
     store = ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     with fail_together(ranks):
-        content = store.content_digest(inputs.data.pairs.names(fronts))  # raises where pairs are missing
+        content = store.content_digest(inputs.data.pairs.entries(fronts).keys)  # raises where pairs are missing
     return ref_source.Reference(ref_source.from_store(store, fronts), content, store, fronts=fronts)
 
 
@@ -62,7 +62,7 @@ def reference_values(
     store, kept = reference.store, saved.facts.reference_values if saved else None
     if not store:
         return kept
-    values = KeptValues.of(store, pairs.names(reference.fronts), reference.content)
+    values = KeptValues.of(store, pairs.entries(reference.fronts).keys, reference.content)
     if saved and not kept:
         LOGGER.info("%s keeps no values of the reference: none are compared", saved.folder)
     elif saved:

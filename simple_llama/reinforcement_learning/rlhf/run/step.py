@@ -17,7 +17,8 @@ from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import all_reduce_sum
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import Step
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull, of_all_ranks, pull_of
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput, scores_of
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
@@ -66,17 +67,17 @@ class Portion(NamedTuple):
     pull: Pull | None = None  # of its pairs, where the loss couples those of the step
 
 
-def portions(step: Step, rank: int, pairs: Sequence[TokenizedPair]) -> Iterator[Portion]:
+def portions(step: Step, rank: int, pairs: PairSet) -> Iterator[Portion]:
     """This rank's micro-batches of a step of the plan, packed one by one.
 
     ZeRO divides by the number of ranks when it reduces, so a weight of ranks / pairs makes the step's gradient that of
-    the mean over all pairs.
+    the mean over all pairs; where records count alike, ranks / records.
     """
-    pairs_in_step = sum(len(micro_batch) for mine in step for micro_batch in mine)
+    total = pairs.select([i for mine in step for micro_batch in mine for i in micro_batch]).total
     for place, micro_batch in enumerate(step[rank]):
         # Where a short step's pairs do not go round, a rank computes any pair, with weight 0.
         batch = PairBatch.pack([pairs[i] for i in micro_batch or step[0][0]])
-        yield Portion(batch, len(step) / pairs_in_step if micro_batch else 0.0, place == len(step[rank]) - 1)
+        yield Portion(batch, len(step) / total if micro_batch else 0.0, place == len(step[rank]) - 1)
 
 
 def optimizer_step(

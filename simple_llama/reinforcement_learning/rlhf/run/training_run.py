@@ -23,11 +23,11 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
 from simple_llama.pretraining.llama_transformer import compiled_graphs
-from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep_of
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
-from simple_llama.reinforcement_learning.rlhf.objective.policy import require_gaps
+from simple_llama.reinforcement_learning.rlhf.objective.policy import require_gaps, require_rankings
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss, resolved
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Bound
@@ -116,14 +116,13 @@ class TrainingRun:
         self.config = config = with_warmup(resolved(config))
         self.inputs, self.ranks = inputs, ranks
         self.pairs, self.held_out = inputs.data.train, inputs.data.validation
-        self.plan = BatchPlan(
-            self.pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps
-        )
+        self.plan = BatchPlan.of(self.pairs, config, config.seed, ranks.world_size)
         self.total_steps = config.total_steps(self.plan.steps_per_epoch)
         self.loss_fn = PreferenceLoss.of(config)
         require_gaps(self.loss_fn, inputs.data.pairs)
+        require_rankings(self.loss_fn, inputs.data.pairs)
         ckpt_folder, log_folder = folders_of(config, name)
-        course = course_of(asdict(config), self.plan.pairs_per_step, self.total_steps, inputs)
+        course = course_of(asdict(config), self.plan.units_per_step, self.total_steps, inputs)
         # before the store is looked into: of another model's nobody should be asked to fill one
         saved = _state_to_resume(ckpt_folder, course, self.total_steps, ranks) if config.resume else None
         needed, fronts = self.loss_fn.needs_reference, self.loss_fn.asks.fronts
@@ -237,19 +236,19 @@ class TrainingRun:
         if self.loss_fn.asks.squares:
             LOGGER.info("step 0: pairs are weighted by the policy; step 1 is compared with chats alone")
             return
-        expected, sums_N2, held_out = self.loss_fn.at_start(), found.ref_N2, self.held_out
+        expected, sums_NS, held_out = self.loss_fn.at_start(), found.ref_N2, self.held_out
         if expected is not None:
-            expected *= float(held_out.weights.mean())
+            expected *= float(held_out.weights.sum() / held_out.total)
         with fail_together(self.ranks):
             if expected is None:
-                names, fronts = held_out.names(self.loss_fn.asks.fronts), []
+                entries = held_out.entries(self.loss_fn.asks.fronts)
                 if self.reference.store:
-                    sums_2 = self.reference.store.lookup(names)
-                    sums_N2, fronts = sums_2[: len(held_out)], [sums_2[len(held_out) :]][: self.loss_fn.asks.fronts]
+                    sums_NS = entries.sums(self.reference.store.lookup(entries.keys))
                 elif self.loss_fn.asks.fronts:
                     return
-                parts = (sums_N2, held_out.keys["counts"], held_out.weights, held_out.gaps, *fronts)
-                expected = self.loss_fn.foretold(*(torch.from_numpy(np.array(part)) for part in parts))
+                parts = (sums_NS, held_out.keys["counts"], held_out.weights, held_out.gaps, held_out.group_numbers)
+                tensors = (torch.from_numpy(np.array(part)) for part in parts)
+                expected = self.loss_fn.foretold(*tensors, total=held_out.total)
         LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
         if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[self.inputs.dtype] * max(expected, 1.0):
             problem = UserError(
@@ -356,7 +355,7 @@ class TrainingRun:
         """Held-out metrics and sample answers after `step` steps (collective); None without held-out pairs."""
         ranks = self.ranks
         if self.held_out:
-            mine = sweep(self.held_out.rows, self.config.batch_size, ranks.world_size)[ranks.rank]
+            mine = sweep_of(self.held_out, self.config.batch_size, ranks.world_size)[ranks.rank]
             parts = self.stoppable(mine, f"evaluation at step {step}")
             shown = progress(parts, total=len(mine), desc="evaluate", ranks=ranks)
             ref_logps = self.reference.logps
@@ -364,7 +363,7 @@ class TrainingRun:
             values = found.metrics
             values["eval_longer_is_chosen"] = self.held_out.longer_is_chosen
             if self.held_out.is_weighted:
-                values["eval_pair_weight"] = float(self.held_out.weights.mean())
+                values["eval_pair_weight"] = float(self.held_out.weights.sum() / self.held_out.total)
             self.at.last_loss = values["eval_loss"]
             if self.due.judges_at(step):
                 self.best.see(step, values)

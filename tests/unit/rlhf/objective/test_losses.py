@@ -19,7 +19,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.scores import _EXPONENT_
 def test_the_textbook_has_each_loss() -> None:
     """And no other."""
     assert FORMULAS.keys() | COUPLED.keys() == LOSSES.keys()
-    assert COUPLED.keys() == {name for name, loss in LOSSES.items() if loss.couples}
+    assert COUPLED.keys() == {name for name, loss in LOSSES.items() if loss.couples or "groups_B" in loss.reads}
 
 
 @pytest.mark.parametrize("loss", VARIANTS, ids=str)
@@ -49,7 +49,7 @@ def test_extreme_log_ratios_stay_finite(loss: PreferenceLoss) -> None:
     gaps = torch.tensor([-1000.0, 0.0, 1000.0]).repeat(6)
     logps, counts_B2 = ref + torch.stack([chosen, rejected], dim=1), torch.stack([counts, counts], dim=1)
     others = {"fronts_B2": 0.5 * logps, "ref_fronts_B2": 0.25 * ref, "squares_B2": -0.1 * counts_B2}
-    scores = Scores(logps, ref, counts_B2, gaps_B=gaps, **others)
+    scores = Scores(logps, ref, counts_B2, gaps_B=gaps, **others, groups_B=torch.arange(18) // 4)
     losses, gradient = slopes(loss, scores)
     assert losses.dtype == torch.float32 and losses.isfinite().all()
     squared = loss.loss_type.startswith("ipo") and loss.f_divergence in ("forward_kl", "alpha")

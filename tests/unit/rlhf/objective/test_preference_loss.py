@@ -32,7 +32,8 @@ def pairs(*rows: tuple[float, float]) -> torch.Tensor:
 def scores(logps_B2: torch.Tensor, ref_B2: torch.Tensor, *counts: tuple[int, int]) -> Scores:
     """Scores of answers of one token each, or of the lengths given, with gaps of 1."""
     gaps_B = torch.ones(len(logps_B2), dtype=torch.float64)
-    return Scores(logps_B2, ref_B2, torch.tensor(counts or [(1, 1)] * len(logps_B2)), gaps_B=gaps_B)
+    counts_B2 = torch.tensor(counts or [(1, 1)] * len(logps_B2))
+    return Scores(logps_B2, ref_B2, counts_B2, gaps_B=gaps_B, groups_B=torch.arange(len(logps_B2)))
 
 
 @pytest.mark.parametrize(
@@ -245,10 +246,9 @@ def test_each_pair_has_its_own_loss(loss_type: Any) -> None:
     """The head asks for a few pairs at a time: a part of a batch, and another order, give the same losses."""
     logps, ref = -30 * torch.rand(2, 5, 2, dtype=torch.float64)
     counts, weights, gaps = torch.randint(1, 9, (5, 2)), *torch.rand(2, 5, dtype=torch.float64)
-    loss, parts = PreferenceLoss(loss_type), (logps, ref, counts, weights, gaps)
-    whole = loss(Scores(*parts))
-    assert torch.equal(loss(Scores(*(part[1:3] for part in parts))), whole[1:3])
-    assert torch.equal(loss(Scores(*(part.flip(0) for part in parts))), whole.flip(0))
+    loss, whole = PreferenceLoss(loss_type), Scores(logps, ref, counts, weights, gaps, groups_B=torch.arange(5))
+    assert torch.equal(loss(whole.map(lambda part: part[1:3])), loss(whole)[1:3])
+    assert torch.equal(loss(whole.map(lambda part: part.flip(0))), loss(whole).flip(0))
 
 
 @pytest.mark.parametrize("loss_type", [*LOSSES, "sigmoid:0.8,bco_pair:0.2,sft:1"])
@@ -358,7 +358,8 @@ def test_a_first_value_is_a_constant_where_it_says_so(loss_type: str) -> None:
     loss, generator = PreferenceLoss(loss_type, nll_weight=0 if LOSSES[loss_type].nll_weight else None), _GENERATOR
     sums = -30 * torch.rand(20, 2, dtype=torch.float64, generator=generator)
     gaps = torch.rand(20, dtype=torch.float64, generator=generator)
-    values = loss(Scores(sums, sums, torch.randint(1, 9, (20, 2), generator=generator), gaps_B=gaps))
+    counts, groups = torch.randint(1, 9, (20, 2), generator=generator), torch.arange(20) // 3
+    values = loss(Scores(sums, sums, counts, gaps_B=gaps, groups_B=groups))
     first = loss.at_start()
     assert (first is not None) == LOSSES[loss_type].of_ratios
     assert bool((values - (first or values[0])).abs().max() < 1e-12) == (first is not None)

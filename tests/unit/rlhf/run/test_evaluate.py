@@ -17,6 +17,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
@@ -80,7 +81,12 @@ def test_means_equal_a_loop_over_whole_chats(
     """Any order and grouping, also with an empty micro-batch: the same numbers to fp32's 1e-5, of 3 pairs; and each
     pair's own, in the order of the pairs."""
     found = evaluate(
-        partial(pair_logps, model), PreferenceLoss("sigmoid", BETA), reference, PAIRS, micro_batches, ranks.device
+        partial(pair_logps, model),
+        PreferenceLoss("sigmoid", BETA),
+        reference,
+        PairSet.of(PAIRS),
+        micro_batches,
+        ranks.device,
     )
     expected = by_hand(model, PAIRS)
     assert found.metrics.keys() == expected.keys()
@@ -100,7 +106,12 @@ def test_means_equal_a_loop_over_whole_chats(
 def test_only_this_ranks_share_is_counted(model: LLaMaTransformer, ranks: Ranks) -> None:
     """Micro-batches of pairs 1 and 2 only: pair 0 takes no part, although the empty one borrows it."""
     found = evaluate(
-        partial(pair_logps, model), PreferenceLoss("sigmoid", BETA), reference, PAIRS, [(1,), (), (2,)], ranks.device
+        partial(pair_logps, model),
+        PreferenceLoss("sigmoid", BETA),
+        reference,
+        PairSet.of(PAIRS),
+        [(1,), (), (2,)],
+        ranks.device,
     )
     assert found.metrics == pytest.approx(by_hand(model, PAIRS[1:]), abs=1e-5)
     assert found.logps_N2[0].tolist() == [0.0, 0.0]
@@ -132,7 +143,7 @@ def test_an_empty_micro_batch_still_makes_its_forward(model: LLaMaTransformer, r
         sizes.append(len(batch))
         return pair_logps(model, batch)
 
-    evaluate(logps, PreferenceLoss(), reference, PAIRS, [(0, 1), (2,), ()], ranks.device)
+    evaluate(logps, PreferenceLoss(), reference, PairSet.of(PAIRS), [(0, 1), (2,), ()], ranks.device)
     assert sizes == [2, 1, 1]
 
 
