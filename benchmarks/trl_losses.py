@@ -31,7 +31,7 @@ _AGREES = {torch.float64: 1e-10, torch.float32: 1e-4}
 _NAMES = {"ipo_norm": "ipo"}  # ours: TRL's; all others are called the same
 _DIVERGENCES = {"js": "js_divergence", "alpha": "alpha_divergence"}
 _OTHER_TRAINERS = ("simpo", "orpo", "cpo")
-_ABSENT = {"dpop", "rdpo", "rpo_gap", "slic"}
+_ABSENT = {"plackett_luce", "dpop", "rdpo", "rpo_gap", "slic"}
 # What TRL's source says where it computes something else; the comparison must find that it does.
 _KNOWN = {
     "ipo": "takes means over the tokens: our ipo_norm",

@@ -48,6 +48,7 @@ loss, likelihood term included, by its weight:
 
     loss of a step = (1 / pairs of the step) * sum over its pairs of weight * loss of the pair
 
+(Where records have more than two answers, each record may count alike instead: [groups.md](groups.md).)
 The sum is divided by the number of pairs, not by the sum of their weights: a pair pulls as its weight says, whatever
 company it is in, and on any number of ranks. So weights of 2 throughout are twice the gradient (what AdamW and the clip
 make of that is theirs); weights with a mean of 1 leave the scale of the loss as it is. A record without a weight has 1.
@@ -131,7 +132,13 @@ _OPTIONS = {
 }
 
 
-_WORDS = {"logps_B2": "policy", "ref_B2": "reference", "counts_B2": "token counts", "gaps_B": "gaps"}
+_WORDS = {
+    "logps_B2": "policy",
+    "ref_B2": "reference",
+    "counts_B2": "token counts",
+    "gaps_B": "gaps",
+    "groups_B": "ranks",
+}
 
 
 def outcomes() -> dict[str, Outcome]:

@@ -31,7 +31,7 @@ from simple_llama.reinforcement_learning.rlhf.run import training_run
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, optimizer_step
 from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun
-from tiny_job import TinyJob, make_job, write_pairs
+from tiny_job import TinyJob, make_job, write_pairs, write_rankings
 
 SAVES = {"save_interval": 2, "keep_states": 9}
 
@@ -522,3 +522,58 @@ def test_coupled_pairs_are_those_of_the_step(job, ranks, caplog):
     assert job.curve("grad_norm", "b8") == pytest.approx(job.curve("grad_norm", "b2"), rel=1e-4)
     with pytest.raises(UserError, match=r"dropout: expected 0 with a loss that couples pairs \(aot .*, found 0\.1"):
         run_job(job, ranks, loss_type="aot", dropout=0.1, run_name="dropped")
+
+
+# === records with several answers ===
+
+
+@pytest.fixture
+def ranked(tmp_path) -> TinyJob:
+    """16 records of four answers, two of them of equal score, which are five pairs each; and four pairs."""
+    job = make_job(tmp_path, pairs=4)
+    pairs = (tmp_path / "pairs.jsonl").read_text()
+    write_rankings(tmp_path / "pairs.jsonl", range(10, 26))
+    with open(tmp_path / "pairs.jsonl", "a") as file:
+        file.write(pairs)
+    return job
+
+
+def test_a_run_of_rankings(ranked, ranks, caplog):
+    """Steps count records; four entries a record serve all pairs that can be made of them. Whatever counts alike, it
+    begins at ln 2; taken up in the middle, it ends with the same bits."""
+    caplog.set_level("INFO", "simple_llama")
+    run_job(ranked, ranks, n_samples=0, **SAVES)
+    assert "kept 84 of 84 pairs; 80 of them compare answers of 16 ranked records" in caplog.text
+    assert "computed 84 pairs" in caplog.text and "step 1: loss 0.693147 on" in caplog.text
+    config = DPOConfig(**ranked.settings)
+    inputs = load_inputs(config, ranks)
+    train = inputs.data.train
+    assert max(line["step"] for line in ranked.lines()) == 2 * -(-len(train.units) // 8) < 2 * -(-len(train) // 8)
+    assert len(ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)) == 4 * 16 + 4
+    for state in (copied_run(ranked, "middle") / "state").iterdir():
+        if state.name != "step_00000002":
+            shutil.rmtree(state)
+    with pytest.raises(UserError, match='cannot resume: group_weight was "pair"'):
+        run_job(ranked, ranks, run_name="middle", resume=True, group_weight="prompt", **SAVES)
+    run_job(ranked, ranks, run_name="middle", resume=True, n_samples=0, **SAVES)
+    assert all(torch.equal(tensor, ranked.weights()[name]) for name, tensor in ranked.weights("middle").items())
+    caplog.clear()
+    few = {"n_samples": 0, "epochs": 1}
+    run_job(ranked, ranks, run_name="prompt", group_weight="prompt", **few)
+    run_job(ranked, ranks, run_name="ranks", loss_type="plackett_luce", pairs="adjacent", **few)
+    assert "computed" not in caplog.text and "84 of 84 pairs are there" in caplog.text
+    assert ranked.curve("loss", "prompt")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(ranked.curve("grad_norm", "prompt")[0] - ranked.curve("grad_norm")[0]) > 1e-2
+    # of three scores log 3! for two pairs, of two answers log 2
+    assert math.log(2) < ranked.curve("loss", "ranks")[0] <= math.log(6) / 2 + 1e-6
+
+
+def test_prompts_that_meet_are_computed_together(job, ranks):
+    """Four prompts of six pairs each: the same losses, fewer rows."""
+    rows = [json.loads(line) for line in (job.folder / "pairs.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({**row, "User": [f"say {n % 4}"]}) + "\n" for n, row in enumerate(rows))
+    (job.folder / "pairs.jsonl").write_text(text)
+    for name, together in (("apart", False), ("together", True)):
+        run_job(job, ranks, run_name=name, group_prompts=together, n_samples=0, epochs=1, batch_size=8, val_share=0)
+    assert job.curve("loss", "together") == pytest.approx(job.curve("loss", "apart"), abs=1e-5)
+    assert job.curve("grad_norm", "together") == pytest.approx(job.curve("grad_norm", "apart"), rel=1e-4)
