@@ -74,6 +74,7 @@ bench: $(PEERS) ## all benches on this CPU, beside their peers; appends to bench
 	$(BENCH)/bin/python -m benchmarks.bench_reference
 	$(BENCH)/bin/python -m benchmarks.bench_scale
 	$(BENCH)/bin/python -m benchmarks.bench_block
+	$(BENCH)/bin/python -m benchmarks.bench_groups
 	$(BENCH)/bin/python -m benchmarks.bench_pairs
 	$(BENCH)/bin/python -m benchmarks.bench_growth
 
