@@ -38,10 +38,14 @@ class GroupTable:
 
     def are_chains(self, starts_U: np.ndarray) -> bool:
         """Whether in each group, of units that begin there, a pair's rejected answer is the next pair's chosen one."""
+        return not len(self.breaks(starts_U))
+
+    def breaks(self, starts_U: np.ndarray) -> np.ndarray:
+        """Positions of pairs whose chosen answer is not the rejected one of the pair before them in their group."""
         follows = np.ones(len(self.places), bool)
         follows[starts_U] = False
         behind = np.flatnonzero(follows)
-        return bool((self.places["chosen_at"][behind] == self.places["rejected_at"][behind - 1]).all())
+        return behind[self.places["chosen_at"][behind] != self.places["rejected_at"][behind - 1]]
 
     def starts(self) -> np.ndarray:
         """Where each unit begins (U,): all pairs of a group, or a pair that is of none."""

@@ -242,7 +242,13 @@ def _answers(record: Record, users: tuple[str, ...], key: str) -> tuple[tuple[st
         raise UserError(
             f"{record.origin}: {key}: expected a list of {least} or more answers, found {json_type(values)}"
         )
-    listed = [[one] if isinstance(one, str) and len(users) == 1 else one for one in values]
+    for number, one in enumerate(values, 1):
+        if isinstance(one, str) and len(users) > 1:
+            raise UserError(
+                f"{record.origin}: {key}, answer {number}: expected a list of {len(users)} strings, one a turn as in "
+                "'User', found a string"
+            )
+    listed = [[one] if isinstance(one, str) else one for one in values]
     return tuple(_answer(record, users, key, one, f", answer {number}") for number, one in enumerate(listed, 1))
 
 
@@ -250,8 +256,9 @@ def _answer(record: Record, users: tuple[str, ...], key: str, values: Any = None
     """An answer to each user turn: the messages under `key`, or `values`, one of several there."""
     found = _messages(record, key, record.fields[key] if values is None else values, which)
     if len(found) != len(users):
+        several = "; of several answers each is a list of its own" if key == "Rejected" and not which else ""
         raise UserError(
-            f"{record.origin}: {key}{which}: expected {len(users)} entries as in 'User', found {len(found)}"
+            f"{record.origin}: {key}{which}: expected {len(users)} entries as in 'User', found {len(found)}{several}"
         )
     return found
 

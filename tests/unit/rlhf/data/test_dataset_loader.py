@@ -300,7 +300,14 @@ MALFORMED = {
         "Accepted, entry 1: expected a message",
     ),
     "accepted longer": (record(Accepted=["a", "b"]), "Accepted: expected 1 entries as in 'User', found 2"),
-    "rejected longer": (record(Rejected=["a", "b"]), "Rejected: expected 1 entries as in 'User', found 2"),
+    "rejected longer": (
+        record(Rejected=["a", "b"]),
+        "Rejected: expected 1 entries as in 'User', found 2; of several answers each is a list of its own",
+    ),
+    "a string for two turns": (
+        {"Template": ["CUSTOM"], "User": ["a", "b"], "Responses": [["c", "d"], "e"], "Scores": [1, 2]},
+        "Responses, answer 2: expected a list of 2 strings, one a turn as in 'User', found a string",
+    ),
     "user longer": (record(User=["a", "b"]), "Accepted: expected 2 entries as in 'User', found 1"),
     "answer a number": (record(Accepted=[1.5]), "Accepted, entry 1: expected a string, found the number 1.5"),
     "half a surrogate pair": (record(accepted="a\ud800"), "Accepted, entry 1: expected Unicode text"),
