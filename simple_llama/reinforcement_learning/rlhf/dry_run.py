@@ -326,7 +326,7 @@ def _about_loss(loss_fn: PreferenceLoss, inputs: Inputs) -> str:
     if first is None:
         return f"{loss_fn}; at the start of the sums in the store"
     held_out = inputs.data.validation
-    weight = float(held_out.weights.mean()) if held_out else 1.0
+    weight = float(held_out.weights.sum() / held_out.total) if held_out else 1.0
     times = f" times the mean weight of the held-out pairs, {weight:g}" if held_out.is_weighted else ""
     return f"{loss_fn}; at the start {first * weight:.6f}{f', {first:.6f}{times}' if times else ''}"
 

@@ -25,7 +25,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize
 from simple_llama.reinforcement_learning.rlhf.run import start_warnings
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import saved_bytes
 from tiny_hf import make_hf_job
-from tiny_job import TinyJob, make_job
+from tiny_job import TinyJob, make_job, write_rankings
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,15 @@ def test_weights_and_gaps_are_told(config: DPOConfig, ranks: Ranks, tmp_path: Pa
         UserError, match=r"under 'gap' in every record, found none in 1 of 24 \(first: .*weighted.jsonl:1\)"
     ):
         describe(replace(config, loss_type="rpo_gap"), inputs, ranks)
+
+
+def test_prompts_that_count_alike(config: DPOConfig, ranks: Ranks, tmp_path: Path) -> None:
+    """The mean over prompts begins at ln 2 as that over pairs does; steps count prompts, and say how many pairs."""
+    write_rankings(tmp_path / "ranked.jsonl", range(24))
+    ranked = replace(config, rlhf_dataset_path=str(tmp_path / "ranked.jsonl"), group_weight="prompt")
+    found = sections(describe(ranked, load_inputs(ranked, ranks), ranks))
+    assert found["loss"].endswith("at the start 0.693147")
+    assert "prompts a micro-batch" in found["batches"] and " pairs of " in found["batches"]
 
 
 def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs) -> None:
