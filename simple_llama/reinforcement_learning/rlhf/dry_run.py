@@ -249,9 +249,9 @@ class _Job:
             spoken_rows = prompt_rows + ANSWERS_OF_KL * config.sample_tokens
         work = duration.Work(
             steps=steps,
-            missing_rows=float(inputs.data.pairs.rows[self.missing].sum()) / ranks.world_size,
+            missing_rows=float(inputs.data.pairs.select(self.missing).unit_rows.sum()) / ranks.world_size,
             evaluations=1 + sum(count_saves(steps, steps_per_epoch, config.eval_interval)),
-            held_out_rows=float(held_out.rows.sum()) / ranks.world_size if held_out else 0.0,
+            held_out_rows=float(held_out.unit_rows.sum()) / ranks.world_size if held_out else 0.0,
             prompt_rows=prompt_rows / ranks.world_size,
             spoken_rows=spoken_rows / ranks.world_size,
             sample_tokens=config.sample_tokens,

@@ -14,10 +14,11 @@ from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf import dry_run
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.dry_run import _batch_arithmetic, _checkpoints, describe
+from simple_llama.reinforcement_learning.rlhf.foretell.duration import Work
 from simple_llama.reinforcement_learning.rlhf.foretell.memory import Moment
 from simple_llama.reinforcement_learning.rlhf.foretell.probe import Probed
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
@@ -114,13 +115,20 @@ def test_weights_and_gaps_are_told(config: DPOConfig, ranks: Ranks, tmp_path: Pa
         describe(replace(config, loss_type="rpo_gap"), inputs, ranks)
 
 
-def test_prompts_that_count_alike(config: DPOConfig, ranks: Ranks, tmp_path: Path) -> None:
-    """The mean over prompts begins at ln 2 as that over pairs does; steps count prompts, and say how many pairs."""
+def test_prompts_with_many_answers(
+    config: DPOConfig, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps count prompts; the mean over them begins at ln 2, as that over pairs does; time is of what is packed."""
+    works: list[Work] = []
+    monkeypatch.setattr(dry_run.duration, "told", lambda work, *_: works.append(work) or "")
     write_rankings(tmp_path / "ranked.jsonl", range(24))
     ranked = replace(config, rlhf_dataset_path=str(tmp_path / "ranked.jsonl"), group_weight="prompt")
-    found = sections(describe(ranked, load_inputs(ranked, ranks), ranks))
+    inputs = load_inputs(ranked, ranks)
+    found = sections(describe(ranked, inputs, ranks))
     assert found["loss"].endswith("at the start 0.693147")
     assert "prompts a micro-batch" in found["batches"] and " pairs of " in found["batches"]
+    every, held_out = (len(PairBatch.pack(list(some)).tokens_T) for some in (inputs.data.pairs, inputs.data.validation))
+    assert [(work.missing_rows, work.held_out_rows) for work in works] == [(every, held_out)]
 
 
 def test_saves_and_their_bytes_by_hand(config: DPOConfig, inputs: Inputs) -> None:
