@@ -457,7 +457,7 @@ def test_first_loss_is_foretold_from_the_store(job, ranks, caplog, monkeypatch):
     (told,) = re.findall(r"step-0 held-out loss (\S+), expected (\S+)", caplog.text)
     assert [float(text) for text in told] == pytest.approx([first["eval_loss"]] * 2, abs=1e-5)
     right = PreferenceLoss.foretold
-    monkeypatch.setattr(PreferenceLoss, "foretold", lambda *args: right(*args) + 0.01)
+    monkeypatch.setattr(PreferenceLoss, "foretold", lambda *args, **named: right(*args, **named) + 0.01)
     with pytest.raises(UserError, match="step 0: the held-out loss is"):
         run_job(job, ranks, loss_type="sft,sigmoid:0.8", run_name="other")
 

@@ -103,8 +103,8 @@ class BatchPlan:
         mine = self.shuffle(epoch)[within * self.units_per_step :][: self.units_per_step]
         hands = self.world_size * -(-len(mine) // (self.batch_size * self.world_size))
         units = list(zip(mine.tolist(), self.rows[mine].tolist(), strict=True))
-        dealt = deal_together(self._items(mine), hands) if self.prompts else deal(units, hands)
-        dealt = [pairs_of(hand, self.starts) for hand in dealt]
+        dealt = _deal_together(self._items(mine), hands) if self.prompts else deal(units, hands)
+        dealt = [_pairs_of(hand, self.starts) for hand in dealt]
         return tuple(tuple(dealt[rank :: self.world_size]) for rank in range(self.world_size))
 
     def _items(self, units: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
@@ -147,14 +147,14 @@ class BatchPlan:
         return max(micro_batches, key=lambda micro: sum(of_pair[list(micro)].tolist()))
 
 
-def pairs_of(units: Sequence[int], starts: np.ndarray | None) -> MicroBatch:
+def _pairs_of(units: Sequence[int], starts: np.ndarray | None) -> MicroBatch:
     """The pairs of units, unit after unit; `starts` as in `BatchPlan`."""
     if starts is None:
         return tuple(units)
     return tuple(pair for unit in units for pair in range(int(starts[unit]), int(starts[unit + 1])))
 
 
-def deal_together(items: Sequence[tuple[tuple[int, ...], int]], hands: int) -> list[tuple[int, ...]]:
+def _deal_together(items: Sequence[tuple[tuple[int, ...], int]], hands: int) -> list[tuple[int, ...]]:
     """Deals `(units, rows)` into `hands` micro-batches, the units of an item into one, of nearly equal rows.
 
     As `deal`, but for the number of units, which is at most one above equal; an item goes apart only where no hand has
@@ -218,7 +218,7 @@ class Share(Sequence[MicroBatch]):
         if isinstance(turns, range):
             return [self[turn] for turn in turns]
         start = (turns * self.world_size + self.rank) * self.batch_size
-        return pairs_of(self.order[start : start + self.batch_size].tolist(), self.starts)
+        return _pairs_of(self.order[start : start + self.batch_size].tolist(), self.starts)
 
 
 def sweep_of(pairs: PairSet, batch_size: int, world_size: int) -> list[Share]:

@@ -12,14 +12,14 @@ import numpy as np
 
 # A pair's group, where the branches of its answers begin behind the start of its prefix, and the answers' names; a pair
 # that is of no group has number -1.
-PLACE = np.dtype([("group", "<i4"), ("chosen_at", "<i4"), ("rejected_at", "<i4"), ("answers", "V16", (2,))])
+_PLACE = np.dtype([("group", "<i4"), ("chosen_at", "<i4"), ("rejected_at", "<i4"), ("answers", "V16", (2,))])
 
 
 @dataclass(frozen=True, eq=False)
 class GroupTable:
     """Groups of N pairs. Those of one group stand next to each other."""
 
-    places: np.ndarray  # (N,) of PLACE
+    places: np.ndarray  # (N,) of _PLACE
 
     def select(self, where: Sequence[int] | np.ndarray | slice) -> GroupTable:
         """Those of the pairs at these positions, in this order."""
@@ -80,18 +80,18 @@ class GroupBuffer:
         """Adds a pair of a group behind `before` pairs; `first` of its group."""
         self._fill(before)
         self._count += first
-        self._places += np.array([(self._count - 1, *offsets, answers)], PLACE).tobytes()
+        self._places += np.array([(self._count - 1, *offsets, answers)], _PLACE).tobytes()
 
     def finish(self, pairs: int) -> GroupTable | None:
         """The table of so many pairs; None where none is of a group."""
         if not self._places:
             return None
         self._fill(pairs)
-        places = np.frombuffer(self._places, PLACE)
+        places = np.frombuffer(self._places, _PLACE)
         places.setflags(write=False)
         return GroupTable(places)
 
     def _fill(self, pairs: int) -> None:
         """Notes that the pairs up to so many are of no group."""
-        missing = pairs - len(self._places) // PLACE.itemsize
-        self._places += np.array([(-1, 0, 0, (bytes(16), bytes(16)))], PLACE).tobytes() * missing
+        missing = pairs - len(self._places) // _PLACE.itemsize
+        self._places += np.array([(-1, 0, 0, (bytes(16), bytes(16)))], _PLACE).tobytes() * missing

@@ -18,8 +18,8 @@ from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import (
     BatchConfig,
     BatchPlan,
-    deal_together,
-    pairs_of,
+    _deal_together,
+    _pairs_of,
     sweep_of,
 )
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
@@ -252,13 +252,13 @@ def test_dealing_together(items: list[tuple[int, int]], hands: int) -> None:
     for size, rows in items:
         numbers.append((tuple(range(start, start + size)), size * rows))
         start += size
-    dealt = deal_together(numbers, hands)
+    dealt = _deal_together(numbers, hands)
     assert sorted(unit for hand in dealt for unit in hand) == list(range(start))
     assert max(map(len, dealt)) <= -(-start // hands) and dealt[0]
 
 
 def test_pairs_of_units() -> None:
-    assert pairs_of([2, 0], np.array([0, 2, 3, 6])) == (3, 4, 5, 0, 1) and pairs_of([2, 0], None) == (2, 0)
+    assert _pairs_of([2, 0], np.array([0, 2, 3, 6])) == (3, 4, 5, 0, 1) and _pairs_of([2, 0], None) == (2, 0)
 
 
 # === the store ===

@@ -35,7 +35,8 @@ VOCAB = 50
 def model() -> LLaMaTransformer:
     """Random weights large enough that attention and positions matter."""
     torch.manual_seed(0)
-    config = TrainingConfig(batch_size=1, tokens_per_update=512, **TINY)
+    shape: dict[str, Any] = TINY
+    config = TrainingConfig(batch_size=1, tokens_per_update=512, **shape)
     model = LLaMaTransformer(Architecture.of(config, VOCAB))
     for parameter in model.parameters():
         if parameter.dim() == 2:
