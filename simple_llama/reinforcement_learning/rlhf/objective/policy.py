@@ -132,8 +132,8 @@ def require_rankings(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
             "ld_alpha: expected pairs of records of their own, found records with more than two answers: an answer has "
             "another common length with each other one; give --pairs best_worst, or leave ld_alpha out"
         )
-    breaks = pairs.groups.breaks(pairs.units) if "groups_B" in loss_fn.reads else ()
-    if len(breaks):
+    breaks = pairs.groups.breaks(pairs.units)
+    if "groups_B" in loss_fn.reads and len(breaks):
         raise UserError(
             f"loss_type {loss_fn.loss_type!r} ranks the answers of a record: expected --pairs adjacent, each answer "
             f"with the next one, found others (first: {pairs.origin(int(breaks[0]))}); where they are adjacent, one "

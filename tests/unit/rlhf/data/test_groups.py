@@ -318,7 +318,7 @@ def test_the_loader_deals_and_tells(ranked: Path) -> None:
     assert train and held and not train & held
     for one, said in zip(data.train, data.conversations(data.train), strict=True):
         scores = dict(zip(rows[said.record - 1]["Responses"], rows[said.record - 1]["Scores"], strict=True))
-        assert scores[said.chosen[0]] - scores[said.rejected[0]] == one.gap and one.gap > 0
+        assert one.gap == scores[said.chosen[0]] - scores[said.rejected[0]] > 0
     assert len(load(ranked, compared="best_worst").pairs) == 20
     assert load(ranked, compared="best_worst").pairs.groups is None
     assert load(ranked, group_weight="prompt").pairs.total == pytest.approx(20)
