@@ -137,7 +137,7 @@ def test_a_bar_has_words_behind_it_and_no_total_where_none_is_known(monkeypatch:
     for _ in progress(iter(items), None, "reading"):
         note_on_bar("reading", "loss 0.5")
     assert "reading: 2it" in terminal.getvalue() and "loss 0.5" in terminal.getvalue()
-    assert "1.0" not in terminal.getvalue()
+    assert "loss 1.0" not in terminal.getvalue()
 
 
 def test_a_message_does_not_break_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from simple_llama.cluster.distributed import Ranks
@@ -78,7 +80,7 @@ def test_means_over_pairs_and_totals(ranks: Ranks) -> None:
     logps (-90 - 2) / 4 and (-121 - 3) / 4; tokens and FLOPs are totals.
     """
     sums = MetricSums(CPU, work=lambda batch: 4e9)
-    sums.add(three_pairs(), BATCH)
+    sums.add(three_pairs(), replace(BATCH, pairs=BATCH.pairs * 3))
     sums.add(output([0.25], [[-2.0, -3.0]], [[1.0, 0.0]]), BATCH)
     expected = {
         "loss": 0.5,
@@ -114,3 +116,14 @@ def test_reset_starts_anew(ranks: Ranks) -> None:
     assert set(sums.means().values()) == {0.0}
     sums.add(three_pairs(), BATCH)
     assert sums.means()["pairs"] == 3.0 and sums.means()["tokens"] == 5.0
+
+
+def test_the_loss_is_the_mean_that_training_has(ranks: Ranks) -> None:
+    """Two pairs that share a prompt, losses of which have the half of each, beside one of its own: (0.5 + 0.5 + 3) / 2;
+    rewards are of three pairs."""
+    pair = BATCH.pairs[0]
+    sums = MetricSums(CPU)
+    halves = replace(BATCH, pairs=(replace(pair, share=0.5), replace(pair, share=0.5)))
+    sums.add(output([0.5, 0.5], [[0.0, 0.0]] * 2, [[3.0, 0.0]] * 2), halves)
+    sums.add(output([3.0], [[0.0, 0.0]], [[0.0, 0.0]]), BATCH)
+    assert (sums.means()["loss"], sums.means()["rewards/chosen"]) == (2.0, 2.0)
