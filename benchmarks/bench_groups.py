@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -30,7 +31,8 @@ from benchmarks.workload import HH_DATA, make_pairs, start_model
 from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
-from simple_llama.pretraining.weights import WeightsFile, build_model
+from simple_llama.interop.open_start import open_start
+from simple_llama.pretraining.weights import Loaded, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import deal
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair, common_prefix
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
@@ -51,7 +53,7 @@ class BenchGroups:
     # === Work ===
     answers: tuple[int, ...] = (4, 8)  # of a prompt
     shape: Literal["tiny", "36m", "1.3b", "llama-3.2-1b"] = "36m"  # of a model with random weights
-    model_path: str = ""  # a .pth to take the weights from instead
+    model_path: str = ""  # another model to take the weights from, as training takes it
     mix: Literal["hh", "short", "long", "uf-71-169", "uf-200-300"] = "hh"  # where prompts and answers come from
     data: str = HH_DATA  # HH-RLHF file of the mix hh
     pairs: int = 48  # a step has at least so many
@@ -78,7 +80,23 @@ def main(bench: BenchGroups) -> None:
     started = time.perf_counter()
     ranks = init_ranks(bench.device)
     torch.set_num_threads(bench.threads)  # init_ranks takes all cores
-    start = start_model(bench.shape, bench.model_path, bench.seed)
+    with opened(bench) as start:
+        body = measured_body(bench, start, ranks)
+    body += f"\n\n{time.perf_counter() - started:.0f} s in all"
+    command = shlex.join(["python", "-m", "benchmarks.bench_groups", *sys.argv[1:]])
+    record(f"Prompts with many answers, {start.path.name}", command, body, ranks.device, bench.results)
+    close_ranks()
+
+
+def opened(bench: BenchGroups) -> AbstractContextManager[Loaded]:
+    """The model."""
+    if bench.model_path:
+        return open_start(bench.model_path).reading()
+    return nullcontext(start_model(bench.shape, "", bench.seed))
+
+
+def measured_body(bench: BenchGroups, start: Loaded, ranks: Ranks) -> str:
+    """All that is recorded of the steps of each number of answers."""
     rows = [["answers", "dtype", "grouped, pairs/s", "one by one, pairs/s", "times", "rows", "scored rows", "packing"]]
     notes = []
     for answers in bench.answers:
@@ -89,11 +107,7 @@ def main(bench: BenchGroups) -> None:
             row, note = measured(bench, dtype, groups, start, ranks)
             rows.append([str(answers), dtype, *row])
             notes.append(f"Where a grouped step's time goes, {answers} answers, {dtype}: {note}.")
-    notes.append(f"{time.perf_counter() - started:.0f} s in all")
-    body = f"{setup(bench)}\n\n{table(rows)}\n\n" + "\n\n".join(notes)
-    command = shlex.join(["python", "-m", "benchmarks.bench_groups", *sys.argv[1:]])
-    record(f"Prompts with many answers, {start.path.name}", command, body, ranks.device, bench.results)
-    close_ranks()
+    return f"{setup(bench)}\n\n{table(rows)}\n\n" + "\n\n".join(notes)
 
 
 def setup(bench: BenchGroups) -> str:
@@ -150,7 +164,7 @@ def portions(units: Sequence[Unit], rows: int) -> Iterator[Portion]:
         yield Portion(batch, 1 / total, last=place == count - 1)
 
 
-def check_agreement(start: WeightsFile, groups: Sequence[Sequence[TokenizedPair]], device: torch.device) -> str:
+def check_agreement(start: Loaded, groups: Sequence[Sequence[TokenizedPair]], device: torch.device) -> str:
     """Says how far the two ways are apart in fp32; UserError where that is more than rounding."""
     policy = DPOPolicy(build_model(start, torch.float32, device), PreferenceLoss("sigmoid", BETA))
     every = [pair for group in groups for pair in group]
@@ -176,7 +190,7 @@ def check_agreement(start: WeightsFile, groups: Sequence[Sequence[TokenizedPair]
 
 
 def measured(
-    bench: BenchGroups, dtype: str, groups: list[list[TokenizedPair]], start: WeightsFile, ranks: Ranks
+    bench: BenchGroups, dtype: str, groups: list[list[TokenizedPair]], start: Loaded, ranks: Ranks
 ) -> tuple[list[str], str]:
     """A row of the table, and where the time of a grouped step goes."""
     units = {"grouped": units_of(groups), "one by one": [Unit((pair,), pair.rows) for pair in one_by_one(groups)]}
