@@ -57,6 +57,7 @@ from simple_llama.reinforcement_learning.rlhf.data.readers import (
     Dropped,
     Ranking,
     ReadOptions,
+    chosen_pairs,
     format_of,
     holds_a_turn,
 )
@@ -148,7 +149,7 @@ class RLDatasetLoader:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
-        self._options, self._scoring = ReadOptions(self._chat.default_system, compared=compared), scoring
+        self._options, self._scoring, self._compared = ReadOptions(self._chat.default_system), scoring, compared
         self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
         count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
         with watchdog.patience("reading the data"):
@@ -187,7 +188,7 @@ class RLDatasetLoader:
             counted = progress(records, None, "reading and tokenizing pairs")
             conversations = _read_conversations(counted, self._options, count, extra_keys, faults)
             tokenized = _tokenize(conversations, self._chat, self._scoring, speller, count)
-            found = _keep_usable(tokenized, max_seq_len, seed, count)
+            found = _keep_usable(tokenized, max_seq_len, seed, count, self._compared)
         except UserError as fault:  # of a whole file
             faults.add(fault)
         faults.end()
@@ -242,7 +243,7 @@ def _read_conversations(
         try:
             reader = READERS[format_of(record, FORMATS)]
             said = reader.read(record, options)
-            found = said.pairs(options.compared) if isinstance(said, Ranking) else [said]
+            found = said.pairs if isinstance(said, Ranking) else [said]
             count.total += len(found) - 1
         except Dropped as reason:
             count.dropped.add(str(reason), record.origin)
@@ -285,16 +286,20 @@ def _tokenize(
 
 
 def _keep_usable(
-    pairs: Iterable[tuple[Conversation, TokenizedPair]], max_seq_len: int, seed: int, count: KeptCount
+    pairs: Iterable[tuple[Conversation, TokenizedPair]],
+    max_seq_len: int,
+    seed: int,
+    count: KeptCount,
+    compared: Compared,
 ) -> tuple[PairSet, np.ndarray]:
     """The usable pairs, and where the prompt of each stands in [0, 1) (see `_prompt_share`).
 
     Over-long and identical pairs, pairs that score one answer twice and repetitions are left out and counted, by their
-    tokens: what the model sees decides.
+    tokens: what the model sees decides. Of a record with more answers those are compared that are left.
     """
     kept, shares = PairBuffer(), array("d")
     for (file, record), found in groupby(pairs, lambda said: (said[0].file, said[0].record)):
-        usable: list[TokenizedPair] = []
+        usable: list[tuple[Conversation, TokenizedPair]] = []
         for c, pair in found:
             origin = f"{file}:{record}"
             if max(pair.chosen_len, pair.rejected_len) > max_seq_len:
@@ -303,17 +308,20 @@ def _keep_usable(
                 count.dropped.add("identical", origin)
             elif pair.scores_one_answer:
                 count.dropped.add("same last answer", origin)
-            elif pair.digest in kept or any(pair.digest == one.digest for one in usable):
+            elif pair.digest in kept or any(pair.digest == one.digest for _, one in usable):
                 count.dropped.add("duplicate", origin)
             else:
-                if pair.swapped_digest in kept:
-                    count.noticed.add(BOTH_WAYS, origin)
-                if holds_a_turn(c):
-                    count.noticed.add(LIKE_A_TURN, origin)
-                usable.append(pair)
-                shares.append(_prompt_share(c.system, c.users, seed))
-        if usable:
-            kept.append_group(usable, file, record)
+                usable.append((c, pair))
+        chosen = [usable[place] for place in chosen_pairs([c.ranks for c, _ in usable], compared)]
+        count.total -= len(usable) - len(chosen)
+        for c, pair in chosen:
+            if pair.swapped_digest in kept:
+                count.noticed.add(BOTH_WAYS, f"{file}:{record}")
+            if holds_a_turn(c):
+                count.noticed.add(LIKE_A_TURN, f"{file}:{record}")
+            shares.append(_prompt_share(c.system, c.users, seed))
+        if chosen:
+            kept.append_group([pair for _, pair in chosen], file, record)
     return kept.finish(), np.array(shares)
 
 

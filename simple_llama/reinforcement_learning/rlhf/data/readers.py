@@ -72,6 +72,13 @@ class PairText(NamedTuple):
     rejected_suffix: str
 
 
+class Rank(NamedTuple):
+    """Where an answer stands among those of its record; the smaller is the better one."""
+
+    level: float  # equal for answers of one score
+    place: int  # in the record
+
+
 @dataclass(frozen=True)
 class Conversation:
     """What a record says: a system prompt, user turns, and two answers to each of them."""
@@ -84,7 +91,7 @@ class Conversation:
     record: int  # from 1: place in a .json list, line of a .jsonl file
     weight: float = 1.0  # factor of the pair's loss
     gap: float | None = None  # reward of the chosen answer less that of the rejected one
-    ranked: bool = False  # whether the record has more answers than these
+    ranks: tuple[Rank, Rank] | None = None  # of both answers, where the record has others too
 
     @property
     def text(self) -> PairText:
@@ -107,27 +114,35 @@ class Ranking:
     weight: float = 1.0
     gaps: bool = False  # whether scores are rewards, whose differences count
 
-    def pairs(self, compared: Compared) -> list[Conversation]:
-        """The pairs of it, by rank: best_worst the first with the last, adjacent each with the next, both of the first
-        answer of each score; all each with each of a lower score. Dropped where all scores are equal."""
+    @property
+    def pairs(self) -> list[Conversation]:
+        """Each answer with each of a lower score, best first. Dropped where all scores are equal."""
         order = sorted(range(len(self.scores)), key=lambda place: -self.scores[place])
-        levels = [place for n, place in enumerate(order) if not n or self.scores[order[n - 1]] > self.scores[place]]
-        if len(levels) == 1:
+        found = [(w, r) for n, w in enumerate(order) for r in order[n + 1 :] if self.scores[w] > self.scores[r]]
+        if not found:
             raise Dropped("with answers of equal score")
-        if compared == "best_worst":
-            chosen = [(levels[0], levels[-1])]
-        elif compared == "adjacent":
-            chosen = list(pairwise(levels))
-        else:
-            chosen = [(w, r) for n, w in enumerate(order) for r in order[n + 1 :] if self.scores[w] > self.scores[r]]
-        return [self._pair(w, r) for w, r in chosen]
+        return [self._pair(w, r) for w, r in found]
 
     def _pair(self, chosen: int, rejected: int) -> Conversation:
         """Two of its answers."""
+        better, worse = (Rank(-self.scores[place], place) for place in (chosen, rejected))
         gap = self.scores[chosen] - self.scores[rejected] if self.gaps else None
-        answers = self.answers[chosen], self.answers[rejected]
-        place = self.file, self.record
-        return Conversation(self.system, self.users, *answers, *place, self.weight, gap, ranked=True)
+        answers, place = (self.answers[chosen], self.answers[rejected]), (self.file, self.record)
+        return Conversation(self.system, self.users, *answers, *place, self.weight, gap, ranks=(better, worse))
+
+
+def chosen_pairs(ranks: Sequence[tuple[Rank, Rank] | None], compared: Compared) -> list[int]:
+    """Which of the pairs of one record, by the ranks of both answers, are compared: best_worst the first with the last
+    answer, adjacent each with the next, both of the first answer of each score; all each with each of a lower one."""
+    known = [pair for pair in ranks if pair]
+    first: dict[float, Rank] = {}
+    for rank in sorted({rank for pair in known for rank in pair}):
+        first.setdefault(rank.level, rank)
+    levels = list(first.values())
+    if compared == "all" or len(known) != len(ranks):
+        return list(range(len(ranks)))
+    wanted = {(levels[0], levels[-1])} if compared == "best_worst" else set(pairwise(levels))
+    return [place for place, pair in enumerate(ranks) if pair in wanted]
 
 
 class Dropped(Exception):
@@ -146,7 +161,6 @@ class ReadOptions:
     prefer: Literal["helpfulness", "safety"] | None = None  # the label of PKU-SafeRLHF that decides
     keep_unsafe: bool = False  # also pairs of PKU-SafeRLHF whose preferred answer is marked unsafe
     clean: Callable[[str], str] = str  # applied to each message of HH-RLHF and PKU-SafeRLHF before it is judged
-    compared: Compared = "all"  # which answers of a record with more than two
 
 
 class Reader(NamedTuple):

@@ -136,8 +136,8 @@ def require_rankings(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
     if "groups_B" in loss_fn.reads and len(breaks):
         raise UserError(
             f"loss_type {loss_fn.loss_type!r} ranks the answers of a record: expected --pairs adjacent, each answer "
-            f"with the next one, found others (first: {pairs.origin(int(breaks[0]))}); where they are adjacent, one "
-            "between two was left out: a larger max_seq_len keeps long ones, else remove the record"
+            f"with the next one, found others (first: {pairs.origin(int(breaks[0]))}); where they are adjacent, two "
+            "neighbours stand in an earlier record too: remove one of both"
         )
 
 

@@ -31,6 +31,7 @@ from simple_llama.reinforcement_learning.rlhf.data.readers import (
     Dropped,
     Ranking,
     ReadOptions,
+    chosen_pairs,
     from_template,
 )
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import from_store, missing_pairs
@@ -70,8 +71,8 @@ def compared(how: Compared, **fields: Any) -> list[tuple[str, str, float | None]
     """Answers and gap of each pair of a record."""
     said = read(**fields)
     assert isinstance(said, Ranking)
-    pairs = said.pairs(how)
-    assert all(one.ranked and (one.file, one.record, one.users) == ("f.jsonl", 7, ("hi",)) for one in pairs)
+    pairs = [said.pairs[place] for place in chosen_pairs([one.ranks for one in said.pairs], how)]
+    assert all((one.file, one.record, one.users) == ("f.jsonl", 7, ("hi",)) for one in pairs)
     return [(one.chosen[0], one.rejected[0], one.gap) for one in pairs]
 
 
@@ -93,20 +94,19 @@ def test_ranks_and_lists_of_rejected_answers() -> None:
     assert compared("all", **several) == [("a", "b", None), ("a", "c", None)]
     assert compared("adjacent", **several) == [("a", "b", None)]
     plain = read(Accepted=["a"], Rejected=["b"])
-    assert isinstance(plain, Conversation) and not plain.ranked
+    assert isinstance(plain, Conversation) and not plain.ranks
 
 
 def test_a_weight_is_that_of_each_pair() -> None:
     said = read(Responses=["a", "b", "c"], Scores=[3, 2, 1], weight=2.5)
-    assert isinstance(said, Ranking) and {one.weight for one in said.pairs("all")} == {2.5}
+    assert isinstance(said, Ranking) and {one.weight for one in said.pairs} == {2.5}
 
 
 def test_equal_scores_are_dropped() -> None:
     said = read(Responses=["a", "b"], Scores=[2, 2.0])
     assert isinstance(said, Ranking)
-    for how in ("all", "adjacent", "best_worst"):
-        with pytest.raises(Dropped, match="answers of equal score"):
-            said.pairs(how)
+    with pytest.raises(Dropped, match="answers of equal score"):
+        _ = said.pairs
 
 
 @pytest.mark.parametrize(
@@ -324,12 +324,17 @@ def test_the_loader_deals_and_tells(ranked: Path) -> None:
     assert load(ranked, group_weight="prompt").pairs.total == pytest.approx(20)
 
 
-def test_a_long_answer_leaves_its_pairs_out_alone(ranked: Path) -> None:
-    """The others of the record stay."""
-    lengths = np.sort(load(ranked).pairs.chosen_len)
-    data = RLDatasetLoader(
-        ranked / "ranked.jsonl", load_tokenizer(ranked / "tokenizer.json"), int(lengths[-5]) - 1, val_share=0, seed=1
-    )
-    assert 0 < len(data.pairs) < 100 and "too long" in data.report
-    _, sizes = np.unique(data.pairs.group_numbers, return_counts=True)
-    assert set(sizes.tolist()) & {1, 2, 3, 4}
+def test_a_long_answer_is_left_out_alone(tmp_path: Path, ranked: Path) -> None:
+    """Of four answers by rank, the second too long: the others are compared as if it were not there, and what is
+    dropped is counted: its three pairs."""
+    record = {**BASE, "Responses": ["cat", "cat dog " * 200, "dog", "mat"], "Scores": [4, 3, 2, 1]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
+    tokenizer = load_tokenizer(ranked / "tokenizer.json")
+    said: dict[Compared, list[tuple[str, str]]] = {}
+    ways: tuple[Compared, ...] = ("all", "adjacent", "best_worst")
+    for how in ways:
+        data = RLDatasetLoader(tmp_path / "pairs.jsonl", tokenizer, 300, val_share=0, seed=1, compared=how)
+        said[how] = [(one.chosen[0], one.rejected[0]) for one in data.conversations(data.train)]
+        assert f"kept {len(data.pairs)} of {len(data.pairs) + 3} pairs" in data.report and "too long" in data.report
+    assert said["all"] == [("cat", "dog"), ("cat", "mat"), ("dog", "mat")]
+    assert said["adjacent"] == [("cat", "dog"), ("dog", "mat")] and said["best_worst"] == [("cat", "mat")]
