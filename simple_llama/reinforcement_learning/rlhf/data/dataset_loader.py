@@ -149,7 +149,8 @@ class RLDatasetLoader:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
-        self._options, self._scoring, self._compared = ReadOptions(self._chat.default_system), scoring, compared
+        self._options, self._scoring = ReadOptions(self._chat.default_system), scoring
+        self._compared: Compared = compared
         self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
         count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
         with watchdog.patience("reading the data"):
