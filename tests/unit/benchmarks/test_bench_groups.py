@@ -97,6 +97,7 @@ def test_groups_that_compute_something_else_are_not_timed(monkeypatch: pytest.Mo
 
 def test_a_small_bench_gives_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A row for each number of answers and dtype, below the check of each."""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which it sets itself, and leaves
     monkeypatch.setitem(SHAPES, "tiny", Shape(16, 1, 1, 16, 64))
     file = tmp_path / "results.md"
     settings = {"shape": "tiny", "mix": "short", "pairs": 6, "rounds": 1, "results": str(file), "dtypes": ("fp32",)}
