@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_path, listed, open_file, shown
@@ -292,11 +293,24 @@ def _plain_state_dict(state_dict: Any, path: str | os.PathLike[str]) -> dict[str
 def empty_model(loaded: Loaded, dropout: float = 0.0) -> LLaMaTransformer:
     """The model of this architecture, without values; UserError where the tensors do not fit it."""
     architecture = replace(loaded.architecture, dropout=dropout)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = LLaMaTransformer(architecture)
     if isinstance(loaded, WeightsFile):
         _check_fit(model, loaded)
     return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """No layer draws numbers: of a tensor without values torch would import its compiler for that, a second or more."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leaves what functions of torch.nn.init are given as it is."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _check_finite(path: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -21,6 +21,7 @@ from simple_llama.pretraining.weights import (
     WeightsFile,
     _check_finite,
     build_model,
+    empty_model,
     find_weights,
     load_weights,
     save_weights,
@@ -177,6 +178,16 @@ def test_build_model_copies(state_dict: dict[str, torch.Tensor]):
         assert torch.equal(state_dict["norm.weight"], torch.ones(8))
         assert model(torch.tensor([[1, 2, 9]])).shape == (1, 3, 10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_empty_model_draws_nothing(state_dict: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing without values imports torch's compiler, a second of each start; one with values draws as ever."""
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *args, **kwargs: drawn.append(self) or self)
+    loaded = _loaded(state_dict)
+    assert all(parameter.is_meta for parameter in empty_model(loaded).parameters()) and not drawn
+    LLaMaTransformer(loaded.architecture)
+    assert drawn
 
 
 def test_build_model_names_what_does_not_fit(state_dict: dict[str, torch.Tensor]):
