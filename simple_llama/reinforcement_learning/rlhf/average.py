@@ -39,11 +39,15 @@ class _Export(NamedTuple):
 
 
 def last_epochs(run: Path, count: int) -> tuple[list[StartModel], list[Mapping[str, Any]]]:
-    """The models of the newest `count` ends of epochs in a run's checkpoint folder, newest first, and their metadata.
+    """The models of the newest `count` ends of epochs in a run's checkpoint folder, newest first, and their metadata;
+    where a run exports adapters, with them.
 
     UserError where there are fewer, or where they are not of one run and one architecture.
     """
-    found = sorted(_exports(run), reverse=True, key=lambda export: export.step)
+    by_step = dict[int, _Export]()
+    for export in sorted(_exports(run), key=lambda export: export.path.name):
+        by_step.setdefault(export.step, export)  # adapters, rather than the merged model beside the last of them
+    found = [by_step[step] for step in sorted(by_step, reverse=True)]
     if len(found) < count:
         there = listed([export.path.name for export in found]) if found else "none"
         raise UserError(f"average: expected {count} exports of ends of epochs in {run}, found {there}")

@@ -160,8 +160,9 @@ def _averaged(run: Path, count: int) -> _Source:
     steps = ", ".join(str(one["step"]) for one in reversed(metadata))
     kept = _kept(metadata[0], (*_OF_A_MEAN, *_OF_A_CONVERSION))
     about = _about(f"the mean of steps {steps} of the run {kept.get('run', run.name)}")
-    trained = {} if isinstance(start, StartFile) else MeanWeights([one.load().state_dict for one in (start, *older)])
-    return _Source(start, trained, {**kept, **about}, older=tuple(older))
+    if isinstance(base_of(start), StartFile):
+        return _Source(start, {}, {**kept, **about}, older=tuple(older))
+    return _Source(base_of(start), MeanWeights([_merged(one) for one in (start, *older)]), {**kept, **about})
 
 
 def _about(source: str) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def _from_own(start: StartFile, source: _Source, output: Path, dtype: torch.dtyp
 
 
 def _merged(start: StartModel) -> MergedLoRA:
-    """A SimpleLLaMA checkpoint's tensors, LoRA merged: the mean of products is not the product of means."""
+    """A model's tensors, LoRA merged: the mean of products is not the product of means."""
     return MergedLoRA(start.load().state_dict, start.architecture)
 
 

@@ -152,6 +152,20 @@ def test_adapters_are_exported_and_the_merged_model_once(
     assert again == merged and sorted(path.name for path in folder.glob("dpo_*")) == names
 
 
+def test_a_mean_of_adapters_is_that_of_the_models(job: TinyHFJob, small: tuple[Path, Path]) -> None:
+    """Of W + B A of both epochs, not W + mean(B) mean(A); the merged model beside the last adapters is no third one."""
+    folder, out = job.folder / "checkpoints" / "small", job.folder / "mean"
+    said = export_model(ExportConfig(str(folder), str(out), average=2))
+    assert said == f"wrote {out} from the mean of steps 3, 6 of the run small"
+    epochs = [open_start(path) for path in sorted(folder.glob("dpo_*")) if path != small[0]]
+    (first, second), mean = [one.merged({}) for one in epochs if isinstance(one, AdaptedStart)], tensors_at(out)
+    assert set(mean) == set(first) == set(second)
+    for name, tensor in mean.items():
+        assert torch.equal(tensor, ((first[name].double() + second[name]) / 2).float()), name
+    with pytest.raises(UserError, match="expected 3 exports of ends of epochs"):
+        export_model(ExportConfig(str(folder), str(out) + "3", average=3))
+
+
 def test_evaluate_and_chat_take_adapters(
     job: TinyHFJob, ranks: Ranks, small: tuple[Path, Path], tmp_path: Path
 ) -> None:
