@@ -1,7 +1,7 @@
 """The first optimizer step of cells (a loss, a DeepSpeed configuration, so many ranks), as a run makes it.
 
-As a rank script, with the settings of a run, then DeepSpeed configurations (joined by :) and losses (by ,): writes
-<ckpt_dir>/cells.json.
+As a rank script, with the settings of a run, then a JSON object of cases (by name: losses, and what differs from the
+settings): writes <ckpt_dir>/cells.json.
 The same computed apart: plain_cells.py.
 """
 
@@ -24,7 +24,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
-from simple_llama.reinforcement_learning.rlhf.run.start_reference import open_reference
+from simple_llama.reinforcement_learning.rlhf.run.start_reference import open_reference, through_policy
 from simple_llama.reinforcement_learning.rlhf.run.step import accumulate, portions
 from tiny_job import TinyJob, make_job, write_rankings
 
@@ -67,7 +67,8 @@ def cells(config: DPOConfig, loss_types: Sequence[str], ranks: Ranks) -> dict[st
         loss_fn = PreferenceLoss.of(one)
         engine = start_engine(one, inputs, loss_fn, ranks).engine
         plan = BatchPlan.of(pairs, one, one.seed, ranks.world_size)
-        ref_logps = open_reference(one, inputs, ranks, loss_fn.needs_reference).logps
+        opened = open_reference(one, inputs, ranks, loss_fn.needs_reference, loss_fn.asks.fronts)
+        ref_logps = through_policy(opened, engine, inputs, ranks).logps
         shown = []
         for _ in range(2):
             parts = portions(plan.step(0), ranks.rank, pairs)
@@ -80,11 +81,11 @@ def cells(config: DPOConfig, loss_types: Sequence[str], ranks: Ranks) -> dict[st
 
 
 def main() -> None:
-    """The cells of a configuration after the other."""
-    losses, paths = sys.argv.pop().split(","), sys.argv.pop().split(":")
+    """The cells of one case after the other."""
+    cases = json.loads(sys.argv.pop())
     config = parse_settings(DPOConfig, None, None)  # a loss option that is not given stays so: each loss has its own
     ranks = init_ranks(config.device, config.start_timeout_s)
-    found = {path: cells(replace(config, deepspeed_config=path), losses, ranks) for path in paths}
+    found = {name: cells(replace(config, **changes), losses, ranks) for name, (losses, changes) in cases.items()}
     if ranks.is_main:
         Path(config.ckpt_dir).mkdir(parents=True, exist_ok=True)
         (Path(config.ckpt_dir) / "cells.json").write_text(json.dumps(found))

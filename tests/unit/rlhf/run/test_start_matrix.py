@@ -16,6 +16,7 @@ from tiny_job import ROOT, TinyJob
 
 SOME = ("sigmoid", "sft", "aot", "orpo")
 # Adam's first step is the sign of a gradient, so that its rounding near 0 counts: 1e-4 of ipo's next loss at 1e-3.
+LORA = {"lora_rank": 4, "lora_alpha": 8.0}
 SMALL = {"max_lr": 2e-4, "min_lr": 0.0}
 
 
@@ -52,8 +53,16 @@ def test_all_losses_of_groups_in_fp32(tmp_path: Path, ranks: Ranks, changes: dic
         assert ours.norm > 1e-3 and abs(ours.loss_after - ours.loss) > 1e-4, loss
 
 
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "LoRA"])
 @pytest.mark.parametrize("name", ["zero2_bf16", "zero3_bf16"])
-def test_some_losses_in_bf16(tmp_path: Path, ranks: Ranks, name: str) -> None:
+def test_some_losses_in_bf16(tmp_path: Path, ranks: Ranks, name: str, lora: dict[str, Any]) -> None:
     """2e-2, with whole weights and partitioned ones."""
-    for loss, (ours, plain) in both(make_weighted_job(tmp_path), ranks, name, SOME).items():
+    for loss, (ours, plain) in both(make_weighted_job(tmp_path), ranks, name, SOME, **lora).items():
         assert ours == pytest.approx(plain, rel=2e-2), loss
+
+
+def test_some_losses_with_adapters_in_fp32(tmp_path: Path, ranks: Ranks) -> None:
+    """1e-5: only adapters move, and the reference is the policy without them."""
+    for loss, (ours, plain) in both(make_weighted_job(tmp_path), ranks, "zero2_fp32", SOME, **LORA).items():
+        assert ours == pytest.approx(plain, rel=1e-5, abs=1e-5), loss
+        assert ours.norm > 1e-3 and abs(ours.loss_after - ours.loss) > 1e-5, loss

@@ -31,7 +31,7 @@ def test_coupled_pairs_in_any_micro_batches(ranks: Ranks, loss_type: str) -> Non
     generator = torch.Generator().manual_seed(2)
     drawn = torch.randint(2, VOCAB, (16, 12), generator=generator).tolist()
     pairs = [TokenizedPair.from_chats([1, *t[:4]], 3, [1, *t[4 : 6 + i % 6]], 1 + i % 2) for i, t in enumerate(drawn)]
-    sums = alone(model, pairs)
+    sums = alone(model, pairs)[:, :2]
     ref = {pair.digest: row for pair, row in zip(pairs, sums.detach() + torch.randn(16, 2), strict=True)}
     ref_N2 = torch.stack([ref[pair.digest] for pair in pairs])
     losses_N = loss_fn(Scores(sums, ref_N2, PairBatch.pack(pairs).counts_B2))
