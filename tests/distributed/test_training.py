@@ -72,6 +72,8 @@ def test_bf16_zero_2_and_zero_3_agree(job):
         assert job.curve("eval_loss", name)[0] == pytest.approx(0.693147, abs=1e-3)
         assert job.curve("loss", name)[0] == pytest.approx(0.693147, abs=1e-3)
     assert job.curve("loss", "zero3_bf16") == pytest.approx(job.curve("loss", "zero2_bf16"), abs=5e-3)
+    far, as_far = job.curve("samples/kl", "zero3_bf16"), job.curve("samples/kl", "zero2_bf16")
+    assert far == pytest.approx(as_far, rel=0.1) and far[0] == 0 < far[-1]
     before = job.weights("zero3_bf16")
     assert before.keys() == job.weights("zero2_bf16").keys()
     for step in ("step_00000003", "step_00000004", "step_00000006"):

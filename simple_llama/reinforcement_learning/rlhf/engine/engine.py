@@ -52,7 +52,7 @@ class Engine:
             start_weights: fp32 values of the model's parameters by name, as the checkpoint has them.
         """
         deepspeed = import_deepspeed(ranks.device)
-        self.utils = deepspeed.utils
+        self.utils, self.gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
         self.ds_config: dict[str, Any] = full_ds_config(config, ranks.world_size)
         if ranks.world_size == 1:  # reduce_once rounds its fp32 sums to bf16 where no dtype of communication is named
             keep_buckets = config.reduce_once or ranks.device.type == "cuda"
@@ -166,6 +166,15 @@ class Engine:
         """The same with the model's adapters off."""
         with adapters_off(self.model):
             return self.logps(batch)
+
+    @contextlib.contextmanager
+    def whole_head(self) -> Iterator[None]:
+        """The model's vocabulary matrix is whole in the body (collective with ZeRO-3, without gradient)."""
+        if not self.partitioned:
+            yield
+            return
+        with self.gathered([self.model.head_weight]):
+            yield
 
     def step(self, rate: float) -> float:
         """Clips by the global norm, makes one AdamW step at learning rate `rate`; returns the norm before the clip."""

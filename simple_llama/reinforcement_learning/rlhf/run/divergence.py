@@ -10,6 +10,7 @@ Shapes: A answers, N their tokens, T packed rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -60,14 +61,20 @@ class Spoken(NamedTuple):
 
 
 @torch.no_grad()
-def spoken_logps(model: LLaMaTransformer, spoken: Spoken) -> torch.Tensor:
-    """Log-prob (N,) of each token of the answers at temperature 1, fp64, without dropout."""
+def spoken_logps(
+    model: LLaMaTransformer, spoken: Spoken, head: AbstractContextManager[None] | None = None
+) -> torch.Tensor:
+    """Log-prob (N,) of each token of the answers at temperature 1, fp64, without dropout.
+
+    Args: head: in which the vocabulary matrix is there, where it is not by itself.
+    """
     device = model.embeddings.weight.device
     with evaluating(model):
         layout = spoken.layout.to(device)
         hidden_TD = model.hidden(spoken.tokens_T.to(device), spoken.positions_T.to(device), layout)
         hidden_ND = hidden_TD.index_select(0, spoken.rows_N.to(device))
-        return token_logps(hidden_ND, model.head_weight, spoken.targets_N.to(device)).double()
+        with head or nullcontext():
+            return token_logps(hidden_ND, model.head_weight, spoken.targets_N.to(device)).double()
 
 
 def lean_model(start: Loaded, dtype: torch.dtype, device: torch.device) -> LLaMaTransformer:

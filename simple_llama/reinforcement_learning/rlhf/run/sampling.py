@@ -99,8 +99,6 @@ class Samples:
         self.most_tokens = config.sample_tokens
         self.folder, self.writer = folder, writer
         self.inputs, self.sampling, self.reference = inputs, Sampling(temperature=1.0, seed=seed), reference
-        if self.prompts and engine.partitioned:
-            LOGGER.info("samples/kl is not estimated with ZeRO-3, where no rank has the whole policy")
 
     def take(self, step: int) -> dict[str, float]:
         """Answers the prompts (collective): shared out over the ranks, or together under ZeRO-3.
@@ -134,17 +132,17 @@ class Samples:
     def divergence(self, step: int) -> dict[str, float]:
         """KL(policy || reference) on answers that the policy samples (collective); see divergence.py.
 
-        Nothing, and a warning, where the start model's files are not what they were; nothing with ZeRO-3.
+        Shared out over the ranks; with ZeRO-3 each makes all of it, and what rank 0 has counts. Nothing, and a warning,
+        where the start model's files are not what they were.
         """
-        if self.engine.partitioned:
-            return {}
-        numbers = range(self.ranks.rank, len(self.prompts), self.ranks.world_size)
+        together, every = self.engine.partitioned, range(len(self.prompts))
+        numbers = every if together else every[self.ranks.rank :: self.ranks.world_size]
         sums: list[float] = []
         counts: tuple[int, ...] = ()
         problem = ""
         with fail_together(self.ranks):
             if numbers and (spoken := self.spoken(numbers)).counts:
-                policy_N = spoken_logps(self.engine.model, spoken)
+                policy_N = spoken_logps(self.engine.model, spoken, self.engine.whole_head())
                 try:
                     sums, counts = k3_sums(policy_N, self.reference_logps(spoken), spoken.counts), spoken.counts
                 except StartChanged as changed:
@@ -153,7 +151,8 @@ class Samples:
         if problems := [problem for _, _, problem in of_all if problem]:
             LOGGER.warning("samples/kl is not estimated at step %d: %s", step, problems[0])
             return {}
-        found = kl_metrics([x for one in of_all for x in one[0]], [x for one in of_all for x in one[1]])
+        parts = of_all[:1] if together else of_all
+        found = kl_metrics([x for one in parts for x in one[0]], [x for one in parts for x in one[1]])
         if found:
             words = "policy to reference at step %d  KL %.4f nats a token  95 %% interval %.4f to %.4f"
             LOGGER.info(words, step, *found.values())
@@ -177,7 +176,7 @@ class Samples:
             return spoken_logps(self.reference, spoken)
         if self.inputs.without_adapters and not self.engine.model.compiled:
             with adapters_off(self.engine.model):
-                return spoken_logps(self.engine.model, spoken)
+                return spoken_logps(self.engine.model, spoken, self.engine.whole_head())
         with self.inputs.reference.reading() as start:
             return spoken_logps(lean_model(start, self.inputs.dtype, self.ranks.device), spoken)
 
