@@ -304,12 +304,13 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
     ends = f", of which the run makes {steps} (max_steps)" if steps < total else ""
     last = len(plan.rows) - (plan.steps_per_epoch - 1) * plan.units_per_step
     units = "pairs" if pairs.groups is None else "prompts"
+    of_last = units if last != 1 else units[:-1]
     amount = f"{len(pairs)} pairs" + (f" of {len(plan.rows)} prompts" if pairs.groups is not None else "")
     return "\n".join(
         [
             f"{plan.batch_size} {units} a micro-batch x {plan.grad_accum_steps} micro-batches x {plan.world_size} "
             f"ranks = {plan.units_per_step} {units} an optimizer step",
-            f"{amount} = {plan.steps_per_epoch} steps an epoch (the last has {last} {units}); "
+            f"{amount} = {plan.steps_per_epoch} steps an epoch (the last has {last} {of_last}); "
             f"{config.epochs} epochs = {total} steps{ends}; warm-up over {config.warmup_steps(steps)}",
             f"{packed} packed tokens an epoch; both chats whole would be {whole} ({whole / packed:.2f} times as many)",
         ]

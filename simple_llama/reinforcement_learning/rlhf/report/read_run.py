@@ -82,6 +82,11 @@ class RunFacts:
         return value(self.settings, "beta") if known else math.nan
 
     @property
+    def weighs_prompts(self) -> bool:
+        """Whether its loss is a mean over prompts, rather than over pairs."""
+        return self.settings.get("group_weight") == "prompt"
+
+    @property
     def starts_as_reference(self) -> bool:
         """Whether its rewards are measured from the model that it started from."""
         return not self.settings.get("reference_path")

@@ -65,6 +65,7 @@ def add_rules(page: Page, facts: RunFacts) -> None:
 
 def add_curves(page: Page, facts: RunFacts) -> None:
     """Curves over the steps, of training and of evaluations."""
+    whose = "the prompts of a step, each the mean of its pairs" if facts.weighs_prompts else "the pairs of a step"
     page.figure(
         line_chart(
             "Loss",
@@ -72,7 +73,7 @@ def add_curves(page: Page, facts: RunFacts) -> None:
             "nats a pair",
             [Series("training", *facts.curve("loss")), Series("held out", *facts.curve("eval_loss"))],
         ),
-        "Mean over the pairs of a step, and over all held-out pairs.",
+        f"Mean over {whose}, and so over all that is held out.",
     )
     page.figure(_accuracy_chart(facts), "Held out with its 95 % interval (Wilson), beside rules that read nothing.")
     margins = [(line["step"], margin_nats(line, facts.beta)) for line in facts.evaluations]

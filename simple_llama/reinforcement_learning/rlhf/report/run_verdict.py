@@ -39,11 +39,13 @@ def verdict(facts: RunFacts) -> list[str]:
 
 
 def interval_of(line: Mapping[str, Any]) -> tuple[float, float]:
-    """Where the accuracy of an evaluation lies with 95 % confidence; NaN where the line does not tell."""
-    accuracy, pairs = value(line, "eval_rewards/accuracies"), value(line, "eval_pairs")
-    if not (0 <= accuracy <= 1 and pairs >= 1):
+    """Where the accuracy of an evaluation lies with 95 % confidence, pairs of one prompt counted as one; NaN where the
+    line does not tell."""
+    accuracy, count = value(line, "eval_rewards/accuracies"), value(line, "eval_prompts")
+    count = count if math.isfinite(count) else value(line, "eval_pairs")
+    if not (0 <= accuracy <= 1 and count >= 1):
         return math.nan, math.nan
-    return accuracy_interval(accuracy, round(pairs))
+    return accuracy_interval(accuracy, round(count))
 
 
 def last_interval(facts: RunFacts) -> tuple[float, float]:

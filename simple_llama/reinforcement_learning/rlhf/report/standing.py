@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
-from simple_llama.reinforcement_learning.rlhf.report.run_verdict import log_ratio, margin_nats
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import interval_of, log_ratio, margin_nats
 from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     Interval,
-    accuracy_interval,
     mean_interval,
     share_interval,
 )
@@ -114,7 +113,7 @@ class Standing:
         """With Wilson's interval; None without held-out pairs."""
         if self.by_pair:
             return share_interval(self.by_pair.hits_N, self.groups_N)
-        return Interval(self.right, *accuracy_interval(self.right, self.pairs)) if self.pairs else None
+        return Interval(self.right, *interval_of(self.values)) if self.pairs else None
 
     @cached_property
     def margin(self) -> Interval | None:
