@@ -145,6 +145,12 @@ def rows_of_all_ranks(rows: torch.Tensor, places: Sequence[int], count: int) -> 
     return all_reduce_sum(table)
 
 
+def of_rank_0(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's tensor of this shape (collective)."""
+    dist.broadcast(tensor, 0)
+    return tensor
+
+
 def broadcast_object(obj: Any, ranks: Ranks, kind: Any = Any) -> Any:
     """Rank 0's `obj`, plain data, on every rank; what the others pass does not matter. `kind` as in messages.gather."""
     return messages.broadcast(obj, kind)

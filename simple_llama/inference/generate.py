@@ -89,6 +89,7 @@ def generate_together(
     stop_ids: Collection[int],
     sampling: Sampling = _GREEDY,
     numbers: Sequence[int] | None = None,
+    agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[list[int | None]]:
     """`generate` for several prompts at once, which may have any lengths: each time, the next token of each answer.
 
@@ -100,6 +101,7 @@ def generate_together(
 
     Args:
         numbers: which answers these are of all that the seed makes, where they are not 0, 1, ...
+        agree: of a model whose forward all ranks have to make together, gives all of them the same tokens (B,).
     """
     assert not model.training, "generate: dropout would act"
     device = model.embeddings.weight.device
@@ -117,6 +119,7 @@ def generate_together(
     while going:
         logits_BV = steps.step(torch.cat(ahead)) if steps and made else model.decode_together(ahead, caches)
         tokens_B = _next_tokens(logits_BV, sampling, [generators[index] for index in going])
+        tokens_B = agree(tokens_B) if agree else tokens_B
         found = dict(zip(going, tokens_B.tolist(), strict=True))
         yield [found.get(index) for index in range(len(prompts))]
         made += 1
@@ -138,14 +141,15 @@ def answer_together(
     sampling: Sampling = _GREEDY,
     numbers: Sequence[int] | None = None,
     beat: Callable[[], object] | None = None,
+    agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[list[int]]:
     """Token ids of the whole answers of `generate_together`, each with the stop token that ended it.
 
     Args:
-        beat: called with each round of tokens.
+        beat: called with each round of tokens. agree: as there.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate_together(model, prompts, max_new_tokens, stop_ids, sampling, numbers):
+    for tokens in generate_together(model, prompts, max_new_tokens, stop_ids, sampling, numbers, agree):
         if beat:
             beat()
         for answer, token in zip(answers, tokens, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from simple_llama.cluster import watchdog
-from simple_llama.cluster.distributed import Ranks, all_reduce_sum, fail_together, gather_objects
+from simple_llama.cluster.distributed import Ranks, all_reduce_sum, fail_together, gather_objects, of_rank_0
 from simple_llama.common.logging import LOGGER
 from simple_llama.finetune.chat_format import answer_text
 from simple_llama.inference.generate import Sampling, answer_together, groups_with_room
@@ -44,18 +45,21 @@ def _answers(
     max_new_tokens: int,
     sampling: Sampling = _GREEDY,
     numbers: Sequence[int] | None = None,
+    together: bool = False,
 ) -> list[list[int]]:
     """Answers to `prompts` (token ids, up to where an answer begins), without dropout.
 
-    With the stop token that ended one. Each new token is a sign of life. `numbers` tells sampled answers apart.
+    With the stop token that ended one. Each new token is a sign of life. `numbers` tells sampled answers apart. Where
+    all ranks make the same answers `together`, rank 0's tokens count: ranks that round otherwise stay in step.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     answers, beat = list[list[int]](), partial(watchdog.beat, "sample answers")
+    agree = of_rank_0 if together else None
     with evaluating(model):
         for places in groups_with_room([len(ids) + max_new_tokens for ids in prompts], _MOST_CACHED):
             beat()
             some, own = [prompts[place] for place in places], [numbers[place] for place in places]
-            answers += answer_together(model, some, max_new_tokens, stop_ids, sampling, own, beat)
+            answers += answer_together(model, some, max_new_tokens, stop_ids, sampling, own, beat, agree)
     return answers
 
 
@@ -109,7 +113,7 @@ class Samples:
             return {}
         ranks, together = self.ranks, self.engine.partitioned
         share = slice(None) if together else slice(ranks.rank, None, ranks.world_size)
-        mine = _answers(self.engine.model, self.chat.stop_ids, self.prompts[share], self.most_tokens)
+        mine = _answers(self.engine.model, self.chat.stop_ids, self.prompts[share], self.most_tokens, together=together)
         told = [(answer_text(self.chat, ids), len(ids)) for ids in mine]
         gathered = gather_objects(told, ranks, list[tuple[str, int]])
         if ranks.is_main:
@@ -140,11 +144,15 @@ class Samples:
         sums: list[float] = []
         counts: tuple[int, ...] = ()
         problem = ""
+        with nullcontext() if together else fail_together(self.ranks):  # the policy's forward passes: collectives
+            spoken = self.spoken(numbers) if numbers else None
+            made = self.logps_by_policy(spoken) if spoken and spoken.counts else None
         with fail_together(self.ranks):
-            if numbers and (spoken := self.spoken(numbers)).counts:
-                policy_N = spoken_logps(self.engine.model, spoken, self.engine.whole_head())
+            if spoken and made:
+                policy_N, ref_N = made
                 try:
-                    sums, counts = k3_sums(policy_N, self.reference_logps(spoken), spoken.counts), spoken.counts
+                    ref_N = self.reference_logps(spoken) if ref_N is None else ref_N
+                    sums, counts = k3_sums(policy_N, ref_N, spoken.counts), spoken.counts
                 except StartChanged as changed:
                     problem = str(changed)
         of_all = gather_objects((sums, list(counts), problem), self.ranks, tuple[list[float], list[int], str])
@@ -164,19 +172,33 @@ class Samples:
         which = [number for number in numbers for _ in range(each)]
         own = [each * number + index for number in numbers for index in range(each)]
         prompts = [self.prompts[number] for number in which]
-        answers = _answers(self.engine.model, self.chat.stop_ids, prompts, self.most_tokens, self.sampling, own)
+        answers = _answers(
+            self.engine.model,
+            self.chat.stop_ids,
+            prompts,
+            self.most_tokens,
+            self.sampling,
+            own,
+            together=self.engine.partitioned,
+        )
         grouped = [answers[first : first + each] for first in range(0, len(answers), each)]
         kept = [[answer for answer in group if answer] for group in grouped]  # none where the prompt leaves no room
         return Spoken.pack([self.prompts[number] for number in numbers], kept)
 
+    def logps_by_policy(self, spoken: Spoken) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the policy gives the tokens (N,), and what the reference does where that is the policy without its
+        adapters (collective with ZeRO-3)."""
+        model, head = self.engine.model, self.engine.whole_head
+        policy_N = spoken_logps(model, spoken, head())
+        if self.reference is not None or not self.inputs.without_adapters or model.compiled:
+            return policy_N, None
+        with adapters_off(model):
+            return policy_N, spoken_logps(model, spoken, head())
+
     def reference_logps(self, spoken: Spoken) -> torch.Tensor:
-        """What the reference gives the tokens (N,): a model in memory, the policy without its adapters, or the
-        reference's files, read a block at a time."""
+        """What the reference gives the tokens (N,): a model in memory, or its files, read a block at a time."""
         if self.reference is not None:
             return spoken_logps(self.reference, spoken)
-        if self.inputs.without_adapters and not self.engine.model.compiled:
-            with adapters_off(self.engine.model):
-                return spoken_logps(self.engine.model, spoken, self.engine.whole_head())
         with self.inputs.reference.reading() as start:
             return spoken_logps(lean_model(start, self.inputs.dtype, self.ranks.device), spoken)
 
