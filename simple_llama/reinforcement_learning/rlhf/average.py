@@ -10,6 +10,7 @@ import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import listed, shown
+from simple_llama.interop.adapted_start import AdaptedStart
 from simple_llama.interop.open_start import open_start, start_metadata
 from simple_llama.pretraining.named_tensors import NamedTensors
 from simple_llama.pretraining.start_model import StartModel
@@ -39,15 +40,15 @@ class _Export(NamedTuple):
 
 
 def last_epochs(run: Path, count: int) -> tuple[list[StartModel], list[Mapping[str, Any]]]:
-    """The models of the newest `count` ends of epochs in a run's checkpoint folder, newest first, and their metadata;
-    where a run exports adapters, with them.
+    """The models of the newest `count` ends of epochs in a run's checkpoint folder, newest first, and their metadata.
+    Of adapters and the merged model beside the last of them the adapters.
 
     UserError where there are fewer, or where they are not of one run and one architecture.
     """
-    by_step = dict[int, _Export]()
-    for export in sorted(_exports(run), key=lambda export: export.path.name):
-        by_step.setdefault(export.step, export)  # adapters, rather than the merged model beside the last of them
-    found = [by_step[step] for step in sorted(by_step, reverse=True)]
+    every = [(export, open_start(export.path)) for export in _exports(run)]
+    adapted = {export.step for export, model in every if isinstance(model, AdaptedStart)}
+    found = [export for export, model in every if isinstance(model, AdaptedStart) or export.step not in adapted]
+    found.sort(reverse=True, key=lambda export: export.step)
     if len(found) < count:
         there = listed([export.path.name for export in found]) if found else "none"
         raise UserError(f"average: expected {count} exports of ends of epochs in {run}, found {there}")
