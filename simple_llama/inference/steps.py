@@ -76,7 +76,7 @@ class Steps:
 
     @torch.inference_mode()
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        """Logits (B, V) after one more token of each sequence."""
+        """Logits (B, V) after one more token of each sequence, to be read alone (an inference tensor)."""
         lengths = [cache.length for cache in self.caches]
         times = _way_to_multiply(self._model.head_weight, len(lengths))
         count, end, room = len(lengths), max(lengths) + 1, self._room
@@ -105,7 +105,7 @@ class Steps:
     def _normed(self, x_BD: torch.Tensor, weight_D: torch.Tensor) -> torch.Tensor:
         """RMSNorm. Of one row on a CPU in two calls for eight: behind a matrix that has emptied the caches each call
         takes some 5 us."""
-        if len(x_BD) > 1 or x_BD.is_cuda:
+        if len(x_BD) > 1 or x_BD.device.type != "cpu":
             return F.rms_norm(x_BD, (self._width,), weight_D, self._eps)
         norm = float(torch.linalg.vector_norm(x_BD, dtype=torch.float32))
         scale = (norm * norm / self._width + self._eps) ** -0.5
@@ -142,7 +142,8 @@ def _times(x_BI: torch.Tensor, weight_IO: torch.Tensor, onto_BO: torch.Tensor | 
 
 
 def _row_times(x_1I: torch.Tensor, weight_IO: torch.Tensor, onto_1O: torch.Tensor | None = None) -> torch.Tensor:
-    """`_times` of one bf16 row: what torch does for a vector reads the weights a third faster, and adds up in fp32."""
+    """`_times` of one bf16 row, but for a second rounding: what torch does for a vector reads the weights a third
+    faster. It too adds up in fp32."""
     product = torch.mv(weight_IO.t(), x_1I[0]).unsqueeze(0)
     return product if onto_1O is None else product.add_(onto_1O)
 

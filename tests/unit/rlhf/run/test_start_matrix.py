@@ -15,8 +15,8 @@ from start_cells import Cell, cells, make_ranked_job, make_weighted_job
 from tiny_job import ROOT, TinyJob
 
 SOME = ("sigmoid", "sft", "aot", "orpo")
-# Adam's first step is the sign of a gradient, so that its rounding near 0 counts: 1e-4 of ipo's next loss at 1e-3.
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+# Adam's first step is the sign of a gradient, so that its rounding near 0 counts: 1e-4 of ipo's next loss at 1e-3.
 SMALL = {"max_lr": 2e-4, "min_lr": 0.0}
 
 
