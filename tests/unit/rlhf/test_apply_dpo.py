@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,7 @@ from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
 from simple_llama.reinforcement_learning.rlhf.run import training_run
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
+from simple_llama.reinforcement_learning.rlhf.run.statistics import effective_count, preferred
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, optimizer_step
 from simple_llama.reinforcement_learning.rlhf.run.training_run import TrainingRun
 from tiny_job import TinyJob, make_job, write_pairs, write_rankings
@@ -550,6 +552,10 @@ def test_a_run_of_rankings(ranked, ranks, caplog):
     train = inputs.data.train
     assert max(line["step"] for line in ranked.lines()) == 2 * -(-len(train.units) // 8) < 2 * -(-len(train) // 8)
     assert len(ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)) == 4 * 16 + 4
+    with np.load(ranked.folder / "runs" / "tiny" / "held_out.npz") as last:
+        rewards_N2, prompts_N = last["rewards_N2"], inputs.data.validation.prompts
+    worth = effective_count(preferred(rewards_N2[:, 0] - rewards_N2[:, 1]), prompts_N)
+    assert prompts_N.max() + 1 <= worth <= len(prompts_N) and ranked.curve("eval_effective_pairs")[-1] == worth
     for state in (copied_run(ranked, "middle") / "state").iterdir():
         if state.name != "step_00000002":
             shutil.rmtree(state)

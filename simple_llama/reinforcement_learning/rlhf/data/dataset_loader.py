@@ -125,8 +125,7 @@ class RLDatasetLoader:
 
     Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
     kept, dropped, ignored) and `warnings`; both are logged; `prompts`, how many different ones there are, and
-    `held_out_prompts`, how many of them are held out; `largest_prompt_share`, the share of the pairs that the most
-    frequent one has.
+    `largest_prompt_share`, the share of the pairs that the most frequent one has.
     Raises UserError (file, record, key, expected, found; of the first ten faulty records, with their number) for
     malformed data, too many <UNK>, and when no training pair is left. Beats the watchdog while it reads.
     """
@@ -164,7 +163,6 @@ class RLDatasetLoader:
         _, times = np.unique(shares, return_counts=True)
         self.prompts, self.largest_prompt_share = len(times), float(times.max() / len(pairs))
         held_out = _held_out_prompts(shares, val_share)
-        self.held_out_prompts = len(np.unique(shares[held_out]))
         trained = int(np.count_nonzero(~held_out))
         self.warnings = warnings_of(count, unknown, len(pairs) - trained if val_share else None)
         LOGGER.info("%s: %s", path, self.report)

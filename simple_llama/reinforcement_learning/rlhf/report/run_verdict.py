@@ -39,18 +39,17 @@ def verdict(facts: RunFacts) -> list[str]:
 
 
 def interval_of(line: Mapping[str, Any]) -> tuple[float, float]:
-    """Where the accuracy of an evaluation lies with 95 % confidence, pairs of one prompt counted as one; NaN where the
-    line does not tell."""
-    accuracy, count = value(line, "eval_rewards/accuracies"), value(line, "eval_prompts")
+    """Where the accuracy of an evaluation lies with 95 % confidence, several pairs of one prompt counted for what they
+    are worth where that is recorded; NaN where the line does not tell."""
+    accuracy, count = value(line, "eval_rewards/accuracies"), value(line, "eval_effective_pairs")
     count = count if math.isfinite(count) else value(line, "eval_pairs")
     if not (0 <= accuracy <= 1 and count >= 1):
         return math.nan, math.nan
-    return accuracy_interval(accuracy, round(count))
+    return accuracy_interval(accuracy, count)
 
 
 def last_interval(facts: RunFacts) -> tuple[float, float]:
-    """The interval of the last accuracy. Where the pairs are recorded, several that answer one prompt count for what
-    they are worth; else each counts as one."""
+    """The interval of the last accuracy, by the pairs themselves where they are recorded."""
     pairs = facts.pairs_at_end
     if pairs is None:
         return interval_of(facts.evaluations[-1])

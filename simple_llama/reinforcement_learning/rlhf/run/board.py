@@ -21,7 +21,7 @@ from simple_llama.inference.guards import ENDED_AT_ONCE
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
 from simple_llama.reinforcement_learning.rlhf.run.event_file import EventFile
 
-_NO_CURVES = ("epoch", "eval_pairs", "eval_prompts", "weights/median", "weights/bits")
+_NO_CURVES = ("epoch", "eval_pairs", "eval_effective_pairs", "weights/median", "weights/bits")
 _OWN_GROUPS = ("perf/", "samples/")
 _FIRST = ("loss", "rewards/")  # of what is held out: on the first screen
 _LAYOUT = {  # title, with the unit: curves

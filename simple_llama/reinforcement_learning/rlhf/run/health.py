@@ -48,12 +48,6 @@ class Facts:
     rates: float  # sum of the learning rates of all steps: how far Adam can carry a weight, about
     answer_tokens: float = 0.0  # mean scored tokens of a held-out answer
     largest_prompt_share: float = 0.0  # share of all pairs that the commonest prompt has
-    held_out_prompts: int = 0  # where several pairs have one; 0: each has its own
-
-    @property
-    def chances(self) -> int:
-        """How many held-out pairs say something of their own: those of one prompt may all agree."""
-        return self.held_out_prompts or self.held_out
 
 
 class Finding(NamedTuple):
@@ -98,6 +92,11 @@ def warnings_of(records: Sequence[Mapping[str, float]], facts: Facts) -> list[Fi
 # === Notices ===
 
 
+def _worth(history: History, facts: Facts) -> float:
+    """How many independent pairs the held-out ones are worth: several that answer one prompt may all agree."""
+    return history.last("eval_effective_pairs") or facts.held_out
+
+
 def _chosen_falls(history: History, facts: Facts) -> str | None:
     """Chosen answers become less likely while their margin grows: rejected ones fall faster."""
     chosen, margins = history.curve("eval_log_ratio/chosen").trained(), history.curve("eval_rewards/margins")
@@ -115,13 +114,14 @@ def _held_out_small(history: History, facts: Facts) -> str | None:
     accuracies = history.curve("eval_rewards/accuracies").trained()
     if not accuracies or not facts.held_out or 2 * accuracies.step < facts.total_steps:
         return None
-    low, high = accuracy_interval(accuracies.last, facts.chances)
+    low, high = accuracy_interval(accuracies.last, _worth(history, facts))
     if not low <= 0.5 <= high:
         return None
-    prompts = f" of {facts.held_out_prompts} prompts" if facts.held_out_prompts else ""
+    worth = _worth(history, facts)
+    as_many = f" that are worth {worth:.0f}" if round(worth) < facts.held_out else ""
     return (
         f"too few held-out pairs to tell: their accuracy is {accuracies.last:.3f} at step {accuracies.step}, of "
-        f"{facts.held_out} pairs{prompts}, so it may be anything from {low:.3f} to {high:.3f}, 0.5 (no change) included"
+        f"{facts.held_out} pairs{as_many}, so it may be anything from {low:.3f} to {high:.3f}, 0.5 (no change) included"
     )
 
 
@@ -138,9 +138,9 @@ def _prompt_dominates(history: History, facts: Facts) -> str | None:
 def _length_explains(history: History, facts: Facts) -> str | None:
     """The margin goes with the length difference (Fisher's interval of a correlation, 1921)."""
     found = history.curve("eval_margin_length_correlation").trained()
-    if not found or facts.chances < 10:
+    if not found or _worth(history, facts) < 10:
         return None
-    spread = 1.959964 / math.sqrt(facts.chances - 3)
+    spread = 1.959964 / math.sqrt(_worth(history, facts) - 3)
     surely = np.tanh(np.arctanh(np.clip(np.abs(found.values), 0, 1 - 1e-9)) - spread) >= _LENGTH_CORRELATION
     longer = history.last("eval_longer_is_chosen") or 0.0
     if not surely[-1] or (longer if found.last > 0 else 1 - longer) < _LABELS_LEAN:
@@ -159,7 +159,7 @@ def _memorised(history: History, facts: Facts) -> str | None:
     if len(trained) < _WINDOW or not held_out or not facts.held_out:
         return None
     accuracy = float(trained.values[-_WINDOW:].mean())
-    high = accuracy_interval(held_out.last, facts.chances)[1]
+    high = accuracy_interval(held_out.last, _worth(history, facts))[1]
     if accuracy < _LEARNED_BY_HEART or high > _CARRIED_OVER:
         return None
     return (
@@ -227,7 +227,7 @@ def _swapped(history: History, facts: Facts) -> str | None:
     accuracies = history.curve("eval_rewards/accuracies").trained()
     if len(accuracies) < 2 or not facts.held_out or not (accuracies.values < 0.5).all():
         return None
-    if accuracy_interval(accuracies.last, facts.chances)[1] >= 0.5:
+    if accuracy_interval(accuracies.last, _worth(history, facts))[1] >= 0.5:
         return None
     return (
         f"labels look swapped: held-out accuracy is {accuracies.last:.3f}, and was below 0.5 at all "

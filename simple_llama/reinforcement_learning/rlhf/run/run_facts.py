@@ -18,6 +18,7 @@ from simple_llama.common.files import atomic_path, atomic_write_json
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import HeldOut
+from simple_llama.reinforcement_learning.rlhf.run.statistics import effective_count, preferred
 
 _HELD_OUT = "held_out.npz"
 _MAGNITUDES = 1 << 15  # bit patterns of bf16 without the sign, whose order is that of the values
@@ -61,6 +62,15 @@ def write_held_out(folder: Path, step: int, found: HeldOut, pairs: PairSet) -> N
             origins=origins,
             prompts=pairs.prompts,
         )
+
+
+def effective_pairs(found: HeldOut, pairs: PairSet) -> dict[str, float]:
+    """`eval_effective_pairs`, by the accuracy: nothing where each pair has a prompt of its own."""
+    prompts_N = pairs.prompts
+    if prompts_N.max() + 1 == len(pairs):
+        return {}
+    hits_N = preferred(found.rewards_N2[:, 0] - found.rewards_N2[:, 1])
+    return {"eval_effective_pairs": effective_count(hits_N, prompts_N)}
 
 
 def histograms_of(found: HeldOut) -> dict[str, np.ndarray]:

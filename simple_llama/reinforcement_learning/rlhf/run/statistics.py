@@ -58,11 +58,12 @@ class Reliability(NamedTuple):
     bins: tuple[ReliabilityBin, ...]  # those that have pairs
 
 
-def accuracy_interval(accuracy: float, pairs: float) -> tuple[float, float]:
-    """Where the accuracy over all possible pairs lies with 95 % confidence (Wilson's score interval, 1927)."""
-    middle = accuracy + _Z * _Z / (2 * pairs)
-    half = _Z * math.sqrt(accuracy * (1 - accuracy) / pairs + _Z * _Z / (4 * pairs * pairs))
-    scale = 1 + _Z * _Z / pairs
+def accuracy_interval(accuracy: float, count: float) -> tuple[float, float]:
+    """Where the accuracy over all possible pairs lies with 95 % confidence (Wilson's score interval, 1927), found on as
+    many independent ones as `count` says."""
+    middle = accuracy + _Z * _Z / (2 * count)
+    half = _Z * math.sqrt(accuracy * (1 - accuracy) / count + _Z * _Z / (4 * count * count))
+    scale = 1 + _Z * _Z / count
     return (middle - half) / scale, (middle + half) / scale
 
 
@@ -99,7 +100,14 @@ def standard_error(values_N: np.ndarray, groups_N: np.ndarray) -> float:
 
 
 def share_interval(hits_N: np.ndarray, groups_N: np.ndarray) -> Interval:
-    """A share of hits (each in [0, 1]) with Wilson's interval, for as many pairs as the prompts are worth.
+    """A share of hits (each in [0, 1]) with Wilson's interval, for as many pairs as these are worth."""
+    share = float(np.mean(hits_N))
+    low, high = accuracy_interval(share, effective_count(hits_N, groups_N))
+    return Interval(share, max(0.0, low), min(1.0, high))
+
+
+def effective_count(hits_N: np.ndarray, groups_N: np.ndarray) -> float:
+    """How many independent pairs those of groups (prompts) are worth.
 
     N pairs are worth N / max(1, V), V being by how much the variance over prompts is larger than that of as many
     independent hits (Kish's design effect): 1 where each pair has a prompt of its own. Where the pairs do not show it,
@@ -111,8 +119,7 @@ def share_interval(hits_N: np.ndarray, groups_N: np.ndarray) -> Interval:
         count /= max(1.0, float(np.sum(sums_G**2)) / (count * share * (1 - share)))
     else:
         count = float(np.count_nonzero(np.bincount(groups_N)))
-    low, high = accuracy_interval(share, count)
-    return Interval(share, max(0.0, low), min(1.0, high))
+    return count
 
 
 def paired_bootstrap(ours_N: np.ndarray, theirs_N: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> Interval:

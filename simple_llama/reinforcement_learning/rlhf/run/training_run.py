@@ -40,6 +40,7 @@ from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter, log_line, rewind
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import (
     drop_held_out,
+    effective_pairs,
     histograms_of,
     weight_facts,
     write_data_facts,
@@ -362,8 +363,7 @@ class TrainingRun:
             found = evaluate(self.engine.logps, self.loss_fn, ref_logps, self.held_out, shown, ranks.device)
             values = found.metrics
             values["eval_longer_is_chosen"] = self.held_out.longer_is_chosen
-            if self.inputs.data.held_out_prompts < len(self.held_out):
-                values["eval_prompts"] = self.inputs.data.held_out_prompts
+            values |= effective_pairs(found, self.held_out)
             if self.held_out.is_weighted:
                 values["eval_pair_weight"] = float(self.held_out.weights.sum() / self.held_out.total)
             self.at.last_loss = values["eval_loss"]

@@ -41,7 +41,7 @@ class StepSums(MetricSums):
 
 def facts_of(config: ScheduleConfig, data: RLDatasetLoader, total_steps: int, beta: float) -> Facts:
     """What a run of so many steps knows before the first."""
-    counts_N2, prompts = data.validation.keys["counts"], data.held_out_prompts
+    counts_N2 = data.validation.keys["counts"]
     return Facts(
         pairs=len(data.train),
         held_out=len(data.validation),
@@ -50,7 +50,6 @@ def facts_of(config: ScheduleConfig, data: RLDatasetLoader, total_steps: int, be
         rates=sum(config.rates(total_steps)),
         answer_tokens=float(counts_N2.mean()) if len(counts_N2) else 0.0,
         largest_prompt_share=data.largest_prompt_share,
-        held_out_prompts=prompts if prompts < len(data.validation) else 0,
     )
 
 

@@ -32,9 +32,11 @@ def facts_of(*history: dict[str, Any], **others: Any) -> RunFacts:
     return RunFacts(Path("run"), {"beta": 0.5}, {}, history, **{**given, **others})
 
 
-def test_pairs_of_one_prompt_count_once() -> None:
-    """100 pairs of 25 prompts: the interval of 25."""
-    assert interval_of(evaluation(1, 0.8, eval_prompts=25.0)) == interval_of(evaluation(1, 0.8, eval_pairs=25.0))
+def test_pairs_count_for_what_they_are_worth() -> None:
+    """100 pairs that are worth 25: the interval of 25."""
+    assert interval_of(evaluation(1, 0.8, eval_effective_pairs=25.0)) == interval_of(
+        evaluation(1, 0.8, eval_pairs=25.0)
+    )
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,17 @@ def test_held_out_small(accuracy: float, step: int, expected: bool) -> None:
         assert "0.560 at step 20, of 200 pairs, so it may be anything from 0.491 to 0.627" in only(lines).text
 
 
-def test_pairs_of_one_prompt_are_one_chance() -> None:
-    """0.57 of 200 pairs would be told from 0.5; of 200 pairs of 40 prompts it is not, nor is a correlation of 0.7."""
+def test_pairs_of_one_prompt_count_for_what_they_are_worth() -> None:
+    """0.57 of 200 pairs would be told from 0.5; of 200 that are worth 40 it is not, nor is a correlation of 0.7, nor
+    are labels swapped at 0.42."""
     lines = [{"step": 0, "eval_rewards/accuracies": 0.5}, {"step": 20, "eval_rewards/accuracies": 0.57}]
-    few = dataclasses.replace(FACTS, held_out_prompts=40)
-    assert not named(lines) and "of 200 pairs of 40 prompts, so it may be anything from 0.41" in only(lines, few).text
-    long = [{"step": 20, "eval_margin_length_correlation": 0.7, "eval_longer_is_chosen": 0.8}]
-    assert named(long) == ["length_explains"] and not named(long, few)
+    few: Line = {"eval_effective_pairs": 40.0}
+    words = "of 200 pairs that are worth 40, so it may be anything from 0.41"
+    assert not named(lines) and words in only([lines[0], {**lines[1], **few}]).text
+    long: list[Line] = [{"step": 20, "eval_margin_length_correlation": 0.7, "eval_longer_is_chosen": 0.8}]
+    assert named(long) == ["length_explains"] and not named([{**long[0], **few}])
+    wrong: list[Line] = [{"step": step, "eval_rewards/accuracies": 0.42} for step in (5, 10)]
+    assert "swapped" in named(wrong) and "swapped" not in named([{**line, **few} for line in wrong])
 
 
 def test_one_prompt_dominates() -> None:

@@ -38,13 +38,11 @@ def kept(folder: Path) -> list[tuple[int, str]]:
 
 def test_what_is_known_before_the_first_step() -> None:
     """Rates of 0.25, 0.5, 0.5, 0.5. The chosen answers of the held-out pairs have 11 and 12 tokens, the others one:
-    6.25 on average. Prompts are counted where they are fewer than pairs."""
+    6.25 on average."""
     data: Any = SimpleNamespace(train=PAIRS[:9], validation=PairSet.of(list(PAIRS)[9:], [("a", 1), ("a", 2)]))
-    data.largest_prompt_share, data.held_out_prompts = 0.5, 2
+    data.largest_prompt_share = 0.5
     config = ScheduleConfig(warmup_iterations=2, max_lr=0.5, min_lr=0.5)
     assert facts_of(config, data, 4, 0.1) == Facts(9, 2, 4, 0.1, 1.75, 6.25, 0.5)
-    data.held_out_prompts = 1
-    assert facts_of(config, data, 4, 0.1).held_out_prompts == 1
 
 
 def test_each_warning_once_and_where(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
