@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simple_llama.ops.attention import PackedLayout
-from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.architecture import LORA_TARGETS, Architecture, LoRA
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from tiny_hf import ARCHITECTURE
@@ -29,7 +29,8 @@ def _shape(**changes: Any) -> Architecture:
     return Architecture.of(TrainingConfig(**{**SMALL, **changes}), 50)
 
 
-GROUPED = replace(ARCHITECTURE, layers=1, qkv_bias=True, qk_norm=True)  # two key heads of four, tied
+UPDATES = LoRA(2, 4.0, LORA_TARGETS)
+GROUPED = replace(ARCHITECTURE, layers=1, qkv_bias=True, qk_norm=True, lora=UPDATES)  # two key heads of four, tied
 
 
 def _pair(
@@ -39,7 +40,11 @@ def _pair(
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        models.append(LLaMaTransformer(architecture or _shape()).to(compiled_dtype))
+        model = LLaMaTransformer(architecture or _shape()).to(compiled_dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):  # zero at the start, where an update is nothing
+                torch.nn.init.normal_(parameter)
+        models.append(model)
     models[1].compile_layers()
     return models[0], models[1]
 
@@ -63,7 +68,7 @@ def _outcome(model: LLaMaTransformer) -> list[torch.Tensor]:
     return [hidden.detach(), *(p.grad.float() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("architecture", [_shape(**MLA), GROUPED], ids=["MLA", "tied, grouped"])
+@pytest.mark.parametrize("architecture", [_shape(**MLA), GROUPED], ids=["MLA", "tied, grouped, adapters"])
 def test_values_and_gradients(architecture: Architecture):
     """fp32: within 1e-5 of each tensor's largest entry. A tied matrix has one gradient, of both of its ends."""
     for mine, other in zip(*map(_outcome, _pair(torch.float32, architecture)), strict=True):
