@@ -15,8 +15,8 @@ common=(--model_path "$folder/start.pth" --tokenize_path "$tokenizer" --max_seq_
 mkdir -p "$folder"
 echo 'localhost slots=2' >"$folder/hostfile"
 
+[ -e "$folder/hh.jsonl" ] || $python launch/prepare_data.py --inputs "$data" --output "$folder/hh.jsonl"
 if [ ! -e "$folder/start.pth" ]; then
-    $python launch/prepare_data.py --inputs "$data" --output "$folder/hh.jsonl"
     $python benchmarks/start_model.py --data "$folder/hh.jsonl" --tokenizer "$tokenizer" --out "$folder/start.pth" \
         --n_embd 512 --n_layers 8 --n_heads 8 --max_seq_len 1024 --val_share 0.1 --steps 60 --max_lr 1e-3
 fi

@@ -7,6 +7,7 @@ UserError; one that holds no usable pair is dropped and counted by reason.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,8 @@ def _check_settings(config: PrepareConfig) -> None:
         raise UserError(f"output: expected a name that ends with .json or .jsonl, found {config.output!r}")
     if Path(config.output).resolve() in {Path(name).resolve() for name in config.inputs}:
         raise UserError(f"output: expected another file than the inputs, found {config.output!r} among them")
+    if os.path.lexists(config.output):
+        raise UserError(f"{config.output}: expected nothing there yet; choose another --output, or move it away")
     if config.limit < 0:
         raise UserError(f"limit: expected a number of pairs, or 0 for all, found {config.limit}")
 

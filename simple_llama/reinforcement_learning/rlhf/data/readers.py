@@ -17,7 +17,7 @@ turn; the last answers are compared. A message of white space and invisible char
 HH-RLHF (`chosen`, `rejected`): whole transcripts. A paragraph that starts with "Human:" or "Assistant:" starts a turn;
 anywhere else these words are text (`holds_a_turn` says where that is doubtful). CR LF is read as LF. Turns have to
 alternate, Human first and Assistant last, and the Human turns of both transcripts have to agree; earlier answers may
-differ, the last ones have to.
+differ, the last ones have to. A record with a `prompt` beside them is of another form, and refused.
 PKU-SafeRLHF (`prompt`, `response_0`, `response_1`, labels): `prefer` says which of the two labels decides. A pair whose
 preferred answer is marked unsafe is dropped unless `keep_unsafe`.
 Text of these two loses the white space around it.
@@ -311,6 +311,11 @@ def _is_nearly_custom(text: str) -> bool:
 
 def from_hh(record: Record, options: ReadOptions) -> Conversation:
     """The pair in two HH-RLHF transcripts."""
+    if "prompt" in record.fields:
+        raise UserError(
+            f"{record.origin}: expected whole transcripts under chosen and rejected (HH-RLHF), found a prompt beside "
+            "them, which is another form (TRL's)"
+        )
     transcripts = [_typed(record, key, str) for key in ("chosen", "rejected")]
     chosen, rejected = map(_turns, transcripts)
     if chosen[0::2] != rejected[0::2]:

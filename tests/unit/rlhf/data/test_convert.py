@@ -47,6 +47,7 @@ def source(folder: Path, *records: Any, name: str = "raw.jsonl") -> str:
 def converted(folder: Path, *records: Any, **settings: Any) -> tuple[list[dict[str, Any]], str]:
     """The pairs that are written for the records, and the report without its file name."""
     output = folder / "out.jsonl"
+    output.unlink(missing_ok=True)
     report = prepare(PrepareConfig(inputs=(source(folder, *records),), output=str(output), **settings))
     return [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]], report.split(": ", 1)[1]
 
@@ -207,6 +208,11 @@ REFUSED = {
     ),
     "idle prefer": ([hh("H: a A: b", "H: a A: c")], {"prefer": "safety"}, "expected a PKU-SafeRLHF input"),
     "idle keep_unsafe": ([hh("H: a A: b", "H: a A: c")], {"keep_unsafe": True}, "expected a PKU-SafeRLHF input"),
+    "TRL's form": (
+        [hh("H: a A: b", "H: a A: c"), {"prompt": "a", "chosen": "b", "rejected": "c"}],
+        {},
+        "raw.jsonl:2: expected whole transcripts under chosen and rejected (HH-RLHF), found a prompt beside them",
+    ),
     "nothing usable": ([hh("H: a A: b", "H: a A: b")], {}, "found none: kept 0 of 1 pairs (1 with identical answers)"),
     "negative limit": ([hh("H: a A: b", "H: a A: c")], {"limit": -1}, "limit: expected"),
 }
@@ -223,12 +229,16 @@ def test_refused_inputs_write_nothing(tmp_path: Path, case: str) -> None:
 
 
 def test_output_name_is_checked(tmp_path: Path) -> None:
-    """Before anything is read; an input is never overwritten, however its path is spelled."""
+    """Before anything is read; nothing is overwritten, and an input is called one, however its path is spelled."""
     file = source(tmp_path, hh("H: a A: b", "H: a A: c"))
     with pytest.raises(UserError, match=r"ends with \.json or \.jsonl"):
         prepare(PrepareConfig(inputs=(file,), output=str(tmp_path / "out.csv")))
     with pytest.raises(UserError, match="another file than the inputs"):
         prepare(PrepareConfig(inputs=(file,), output=f"{tmp_path}/./raw.jsonl"))
+    (tmp_path / "out.json").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.json: expected nothing there yet; choose another --output"):
+        prepare(PrepareConfig(inputs=(file,), output=str(tmp_path / "out.json")))
+    assert (tmp_path / "out.json").read_text() == "mine"
     with pytest.raises(UserError, match="expected at least one file"):
         prepare(PrepareConfig(inputs=(), output=str(tmp_path / "out.json")))
 
