@@ -265,12 +265,14 @@ class PreferenceLoss(LossConfig):
         gaps_B: torch.Tensor | None = None,
         groups_B: torch.Tensor | None = None,
         total: float | None = None,
+        sums_BS: torch.Tensor | None = None,
     ) -> float:
         """The mean loss, in fp64, of pairs with these sums of the reference (B, 2), those over the common length behind
-        them where they are read, scored tokens, weights, gaps and groups, while the reference is the policy; `total`:
-        what they count for together, if not each as one."""
-        sums_BS = ref_BS.double()
-        losses_B = self(Scores.of_sums(sums_BS, sums_BS, counts_B2, weights_B, gaps_B, groups_B))
+        them where they are read, scored tokens, weights, gaps and groups, while the reference is the policy, or the
+        policy's sums are `sums_BS`; `total`: what they count for together, if not each as one."""
+        ref_BS = ref_BS.double()
+        sums_BS = ref_BS if sums_BS is None else sums_BS.double()
+        losses_B = self(Scores.of_sums(sums_BS, ref_BS, counts_B2, weights_B, gaps_B, groups_B))
         return losses_B.sum().item() / (len(losses_B) if total is None else total)
 
 

@@ -1,10 +1,16 @@
-"""The reference of a run: where its log-probs come from, what states keep of them, and that they are its model's."""
+"""The reference of a run: where its log-probs come from, what states keep of them, and that they are its model's.
+
+Shapes: N held-out pairs; (N, 2) chosen and rejected.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import numpy as np
+import torch
 
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, fail_together
@@ -16,10 +22,12 @@ from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, require_kept
 from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import HeldOut
 
 
 def open_reference(
@@ -83,6 +91,22 @@ def audit_reference(
     elif reference.store:
         auditor.bind(reference.store)
     auditor.audit(logps, reference.logps, "step-0 audit")
+
+
+def is_rounding(
+    loss_fn: PreferenceLoss, found: HeldOut, pairs: PairSet, bound: Bound, loss: float, near: float
+) -> bool:
+    """Whether a held-out loss of step 0 is off because it multiplies what sums of the same weights may differ by, as
+    dpop does: a nat moves it by more than one, no sum lies beyond the bound, and of these sums it is right."""
+    if loss_fn.asks.fronts:
+        return False
+    ours_N2, ref_N2 = torch.from_numpy(found.logps_N2), torch.from_numpy(found.ref_N2)
+    facts = (pairs.keys["counts"], pairs.weights, pairs.gaps, pairs.group_numbers)
+    counts_N2, *others = (torch.from_numpy(np.array(fact)) for fact in facts)
+    told = partial(loss_fn.foretold, ref_N2, counts_N2, *others, total=pairs.total)
+    moved = [told(sums_BS=ref_N2 - side_2) - told() for side_2 in torch.eye(2)]
+    honest = not bound.exceeded(ours_N2, ref_N2, counts_N2).any()
+    return honest and max(map(abs, moved)) > 1 and abs(told(sums_BS=ours_N2) - loss) <= near
 
 
 def audit_other(config: InputsConfig, reference: ref_source.Reference, inputs: Inputs, ranks: Ranks) -> None:

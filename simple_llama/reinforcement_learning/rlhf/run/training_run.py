@@ -61,6 +61,7 @@ from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engi
 from simple_llama.reinforcement_learning.rlhf.run.start_reference import (
     audit_other,
     audit_reference,
+    is_rounding,
     open_reference,
     reference_values,
     through_policy,
@@ -251,7 +252,12 @@ class TrainingRun:
                 tensors = (torch.from_numpy(np.array(part)) for part in parts)
                 expected = self.loss_fn.foretold(*tensors, total=held_out.total)
         LOGGER.info("step-0 held-out loss %.6f, expected %.6f", self.at.last_loss, expected)
-        if not abs(self.at.last_loss - expected) <= _STEP0_TOLERANCE[self.inputs.dtype] * max(expected, 1.0):
+        near = _STEP0_TOLERANCE[self.inputs.dtype] * max(expected, 1.0)
+        if abs(self.at.last_loss - expected) <= near:
+            return
+        if is_rounding(self.loss_fn, found, held_out, self.bound, self.at.last_loss, near):
+            LOGGER.info("it is that of the sums that were found, whose rounding this loss multiplies")
+        else:
             problem = UserError(
                 f"step 0: the held-out loss is {self.at.last_loss:.6f}, expected {expected:.6f} while the policy "
                 "is the reference; the store does not belong to this model or machine: delete its folder under "
