@@ -3,7 +3,8 @@
     python -m simple_llama.pretraining.weights FILE [--json]
 
 The status is 0 where the file is sound: its archive whole, its tensors those of its own config, all numbers finite. It
-is 2 where it is not, with what is wrong.
+is 2 where it is not, with what is wrong. Of LoRA adapters alone both halves of each have to be there: whether they
+fit a base is said where they are opened beside it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,25 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import file_digest, open_file, shown
+from simple_llama.common.files import file_digest, listed, open_file, shown
+from simple_llama.pretraining.architecture import LORA_MARK
 from simple_llama.pretraining.archives import archive_facts
-from simple_llama.pretraining.weights import WeightsFile, check_weights, find_weights, load_weights, weights_digest
+from simple_llama.pretraining.config import check_model_config
+from simple_llama.pretraining.weights import (
+    LoraAdapters,
+    check_weights,
+    find_weights,
+    load_lora_adapters,
+    load_weights,
+    weights_digest,
+)
 
 _WIDTH = 14  # characters of the first column
 
@@ -48,31 +58,56 @@ def _describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises UserError or OSError for a file that cannot be read as one.
     """
     path = find_weights(path)
-    loaded = load_weights(path)
+    adapters = load_lora_adapters(path)
+    found = adapters or load_weights(path)
+    tensors = found.tensors if isinstance(found, LoraAdapters) else found.state_dict
     with open_file(path) as file:
         archive, wrong = archive_facts(file)
     problems = [f"{shown(name)} does not have the checksum that it should have" for name in wrong]
-    try:
-        architecture: dict[str, Any] | None = asdict(loaded.architecture)
-        check_weights(loaded, torch.float32)
-    except UserError as error:
-        architecture = None
-        problems.append(str(error).removeprefix(f"{path}: "))
+    architecture: dict[str, Any] | None = None
+    if isinstance(found, LoraAdapters):
+        problems += _problems_of(found)
+    else:
+        try:
+            architecture = asdict(found.architecture)
+            check_weights(found, torch.float32)
+        except UserError as error:
+            architecture = None
+            problems.append(str(error).removeprefix(f"{path}: "))
     return {
         "file": str(path),
         "bytes": path.stat().st_size,
         "file_digest": file_digest(path),
         "archive": archive,
+        "adapters": {"rank": adapters.config.lora_rank, "alpha": adapters.config.lora_alpha} if adapters else None,
         "architecture": architecture,
-        "weights": sum(tensor.numel() for tensor in loaded.state_dict.values()),
-        "weights_digest": weights_digest(loaded.state_dict),
-        "tensors": _tensors(loaded),
-        "metadata": _plain(loaded.metadata),
+        "weights": sum(tensor.numel() for tensor in tensors.values()),
+        "weights_digest": weights_digest(tensors),
+        "tensors": _tensors(tensors),
+        "metadata": _plain(found.metadata),
         "problems": problems,
     }
 
 
-def _tensors(loaded: WeightsFile) -> list[dict[str, Any]]:
+def _problems_of(adapters: LoraAdapters) -> list[str]:
+    """What is wrong with adapters alone: A (I, R) and B (R, O) of each have to be there, of the config's rank R."""
+    try:
+        check_model_config(adapters.config)
+    except UserError as error:
+        return [f"config: {error}"]
+    rank, problems = adapters.config.lora_rank, []
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapters.tensors.items()}
+    for place in sorted({name.rpartition("lora_")[0] for name in shapes}):
+        a_IR, b_RO = (shapes.get(f"{place}lora_{half}", ()) for half in "ab")
+        if not place.endswith(LORA_MARK) or len(a_IR) != 2 or len(b_RO) != 2 or (a_IR[1], b_RO[0]) != (rank, rank):
+            problems.append(f"{shown(place)}: expected halves (I, {rank}) and ({rank}, O), found {a_IR} and {b_RO}")
+    broken = [name for name, tensor in adapters.tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        problems.append(f"expected finite weights, found inf or nan in {listed(broken)}")
+    return problems if shapes else ["expected adapters, found no tensors"]
+
+
+def _tensors(state_dict: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Name, shape, dtype of each tensor, and how many of its numbers are not finite."""
     return [
         {
@@ -81,7 +116,7 @@ def _tensors(loaded: WeightsFile) -> list[dict[str, Any]]:
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "not_finite": int((~tensor.isfinite()).sum()),
         }
-        for name, tensor in loaded.state_dict.items()
+        for name, tensor in state_dict.items()
     ]
 
 
@@ -100,11 +135,14 @@ def _text(facts: dict[str, Any]) -> str:
     """The facts for people."""
     dtypes = Counter(tensor["dtype"] for tensor in facts["tensors"])
     sound = "not sound: " + "; ".join(facts["problems"]) if facts["problems"] else "sound"
+    model = _brief(facts["architecture"] or "cannot be built from its config")
+    if facts["adapters"]:
+        model = f"none: LoRA adapters alone, {_brief(facts['adapters'])}; their base is another file"
     lines = [
         ("file", facts["file"]),
         ("size", f"{facts['bytes']:,} bytes, digest {facts['file_digest']}"),
         ("archive", facts["archive"]),
-        ("model", _brief(facts["architecture"] or "cannot be built from its config")),
+        ("model", model),
         ("weights", f"{facts['weights']:,} in {len(facts['tensors'])} tensors, {_brief(dtypes)}"),
         ("digest", f"{facts['weights_digest']} (of names, dtypes, shapes and values)"),
         *((f"  {shown(name)[1:-1]}", _brief(value)) for name, value in facts["metadata"].items()),

@@ -136,3 +136,22 @@ def test_no_weights_file(path: Path, content: bytes, capsys: pytest.CaptureFixtu
     assert main([str(path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"not sound: {path}: expected a SimpleLLaMA checkpoint") and said.count("\n") == 1
+
+
+def test_adapters_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Upstream's file of adapters is sound where both halves of each are there, finite and of the config's rank."""
+    config = TrainingConfig(n_embd=8, n_heads=2, n_layers=1, multiple_of=8, use_lora=True, lora_rank=2, q_lora=True)
+    place, path = "decoder_blocks.0.attention.q_lora_layer.lora_", tmp_path / "adapters.pth"
+    halves = {f"{place}a": torch.ones(8, 2), f"{place}b": torch.zeros(2, 8)}
+    save_weights(path, halves, config, {"run": "a"}, adapters=True)
+    assert main([str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "LoRA adapters alone, rank 2, alpha" in said and said.splitlines()[-1].split() == ["result", "sound"]
+    for broken, words in (
+        ({f"{place}a": halves[f"{place}a"]}, "expected halves (I, 2) and (2, O), found (8, 2) and ()"),
+        ({**halves, f"{place}b": torch.zeros(3, 8)}, "found (8, 2) and (3, 8)"),
+        ({**halves, f"{place}b": torch.full((2, 8), torch.nan)}, "found inf or nan in"),
+    ):
+        save_weights(path, broken, config, {}, adapters=True)
+        assert main([str(path)]) == 2
+        assert words in capsys.readouterr().out

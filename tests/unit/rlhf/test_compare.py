@@ -63,9 +63,16 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def add_pairs(
-    folder: Path, right: range, data: str = "pairs.jsonl", step: int = 4, count: int = PAIRS, **more: Any
+    folder: Path,
+    right: range,
+    data: str = "pairs.jsonl",
+    step: int = 4,
+    count: int = PAIRS,
+    longer: Any = 0,
+    **more: Any,
 ) -> None:
-    """held_out.npz: margins of the pairs `right` are 5 nats, of all others -2."""
+    """held_out.npz: margins of the pairs `right` are 5 nats, of all others -2; chosen answers are so much `longer`."""
+    gaps_N = np.zeros(count, int) + longer
     margins_N = np.where([i in right for i in range(count)], 5.0, -2.0)
     logps_N2 = np.stack([margins_N, 0 * margins_N], axis=1).astype(np.float32)
     np.savez(
@@ -73,7 +80,7 @@ def add_pairs(
         step=step,
         logps_N2=logps_N2 + np.array([-7, -17], np.float32),
         ref_N2=0 * logps_N2 + np.array([-7, -17], np.float32),
-        counts_N2=np.full((count, 2), 3, np.int32),
+        counts_N2=np.stack([9 + gaps_N, 0 * gaps_N + 9], axis=1).astype(np.int32),
         origins=np.array([f"{data}:{i}" for i in range(count)]),
         **more,
     )
@@ -98,7 +105,7 @@ def test_betas_that_88_pairs_cannot_tell_apart(tmp_path: Path) -> None:
     found = compare(tmp_path, "beta-*")
     assert found["verdict"] == [
         "The held-out pairs cannot tell beta-0.1, beta-0.05 and beta-0.5 apart: beta-0.1 over beta-0.05 accuracy "
-        "+0.034 (-0.080 to +0.147; unpaired); you need about 2,700 pairs to tell the first two, not 88.",
+        "+0.034 (-0.080 to +0.147; unpaired); to tell the first two apart you need about 2,700 pairs; there are 88.",
         "Of those that cannot be told apart, beta-0.5 has moved least from its reference: "
         "3.5 (|log-ratio|, nats an answer).",
         "Margins at the same distance from the reference, 3.5 (|log-ratio|, nats an answer): "
@@ -156,7 +163,10 @@ def test_pairs_tell_what_counts_cannot(tmp_path: Path) -> None:
     found = compare(tmp_path, "a", "c")
     assert found["groups"][0]["differences"][0]["p"] == 2 / 2**5
     assert "cannot tell a and c apart" in found["verdict"][0]
-    assert "they differ on 5 pairs), which may be chance (p 0.062); you need about" in found["verdict"][0]
+    assert (
+        "they differ on 5 pairs), which may be chance (p 0.062); to tell them apart you need about"
+        in found["verdict"][0]
+    )
 
 
 def test_pairs_of_one_prompt_are_no_independent_draws(tmp_path: Path) -> None:
@@ -248,7 +258,23 @@ def test_runs_that_say_nothing_are_shown_and_not_judged(tmp_path: Path) -> None:
     ]
     assert [run["run"] for run in found["runs"]] == ["a", "b", "c", "d", "e"]
     assert found["verdict"][-2] == f"Beware: a gave 1 alarm: answers loop: {'0.5 of ' * 50}them."
-    assert 'the rule "the longer answer is the better one" scores 0.550' in found["verdict"][-1]
+    assert 'the rule "the longer answer is chosen" scores 0.550' in found["verdict"][-1]
+    assert "and a, with 0.568, is not shown to do better" in found["verdict"][-1]
+
+
+def test_a_rule_is_compared_pair_by_pair(tmp_path: Path) -> None:
+    """40 of 88 chosen answers are longer, 48 shorter, and the run is right in these and in ten more: all ten
+    differences are for it, 2 / 2^10, though its interval, from 0.552 on, hardly leaves out the rule's 0.545. Four more
+    are 2 / 2^4."""
+    longer = np.where(np.arange(PAIRS) < 48, -3, 3)
+    make_run(tmp_path / "b", 20)
+    add_pairs(tmp_path / "b", range(20), longer=longer)
+    for name, right in (("ten", 48 + 10), ("four", 48 + 4)):
+        path = make_run(tmp_path / name, right) / "metrics.jsonl"
+        write_lines(path, [{**line, "eval_longer_is_chosen": 40 / 88} for line in lines_of(path)])
+        add_pairs(tmp_path / name, range(right), longer=longer)
+        said = [text for text in compare(tmp_path, name, "b")["verdict"] if "shorter answer is chosen" in text]
+        assert bool(said) == (name == "four"), compare(tmp_path, name, "b")["verdict"]
 
 
 def test_kl_is_the_distance_where_all_have_it(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from simple_llama.reinforcement_learning.rlhf.assess.answers import (
     prompt_text,
     questions_of,
 )
-from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, default_folder
+from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, beta_of, default_folder
 from simple_llama.reinforcement_learning.rlhf.assess.judge import Duel, judge_all
 from simple_llama.reinforcement_learning.rlhf.assess.scoring import (
     categories,
@@ -92,7 +92,8 @@ def assess(config: EvaluateConfig, ranks: Ranks) -> Path:
     judged = _judge(config, questions, answers, ranks)
     with watchdog.patience("writing the report"), fail_together(ranks):
         if ranks.is_main:
-            scored = ScoredPairs(pairs.keys["counts"], pairs.prompts, categories(pairs), sums, config.beta, config.seed)
+            betas = {name: beta_of(config, path) for name, path in _named(config).items() if name != START}
+            scored = ScoredPairs(pairs.keys["counts"], pairs.prompts, categories(pairs), sums, betas, config.seed)
             facts = _facts(config, first, pairs, digests, ranks, time.monotonic() - started) | {"doubts": doubts}
             examples = {name: _examples(first, pairs, scored, name) for name in scored.models}
             texts = questions.texts if questions else ()

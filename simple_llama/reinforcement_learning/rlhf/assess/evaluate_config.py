@@ -19,11 +19,12 @@ from simple_llama.interop.open_start import start_metadata
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig
 from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import InputsConfig
-from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import Beta
+from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import BETA
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import StoreConfig
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import without_moved
 
 _MOST_MODELS = 16
+_BETA = 0.5  # of a model that says nothing of one
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,11 @@ class EvaluateConfig(CommandConfig, AnswersConfig, StoreConfig, DataConfig, Chat
         "ds_configs", "zero2_bf16.json"
     )
     batch_size: Count = 16  # pairs that a rank computes at once
-    beta: Beta = 0.5
+    beta: Annotated[
+        float | None,
+        BETA,
+        Doc("what rewards and losses multiply log-ratios by; unset: each model's own, 0.5 of others"),
+    ] = None
     output: Annotated[
         str, Doc("folder for report.html and report.json; empty: evaluations/ with date and time")
     ] = ""  # fmt: skip
@@ -104,7 +109,7 @@ class EvaluateConfig(CommandConfig, AnswersConfig, StoreConfig, DataConfig, Chat
         return InputsConfig(**{**mine, "model_path": path, "max_seq_len": max_seq_len or self.max_seq_len})
 
 
-_FROM_RUN = ("batch_size", "beta", "deepspeed_config", "tokenize_path", "ref_cache_dir", "model_path")
+_FROM_RUN = ("batch_size", "deepspeed_config", "tokenize_path", "ref_cache_dir", "model_path")
 
 
 def parse_evaluate(argv: Sequence[str] | None = None, description: str | None = None) -> EvaluateConfig:
@@ -136,6 +141,15 @@ def trained_on(config: EvaluateConfig) -> str:
     """The data that the first model's run was given; empty where it does not say."""
     settings = _settings_of(start_metadata(config.paths[0])) if config.paths else {}
     return str(settings.get("rlhf_dataset_path", ""))
+
+
+def beta_of(config: EvaluateConfig, path: str) -> float:
+    """What the rewards of the model at `path` multiply log-ratios by: asked for, or what it was trained with."""
+    if config.beta is not None:
+        return config.beta
+    found = start_metadata(path).get("dpo_config")
+    beta = found.get("beta") if isinstance(found, Mapping) else None
+    return float(beta) if isinstance(beta, int | float) and BETA.hold(beta) else _BETA
 
 
 def _settings_of(about: Mapping[str, Any]) -> dict[str, Any]:

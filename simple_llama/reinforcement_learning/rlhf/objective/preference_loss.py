@@ -33,8 +33,7 @@ _ASKS_NOTHING = {
     LD_ALPHA: 1.0,
     WEIGHTING: "none",
 }
-_BETA = Bounds(0, math.inf, above=True, below=True)
-Beta = Annotated[float, _BETA, Doc("what rewards and losses multiply log-ratios by")]  # of a command without a loss
+BETA = Bounds(0, math.inf, above=True, below=True)
 _TERM = re.compile(r"(\w+)(?::(.*))?")
 
 
@@ -49,7 +48,7 @@ class LossConfig(Settings):
     ] = "sigmoid"
     beta: Annotated[
         float | None,
-        _BETA,
+        BETA,
         Doc("strength of the pull towards the reference; of losses without one the scale of what they compare"),
     ] = None
     label_smoothing: Annotated[

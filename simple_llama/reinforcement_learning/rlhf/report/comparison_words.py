@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from simple_llama.reinforcement_learning.rlhf.report.comparison import Difference, Group, pairs_needed
-from simple_llama.reinforcement_learning.rlhf.report.run_verdict import log_ratio
+from simple_llama.reinforcement_learning.rlhf.report.run_verdict import above_rules, log_ratio
 from simple_llama.reinforcement_learning.rlhf.report.standing import Standing
 from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval
 
@@ -75,8 +75,8 @@ def _level_sentence(group: Group, level: Sequence[Standing]) -> str:
         end = f"you need more than these {level[0].pairs:,} pairs"
     else:
         count = f"{needed:,}" if needed <= _MOST_PAIRS else f"more than {_MOST_PAIRS:,}"
-        two = "to tell the first two" if len(level) > 2 else "to tell them"
-        end = f"you need about {count} pairs {two}, not {level[0].pairs:,}"
+        two = "the first two" if len(level) > 2 else "them"
+        end = f"to tell {two} apart you need about {count} pairs; there are {level[0].pairs:,}"
     many = len(group.differences) > 1
     chance = f", which {'among so many comparisons ' if many else ''}may be chance (p {first.p:.2g})"
     return (
@@ -108,11 +108,16 @@ def _beware(best: Standing) -> Iterator[str]:
     rule = best.values.get("eval_longer_is_chosen")
     if rule is None or best.accuracy is None:
         return
-    score, words = max((rule, "the longer answer"), (1 - rule, "the shorter answer"))
-    if score >= best.accuracy.low:
+    score, words = max((rule, "the longer answer is chosen"), (1 - rule, "the shorter answer is chosen"))
+    if best.by_pair:
+        found, told = above_rules(best.by_pair)[words]
+        is_above = told and found.is_above
+    else:
+        is_above = best.accuracy.low > score
+    if not is_above:
         yield (
-            f'Beware: the rule "{words} is the better one" scores {score:.3f} on the same pairs, within the interval '
-            f"of {best.label}."
+            f'Beware: the rule "{words}" scores {score:.3f} on the same pairs, and {best.label}, with '
+            f"{best.right:.3f}, is not shown to do better."
         )
 
 

@@ -113,22 +113,23 @@ def _add_pairs(page: Page, scored: ScoredPairs, numbers: Mapping[str, Any]) -> N
         "Accuracy: share of pairs in which the model, against the start model, moved towards the chosen answer. Own "
         "ranking: share in which its own log-prob of the chosen answer is the larger one. Margin: how far it moved "
         "(nats an answer). Behind each number its 95 % interval; differences by a paired bootstrap over prompts. "
-        f"{numbers['pairs']:,} pairs, {numbers['prompts']:,} prompts; beta {numbers['beta']:g}."
+        f"{numbers['pairs']:,} pairs, {numbers['prompts']:,} prompts."
     )
     page.table(
-        ["model", "accuracy", "lengths weighed alike", "margin (nats)", "loss (ln 2 = 0.693)"],
+        ["model", "accuracy", "lengths weighed alike", "margin (nats)", "beta", "loss (ln 2 = 0.693)"],
         [
             [
                 name,
                 percent(one["accuracy"]),
                 percent(one["balanced_accuracy"]),
                 _bounded(one["margin"], 2),
+                f"{one['beta']:g}",
                 _bounded(one["loss"]),
             ]
             for name, one in models.items()
         ],
         "Against the start model. Lengths weighed alike: mean of the accuracies where the chosen answer is longer and "
-        "where it is shorter; a rule that only counts tokens has 50 %.",
+        "where it is shorter; a rule that only counts tokens has 50 %. Losses of other betas are not comparable.",
     )
     page.table(
         ["model", "own ranking", "gained", "chosen (nats)", "rejected (nats)"],
@@ -176,7 +177,7 @@ def _add_comparison(page: Page, compared: Sequence[Mapping[str, Any]]) -> None:
                 points(both["accuracy"]),
                 points(both["preference"]),
                 nats(both["margin"]),
-                _bounded(both["loss"]),
+                _bounded(both["loss"]) if "loss" in both else "of other betas",
             ]
             for both in compared
         ],

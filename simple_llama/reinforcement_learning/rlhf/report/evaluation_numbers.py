@@ -40,7 +40,7 @@ class ScoredPairs:
     groups_N: np.ndarray  # number of the prompt
     categories: Sequence[str]  # (N,)
     sums: Mapping[str, np.ndarray]  # (N, 2) nats by model, START the first
-    beta: float
+    betas: Mapping[str, float]  # by model but START: what its rewards multiply log-ratios by
     seed: int  # of the bootstrap
 
     def margins(self, name: str) -> np.ndarray:
@@ -85,7 +85,6 @@ def pair_numbers(pairs: ScoredPairs) -> dict[str, Any]:
         "pairs": len(groups),
         "prompts": len(sizes),
         "largest_prompt_share": float(sizes.max() / len(groups)),
-        "beta": pairs.beta,
         "baselines": {**{name: share_interval(hits, groups) for name, hits in rules.items()}, "random": 0.5},
         "models": {name: _of_model(pairs, name, rules) for name in pairs.models},
         "compared": [_compared(pairs, one, other) for one, other in combinations(pairs.models, 2)],
@@ -97,9 +96,11 @@ def _of_model(pairs: ScoredPairs, name: str, rules: Mapping[str, np.ndarray]) ->
     groups, margins, seed = pairs.groups_N, pairs.margins(name), pairs.seed
     hits, raw = preferred(margins), preferred(pairs.preferences(name))
     ratios_N2 = pairs.sums[name].astype(np.float64) - pairs.sums[START]
-    losses = np.logaddexp(0, -pairs.beta * margins)
-    calibration = reliability(pairs.beta * margins)
+    beta = pairs.betas[name]
+    losses = np.logaddexp(0, -beta * margins)
+    calibration = reliability(beta * margins)
     return {
+        "beta": beta,
         "accuracy": share_interval(hits, groups),
         "margin": mean_interval(margins, groups),
         "loss": mean_interval(losses, groups),
@@ -160,14 +161,15 @@ def _renumbered(groups: np.ndarray) -> np.ndarray:
 
 
 def _compared(pairs: ScoredPairs, one: str, other: str) -> dict[str, Any]:
-    """One model minus another on the same pairs."""
+    """One model minus another on the same pairs; losses only where both have one beta, which scales them."""
     margins = pairs.margins(one), pairs.margins(other)
     measures = {
         "accuracy": [preferred(margin) for margin in margins],
         "preference": [preferred(pairs.preferences(name)) for name in (one, other)],
         "margin": list(margins),
-        "loss": [np.logaddexp(0, -pairs.beta * margin) for margin in margins],
     }
+    if pairs.betas[one] == pairs.betas[other]:
+        measures["loss"] = [np.logaddexp(0, -pairs.betas[one] * margin) for margin in margins]
     differences = {
         name: paired_bootstrap(ours, theirs, pairs.groups_N, pairs.seed) for name, (ours, theirs) in measures.items()
     }

@@ -16,6 +16,7 @@ _CHANCE = 0.5
 _ERROR = 0.05  # of a sign test
 _MISCALIBRATED = 0.1  # calibration error
 _MANY_EMPTY = 0.05  # a share of empty answers that is a fault, unless the start model has as many
+_MOSTLY_EMPTY = 0.5  # share of the start's answers from which there is nothing to compare with
 _WORSE, _MORE_UNKNOWN = 0.1, 0.01  # rises of the shares of repeated trigrams and of <UNK> that are a fault
 
 
@@ -28,9 +29,14 @@ def percent(share: float | Interval) -> str:
     return f"{100 * share.value:.1f} %{_bounds(share, 100, 1)}"
 
 
-def points(difference: Interval) -> str:
+def points(difference: Interval, sign: str = "+") -> str:
     """A difference of shares in percentage points."""
-    return f"{100 * difference.value:+.1f} points{_bounds(difference, 100, 1, '+')}"
+    return f"{100 * difference.value:{sign}.1f} points{_bounds(difference, 100, 1, sign)}"
+
+
+def _size(number: Interval) -> Interval:
+    """A number of either sign without it."""
+    return Interval(-number.value, -number.high, -number.low) if number.value < 0 else number
 
 
 def nats(number: Interval) -> str:
@@ -53,7 +59,7 @@ def verdict(
         return [f"The start model alone gives the chosen answer the larger log-prob in {raw} of {which}."]
     found = _of_several(numbers)
     for name, model in numbers["models"].items():
-        found += [_is_better(name, model, which), *_is_real(name, model, numbers), _is_length(name, model)]
+        found += [_is_better(name, model, which), *_is_real(model, numbers), _is_length(model)]
         found += _language(name, answers)
         if name in judged:
             found.append(_judge(name, judged[name]))
@@ -105,7 +111,7 @@ def _is_better(name: str, model: Mapping[str, Any], which: str) -> str:
     )
 
 
-def _is_real(name: str, model: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
+def _is_real(model: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
     """Whether it now ranks more pairs rightly, and whether it beats what needs no training."""
     gained, start = model["preference_gained"], numbers["baselines"]["start_preference"]
     real = "more than chance explains" if model["preference_gained_p"] <= _ERROR else "chance may explain it"
@@ -122,14 +128,14 @@ def _is_real(name: str, model: Mapping[str, Any], numbers: Mapping[str, Any]) ->
     surplus = model["calibration"]["surplus"]
     if model["calibration"]["error"] > _MISCALIBRATED and (surplus.is_above or surplus.is_below):
         found.append(
-            f"Its rewards are no probabilities: at beta {numbers['beta']:g} it is right "
-            f"{'more' if surplus.is_above else 'less'} often than sigmoid of the margin says, by {points(surplus)} on "
-            "average."
+            f"Its rewards are no probabilities: at its beta, {model['beta']:g}, it is right "
+            f"{'more' if surplus.is_above else 'less'} often than sigmoid of the reward margin says, on average by "
+            f"{points(_size(surplus), '')}."
         )
     return found
 
 
-def _is_length(name: str, model: Mapping[str, Any]) -> str:
+def _is_length(model: Mapping[str, Any]) -> str:
     """Whether length alone may explain it."""
     balanced, longer = model["balanced_accuracy"], model["above_baseline"]["longer"]
     if math.isnan(balanced.value):
@@ -138,8 +144,10 @@ def _is_length(name: str, model: Mapping[str, Any]) -> str:
         return "Whether length explains it cannot be told: too few prompts."
     rule = f'against the rule "longer" {points(longer)}, margin and length correlate {model["length_correlation"]:+.2f}'
     if balanced.low > _CHANCE:
+        yet = "" if longer.is_above else ", though not told apart from that rule by accuracy alone"
         return (
-            f"It is not only length: {percent(balanced)} with longer and shorter chosen answers weighed alike; {rule}."
+            f"It is not only length: {percent(balanced)} with longer and shorter chosen answers weighed alike; "
+            f"{rule}{yet}."
         )
     return (
         f"Length may explain it: {percent(balanced)} with longer and shorter chosen answers weighed alike, where a "
@@ -149,28 +157,34 @@ def _is_length(name: str, model: Mapping[str, Any]) -> str:
 
 def _language(name: str, answers: Mapping[str, Any]) -> list[str]:
     """Whether the answers still are language, by the form of the prompts."""
-    found = []
+    forms: dict[str, list[str]] = {}
     for form, models in answers.items():
         now, start = models[name], models[START]
         faults = _faults(now, start)
         word = f"needs a look: {'; '.join(faults)}" if faults else "holds as far as counting can tell"
-        where = f", prompts as in {form}" if len(answers) > 1 else ""
+        if start["empty"].value >= _MOSTLY_EMPTY and not faults:
+            word = f"has nothing to compare with: {percent(start['empty'])} of the start model's answers are empty"
+            word += f", {percent(now['empty'])} of its own"
         facts = (
             f"{percent(now['repeated_trigrams'])} of trigrams repeated (start {percent(start['repeated_trigrams'])}), "
             f"{percent(now['ended'].value)} of answers end by themselves ({percent(start['ended'].value)}), "
             f"{now['tokens'].value:.0f} tokens each ({start['tokens'].value:.0f}), "
             f"{percent(now['refused'].value)} refuse ({percent(start['refused'].value)})"
         )
-        found.append(f"The language of {name} {word}{where}. {now['answers']} answers: {facts}.")
-    return found
+        forms.setdefault(f"{word}{{}}. {now['answers']} answers: {facts}.", []).append(form)
+    where = {
+        text: f", prompts as in {' and in '.join(some)}" if len(answers) > 1 else "" for text, some in forms.items()
+    }
+    return [f"The language of {name} {text.replace('{}', where[text], 1)}" for text in forms]
 
 
 def _faults(now: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
     """What is worse than with the start model, beyond chance or by a share that nobody would accept."""
     faults, change = [], now["change"]
-    if now["repeated_trigrams"] - start["repeated_trigrams"] > _WORSE:
+    had_some = start["empty"].value < _MOSTLY_EMPTY
+    if had_some and now["repeated_trigrams"] - start["repeated_trigrams"] > _WORSE:
         faults.append("it repeats itself more than before")
-    if change["ended"].is_below:
+    if had_some and change["ended"].is_below:
         faults.append("fewer answers end by themselves")
     if now["empty"].value > max(_MANY_EMPTY, start["empty"].value) or change["empty"].is_above:
         faults.append(f"{percent(now['empty'])} of the answers are empty")

@@ -34,7 +34,12 @@ def verdict(facts: RunFacts) -> list[str]:
     if not evaluations:
         return ["Nothing was held out, so nothing says whether the run helped.", *_training(facts), *_warned(facts)]
     first, last = evaluations[0], evaluations[-1]
-    said = [*_accuracy(facts, first, last), *_rules(facts, first, last), *_margin(facts, last), *_best(facts, last)]
+    said = [
+        *_accuracy(facts, first, last),
+        *_rules(facts, first, last),
+        *_margin(facts, first, last),
+        *_best(facts, last),
+    ]
     return [*said, *_language(facts), *_warned(facts)]
 
 
@@ -80,9 +85,8 @@ def _accuracy(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]
     if not math.isfinite(low + after):
         yield "Held-out accuracy is not recorded."
         return
-    found = (
-        f"from {before:.3f} to {after:.3f} of {number(value(last, 'eval_pairs'))} pairs (95 %: {low:.2f} to {high:.2f})"
-    )
+    pairs = f"{number(value(last, 'eval_pairs'))} pairs{_worth(last)}"
+    found = f"from {before:.3f} to {after:.3f} of {pairs} (95 %: {low:.2f} to {high:.2f})"
     if last["step"] == first["step"]:
         yield f"Held-out accuracy is {after:.3f} at step {last['step']}: the only evaluation, with nothing to compare."
     elif low > before:
@@ -99,13 +103,19 @@ def _accuracy(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]
         )
 
 
+def _worth(line: Mapping[str, Any]) -> str:
+    """How many independent pairs the held-out ones are worth, where they are fewer."""
+    worth = value(line, "eval_effective_pairs")
+    return f" that are worth {worth:.0f} independent ones" if worth < value(line, "eval_pairs") - 0.5 else ""
+
+
 def _rules(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
     """The accuracy beside those of rules that read nothing, and of the start model's own preference: on the same pairs
     where these are recorded, which tells more than the interval of the accuracy alone."""
     accuracy, (low, high) = value(last, "eval_rewards/accuracies"), last_interval(facts)
     longer, raw = value(last, "eval_longer_is_chosen"), value(first, "eval_logps/accuracies")
     by_length = "the longer answer is chosen" if not longer < 0.5 else "the shorter answer is chosen"
-    differences = _differences(facts.pairs_at_end) if facts.pairs_at_end else {}
+    differences = above_rules(facts.pairs_at_end) if facts.pairs_at_end else {}
     if not facts.starts_as_reference:  # whose sums of each pair are not recorded
         differences.pop(_LIKELIER, None)
     for rule, share in ((by_length, max(longer, 1 - longer)), (_LIKELIER, raw)):
@@ -113,6 +123,8 @@ def _rules(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -
             continue
         found, differ = differences.get(rule, (Interval(accuracy - share, low - share, high - share), True))
         less = f"{abs(found.value):.3f} {'less' if found.value > 0 else 'more'} than the policy"
+        if not round(found.value, 3):
+            less = "as much as the policy"
         if differ and found.is_above:
             words = f"{less}, beyond chance"
         elif differ and found.is_below:
@@ -122,7 +134,7 @@ def _rules(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -
         yield f'The rule "{rule}" scores {share:.3f} on the same pairs: {words}.'
 
 
-def _differences(pairs: HeldOutPairs) -> dict[str, tuple[Interval, bool]]:
+def above_rules(pairs: HeldOutPairs) -> dict[str, tuple[Interval, bool]]:
     """How much more of the recorded pairs the policy tells right than each rule does, and whether a sign test over
     the prompts says so too, by the rules' names."""
     ref_N2, gaps_N = pairs.ref_N2.astype(np.float64), pairs.length_gaps_N
@@ -139,7 +151,7 @@ def _differences(pairs: HeldOutPairs) -> dict[str, tuple[Interval, bool]]:
     }
 
 
-def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
+def _margin(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
     """What the margin is made of."""
     margin = margin_nats(last, facts.beta)
     chosen, rejected = (log_ratio(last, side, facts.beta) for side in ("chosen", "rejected"))
@@ -154,7 +166,9 @@ def _margin(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
     if margin <= 0:
         words = "The rejected answers gained"
     elif chosen < -_FLAT * margin:
-        words = "Chosen answers became less likely too: it learned what to leave, more than what to say"
+        words = "Chosen answers became less likely too"
+        if last_interval(facts)[0] > value(first, "eval_rewards/accuracies"):
+            words += ": it learned what to leave, more than what to say"
     else:
         words = (
             f"Chosen answers {'became likelier' if chosen > _FLAT * margin else 'stayed about as likely as they were'}"
@@ -195,7 +209,12 @@ def _language(facts: RunFacts) -> Iterator[str]:
         name: (value(first, f"samples/{name}"), value(last, f"samples/{name}"))
         for name in ("repeated_trigrams", "ended", "empty", "unknown")
     }
-    troubles = [words for name, words, sign, most in _GUARDS if sign * (changes[name][1] - changes[name][0]) > most]
+    had_none = changes["empty"][0] >= _MOSTLY_EMPTY
+    troubles = [
+        words
+        for name, words, sign, most in _GUARDS
+        if sign * (changes[name][1] - changes[name][0]) > most and not (had_none and name in _OF_ANSWERS)
+    ]
     told = ", ".join(
         f"{words} {before:.0%} then {after:.0%}"
         for (before, after), words in zip(changes.values(), _SAID, strict=True)
@@ -205,12 +224,17 @@ def _language(facts: RunFacts) -> Iterator[str]:
     of = f"of {count} sample answers" if count else "of the sample answers"
     if troubles:
         yield f"The language {of} changed for the worse: {' and '.join(troubles)} ({told}, {lengths})."
-    elif value(first, "samples/tokens") == 0:
-        yield f"The start model's sample answers were empty: nothing to compare the language with ({told}, {lengths})."
+    elif had_none or value(first, "samples/tokens") == 0:
+        yield (
+            f"The start model's sample answers were mostly empty: nothing to compare the language with ({told}, "
+            f"{lengths})."
+        )
     else:
         yield f"The language {of} holds, as far as so few can tell: {told}, {lengths}."
 
 
+_MOSTLY_EMPTY = 0.5  # share of the start's answers from which repetitions and endings have nothing to compare with
+_OF_ANSWERS = ("repeated_trigrams", "ended")
 _SAID = ("repeated trigrams", "ended by themselves", "empty", "unknown tokens")
 _GUARDS = (
     ("repeated_trigrams", "they repeat themselves more", 1, _REPEATED),

@@ -99,10 +99,12 @@ def _worth(history: History, facts: Facts) -> float:
 
 def _chosen_falls(history: History, facts: Facts) -> str | None:
     """Chosen answers become less likely while their margin grows: rejected ones fall faster."""
-    chosen, margins = history.curve("eval_log_ratio/chosen").trained(), history.curve("eval_rewards/margins")
+    chosen, margins = history.curve("eval_log_ratio/chosen").trained(), history.curve("eval_rewards/margins").trained()
     if not chosen or not margins or chosen.last > -_CHOSEN_FALL or margins.last <= 0:
         return None
-    since = chosen.since(chosen.values <= -_CHOSEN_FALL)
+    falls = chosen.values <= -_CHOSEN_FALL
+    rises = dict(zip(margins.steps, margins.values > 0, strict=True))  # where its margin was not recorded, no break
+    since = chosen.since(falls & np.array([rises.get(step, True) for step in chosen.steps]))
     return (
         f"chosen answers fall while the margin rises: the policy gives held-out ones {-chosen.last:.2f} nats less "
         f"than the reference did, with a margin of {margins.last / facts.beta:.2f} nats (since step {since})"

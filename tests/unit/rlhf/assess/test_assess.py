@@ -59,7 +59,9 @@ def test_settings_come_from_the_run(job: TinyJob) -> None:
     """The model says with which data, tokenizer, beta and start model it was trained; flags go before that."""
     config = config_of(job, "--beta=0.125")
     assert (config.model_path, config.beta) == (job.settings["model_path"], 0.125)
-    assert config_of(job).beta == 0.25
+    tuned, start = job.folder / "tuned.pth", job.folder / "start.pth"
+    assert [evaluate_config.beta_of(config, str(path)) for path in (tuned, start)] == [0.125, 0.125]
+    assert [evaluate_config.beta_of(config_of(job), str(path)) for path in (tuned, start)] == [0.25, 0.5]
     assert config.inputs_of("x").val_share == 0.15
     assert evaluate_config.trained_on(config) == job.settings["rlhf_dataset_path"]
     with pytest.raises(UserError, match=r"start\.pth, which says of no run that made it; give --model_path"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from simple_llama.reinforcement_learning.rlhf.report import evaluation_numbers a
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import START, Answers, ScoredPairs
 
 
-def four_pairs() -> ScoredPairs:
+def four_pairs(b_beta: float = 0.5) -> ScoredPairs:
     """Four pairs with prompts of their own. The start model prefers the chosen answer of the first two.
 
     Model a has the margins 2, 2, 1, -1, so it prefers it in the first three; b moves nothing.
@@ -21,7 +22,8 @@ def four_pairs() -> ScoredPairs:
     start[2] = [-6, -5.5]
     moved = start + np.array([[1, -1], [0, -2], [1, 0], [-0.5, 0.5]], np.float32)
     counts = np.array([[5, 3], [2, 4], [6, 6], [1, 9]])
-    return ScoredPairs(counts, np.arange(4), ["x", "x", "y", "y"], {START: start, "a": moved, "b": start}, 0.5, 0)
+    sums, betas = {START: start, "a": moved, "b": start}, {"a": 0.5, "b": b_beta}
+    return ScoredPairs(counts, np.arange(4), ["x", "x", "y", "y"], sums, betas, 0)
 
 
 def test_numbers_of_a_model() -> None:
@@ -59,6 +61,23 @@ def test_a_model_that_moved_nothing() -> None:
     [both] = found["compared"]
     assert (both["model"], both["other"]) == ("a", "b")
     assert (both["accuracy"].value, both["preference"].value, both["margin"].value) == (0.25, 0.25, 1)
+    assert both["loss"].value == pytest.approx(a_loss(0.5) - math.log(2))
+
+
+def a_loss(beta: float) -> float:
+    """Of model a's margins."""
+    return float(np.mean([np.logaddexp(0, -beta * d) for d in (2, 2, 1, -1)]))
+
+
+def test_each_model_has_its_beta() -> None:
+    """A model's loss and calibration are at its own beta, and losses of two betas are not subtracted."""
+    pairs = four_pairs(0.1)
+    found = numbers.pair_numbers(replace(pairs, sums={**pairs.sums, "b": pairs.sums["a"]}))
+    a, b = (found["models"][name] for name in "ab")
+    assert (a["loss"].value, b["loss"].value) == pytest.approx((a_loss(0.5), a_loss(0.1)))
+    assert b["calibration"]["error"] > a["calibration"]["error"] and (a["beta"], b["beta"]) == (0.5, 0.1)
+    [both] = found["compared"]
+    assert "loss" not in both and both["margin"].value == 0
 
 
 def test_extremes() -> None:
@@ -92,8 +111,7 @@ def test_numbers_of_a_judge_and_as_json() -> None:
     found = numbers.judge_numbers([1, 0.75, 0.5, 0], [False, False, True, False])
     assert found["win_rate"].value == 2.25 / 4
     assert [found[name] for name in ("won", "tied", "lost", "flipped")] == [2, 1, 1, 1]
-    alone = ScoredPairs(
-        np.ones((1, 2)), np.zeros(1, int), ["x"], {START: np.zeros((1, 2)), "a": -np.ones((1, 2))}, 1, 0
-    )
+    sums = {START: np.zeros((1, 2)), "a": -np.ones((1, 2))}
+    alone = ScoredPairs(np.ones((1, 2)), np.zeros(1, int), ["x"], sums, {"a": 1}, 0)
     text = json.dumps(numbers.plain(numbers.pair_numbers(alone)), allow_nan=False)
     assert json.loads(text)["models"]["a"]["margin"] == [0, None, None]

@@ -23,7 +23,7 @@ def verdict(*margins: np.ndarray, longer: np.ndarray | None = None, start: float
     moved = {f"m{i}": zero + np.stack([margin / 2, -margin / 2], 1) for i, margin in enumerate(margins)}
     gaps = np.tile([3, -3], count)[:count] if longer is None else longer
     counts = np.stack([10 + gaps, np.full(count, 10)], 1)
-    scored = ScoredPairs(counts, np.arange(count), ["x"] * count, {START: zero, **moved}, 0.5, 0)
+    scored = ScoredPairs(counts, np.arange(count), ["x"] * count, {START: zero, **moved}, dict.fromkeys(moved, 0.5), 0)
     return "\n".join(words.verdict("the pairs", pair_numbers(scored), {}, {}))
 
 
@@ -46,6 +46,8 @@ def test_only_length() -> None:
     follows = verdict(np.where(longer > 0, 1.0, -1.0), longer=longer)
     assert "m0 has learned the preference" in follows and "Length may explain it: 50.0 %" in follows
     assert "It is not only length: 100.0 %" in verdict(np.ones(100), longer=longer)
+    level = verdict(np.array([1.0] * 82 + [-1.0] * 10 + [1.0] * 8), longer=longer)  # as many right as the rule has
+    assert "It is not only length" in level and level.count("not told apart from that rule by accuracy alone") == 1
     assert "one kind is missing" in verdict(np.ones(4), longer=np.ones(4, int))
 
 
@@ -88,19 +90,26 @@ def test_few_prompts_tell_nothing() -> None:
 def test_chosen_answers_that_fall() -> None:
     """Said where the log-prob of the chosen answers falls; a start model alone has its own ranking."""
     assert "The chosen answers have become less likely" in verdict(np.full(10, -1.0))
-    assert "right more often than sigmoid of the margin says, by +37.8 points" in verdict(np.full(10, 1.0))
-    assert "right less often than sigmoid of the margin says, by -62.2 points" in verdict(np.full(10, -1.0))
+    assert "right more often than sigmoid of the reward margin says, on average by 37.8 points" in verdict(
+        np.full(10, 1.0)
+    )
+    assert "right less often than sigmoid of the reward margin says, on average by 62.2 points" in verdict(
+        np.full(10, -1.0)
+    )
     # right 5 of 10 where it is sure by 0.62: -12.2 points, and an interval that holds 0
     assert "no probabilities" not in verdict(np.tile([1.0, -1.0], 5))
     assert "The chosen answers have become less likely" not in verdict(np.full(10, 1.0))
-    alone = ScoredPairs(np.ones((4, 2), int), np.arange(4), ["x"] * 4, {START: np.tile([[-1.0, -2]], (4, 1))}, 0.5, 0)
+    alone = ScoredPairs(np.ones((4, 2), int), np.arange(4), ["x"] * 4, {START: np.tile([[-1.0, -2]], (4, 1))}, {}, 0)
     [only] = words.verdict("the pairs", pair_numbers(alone), {}, {})
     assert only.startswith("The start model alone gives the chosen answer the larger log-prob in 100.0 %")
 
 
-def language(after: Answers) -> str:
+BEFORE = Answers(("fine",) * 10, (4,) * 10, (True,) * 9 + (False,), (False,) * 10, 0.05, 0.0)
+SILENT = Answers(("",) * 10, (0,) * 10, (True,) * 10, (False,) * 10, 0.0, 0.0)
+
+
+def language(after: Answers, before: Answers = BEFORE) -> str:
     """The sentence on a model whose start model ends nine of ten answers, none empty."""
-    before = Answers(("fine",) * 10, (4,) * 10, (True,) * 9 + (False,), (False,) * 10, 0.05, 0.0)
     found = answer_numbers({START: {"training": before}, "m": {"training": after}}, 0)
     [sentence] = words._language("m", found)
     return sentence
@@ -115,6 +124,26 @@ def test_language_that_holds_and_breaks() -> None:
     assert "holds as far as counting" in language(good._replace(ended=(True,) * 8 + (False,) * 2))
     assert "30.0 % (10.8 to 60.3) of the answers are empty" in language(good._replace(texts=("",) * 3 + ("fine",) * 7))
     assert "5.0 % of the tokens are <UNK>" in language(good._replace(unknown=0.05))
+
+
+def test_a_silent_start_is_nothing_to_compare_with() -> None:
+    """Empty before and after; answers where there were none; a fault that needs no start is one all the same."""
+    assert "has nothing to compare with: 100.0 % (72.2 to 100.0) of the start model's answers are empty" in language(
+        SILENT, SILENT
+    )
+    loops = BEFORE._replace(repeated_trigrams=0.3, ended=(False,) * 10)
+    assert "has nothing to compare with" in language(loops, SILENT)
+    assert "needs a look: 5.0 % of the tokens are <UNK>" in language(BEFORE._replace(unknown=0.05), SILENT)
+
+
+def test_what_both_forms_say_is_said_once() -> None:
+    """The forms of the prompts are named where there are several."""
+    forms = {"training": BEFORE, "serving": BEFORE}
+    [both] = words._language("m", answer_numbers({START: forms, "m": forms}, 0))
+    assert "holds as far as counting can tell, prompts as in training and in serving." in both
+    others = {**forms, "serving": SILENT}
+    training, serving = words._language("m", answer_numbers({START: forms, "m": others}, 0))
+    assert ", prompts as in training." in training and ", prompts as in serving." in serving
 
 
 def test_judge_and_numbers_in_words() -> None:

@@ -82,6 +82,8 @@ def test_pairs_of_one_prompt_are_no_independent_draws() -> None:
     together = facts_of(*lines, held_out=held_out(right, [i // 10 for i in range(100)]))
     assert last_interval(together) == pytest.approx((0.490, 0.943), abs=1e-3)
     assert "does not show that anything was learned" in verdict(together)[0]
+    worth = evaluation(9, 0.8, eval_effective_pairs=10.0)
+    assert "to 0.800 of 100 pairs that are worth 10 independent ones (95 %" in verdict(facts_of(lines[0], worth))[0]
 
 
 def test_pairs_are_counted_by_the_rewards_of_the_loss() -> None:
@@ -132,6 +134,10 @@ def test_falling_log_probs_are_said(chosen: float, rejected: float, words: str) 
     (said,) = [one for one in verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.8, **ratios))) if "margin is" in one]
     assert words in said
     assert f"{chosen:+.2f}, of rejected ones {rejected:+.2f} nats" in said
+    if chosen == -1.0:
+        assert said.endswith("too: it learned what to leave, more than what to say.")
+        unsure = verdict(facts_of(evaluation(0, 0.5), evaluation(9, 0.55, **ratios)))
+        assert any(one.endswith("Chosen answers became less likely too.") for one in unsure), "nothing says it learned"
 
 
 def test_a_loss_that_rises_again_is_said_unless_the_run_names_its_best() -> None:
@@ -161,6 +167,18 @@ def test_language_is_judged_by_its_guards(after: dict[str, float], words: str) -
     start |= {"samples/empty": 0.0, "samples/unknown": 0.0}
     said = verdict(facts_of(evaluation(0, 0.5, **start), evaluation(9, 0.8, **{**start, **after})))
     assert any(words in one for one in said)
+
+
+def test_a_silent_start_has_no_language_to_compare_with() -> None:
+    """Where most answers of the start are empty, answers that repeat themselves are no change for the worse."""
+    start = {"samples/tokens": 2.0, "samples/ended": 1.0, "samples/repeated_trigrams": 0.0, "samples/empty": 0.6}
+    after = {"samples/tokens": 20.0, "samples/ended": 0.1, "samples/repeated_trigrams": 0.4, "samples/empty": 0.0}
+    said = verdict(facts_of(evaluation(0, 0.5, **start), evaluation(9, 0.8, **after)))
+    assert any("were mostly empty: nothing to compare the language with" in one for one in said)
+    worse = {**start, "samples/empty": 0.8}
+    assert any(
+        "more are empty" in one for one in verdict(facts_of(evaluation(0, 0.5, **start), evaluation(9, 1, **worse)))
+    )
 
 
 def test_what_is_not_recorded_is_said() -> None:

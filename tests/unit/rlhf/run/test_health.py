@@ -46,6 +46,8 @@ def test_chosen_falls() -> None:
         "did, with a margin of 2.00 nats (since step 20). DPO often does this"
     )
     assert not named(lines[:2]), "0.9 nats are not told of"
+    late = [{**line, "eval_rewards/margins": margin} for line, margin in zip(lines, (0, 0, -0.1, 0.1), strict=True)]
+    assert only(late).step == 30 and "(since step 30)" in only(late).text, "before, no margin rose"
     assert not named([{**line, "eval_rewards/margins": 0.0} for line in lines]), "nothing was gained"
 
 
