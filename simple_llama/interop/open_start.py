@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import listed, shown
+from simple_llama.common.files import listed, read_json, shown
 from simple_llama.interop.adapted_start import AdaptedStart, adapted, with_adapters
 from simple_llama.interop.adapter_files import base_name, is_peft_folder
 from simple_llama.interop.adapters import AdapterConfig
@@ -37,6 +37,7 @@ def open_start(path: str | os.PathLike[str]) -> StartModel:
             f"{path}: expected the folder of a Hugging Face model, found a file; give its folder, with config.json "
             "and the weights"
         )
+    _refuse_records(path)
     if (snapshots := path / "snapshots").is_dir():  # as huggingface_hub keeps what it downloads
         found = listed(sorted(f"snapshots/{each.name}" for each in snapshots.iterdir()))
         raise UserError(f"{path}: expected one version of a model, found the folder of all; give one of {found}")
@@ -71,6 +72,7 @@ def start_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What the model that `open_start` opens says of how it was made: of a run's export, which run, with which
     settings; nothing for a model that says nothing. UserError for a .pth that is none."""
     path = Path(path)
+    _refuse_records(path)
     if folder := _hf_folder(path):
         return export_metadata(folder)
     if path.suffix == ".gguf" or not (path.is_dir() or path.suffix == ".pth"):
@@ -78,6 +80,17 @@ def start_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = find_weights(path)
     adapters = load_lora_adapters(file)
     return adapters.metadata if adapters else load_weights(file).metadata
+
+
+def _refuse_records(path: Path) -> None:
+    """UserError for the folder of a run's curves and reports, which has the run's name, too."""
+    if not (path / "metrics.jsonl").is_file() or not (path / "config.json").is_file():
+        return
+    found = read_json(path / "config.json")
+    place = found.get("ckpt_dir") if isinstance(found, dict) else None
+    folder = Path(place) / str(found.get("run_name")) if isinstance(place, str) else path
+    if folder.resolve() != path.resolve():
+        raise UserError(f"{path}: expected a model, found the records of a run, whose checkpoints are in {folder}")
 
 
 def _hf_folder(path: Path) -> Path | None:

@@ -106,7 +106,7 @@ class _Job:
         self.trained = sum(weight.numel() for name, weight in shape.named_parameters() if name in names)
         self.loss_fn = PreferenceLoss.of(config)
         require_gaps(self.loss_fn, inputs.data.pairs)
-        require_rankings(self.loss_fn, inputs.data.pairs)
+        require_rankings(self.loss_fn, inputs.data.pairs, config.pairs)
         self.reference = config.reference if self.loss_fn.needs_reference else "none"
         self.missing = np.empty(0, np.int64)  # positions of pairs
         if self.reference == "store":

@@ -19,7 +19,7 @@ from simple_llama.interop.hf_config import read_hf_config
 from simple_llama.interop.hf_folder import HFFolder
 from simple_llama.interop.hf_names import from_hf, shapes_in, to_hf
 from simple_llama.interop.hf_tokenizer import tokenizer_at
-from simple_llama.interop.open_start import open_start
+from simple_llama.interop.open_start import open_start, start_metadata
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartChanged
@@ -150,6 +150,19 @@ def test_a_folder_with_a_pth_is_simplellamas_unless_it_has_the_weights_of_the_ot
     folder = make_hf_folder(tmp_path / "model")
     (folder / "rng_state.pth").write_bytes((job.folder / "start.pth").read_bytes())
     assert isinstance(open_start(folder), HFFolder)
+
+
+def test_records_of_a_run_are_no_model(tmp_path: Path) -> None:
+    """The folder of a run's curves says where its checkpoints are; where both are one folder, it has them."""
+    make_job(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    settings = {"ckpt_dir": str(tmp_path.parent), "run_name": tmp_path.name}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert isinstance(open_start(tmp_path), StartFile)
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "run_name": "first"}))
+    for look in (open_start, start_metadata):
+        with pytest.raises(UserError, match=f"records of a run, whose checkpoints are in {tmp_path.parent / 'first'}$"):
+            look(tmp_path)
 
 
 def test_of_a_run_folder_the_newest_export_is_taken(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import BETA
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import StoreConfig
-from simple_llama.reinforcement_learning.rlhf.run.run_folder import without_moved
+from simple_llama.reinforcement_learning.rlhf.run.run_folder import FolderConfig, without_moved
 
 _MOST_MODELS = 16
 _BETA = 0.5  # of a model that says nothing of one
@@ -119,7 +119,9 @@ def parse_evaluate(argv: Sequence[str] | None = None, description: str | None = 
     """
     asked = peek_settings(ModelsConfig, argv)
     if missing := [path for path in asked.paths if not os.path.lexists(path)]:
-        raise UserError(f"models: expected a model at {missing[0]}, found nothing there; names are not looked up")
+        run = Path(FolderConfig.ckpt_dir) / missing[0]
+        hint = f"a run of that name has its checkpoints in {run}" if run.is_dir() else "names are not looked up"
+        raise UserError(f"models: expected a model at {missing[0]}, found nothing there; {hint}")
     about = start_metadata(asked.paths[0]) if asked.paths else {}
     own = without_moved(EvaluateConfig, _settings_of(about))
     config = parse_settings(EvaluateConfig, argv, description, own, f"{asked.models}: settings")

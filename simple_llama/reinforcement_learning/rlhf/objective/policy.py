@@ -123,7 +123,7 @@ def require_gaps(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
         )
 
 
-def require_rankings(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
+def require_rankings(loss_fn: PreferenceLoss, pairs: PairSet, compared: str) -> None:
     """UserError where answers of one record are compared in a way that the loss cannot use."""
     if pairs.groups is None:
         return
@@ -134,10 +134,12 @@ def require_rankings(loss_fn: PreferenceLoss, pairs: PairSet) -> None:
         )
     breaks = pairs.groups.breaks(pairs.units)
     if "groups_B" in loss_fn.reads and len(breaks):
+        ranks = f"loss_type {loss_fn.loss_type!r} ranks the answers of a record: expected "
+        if compared != "adjacent":
+            raise UserError(f"{ranks}--pairs adjacent, each answer with the next one, found --pairs {compared}")
         raise UserError(
-            f"loss_type {loss_fn.loss_type!r} ranks the answers of a record: expected --pairs adjacent, each answer "
-            f"with the next one, found others (first: {pairs.origin(int(breaks[0]))}); where they are adjacent, two "
-            "neighbours stand in an earlier record too: remove one of both"
+            f"{ranks}each answer with the next one, found one missing ({pairs.origin(int(breaks[0]))}): it was too "
+            "long, or the pair stands in an earlier record too; remove the record, or one of both"
         )
 
 

@@ -263,8 +263,9 @@ class RefStore:
         if not found.all():
             missing, asked = (len(np.unique(sortable(some))) for some in (keys[~found], keys))
             raise UserError(
-                f"{missing} of {asked} pairs have no reference log-probs in "
-                f"{self.folder}; run `{_FILL_COMMAND}` with the same model, data and settings, then start again"
+                f"{missing} of {asked} pairs have no reference log-probs in {self.folder}; run `{_FILL_COMMAND}` with "
+                "the same model, data and settings (those that choose pairs, as --pairs does, count too), then start "
+                "again"
             )
         return rows
 

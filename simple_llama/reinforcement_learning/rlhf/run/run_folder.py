@@ -28,7 +28,7 @@ from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_toget
 from simple_llama.cluster.lock import NAME as LOCK_NAME
 from simple_llama.cluster.lock import FolderLock
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write_json, read_json, shown
+from simple_llama.common.files import atomic_write_json, listed, read_json, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import is_checkout, root_path
 from simple_llama.common.settings import PathText, Settings, known_settings, path_defaults, values_before
@@ -245,9 +245,9 @@ def without_moved(kind: type[Settings], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def say_settings(config: FolderConfig) -> None:
-    """Where the settings of a resumed run come from."""
+    """Where the settings of a resumed run come from. UserError where there is no such run: before a model is read."""
     if not config.run_name:
-        LOGGER.warning("%s: there is no run to resume", config.ckpt_dir)
+        newest_run(Path(config.ckpt_dir))
         return
     folders = folders_of(config, config.run_name)
     found, path = _kept_settings(folders)
@@ -262,6 +262,17 @@ def say_settings(config: FolderConfig) -> None:
             _SETTINGS,
             *folders,
         )
+    else:
+        raise UserError(
+            f"{folders[0]}: expected a state to resume from, found no run of that name{_named_runs(config)}"
+        )
+
+
+def _named_runs(config: FolderConfig) -> str:
+    """The runs that there are, the newest first."""
+    found = [path for path in Path(config.ckpt_dir).glob("*") if has_checkpoints(path)]
+    names = [path.name for path in sorted(found, key=lambda path: -path.lstat().st_mtime)]
+    return f"; {config.ckpt_dir} has {listed(names)}" if names else f"; {config.ckpt_dir} has none"
 
 
 def _kept_settings(folders: tuple[Path, ...]) -> tuple[dict[str, Any], Path | None]:

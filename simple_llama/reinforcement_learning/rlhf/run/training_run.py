@@ -122,7 +122,7 @@ class TrainingRun:
         self.total_steps = config.total_steps(self.plan.steps_per_epoch)
         self.loss_fn = PreferenceLoss.of(config)
         require_gaps(self.loss_fn, inputs.data.pairs)
-        require_rankings(self.loss_fn, inputs.data.pairs)
+        require_rankings(self.loss_fn, inputs.data.pairs, config.pairs)
         ckpt_folder, log_folder = folders_of(config, name)
         course = course_of(asdict(config), self.plan.units_per_step, self.total_steps, inputs)
         # before the store is looked into: of another model's nobody should be asked to fill one

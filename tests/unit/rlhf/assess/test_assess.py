@@ -68,6 +68,10 @@ def test_settings_come_from_the_run(job: TinyJob) -> None:
         parse_evaluate([f"--models={job.folder / 'start.pth'}"])
     with pytest.raises(UserError, match="models: expected a model at gone.pth, found nothing there"):
         parse_evaluate([f"--models={job.folder / 'start.pth'},gone.pth"])
+    (job.folder / "runs" / "first").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="has its checkpoints in .*runs/first$"):
+        patch.setattr(evaluate_config.FolderConfig, "ckpt_dir", str(job.folder / "runs"))
+        parse_evaluate(["--models=first"])
     with pytest.raises(UserError, match="with no model; give --model_path"):
         parse_evaluate([])
     with pytest.raises(UserError, match="expected the start model at nowhere, found nothing there"):

@@ -145,9 +145,13 @@ def test_what_a_loss_cannot_use_is_refused() -> None:
         buffer.append_group([replace(one, answers=None) for one in ranked_pairs(4, (4,), chain)], "file", 1)
         every, chains = (buffer.finish(), chains) if name == "every" else (every, buffer.finish())
     ranked = PreferenceLoss("plackett_luce")
-    require_rankings(ranked, chains)
-    require_rankings(PreferenceLoss(), every)
-    with pytest.raises(UserError, match="ranks the answers of a record: expected --pairs adjacent"):
-        require_rankings(ranked, every)
+    require_rankings(ranked, chains, "adjacent")
+    require_rankings(PreferenceLoss(), every, "all")
+    with pytest.raises(
+        UserError, match="ranks the answers of a record: expected --pairs adjacent, .* found --pairs all"
+    ):
+        require_rankings(ranked, every, "all")
+    with pytest.raises(UserError, match=r"with the next one, found one missing \(file:1\): it was too long"):
+        require_rankings(ranked, every, "adjacent")
     with pytest.raises(UserError, match="ld_alpha: expected pairs of records of their own"):
-        require_rankings(PreferenceLoss(ld_alpha=0.5), every)
+        require_rankings(PreferenceLoss(ld_alpha=0.5), every, "all")

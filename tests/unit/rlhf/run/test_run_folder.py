@@ -212,6 +212,16 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path: Path, caplog: pytest.LogC
     assert f"settings are those of {path}" in caplog.text and "have no effect: ['timeout_s']" in caplog.text
 
 
+def test_a_run_that_is_not_there(tmp_path: Path) -> None:
+    """Said before a model is read, with the runs that there are; the newest is asked for where there is none."""
+    with pytest.raises(UserError, match="expected a run to resume"):
+        say_settings(config_of(tmp_path, resume=True))
+    for seconds, name in enumerate(("a", "b")):
+        finished_run(tmp_path, name, 1000 + seconds)
+    with pytest.raises(UserError, match=rf"/none: expected a state .* no run of that name; {tmp_path} has b, a$"):
+        say_settings(config_of(tmp_path, run_name="none", resume=True))
+
+
 def test_settings_of_earlier_versions_and_of_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without a copy the log folder's count, and it is where they were found; without both a warning says so. A damaged
     copy is passed over for the other, and named where there is none."""
