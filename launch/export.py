@@ -1,9 +1,9 @@
 """Writes a model, or what a run has trained so far, in another form or dtype.
 
-python launch/export.py --source dpo_2E_0.5312L_2048MSQ.pth --output my-model     # LoRA merged; loads in transformers
-python launch/export.py --source CKPT_DIR/RUN --output my-model --dtype bfloat16   # the newest state of a run
-python launch/export.py --source CKPT_DIR/RUN --output my-model --average 3        # the mean of its last three epochs
-python launch/export.py --source my-model --output my-model.pth      # where a SimpleLLaMA checkpoint can say the model
+python launch/export.py --source dpo_2E_0.5312L_2048MSQ.pth --output my-model   # LoRA merged; loads in transformers
+python launch/export.py --source CKPT_DIR/RUN --output my-model --dtype bfloat16  # the newest state of a run
+python launch/export.py --source CKPT_DIR/RUN --output my-model --average 3       # the mean of its last three epochs
+python launch/export.py --source my-model --output my-model.pth     # where a SimpleLLaMA checkpoint can say the model
 """
 
 from __future__ import annotations

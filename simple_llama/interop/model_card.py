@@ -37,6 +37,8 @@ def model_card(name: str, metadata: Mapping[str, Any], library: str = "transform
     settings = metadata.get("dpo_config") or {}
     facts = {
         "start model": _last(settings.get("model_path") or metadata.get("source")),
+        "made from": metadata.get("source") if settings else None,
+        "adapters": _adapters(settings),
         "run": metadata.get("run"),
         "optimizer steps": metadata.get("step"),
         "epochs done": _short(metadata.get("epochs")),
@@ -65,6 +67,15 @@ def model_card(name: str, metadata: Mapping[str, Any], library: str = "transform
             "\nAll settings are in `simple_llama_run.json`.\n",
         ]
     )
+
+
+def _adapters(settings: Mapping[str, Any]) -> str | None:
+    """The LoRA adapters that the run trained, where it did."""
+    rank, alpha = settings.get("lora_rank"), settings.get("lora_alpha")
+    if not rank:
+        return None
+    root = "sqrt(rank)" if settings.get("lora_rslora") else "rank"
+    return f"LoRA, rank {rank}, alpha {_short(alpha)} (scale alpha / {root}), on {settings.get('lora_targets')}"
 
 
 def _last(path: Any) -> str | None:

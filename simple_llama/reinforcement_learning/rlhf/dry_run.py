@@ -210,9 +210,10 @@ class _Job:
         fullest = max(found, key=lambda moment: moment.sum)
         lines = [f"{name:22} {amount / _GIB:8.3f} GiB" for name, amount in fullest.parts.items() if amount]
         others = ", ".join(f"{one.name} {one.sum / _GIB:.3f}" for one in found if one is not fullest)
+        hint = "" if foretold.probed else "; --probe measures it"
         lines.append(
             f"{'sum':22} {fullest.sum / _GIB:8.3f} GiB (estimate by arithmetic, at the fullest moment: {fullest.name}; "
-            f"others: {others})"
+            f"others: {others}{hint})"
         )
         if foretold.probed and not foretold.fit_words:
             lines.append(_told_probe(foretold.probed))

@@ -137,6 +137,15 @@ class Inputs:
         return self.start.about if isinstance(self.start, AdaptedStart) else None
 
     @property
+    def about_adapters(self) -> str:
+        """The adapters that are trained, in words; "" without such."""
+        if not isinstance(self.start, AdaptedStart):
+            return ""
+        lora = self.start.adapters.lora
+        whose = self.start.adapters.source or "fresh"
+        return f"rank {lora.rank}, scale {lora.scale:g}, on {', '.join(lora.targets)}, {whose}"
+
+    @property
     def without_adapters(self) -> bool:
         """Whether the policy without its adapters is the reference."""
         return not self.other_reference and self.reference is not self.start

@@ -308,4 +308,15 @@ def test_the_card_says_what_the_run_was(tmp_path: Path, weights: dict[str, torch
     for row in ("start model | SmolLM2", "run | x / (b)y", "epochs done | 0.333333", "preference data | pairs.jsonl",
                 "beta | 0.1", "optimizer steps | 3", "torch | 2.13"):  # fmt: skip
         assert f"| {row} |" in card
-    assert "/a/b" not in card and "/c" not in card
+    assert "/a/b" not in card and "/c" not in card and "adapters" not in card and "made from" not in card
+
+
+def test_the_card_of_a_mean_of_adapters(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """What the weights were made from, and which adapters the run had."""
+    settings = {"model_path": "a", "lora_rank": 8, "lora_alpha": 16.0, "lora_targets": "q,v", "lora_rslora": True}
+    write_folder(
+        tmp_path / "out", weights, FORM, {"source": "the mean of steps 2, 4 of the run a", "dpo_config": settings}
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| made from | the mean of steps 2, 4 of the run a |" in card
+    assert "| adapters | LoRA, rank 8, alpha 16 (scale alpha / sqrt(rank)), on q,v |" in card

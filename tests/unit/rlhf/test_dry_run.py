@@ -203,7 +203,7 @@ def test_memory_lines(config: DPOConfig, inputs: Inputs, ranks: Ranks, monkeypat
         "a                         1.000 GiB",
         "b                         5.500 GiB",
         "sum                       6.500 GiB (estimate by arithmetic, at the fullest moment: passes; others: "
-        "start 6.000)",
+        "start 6.000; --probe measures it)",
     ]
     model, engine, batch, _ = asked[-1]
     assert (sum(model.size), model.trained, model.dtype.itemsize) == (45_984, 45_984, 4)

@@ -165,7 +165,8 @@ def plackett_luce_loss(scores: Scores, *, beta: float = 0.1) -> torch.Tensor:
     the sum over a record's pairs (k, k + 1) is -log of the ranking's probability, Eq. 20 of arXiv:2305.18290 (A.3).
 
     A record of K answers, best first, is K - 1 pairs of neighbours in rank: pair k has the term of answer k. With two
-    answers this is sigmoid. Pairs of a record stand together in their order; `pairs adjacent` makes them.
+    answers this is sigmoid at the same beta. Pairs of a record stand together in their order; `pairs adjacent` makes
+    them.
     """
     assert scores.groups_B is not None
     chosen_B, rejected_B = (beta * log_ratios(scores)).unbind(1)

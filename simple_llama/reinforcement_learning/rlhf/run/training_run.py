@@ -198,7 +198,7 @@ class TrainingRun:
         LOGGER.info("run %s: %d pairs, %d held out, %d steps", name, *counts)
         LOGGER.info("loss: %s; learning rate: %s", self.loss_fn, about_schedule(self.config))
         if self.inputs.adapters:
-            LOGGER.info("adapters: %s; %d weights are trained", self.inputs.adapters, self.engine.trained_weights)
+            LOGGER.info("adapters: %s; %d weights are trained", self.inputs.about_adapters, self.engine.trained_weights)
             if not self.inputs.other_reference:
                 whose = "without them" if self.inputs.without_adapters else "as it starts, with them"
                 LOGGER.info("the reference is the model %s", whose)

@@ -61,7 +61,7 @@ def costliest(pairs: PairSet, mine: Sequence[MicroBatch], losses: Sequence[torch
     """
     filled = (micro_batch for micro_batch in mine if micro_batch)
     found = [
-        (loss, f"{pairs.origin(i)} (loss {loss:.3g}, {int(pairs.keys['counts'][i].sum())} tokens)")
+        (loss, f"{Path(pairs.origin(i)).name} (loss {loss:.3g}, {int(pairs.keys['counts'][i].sum())} tokens)")
         for micro_batch, loss_B in zip(filled, losses, strict=True)
         for i, loss in zip(micro_batch, loss_B.tolist(), strict=True)
     ]
