@@ -86,10 +86,15 @@ def encode_chats(
             raise ValueError(f"expected an answer for each user message, found {len(assistants)} for {len(users)}")
     texts = (text for system, users, assistants in chats for text in (system, *users, *assistants))
     ids_of_text = _encode_texts(tokenizer, ("\n\n", "\n", *texts))
-    return [
-        (_join_ids(_chat_segments(*chat), ids_of_text), len(ids_of_text[chat[2][-1]]) + 1)  # and <EOA>
-        for chat in chats
-    ]
+    prompts: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[int]] = {}  # both chats of a pair have one
+    found = []
+    for system, users, assistants in chats:
+        key = system, tuple(users), tuple(assistants[:-1])
+        if (prompt := prompts.get(key)) is None:
+            prompt = prompts[key] = _join_ids(_chat_segments(*key), ids_of_text)
+        answer = ids_of_text[assistants[-1]]
+        found.append(([*prompt, *answer, SPECIAL_IDS["<EOA>"]], len(answer) + 1))
+    return found
 
 
 def encode_chat(
