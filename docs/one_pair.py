@@ -24,8 +24,10 @@ from simple_llama.finetune.format_llm_prompt import encode_chat, format_chat
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
+from simple_llama.reinforcement_learning.rlhf.data.own_records import from_template
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation, ReadOptions, from_template
+from simple_llama.reinforcement_learning.rlhf.data.record_checks import ReadOptions
 from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
 from simple_llama.reinforcement_learning.rlhf.objective.losses import Scores
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, pair_logps
@@ -173,7 +175,7 @@ def _read(seen: Walk) -> str:
     return f"""
 ## 1. The record
 
-`data/readers.py` reads this as a conversation with two answers:
+`data/own_records.py` reads this as a conversation with two answers:
 
 ```
 {record}

@@ -21,9 +21,9 @@ from simple_llama.inference.generate import Sampling, answer_together, groups_wi
 from simple_llama.inference.guards import count_language, language_metrics, refuses
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import AnswersConfig
+from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
-from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 from simple_llama.reinforcement_learning.rlhf.objective.policy import evaluating
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import Answers

@@ -1,6 +1,6 @@
 """Converts published human preference data (HH-RLHF, PKU-SafeRLHF) into the format of RLDatasetLoader.
 
-What a record must look like, and which pairs are dropped, stands in readers.py. A record of another shape is a
+What a record must look like, and which pairs are dropped, stands with its reader. A record of another shape is a
 UserError; one that holds no usable pair is dropped and counted by reason.
 """
 
@@ -18,17 +18,11 @@ from simple_llama.common.files import atomic_write
 from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.ascii_text import ascii_text
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, read_records
+from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation, Dropped, NeedsOption, holds_a_turn
 from simple_llama.reinforcement_learning.rlhf.data.data_report import LIKE_A_TURN, warnings_of
-from simple_llama.reinforcement_learning.rlhf.data.readers import (
-    CUSTOM,
-    READERS,
-    Conversation,
-    Dropped,
-    NeedsOption,
-    ReadOptions,
-    format_of,
-    holds_a_turn,
-)
+from simple_llama.reinforcement_learning.rlhf.data.own_records import CUSTOM
+from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, format_of
+from simple_llama.reinforcement_learning.rlhf.data.record_checks import ReadOptions
 
 _FORMATS = ("HH-RLHF", "PKU-SafeRLHF")  # of the inputs
 

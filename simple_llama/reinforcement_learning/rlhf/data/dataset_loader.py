@@ -2,7 +2,7 @@
 
     {"Template": ["CUSTOM"], "User": ["Hi"], "Accepted": ["Hello!"], "Rejected": ["Go away."]}
 
-The format stands in readers.py. Records are read, tokenized some hundreds at a time and forgotten: what stays is a
+The format stands in own_records.py. Records are read, tokenized some hundreds at a time and forgotten: what stays is a
 PairSet, and where each pair's text is.
 
 Characters that the tokenizer does not know are tokenized in their ASCII spelling, where they have one (speller.py).
@@ -38,6 +38,14 @@ from simple_llama.dataset.ascii_text import Spelling
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, data_files, read_records
 from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat, UnsayableChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
+from simple_llama.reinforcement_learning.rlhf.data.conversation import (
+    Compared,
+    Conversation,
+    Dropped,
+    Ranking,
+    chosen_pairs,
+    holds_a_turn,
+)
 from simple_llama.reinforcement_learning.rlhf.data.data_report import (
     BOTH_WAYS,
     LIKE_A_TURN,
@@ -46,21 +54,11 @@ from simple_llama.reinforcement_learning.rlhf.data.data_report import (
     describe,
     warnings_of,
 )
+from simple_llama.reinforcement_learning.rlhf.data.own_records import RANKING_KEYS
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
-from simple_llama.reinforcement_learning.rlhf.data.readers import (
-    PAIR_KEYS,
-    RANKING_KEYS,
-    READERS,
-    Compared,
-    Conversation,
-    Dropped,
-    Ranking,
-    ReadOptions,
-    chosen_pairs,
-    format_of,
-    holds_a_turn,
-)
+from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, format_of
+from simple_llama.reinforcement_learning.rlhf.data.record_checks import PAIR_KEYS, ReadOptions
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from simple_llama.dataset.ascii_text import Spelling
-from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation
+from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
 
 
 @dataclass

@@ -34,8 +34,9 @@ from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
     _held_out_prompts,
     _prompt_share,
 )
+from simple_llama.reinforcement_learning.rlhf.data.own_records import from_template
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
-from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, Reader, from_template
+from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, Reader
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 
 
