@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 from simple_llama.common.files import digest, file_digest, json_bytes
@@ -362,9 +363,17 @@ DATASETS = [
     ),
     Case(
         "a file of another kind in a folder",
-        inside("rlhf_dataset_path", "bad.parquet", Path.touch),
-        ("folder: expected files of *.json", "found 1 of another kind: bad.parquet"),
+        inside("rlhf_dataset_path", "bad.csv", Path.touch),
+        ("folder: expected files of *.json", "found 1 of another kind: bad.csv"),
     ),
+    Case("an empty table", inside("rlhf_dataset_path", "bad.parquet", Path.touch), ("bad.parquet: cannot be read: ",)),
+    Case("no table", data(b'{"a": 1}\n' * 9, "bad.arrow"), ("bad.arrow: cannot be read: ",)),
+    Case(
+        "a zstd file that was cut",
+        data(zstandard.compress(b"{}\n" * 100)[:-3], "bad.jsonl.zst"),
+        ("cannot be read: the file ends before",),
+    ),
+    Case("no xz file", data(b"[]", "bad.json.xz"), ("bad.json.xz: cannot be read: ",)),
     Case(
         "the same last answer", data(record(User=["a"] * 2, Accepted=["b", "c"], Rejected=["d", "c"])), ("1 same last",)
     ),

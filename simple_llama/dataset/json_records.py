@@ -1,30 +1,29 @@
-"""Reads JSON objects from .json (one list) and .jsonl or .ndjson (one object a line) files, counts what is left out,
-and gathers what is faulty."""
+"""Reads objects from .json (one list), .jsonl or .ndjson (one object a line), .parquet and .arrow files (a row each),
+counts what is left out, and gathers what is faulty."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import open_file, shown
+from simple_llama.common.files import shown
+from simple_llama.dataset.packed_files import UNPACKED, text_blocks
+from simple_llama.dataset.parquet_records import TABLE_SUFFIXES, table_rows
 
 _LINE_SUFFIXES = (".jsonl", ".ndjson")
-_SUFFIXES = (".json", *_LINE_SUFFIXES, *(f"{suffix}.gz" for suffix in (".json", *_LINE_SUFFIXES)))  # in any case
+_TEXT_SUFFIXES = (".json", *_LINE_SUFFIXES)
+_PACKED_SUFFIXES = tuple(f"{suffix}{packed}" for suffix in _TEXT_SUFFIXES for packed in UNPACKED)
+_SUFFIXES = (*_TEXT_SUFFIXES, *_PACKED_SUFFIXES, *TABLE_SUFFIXES)  # in any case
 _DOCUMENTS = ("readme", "readme.txt", "license", "license.txt")  # and *.md: may stand beside the data, in any case
-_UNPACKERS = {".zst": "zstd -d", ".xz": "xz -d", ".bz2": "bzip2 -d", ".zip": "unzip"}
+_ABOUT = ("dataset_info.json", "dataset_dict.json", "state.json")  # what `datasets` puts beside its .arrow files
+_UNPACKERS = {".zip": "unzip", ".tar": "tar -x", ".tgz": "tar -x", ".7z": "7z x"}
 _LINE, _LIST = "one JSON object on a line", "one JSON list"  # what is expected
 _MOST_LIST_BYTES = 2 << 30  # of a .json file, which stands in memory whole; a .jsonl file may have any size
 _MOST_LINE_BYTES = 64 << 20  # of a line of a .jsonl file: hundreds of times the longest chat a model can read
-_MOST_EXPANSION = 100  # bytes of text from a byte of a .gz file; text becomes 3 to 10 times smaller
-_BLOCK_BYTES = 1 << 20  # unpacked at a time
-_FREE_BYTES = 4 << 20  # unpacked before the expansion is looked at: small files may be all repetitions
 _FAULTS_SHOWN = 10
 _MOST_FAULTS = 1000  # nobody mends a file that has more one by one
 _FAULT_CHARACTERS = 250  # of one fault among several
@@ -32,7 +31,8 @@ _FAULT_CHARACTERS = 250  # of one fault among several
 
 @dataclass(frozen=True)
 class Record:
-    """One object of a data file. `number` counts from 1: the place in a .json list, or the line of a .jsonl file."""
+    """One object of a data file. `number` counts from 1: the place in a .json list, the line of a .jsonl file, the row
+    of a table."""
 
     file: str
     number: int
@@ -122,10 +122,10 @@ def can_read(path: str | Path) -> bool:
 def data_files(path: str | Path) -> list[Path]:
     """The file itself, or all data files of a folder (not of its subfolders) sorted by name.
 
-    Hidden files, README, LICENSE and *.md are passed over. Raises UserError for any other file that cannot be read,
-    so that no pairs are missing in silence, and when there is nothing to read.
+    Hidden files, README, LICENSE, *.md and what `datasets` writes beside .arrow files are passed over. Raises UserError
+    for any other file that cannot be read, so that no pairs are missing in silence, and when there is nothing to read.
     """
-    place, kinds = Path(path), ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
+    place, kinds = Path(path), _kinds("*")
     try:
         if not place.exists():
             raise UserError(f"{place}: expected a data file or a folder of them ({kinds}), found nothing there")
@@ -135,6 +135,8 @@ def data_files(path: str | Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{place}: cannot be read: {error.strerror or error}") from error
     names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir())
+    if any(name.lower().endswith(".arrow") for name in names):
+        names = [name for name in names if name not in _ABOUT]
     files = [place / name for name in names if can_read(name)]
     others = [name for name in names if not can_read(name) and not _is_document(name)]
     if others:
@@ -152,15 +154,13 @@ def data_files(path: str | Path) -> list[Path]:
 def read_records(path: str | Path, faults: Faults | None = None) -> Iterator[Record]:
     """Yields the records of one file in order. UTF-8, with or without a byte order mark; blank lines count as lines.
 
-    Raises UserError with file, record and what was found for anything that is no list of JSON objects. Faults of single
+    Raises UserError with file, record and what was found for anything that is no list of objects. Faults of single
     records go into `faults`, where that is given, and reading goes on while they are not enough.
     """
     file = str(path)
     if not can_read(file):
-        kinds = ", ".join(_SUFFIXES)
-        raise UserError(f"{file}: expected a file name that ends with {kinds}, found another; {_how_to_read(file)}")
-    values = _json_lines(file) if file.lower().removesuffix(".gz").endswith(_LINE_SUFFIXES) else _json_list(file)
-    for number, value in values:
+        raise UserError(f"{file}: expected a file name that ends with {_kinds()}, found another; {_how_to_read(file)}")
+    for number, value in _values(file):
         fault = _fault(value, f"{file}:{number}")
         if fault is None:
             yield Record(file, number, value)
@@ -170,6 +170,21 @@ def read_records(path: str | Path, faults: Faults | None = None) -> Iterator[Rec
             faults.add(fault)
         if faults is not None and faults.are_enough:
             return
+
+
+def _values(file: str) -> Iterator[tuple[int, Any]]:
+    """Number and value of each record, by the kind of file that its name says."""
+    name = file.lower()
+    if name.endswith(TABLE_SUFFIXES):
+        return table_rows(file)
+    text = Path(name).stem if name.endswith(_PACKED_SUFFIXES) else name
+    return _json_lines(file) if text.endswith(_LINE_SUFFIXES) else _json_list(file)
+
+
+def _kinds(before: str = "") -> str:
+    """The ends of names that can be read, with something before each."""
+    texts, tables = (", ".join(f"{before}{suffix}" for suffix in some) for some in (_TEXT_SUFFIXES, TABLE_SUFFIXES))
+    return f"{texts} (each also {', '.join(UNPACKED)}), {tables}"
 
 
 def _fault(value: Any, origin: str) -> UserError | None:
@@ -219,7 +234,7 @@ def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
 
 
 def _json_list(file: str) -> Iterator[tuple[int, Any]]:
-    data = b"".join(_blocks(file, _MOST_LIST_BYTES))
+    data = b"".join(text_blocks(file, _MOST_LIST_BYTES))
     text = _decoded(data.removeprefix(b"\xef\xbb\xbf"), file)
     del data  # the list alone stays in memory while its records are worked on
     value = _parsed(text, file, _LIST)
@@ -232,7 +247,7 @@ def _json_list(file: str) -> Iterator[tuple[int, Any]]:
 def _lines(file: str) -> Iterator[bytes]:
     """Lines without their ends. Only a line feed ends a line: a string may hold other line breaks as they are."""
     rest, number = b"", 1
-    for block in _blocks(file):
+    for block in text_blocks(file):
         *whole, rest = (rest + block).split(b"\n")
         yield from whole
         number += len(whole)
@@ -241,36 +256,6 @@ def _lines(file: str) -> Iterator[bytes]:
                 f"{file}:{number}: expected a line of at most {_MOST_LINE_BYTES:,} bytes, found a longer one"
             )
     yield rest
-
-
-def _blocks(file: str, most: float = float("inf")) -> Iterator[bytes]:
-    """The bytes of a file, unpacked, a block at a time. UserError for what unpacks to many times its size.
-
-    `most` is how many bytes there may be, for those who keep them all.
-    """
-    too_long = f"{file}: expected a list of at most {most:,} bytes, found more; a .jsonl file may have any size"
-    try:
-        with open_file(file) as packed:
-            if not file.lower().endswith(".gz"):
-                if os.fstat(packed.fileno()).st_size > most:
-                    raise UserError(too_long)
-                while block := packed.read(_BLOCK_BYTES):
-                    yield block
-                return
-            length = 0
-            with gzip.GzipFile(fileobj=packed) as stream:
-                while block := stream.read(_BLOCK_BYTES):
-                    length += len(block)
-                    if length > _FREE_BYTES and length > _MOST_EXPANSION * packed.tell():
-                        raise UserError(
-                            f"{file}: expected text that unpacks to at most {_MOST_EXPANSION} times its size, found "
-                            "more; if it is meant to, give the unpacked file"
-                        )
-                    if length > most:
-                        raise UserError(too_long)
-                    yield block
-    except (OSError, EOFError, zlib.error) as error:  # also a damaged or cut .gz file
-        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _decoded(data: bytes, origin: str) -> str:

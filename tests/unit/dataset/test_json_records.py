@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from simple_llama.common.errors import UserError
 from simple_llama.dataset import json_records
@@ -74,12 +81,11 @@ def test_names_count_without_case_and_ndjson_is_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "way_out"),
     [
-        ("b.jsonl.zst", "unpack it with zstd -d"),
-        ("b.json.XZ", "unpack it with xz -d"),
-        ("b.parquet", "write it as .jsonl"),
+        ("b.jsonl.ZIP", "unpack it with unzip"),
+        ("b.json.tar", "unpack it with tar -x"),
         ("b.csv", "write it as .jsonl"),
         ("b.jsonl.bak", "write it as .jsonl"),
-        ("license_pairs.arrow", "write it as .jsonl"),
+        ("license_pairs.csv.gz", "write it as .jsonl"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, way_out: str) -> None:
@@ -131,6 +137,118 @@ def test_summary_names_counts_and_first_records() -> None:
     assert count.summary() == (
         "kept 9,497 of 9,500 pairs (2 too long, 1 identical); first too long: a.json:4; first identical: a.json:3"
     )
+
+
+# === packed files ===
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_packed_files_are_read_whole_or_refused(tmp_path: Path, suffix: str) -> None:
+    """As lines and as a list, of two parts joined, by a name in any case; a cut one, and other bytes, are refused."""
+    pack, lines = PACKERS[suffix], b'{"x": "\xc3\xa9"}\n' * 40_000
+    listed = json.dumps([{"x": n} for n in range(3000)]).encode()
+    joined = written(tmp_path, f"a.JSONL{suffix.upper()}", pack(lines) + pack(lines))
+    assert sum(record.fields == {"x": "\u00e9"} for record in read_records(joined)) == 80_000
+    found = list(read_records(written(tmp_path, f"a.json{suffix}", pack(listed))))
+    assert [record.fields["x"] for record in found] == list(range(3000))
+    for name, data in (("cut", pack(listed)[:-5]), ("cut early", pack(listed)[:9]), ("other", b"[]" * 9)):
+        for kind in ("json", "jsonl"):
+            with pytest.raises(UserError, match="cannot be read: "):
+                list(read_records(written(tmp_path, f"{name}.{kind}{suffix}", data)))
+
+
+@pytest.mark.parametrize("suffix", [".zst", ".xz", ".bz2"])
+def test_a_bomb_of_another_packer_takes_little_memory(tmp_path: Path, suffix: str) -> None:
+    """1 GiB of zeros: refused after a few MiB."""
+    data = PACKERS[suffix](b"\0" * 2**26) * 16
+    for kind in ("json", "jsonl"):
+        path = written(tmp_path, f"a.{kind}{suffix}", data)
+        tracemalloc.start()
+        with pytest.raises(UserError, match="at most 100 times its size"):
+            list(read_records(path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 128 * 2**20
+
+
+# === tables ===
+
+ROWS = [{"x": n, "chat": [{"role": "user", "content": "\u00e9"}], **({"y": 0.5} if n % 2 else {})} for n in range(600)]
+
+
+def arrow(folder: Path, name: str, table: pa.Table, kind: Callable[..., pa.RecordBatchFileWriter]) -> Path:
+    """An Arrow file of one of its two kinds, in batches of 250 rows."""
+    with pa.OSFile(str(folder / name), "wb") as sink, kind(sink, table.schema) as writer:
+        writer.write_table(table, 250)
+    return folder / name
+
+
+def test_tables_are_read_by_rows_without_their_nulls(tmp_path: Path) -> None:
+    """Parquet in row groups of 70, and both kinds of Arrow files: the records that were put in, numbered from 1."""
+    table = pa.Table.from_pylist(ROWS, pa.schema({"x": pa.int64(), "chat": CHAT, "y": pa.float64()}))
+    pq.write_table(table, tmp_path / "A.PARQUET", row_group_size=70)
+    paths = [tmp_path / "A.PARQUET", arrow(tmp_path, "b.arrow", table, pa.ipc.new_file)]
+    for path in (*paths, arrow(tmp_path, "c.arrow", table, pa.ipc.new_stream)):
+        found = list(read_records(path))
+        assert [record.fields for record in found] == ROWS
+        assert [record.number for record in found] == list(range(1, 601))
+    written(tmp_path, "dataset_info.json", b"{}")
+    written(tmp_path, "state.json", b"{}")
+    assert [path.name for path in data_files(tmp_path)] == ["A.PARQUET", "b.arrow", "c.arrow"]
+
+
+CHAT = pa.list_(pa.struct({"role": pa.string(), "content": pa.string(), "name": pa.string()}))
+
+
+def test_a_large_row_group_is_not_read_whole(tmp_path: Path) -> None:
+    """64 MiB of text in one row group, of which each batch takes little."""
+    table = pa.table({"x": [os.urandom(16).hex() * 64 for _ in range(2**15)]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    del table
+    before = most = pa.total_allocated_bytes()
+    for _ in read_records(tmp_path / "a.parquet"):
+        most = max(most, pa.total_allocated_bytes())
+    assert most - before < 16 * 2**20
+
+
+def test_tables_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    """Cut ones, others' bytes, text that is no UTF-8, a column that stands twice."""
+    table = pa.table({"x": ["a"] * 1000})
+    pq.write_table(table, tmp_path / "a.parquet")
+    whole = {
+        "parquet": (tmp_path / "a.parquet").read_bytes(),
+        "file.arrow": arrow(tmp_path, "a.arrow", table, pa.ipc.new_file).read_bytes(),
+        "stream.arrow": arrow(tmp_path, "a.arrow", table, pa.ipc.new_stream).read_bytes(),
+    }
+    for kind, data in whole.items():
+        for cut in (0, 5, 100, len(data) // 2):
+            with pytest.raises(UserError, match=f"b.{kind}: cannot be read: "):
+                list(read_records(written(tmp_path, f"b.{kind}", data[:cut])))
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"x": bad}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="c.parquet: cannot be read: 'utf-8' codec"):
+        list(read_records(tmp_path / "c.parquet"))
+    twice = pa.table([["a"], ["b"]], names=["x", "x"])
+    with pytest.raises(UserError, match="d.arrow: column 'x' stands twice"):
+        list(read_records(arrow(tmp_path, "d.arrow", twice, pa.ipc.new_stream)))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("a.parquet", "pyarrow"), ("a.arrow", "pyarrow"), ("a.json.zst", "zstandard")]
+)
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
+    """With what to type."""
+    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"{name}: expected the package {package}, .*pip install '\.\[data\]'"):
+        list(read_records(written(tmp_path, name, b"")))
 
 
 def test_a_bomb_takes_little_memory(tmp_path: Path) -> None:
