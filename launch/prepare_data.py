@@ -1,7 +1,7 @@
-"""Converts HH-RLHF and PKU-SafeRLHF files into preference data for launch/train_dpo.py.
+"""Converts preference data of any known format (docs/data.md) into this project's own.
 
 python launch/prepare_data.py --inputs hh_harmless.jsonl.gz --output hh_harmless.jsonl
-python launch/prepare_data.py --inputs pku.jsonl --output pku.jsonl --prefer safety
+python launch/prepare_data.py --inputs pku.parquet --output pku.jsonl --prefer safe
 """
 
 from __future__ import annotations

@@ -70,6 +70,7 @@ class KeptCount:
     total: int = 0
     dropped: Tally = field(default_factory=Tally)
     noticed: Tally = field(default_factory=Tally)
+    faulty: str = ""  # of those left out the first ones that are no sound records, a line each
 
     @property
     def kept(self) -> int:
@@ -89,29 +90,47 @@ class KeptCount:
 class Faults:
     """What is wrong with records, gathered so that one start names more of them than the first."""
 
+    are_dropped: bool = False  # they are left out, and reading goes on whatever their number
     number: int = 0
     shown: list[str] = field(default_factory=list)
+    first: str = ""  # origin
 
-    def add(self, fault: UserError) -> None:
+    def add(self, fault: UserError, origin: str = "") -> None:
         """Counts one more; the first ones are kept in words."""
         self.number += 1
+        self.first = self.first or origin
         if len(self.shown) < _FAULTS_SHOWN:
             self.shown.append(str(fault))
 
     @property
+    def end_the_start(self) -> bool:
+        """Whether there are some, and they are not dropped."""
+        return bool(self.number) and not self.are_dropped
+
+    @property
     def are_enough(self) -> bool:
         """Whether reading on would help nobody."""
-        return self.number >= _MOST_FAULTS
+        return self.number >= _MOST_FAULTS and not self.are_dropped
 
     def end(self) -> None:
-        """Raises one UserError for all, or nothing where there are none."""
-        if self.number == 1:
-            raise UserError(self.shown[0])
+        """Raises one UserError for all, or nothing where there are none, or they are dropped."""
+        if self.end_the_start:
+            raise UserError(self.shown[0] if self.number == 1 else self._words())
+
+    def count_in(self, count: KeptCount) -> None:
+        """Counts them among what was left out."""
         if self.number:
-            count = f"{'at least ' if self.are_enough else ''}{self.number:,} faulty records"
-            first = f", the first {len(self.shown)}" if self.number > len(self.shown) else ""
-            lines = (f"  {fault[:_FAULT_CHARACTERS]}{'...' * (len(fault) > _FAULT_CHARACTERS)}" for fault in self.shown)
-            raise UserError("\n".join([f"{count}{first}:", *lines]))
+            count.total += self.number
+            count.dropped.times["faulty"], count.dropped.first["faulty"] = self.number, self.first
+            count.faulty = self._words()
+
+    def _words(self) -> str:
+        """Their number, and the first ones a line each."""
+        records = "records" if self.number > 1 else "record"
+        count = f"{'at least ' if self.are_enough else ''}{self.number:,} faulty {records}"
+        first = f", the first {len(self.shown)}" if self.number > len(self.shown) else ""
+        lines = (f"  {fault[:_FAULT_CHARACTERS]}{'...' * (len(fault) > _FAULT_CHARACTERS)}" for fault in self.shown)
+        return "\n".join([f"{count}{first}:", *lines])
 
 
 def can_read(path: str | Path) -> bool:
@@ -167,7 +186,7 @@ def read_records(path: str | Path, faults: Faults | None = None) -> Iterator[Rec
         elif faults is None:
             raise fault
         else:
-            faults.add(fault)
+            faults.add(fault, f"{file}:{number}")
         if faults is not None and faults.are_enough:
             return
 

@@ -218,6 +218,7 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             compared=config.pairs,
             group_weight=config.group_weight,
             group_prompts=config.group_prompts,
+            reading=config,
         )
     other = _other_reference(config, start, chat, digest, max_seq_len) if config.reference_path else None
     reference = other or reference_of(start)

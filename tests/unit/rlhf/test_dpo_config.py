@@ -183,6 +183,7 @@ def test_each_setting_has_one_owner():
         "ModelConfig",
         "ChatConfig",
         "ChatModelConfig",
+        "ReadingConfig",
         "DataConfig",
         "PolicyConfig",
         "BatchConfig",

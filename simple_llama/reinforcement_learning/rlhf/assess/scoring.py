@@ -9,14 +9,14 @@ import numpy as np
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
-from simple_llama.dataset.json_records import read_records
+from simple_llama.dataset.json_records import Faults, read_records
 from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, trained_on
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.safety_records import category_of
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
 
-_CATEGORY = "category"  # key of a record
 _MOST_NAME = 60  # characters
 
 
@@ -59,19 +59,20 @@ def check_same_pairs(inputs: Inputs, first: Inputs) -> None:
 
 
 def categories(pairs: PairSet) -> list[str]:
-    """Of each pair what its record calls its `category`, or the name of its file where no record has one.
+    """Of each pair what its record calls its category (`category_of`), or the name of its file where no record has one.
 
     A list of categories is one of its own ("a + b"). Files are read again: a pair keeps no text.
     """
     wanted: dict[int, set[int]] = {}
     for file, record in pairs.places[["file", "record"]].tolist():
         wanted.setdefault(file, set()).add(record)
-    found = {
-        (file, record.number): _category(record.fields[_CATEGORY])
+    said = {
+        (file, record.number): category_of(record.fields)
         for file, numbers in wanted.items()
-        for record in read_records(pairs.files[file])
-        if record.number in numbers and _CATEGORY in record.fields
+        for record in read_records(pairs.files[file], Faults(are_dropped=True))
+        if record.number in numbers
     }
+    found = {place: _category(value) for place, value in said.items() if value is not None}
     if found:
         return [found.get(place, "(none)") for place in pairs.places[["file", "record"]].tolist()]
     return [Path(pairs.files[file]).name for file in pairs.places["file"].tolist()]

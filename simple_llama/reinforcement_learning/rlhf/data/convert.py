@@ -1,7 +1,6 @@
-"""Converts published human preference data (HH-RLHF, PKU-SafeRLHF) into the format of RLDatasetLoader.
+"""Converts preference data of any format that is known (readers.py) into this project's own.
 
-What a record must look like, and which pairs are dropped, stands with its reader. A record of another shape is a
-UserError; one that holds no usable pair is dropped and counted by reason.
+A record of another shape is a UserError; one that holds no usable pair is dropped and counted by reason.
 """
 
 from __future__ import annotations
@@ -18,13 +17,23 @@ from simple_llama.common.files import atomic_write
 from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.ascii_text import ascii_text
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, read_records
-from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation, Dropped, NeedsOption, holds_a_turn
+from simple_llama.reinforcement_learning.rlhf.data.conversation import (
+    Conversation,
+    Dropped,
+    NeedsOption,
+    Ranking,
+    holds_a_turn,
+)
 from simple_llama.reinforcement_learning.rlhf.data.data_report import LIKE_A_TURN, warnings_of
 from simple_llama.reinforcement_learning.rlhf.data.own_records import CUSTOM
-from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, format_of
-from simple_llama.reinforcement_learning.rlhf.data.record_checks import ReadOptions
+from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, DataFormat, Formats
+from simple_llama.reinforcement_learning.rlhf.data.record_checks import Preferred, ReadOptions
+from simple_llama.reinforcement_learning.rlhf.data.safety_records import category_of
 
-_FORMATS = ("HH-RLHF", "PKU-SafeRLHF")  # of the inputs
+_HH = "HH-RLHF"
+_Named = Literal["helpful", "safe", "both", "helpfulness", "safety"]
+_PREFERRED: dict[_Named, Preferred] = {"helpfulness": "helpful", "safety": "safe", "both": "both"}
+_PREFERRED |= {"helpful": "helpful", "safe": "safe"}
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,13 @@ class PrepareConfig:
     """Settings of the conversion."""
 
     # === Files ===
-    inputs: tuple[str, ...]  # HH-RLHF or PKU-SafeRLHF files: .jsonl, .ndjson or .json, plain or .gz
+    inputs: tuple[str, ...]  # files of any format in docs/data.md
     output: str  # file to write: .jsonl (one pair a line) or .json (one list)
 
     # === Choice ===
-    prefer: Literal["helpfulness", "safety"] | None = None  # which label decides; PKU-SafeRLHF only, and needed there
+    data_format: DataFormat = "auto"  # of the inputs; auto: what the first records of each show
+    # which label decides; PKU-SafeRLHF only, and needed there; helpfulness and safety mean helpful and safe
+    prefer: _Named | None = None
     keep_unsafe: bool = False  # keep pairs whose preferred answer is marked unsafe; PKU-SafeRLHF only
     ascii_only: bool = False  # replace or remove characters beyond ASCII, for a tokenizer that knows no others
     limit: int = 0  # pairs to write, at most; 0: all
@@ -46,10 +57,10 @@ class PrepareConfig:
 class _Conversion:
     """What has been converted so far."""
 
-    pairs: list[Conversation] = field(default_factory=list)
+    formats: Formats
+    pairs: list[dict[str, object]] = field(default_factory=list)
     count: KeptCount = field(default_factory=KeptCount)
     faults: Faults = field(default_factory=Faults)
-    formats: set[str] = field(default_factory=set)
     removed_characters: int = 0
     carriage_returns: int = 0  # transcripts that have some
 
@@ -68,7 +79,7 @@ def prepare(config: PrepareConfig) -> str:
     """
     _check_settings(config)
     done = _convert_files(config)
-    if "PKU-SafeRLHF" not in done.formats and (config.prefer or config.keep_unsafe):
+    if not done.formats.has("PKU-SafeRLHF") and (config.prefer or config.keep_unsafe):
         raise UserError("prefer and keep_unsafe: expected a PKU-SafeRLHF input, found none; leave the options out")
     report = done.count.summary()
     if not done.pairs:
@@ -79,6 +90,7 @@ def prepare(config: PrepareConfig) -> str:
         report += f"; removed {done.removed_characters:,} characters without an ASCII form"
     if done.carriage_returns:
         report += f"; read CR LF as LF in {done.carriage_returns:,} records"
+    report += done.formats.said()
     atomic_write(config.output, _serialized(done.pairs, as_list=config.output.endswith(".json")))
     for warning in warnings_of(done.count):
         LOGGER.warning("%s: %s", config.output, warning)
@@ -101,8 +113,10 @@ def _check_settings(config: PrepareConfig) -> None:
 
 def _convert_files(config: PrepareConfig) -> _Conversion:
     """Reads the inputs up to the limit. One UserError for all that is faulty."""
-    done = _Conversion()
-    options = ReadOptions(CUSTOM, config.prefer, config.keep_unsafe, done.to_ascii if config.ascii_only else str)
+    done = _Conversion(Formats(config.data_format))
+    prefer = _PREFERRED[config.prefer] if config.prefer else None
+    clean = done.to_ascii if config.ascii_only else str
+    options = ReadOptions(CUSTOM, prefer, config.keep_unsafe, config.data_format == "TRL", clean)
     try:
         for record in (record for name in config.inputs for record in read_records(name, done.faults)):
             _convert_record(record, options, done)
@@ -115,13 +129,12 @@ def _convert_files(config: PrepareConfig) -> _Conversion:
 
 
 def _convert_record(record: Record, options: ReadOptions, done: _Conversion) -> None:
-    """Adds the pair of a record to `done`, or counts why there is none."""
+    """Adds what a record says to `done`, or counts why there is no pair in it."""
     done.count.total += 1
     try:
-        found = format_of(record, _FORMATS)
-        done.formats.add(found)
-        pair = READERS[found].read(record, options)
-        assert isinstance(pair, Conversation), "other formats have two answers"
+        found = done.formats.of(record)
+        said = READERS[found].read(record, options)
+        pairs = said.pairs if isinstance(said, Ranking) else [said]
     except Dropped as reason:
         done.count.dropped.add(str(reason), record.origin)
     except NeedsOption:
@@ -129,21 +142,27 @@ def _convert_record(record: Record, options: ReadOptions, done: _Conversion) -> 
     except UserError as fault:
         done.faults.add(fault)
     else:
-        done.pairs.append(pair)
-        if holds_a_turn(pair):
+        done.pairs.append(_fields(said, category_of(record.fields)))
+        if any(map(holds_a_turn, pairs)):
             done.count.noticed.add(LIKE_A_TURN, record.origin)
-        if found == "HH-RLHF":
+        if found == _HH:
             done.carriage_returns += any("\r" in record.fields[side] for side in READERS[found].keys)
 
 
-def _serialized(pairs: Sequence[Conversation], as_list: bool) -> bytes:
-    """The pairs in the format of RLDatasetLoader, as a JSON list or as one JSON object a line."""
-    lines = [json.dumps(_fields(pair), ensure_ascii=False) for pair in pairs]
+def _serialized(records: Sequence[dict[str, object]], as_list: bool) -> bytes:
+    """Records of this project's own format, as a JSON list or as one JSON object a line."""
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
     return ("[\n" + ",\n".join(lines) + "\n]\n" if as_list else "\n".join(lines) + "\n").encode()
 
 
-def _fields(pair: Conversation) -> dict[str, object]:
-    """A record of a pair."""
-    fields = {"Template": [pair.system], "User": pair.users, "Accepted": pair.chosen, "Rejected": pair.rejected}
-    given = {"weight": None if pair.weight == 1 else pair.weight, "gap": pair.gap}
+def _fields(said: Conversation | Ranking, category: object) -> dict[str, object]:
+    """A record of a pair, or of several answers."""
+    fields: dict[str, object] = {"Template": [said.system], "User": said.users}
+    if isinstance(said, Ranking):
+        scores = said.scores if said.gaps else [0 - score for score in said.scores]
+        fields |= {"Responses": said.answers, "Scores" if said.gaps else "Ranks": scores}
+    else:
+        fields |= {"Accepted": said.chosen, "Rejected": said.rejected}
+    gap = None if isinstance(said, Ranking) else said.gap
+    given = {"weight": None if said.weight == 1 else said.weight, "gap": gap, "category": category}
     return {**fields, **{name: value for name, value in given.items() if value is not None}}

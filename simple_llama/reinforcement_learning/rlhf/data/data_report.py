@@ -66,7 +66,8 @@ def describe(count: KeptCount, extra_keys: Tally, unknown: Unknown, speller: Spe
 
 def warnings_of(count: KeptCount, unknown: Unknown | None = None, held_out: int | None = None) -> list[str]:
     """What a person should know before training on the pairs. `held_out`: how many, where some are meant to be."""
-    found = _much_dropped(count)
+    found = [f"left out: {count.faulty}"] if count.faulty else []
+    found += _much_dropped(count)
     for name, times in count.noticed.times.items():
         said, way_out = _ODD.get(name, (name, ""))
         found.append(f"{said} (pairs: {times:,}, first: {count.noticed.first[name]})" + (way_out and f"; {way_out}"))

@@ -2,15 +2,16 @@
 
     {"Template": ["CUSTOM"], "User": ["Hi"], "Accepted": ["Hello!"], "Rejected": ["Go away."]}
 
-The format stands in own_records.py. Records are read, tokenized some hundreds at a time and forgotten: what stays is a
+Other formats: readers.py. Records are read, tokenized some hundreds at a time and forgotten: what stays is a
 PairSet, and where each pair's text is.
 
 Characters that the tokenizer does not know are tokenized in their ASCII spelling, where they have one (speller.py).
 
 Refused (UserError, nothing is trained): no JSON, no UTF-8, a missing key or one that stands twice, another type,
-unequal lists, a blank message, too many <UNK>. Dropped and counted: chats of more than `max_seq_len` tokens (the pair,
-never one side of it), pairs whose two chats are the same tokens or score the same ones, pairs that came before. Other
-keys are ignored and counted. Kept, counted and warned of: what data_report.py names.
+unequal lists, a blank message, too many <UNK>; single records may be left out instead (`on_bad_record`). Dropped and
+counted: chats of more than `max_seq_len` tokens (the pair, never one side of it), pairs whose two chats are the same
+tokens or score the same ones, pairs that came before. Other keys are ignored and counted. Kept, counted and warned of:
+what data_report.py names.
 """
 
 from __future__ import annotations
@@ -30,19 +31,17 @@ from typing_extensions import Doc
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.console import progress
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import digest, shown
+from simple_llama.common.files import digest
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import package_path
-from simple_llama.common.settings import WHOLE, Before, Bounds, CountOrNone, PathText, Settings
+from simple_llama.common.settings import WHOLE, Before, Bounds, CountOrNone, PathText
 from simple_llama.dataset.ascii_text import Spelling
-from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, data_files, read_records
+from simple_llama.dataset.json_records import Faults, KeptCount, Tally, data_files, read_records
 from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat, UnsayableChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.reinforcement_learning.rlhf.data.conversation import (
     Compared,
     Conversation,
-    Dropped,
-    Ranking,
     chosen_pairs,
     holds_a_turn,
 )
@@ -54,17 +53,15 @@ from simple_llama.reinforcement_learning.rlhf.data.data_report import (
     describe,
     warnings_of,
 )
-from simple_llama.reinforcement_learning.rlhf.data.own_records import RANKING_KEYS
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
-from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, format_of
-from simple_llama.reinforcement_learning.rlhf.data.record_checks import PAIR_KEYS, ReadOptions
-from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
+from simple_llama.reinforcement_learning.rlhf.data.reading import Reading, ReadingConfig
+from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import ScoredChat, Scoring
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
-FORMATS: tuple[str, ...] = ("Template",)  # what the records of a data set may be, of READERS
 _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
 _LAST_ANSWER = Scoring()
+_AS_FOUND = ReadingConfig()
 _TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 
@@ -73,7 +70,7 @@ _MOST_UNKNOWN = 0.05  # of the scored tokens: a person who wants more says so
 
 
 @dataclass(frozen=True)
-class DataConfig(Settings):
+class DataConfig(ReadingConfig):
     """Which pairs there are, and which of them are held out."""
 
     # === Data ===
@@ -120,6 +117,7 @@ class RLDatasetLoader:
         compared: which answers of a record that has more than two, by their rank.
         group_weight: what counts alike in a mean: each pair, or each prompt, whose pairs share its weight.
         group_prompts: whether neighbours in a batch that answer one prompt share a segment.
+        reading: how records are read: their format, which label decides, what a faulty one does.
 
     Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
     kept, dropped, ignored) and `warnings`; both are logged; `prompts`, how many different ones there are, and
@@ -143,18 +141,19 @@ class RLDatasetLoader:
         compared: Compared = "all",
         group_weight: Literal["pair", "prompt"] = "pair",
         group_prompts: bool = False,
+        reading: ReadingConfig = _AS_FOUND,
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
-        self._options, self._scoring = ReadOptions(self._chat.default_system), scoring
+        self._reading, self._scoring = Reading(reading, self._chat.default_system), scoring
         self._compared: Compared = compared
         self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
         count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
         with watchdog.patience("reading the data"):
             pairs, shares = self._read(path, max_seq_len, seed, count, extra_keys, speller)
             unknown = _unknown_tokens(pairs, self._chat.unknown_id)
-        self.report = describe(count, extra_keys, unknown, speller, pairs)
+        self.report = describe(count, extra_keys, unknown, speller, pairs) + self._reading.said()
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
         check_unknown(path, unknown, max_unknown, ascii_text)
@@ -181,16 +180,19 @@ class RLDatasetLoader:
         self, path: str | Path, max_seq_len: int, seed: int, count: KeptCount, extra_keys: Tally, speller: Speller
     ) -> tuple[PairSet, np.ndarray]:
         """The usable pairs and where their prompts stand (see `_prompt_share`); one UserError for all faults."""
-        faults = Faults()
+        faults = self._reading.faults()
         try:
             records = (record for file in data_files(path) for record in read_records(file, faults))
             counted = progress(records, None, "reading and tokenizing pairs")
-            conversations = _read_conversations(counted, self._options, count, extra_keys, faults)
-            tokenized = _tokenize(conversations, self._chat, self._scoring, speller, count)
+            conversations = self._reading.conversations(counted, count, extra_keys, faults)
+            tokenized = _tokenize(conversations, self._chat, self._scoring, speller, count, faults)
             found = _keep_usable(tokenized, max_seq_len, seed, count, self._compared)
         except UserError as fault:  # of a whole file
+            if faults.are_dropped:
+                raise
             faults.add(fault)
         faults.end()
+        faults.count_in(count)
         return found
 
     def conversations(self, pairs: PairSet) -> list[Conversation]:
@@ -219,60 +221,29 @@ class RLDatasetLoader:
         for file, record in origins:
             wanted.setdefault(file, set()).add(record)
         for file, numbers in wanted.items():
-            records = islice((record for record in read_records(file) if record.number in numbers), len(numbers))
-            count = KeptCount()
-            conversations = _read_conversations(records, self._options, count, Tally())
+            count, faults = KeptCount(), self._reading.faults()
+            gathered = faults if faults.are_dropped else None
+            found = (record for record in read_records(file, gathered) if record.number in numbers)
+            conversations = self._reading.conversations(islice(found, len(numbers)), count, Tally(), gathered)
             speller = Speller(self._spelling)
-            for conversation, pair in _tokenize(conversations, self._chat, self._scoring, speller, count):
+            for conversation, pair in _tokenize(conversations, self._chat, self._scoring, speller, count, faults):
                 yield (file, conversation.record), (conversation, pair)
 
 
-def _read_conversations(
-    records: Iterable[Record], options: ReadOptions, count: KeptCount, extra_keys: Tally, faults: Faults | None = None
-) -> Iterator[Conversation]:
-    """What the records say; counts them, those without a pair, and keys that their format does not have.
-
-    Behind the first of `faults` records are only looked at: no pair will be used.
-    """
-    for record in records:
-        if count.total % _RECORDS_PER_BATCH == 0:
-            watchdog.beat("reading the data")
-        count.total += 1
-        found: list[Conversation] = []
-        try:
-            reader = READERS[format_of(record, FORMATS)]
-            said = reader.read(record, options)
-            found = said.pairs if isinstance(said, Ranking) else [said]
-            count.total += len(found) - 1
-        except Dropped as reason:
-            count.dropped.add(str(reason), record.origin)
-            continue
-        except UserError as fault:
-            if faults is None:
-                raise
-            faults.add(fault)
-        if faults and faults.number:
-            continue
-        for key in record.fields:
-            if key not in reader.keys and key not in (*PAIR_KEYS, *RANKING_KEYS):
-                extra_keys.add(shown(key), record.origin)
-        yield from found
-
-
 def _tokenize(
-    conversations: Iterable[Conversation], chat: ChatFormat, scoring: Scoring, speller: Speller, count: KeptCount
+    conversations: Iterable[Conversation],
+    chat: ChatFormat,
+    scoring: Scoring,
+    speller: Speller,
+    count: KeptCount,
+    faults: Faults,
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
     """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
     ahead = iter(conversations)
     while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
         spelled = map(speller.spelled, batch)
         chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
-        distinct = list(dict.fromkeys(chats))  # an answer stands in several pairs
-        try:
-            encoded = dict(zip(distinct, scoring.encode(chat, distinct), strict=True))
-        except UnsayableChat as error:
-            unsaid = batch[chats.index(distinct[error.index]) // 2]
-            raise UserError(f"{unsaid.file}:{unsaid.record}: {error}") from error
+        encoded = _encoded(batch, chats, chat, scoring, count, faults)
         for c, *sides in zip(batch, chats[0::2], chats[1::2], strict=True):
             chosen, rejected = (encoded[side] for side in sides)
             for note in dict.fromkeys(chosen.notes + rejected.notes):
@@ -282,6 +253,27 @@ def _tokenize(
                 yield c, TokenizedPair.from_spans(chosen.ids, rejected.ids, spans, c.weight, c.gap)
             else:
                 count.dropped.add("an answer of no scored token", f"{c.file}:{c.record}")
+
+
+def _encoded(
+    batch: list[Conversation], chats: list[Chat], chat: ChatFormat, scoring: Scoring, count: KeptCount, faults: Faults
+) -> dict[Chat, ScoredChat]:
+    """Ids of each different chat, two of which are each conversation's. One that the format cannot say is a fault, or
+    is taken out of the batch where faults are dropped."""
+    while True:
+        distinct = list(dict.fromkeys(chats))  # an answer stands in several pairs
+        try:
+            return dict(zip(distinct, scoring.encode(chat, distinct), strict=True)) if distinct else {}
+        except UnsayableChat as error:
+            place = chats.index(distinct[error.index]) // 2
+            unsaid = batch.pop(place)
+            del chats[2 * place : 2 * place + 2]
+            origin = f"{unsaid.file}:{unsaid.record}"
+            fault = UserError(f"{origin}: {error}")
+            if not faults.are_dropped:
+                raise fault from error
+            faults.add(fault, origin)
+            count.total -= 1
 
 
 def _keep_usable(

@@ -21,6 +21,7 @@ from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversat
 
 _Value = TypeVar("_Value", str, int, bool)
 PAIR_KEYS = ("weight", "gap")  # a record of each format may have them
+Preferred = Literal["helpful", "safe", "both"]
 LARGEST = 1e30  # of what they may be, and its inverse is the least: fp32 holds it, and what losses make of it
 _INVISIBLE = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))  # categories of Unicode: controls, formats, separators
 # letters and marks that are shown as nothing; the last ones choose the form of the letter before them
@@ -31,10 +32,11 @@ _FILLERS = frozenset((*"\u034f\u115f\u1160\u2800\u3164\uffa0", *map(chr, range(0
 class ReadOptions:
     """What readers leave to the caller; each format looks at those that it has a use for."""
 
-    default_system: str | None = DEFAULT_SYSTEM_PROMPT  # for "CUSTOM", and for formats without a system prompt
-    prefer: Literal["helpfulness", "safety"] | None = None  # the label of PKU-SafeRLHF that decides
+    default_system: str | None = DEFAULT_SYSTEM_PROMPT  # for "CUSTOM", and for records without a system prompt
+    prefer: Preferred | None = None  # which label of PKU-SafeRLHF decides
     keep_unsafe: bool = False  # also pairs of PKU-SafeRLHF whose preferred answer is marked unsafe
-    clean: Callable[[str], str] = str  # applied to each message of HH-RLHF and PKU-SafeRLHF before it is judged
+    guess_prompt: bool = False  # what two plain texts begin with alike is their prompt
+    clean: Callable[[str], str] = str  # applied to each message of others' forms before it is judged
 
 
 def typed(record: Record, key: str, kind: type[_Value]) -> _Value:
@@ -48,8 +50,17 @@ def typed(record: Record, key: str, kind: type[_Value]) -> _Value:
     return value
 
 
-def usable(record: Record, options: ReadOptions, *messages: Sequence[str]) -> Conversation:
-    """The conversation of (users, chosen, rejected) that others have written. Dropped for what cannot be trained on."""
+def usable(
+    record: Record,
+    options: ReadOptions,
+    *messages: Sequence[str],
+    system: str | None = None,
+    gap: float | None = None,
+) -> Conversation:
+    """The conversation of (users, chosen, rejected) that others have written. Dropped for what cannot be trained on.
+
+    Without a system message it has the default one. A `gap` counts where the record gives none itself.
+    """
     users, chosen, rejected = (tuple(map(options.clean, texts)) for texts in messages)
     if any(map(is_blank, users)):
         raise Dropped("with an empty user message")
@@ -59,18 +70,21 @@ def usable(record: Record, options: ReadOptions, *messages: Sequence[str]) -> Co
         raise Dropped("with identical answers")
     if chosen[-1] == rejected[-1]:
         raise Dropped("with the same last answer")
-    if any(map(has_half_a_pair, users + chosen + rejected)):
+    system = options.default_system if system is None else options.clean(system)
+    if any(map(has_half_a_pair, (system or "", *users, *chosen, *rejected))):
         raise Dropped("with half of a surrogate pair")
-    return Conversation(options.default_system, users, chosen, rejected, record.file, record.number, *strength(record))
+    weight, own_gap = strength(record)
+    gap = gap if own_gap is None else own_gap
+    return Conversation(system, users, chosen, rejected, record.file, record.number, weight, gap)
 
 
 def strength(record: Record) -> tuple[float, float | None]:
     """The record's (weight, gap). UserError where one is no such number."""
-    weight = _within(record, "weight", 1 / LARGEST) if "weight" in record.fields else 1.0
-    return weight, _within(record, "gap", -LARGEST) if "gap" in record.fields else None
+    weight = number_in(record, "weight", 1 / LARGEST) if "weight" in record.fields else 1.0
+    return weight, number_in(record, "gap") if "gap" in record.fields else None
 
 
-def _within(record: Record, key: str, least: float) -> float:
+def number_in(record: Record, key: str, least: float = -LARGEST) -> float:
     """The number under `key`, from `least` to LARGEST."""
     value = record.fields[key]
     if type(value) not in (int, float) or not least <= value <= LARGEST:

@@ -25,11 +25,20 @@ def from_hh(record: Record, options: ReadOptions) -> Conversation:
             f"{record.origin}: expected whole transcripts under chosen and rejected (HH-RLHF), found a prompt beside "
             "them, which is another form (TRL's)"
         )
-    transcripts = [typed(record, key, str) for key in ("chosen", "rejected")]
+    return from_transcripts(record, options, typed(record, "chosen", str), typed(record, "rejected", str))
+
+
+def from_transcripts(record: Record, options: ReadOptions, *transcripts: str) -> Conversation:
+    """The pair in two whole transcripts, the better one first."""
     chosen, rejected = map(_turns, transcripts)
     if chosen[0::2] != rejected[0::2]:
         raise Dropped("with different Human turns")
     return usable(record, options, chosen[0::2], chosen[1::2], rejected[1::2])
+
+
+def begins_a_transcript(text: object) -> bool:
+    """Whether a value is text whose first turn is Human's."""
+    return isinstance(text, str) and text.lstrip().startswith("Human:")
 
 
 def _turns(transcript: str) -> list[str]:

@@ -45,11 +45,13 @@ def source(folder: Path, *records: Any, name: str = "raw.jsonl") -> str:
 
 
 def converted(folder: Path, *records: Any, **settings: Any) -> tuple[list[dict[str, Any]], str]:
-    """The pairs that are written for the records, and the report without its file name."""
+    """The pairs that are written for the records, and the report without its file name and the format."""
     output = folder / "out.jsonl"
     output.unlink(missing_ok=True)
     report = prepare(PrepareConfig(inputs=(source(folder, *records),), output=str(output), **settings))
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]], report.split(": ", 1)[1]
+    report, _, found = report.split(": ", 1)[1].partition("; read as ")
+    assert found == ("PKU-SafeRLHF" if "response_0" in records[0] else "HH-RLHF")
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]], report
 
 
 def test_hh_record_of_two_turns(tmp_path: Path) -> None:
@@ -67,10 +69,13 @@ def test_hh_record_of_two_turns(tmp_path: Path) -> None:
 
 
 def test_weights_and_gaps_go_along(tmp_path: Path) -> None:
-    """Of records of both formats, as they are; a weight of 1 need not be said."""
-    records = ({**hh("H: a A: b", "H: a A: c"), "weight": 0.5, "gap": -2}, pku(weight=1))
-    pairs, _ = converted(tmp_path, *records, prefer="safety")
-    assert [(pair.get("weight"), pair.get("gap")) for pair in pairs] == [(0.5, -2.0), (None, None)]
+    """As they are; a weight of 1 need not be said. Categories too: of PKU-SafeRLHF the harms of either answer."""
+    [pair], _ = converted(tmp_path, {**hh("H: a A: b", "H: a A: c"), "weight": 0.5, "gap": -2, "category": "x"})
+    assert (pair["weight"], pair["gap"], pair["category"]) == (0.5, -2.0, "x")
+    harms = [{"Theft": True, "Insult": False}, {"Theft": True, "Fraud": True}]
+    record = pku(weight=1, response_0_harm_category=harms[0], response_1_harm_category=harms[1])
+    [pair], _ = converted(tmp_path, record, prefer="safety")
+    assert ("weight" in pair, "gap" in pair, pair["category"]) == (False, False, ["Fraud", "Theft"])
 
 
 def test_hh_transcript_may_start_without_a_blank_line(tmp_path: Path) -> None:
@@ -172,6 +177,16 @@ def test_pku_pairs_with_an_unsafe_preferred_answer_are_dropped(tmp_path: Path) -
     assert len(converted(tmp_path, *records, prefer="safety", keep_unsafe=True)[0]) == 2
 
 
+def test_pku_pairs_on_which_both_labels_agree(tmp_path: Path) -> None:
+    """Answer 1 is better and safer in record 1; in record 2 answer 0 is better. `helpful` and `safe` are the labels."""
+    agree, disagree = pku(better=1), pku(prompt="Why?", safe=(True, True))
+    pairs, report = converted(tmp_path, agree, disagree, prefer="both")
+    assert [pair["Accepted"] for pair in pairs] == [["I would not."]]
+    assert report.startswith("kept 1 of 2 pairs (1 whose more helpful answer is not the safer one)")
+    for name, old in (("helpful", "helpfulness"), ("safe", "safety")):
+        assert converted(tmp_path, disagree, prefer=name) == converted(tmp_path, disagree, prefer=old)
+
+
 def test_pku_identical_and_empty_answers_are_dropped(tmp_path: Path) -> None:
     """White space around an answer does not make it another one."""
     same, empty = pku(response_0="I would not. "), pku(response_0=" ")
@@ -181,18 +196,23 @@ def test_pku_identical_and_empty_answers_are_dropped(tmp_path: Path) -> None:
 
 # records, settings, and the words that the message has to hold
 REFUSED = {
-    "other keys": ([{"question": "a"}], {}, "raw.jsonl:1: expected keys chosen, rejected (HH-RLHF) or prompt,"),
-    "another kind later": ([hh("H: a A: b", "H: a A: c"), {"x": 1}], {}, "raw.jsonl:2: expected keys"),
-    "transcript a list": ([{"chosen": ["a"], "rejected": "b"}], {}, "chosen: expected a string, found a list of 1"),
+    "other keys": ([{"question": "a"}], {}, "raw.jsonl:1: expected the keys of a known format, found 'question' (a "),
+    "another kind later": ([hh("H: a A: b", "H: a A: c"), {"x": 1}], {}, "raw.jsonl:2: expected key 'chosen' with a"),
+    "transcript a list": ([{"chosen": ["a"], "rejected": "b"}], {}, "found 'chosen' (a list of 1), 'rejected' (a str"),
+    "one a list": (
+        [{"chosen": ["a"], "rejected": "b"}],
+        {"data_format": "HH-RLHF"},
+        "chosen: expected a string, found",
+    ),
     "several": (
         [hh("H: a A: b", "H: a A: c"), {"x": 1}, pku(better=2), {"chosen": "a", "rejected": 1}],
-        {"prefer": "helpfulness"},
+        {},
         "3 faulty records:\n  ",
     ),
     "no preference chosen": (
         [pku(), pku()],
         {},
-        "raw.jsonl:1: a PKU-SafeRLHF record; give --prefer helpfulness or --prefer safety",
+        "raw.jsonl:1: a PKU-SafeRLHF record; give --prefer helpful, --prefer safe, or --prefer both",
     ),
     "label missing": (
         [{key: value for key, value in pku().items() if key != "safer_response_id"}],
@@ -211,7 +231,12 @@ REFUSED = {
     "TRL's form": (
         [hh("H: a A: b", "H: a A: c"), {"prompt": "a", "chosen": "b", "rejected": "c"}],
         {},
-        "raw.jsonl:2: expected whole transcripts under chosen and rejected (HH-RLHF), found a prompt beside them",
+        "raw.jsonl:2: expected the format HH-RLHF of the records before it, found prompt (a string) as TRL has it",
+    ),
+    "TRL's form, read as transcripts": (
+        [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+        {"data_format": "HH-RLHF"},
+        "raw.jsonl:1: expected whole transcripts under chosen and rejected (HH-RLHF), found a prompt beside them",
     ),
     "nothing usable": ([hh("H: a A: b", "H: a A: b")], {}, "found none: kept 0 of 1 pairs (1 with identical answers)"),
     "negative limit": ([hh("H: a A: b", "H: a A: c")], {"limit": -1}, "limit: expected"),
@@ -252,7 +277,7 @@ def test_several_inputs_of_both_kinds_and_a_limit(tmp_path: Path) -> None:
     assert [pair["User"] for pair in json.loads(output.read_text(encoding="utf-8"))] == [["a"], ["How?"]]
     assert report == (
         f"{output}: kept 2 of 3 pairs (1 with identical answers); first with identical answers: {first}:2; "
-        "stopped at the limit of 2 pairs"
+        "stopped at the limit of 2 pairs; read as HH-RLHF, PKU-SafeRLHF"
     )
 
 
@@ -280,7 +305,8 @@ def test_hh_dev_file(tmp_path: Path, shared_dir: Path) -> None:
     report = prepare(PrepareConfig(inputs=(str(raw),), output=str(output)))
     assert report == (
         f"{output}: kept 1,492 of 1,500 pairs (4 with an empty answer, 4 with turns that do not alternate); "
-        f"first with an empty answer: {raw}:87; first with turns that do not alternate: {raw}:668"
+        f"first with an empty answer: {raw}:87; first with turns that do not alternate: {raw}:668; "
+        "read as HH-RLHF"
     )
     with gzip.open(raw, "rt", encoding="utf-8") as lines:
         first = json.loads(next(lines))["chosen"]

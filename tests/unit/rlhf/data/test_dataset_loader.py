@@ -27,7 +27,7 @@ from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from simple_llama.finetune.chat_config import ChatConfig
 from simple_llama.finetune.chat_format import SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, encode_chat, encode_prompt
-from simple_llama.reinforcement_learning.rlhf.data import dataset_loader
+from simple_llama.reinforcement_learning.rlhf.data import dataset_loader, reading
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
     DataConfig,
     RLDatasetLoader,
@@ -36,7 +36,7 @@ from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
 )
 from simple_llama.reinforcement_learning.rlhf.data.own_records import from_template
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
-from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, Reader
+from simple_llama.reinforcement_learning.rlhf.data.readers import READERS
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 
 
@@ -249,25 +249,6 @@ def test_weights_and_gaps_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None
     assert plain.train.keys.tobytes() == loader.train.keys.tobytes() and plain.pairs.digest != loader.pairs.digest
 
 
-def test_another_format_is_opened_by_its_name(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With HH-RLHF among the formats its records stand beside this project's own; one without a pair is counted."""
-    hh = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}
-    path = written(tmp_path, hh, record(), {**hh, "rejected": "\n\nHuman: Hi"})
-    with pytest.raises(UserError, match="1: expected key 'Template', found"):
-        load(path, tokenizer)
-    monkeypatch.setattr(dataset_loader, "FORMATS", ("Template", "HH-RLHF"))
-    loader = load(path, tokenizer)
-    assert loader.report == f"kept 2 of 3 pairs (1 without a reply); first without a reply: {path}:3"
-    first, second = loader.conversations(loader.train)
-    assert (first.system, first.users, first.chosen) == (DEFAULT_SYSTEM_PROMPT, ("Hi",), ("Hello.",))
-    assert second.system == "S"
-    written(tmp_path, {**hh, "rejected": "\n\nHuman: Hi"}, record())
-    with pytest.raises(UserError, match="pairs.json:1: expected the pair .* found none"):
-        loader.conversations(loader.train)
-
-
 # what stands in the file, and the words that the message has to hold
 MALFORMED = {
     "template missing": (record(Template=None), ":1: expected key 'Template'"),
@@ -275,7 +256,7 @@ MALFORMED = {
     "accepted missing": (record(Accepted=None), "expected key 'Accepted'"),
     "rejected missing": (record(Rejected=None), "expected key 'Rejected'"),
     "key in lower case": ({"user": ["a"], **record(User=None)}, "expected key 'User', found ['user',"),
-    "empty record": ({}, "expected key 'Template', found []"),
+    "empty record": ({}, "expected the keys of a known format, found none; known are Template (Template, User,"),
     "template a string": (
         record(Template="CUSTOM"),
         "Template: expected a list of one or more strings, found a string",
@@ -589,6 +570,7 @@ def test_reading_longer_than_io_timeout_s_is_no_hang(
     not learned from it. Then nothing gets on for an hour, which is a hang."""
     clock = [1000.0]
     monkeypatch.setattr(dataset_loader, "_RECORDS_PER_BATCH", 2)
+    monkeypatch.setattr(reading, "_RECORDS_PER_BEAT", 2)
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
     main, peer = (Ranks(rank, 2, rank, 2, torch.device("cpu")) for rank in (0, 1))
     ends = socket.socketpair()
@@ -607,7 +589,7 @@ def test_reading_longer_than_io_timeout_s_is_no_hang(
             look()
             return from_template(record, *options)
 
-        monkeypatch.setitem(READERS, "Template", Reader(READERS["Template"].keys, slow))
+        monkeypatch.setitem(READERS, "Template", READERS["Template"]._replace(read=slow))
         path = written(tmp_path, *([] if sound else [record(User=None)]), *many(10))
         if sound:
             load(path, tokenizer)
