@@ -6,10 +6,12 @@ Each target takes the bytes and an empty folder. `unit/test_fuzz.py` feeds them 
 
 from __future__ import annotations
 
+import bz2
 import functools
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -19,11 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import zstandard
 from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
 
 from crafted_weights import CRAFTED
+from format_samples import page_samples
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest, read_json
 from simple_llama.common.paths import root_path
@@ -115,6 +121,18 @@ def records(data: bytes, folder: Path) -> None:
         (folder / f"a{suffix}").write_bytes(data)
         (folder / f"b{suffix}.gz").write_bytes(gzip.compress(data, compresslevel=1))
         (folder / f"c{suffix}.gz").write_bytes(data)
+    check_records(folder)
+
+
+def tables(data: bytes, folder: Path) -> None:
+    """Tables, and files of other packers, that others have written: the same."""
+    for name in ("a.parquet", "b.arrow", "c.jsonl.zst", "d.jsonl.xz", "e.jsonl.bz2"):
+        (folder / name).write_bytes(data)
+    check_records(folder)
+
+
+def check_records(folder: Path) -> None:
+    """The data files of a folder are refused, or hold objects with their places."""
     for file in data_files(folder):
         numbers = []
         with refused():
@@ -239,6 +257,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         loader,
         records,
+        tables,
         tokenizer,
         settings,
         deepspeed,
@@ -259,8 +278,9 @@ TARGETS: dict[str, Target] = {
 def seeds(name: str) -> tuple[bytes, ...]:
     """Files for a target: the first is sound, others may hold code or impossible values."""
     return {
-        "loader": sound_pairs,
+        "loader": lambda: (*sound_pairs(), *(json.dumps(sample.record).encode() for sample in page_samples())),
         "records": sound_pairs,
+        "tables": sound_tables,
         "tokenizer": lambda: (tokenizer_json(train_bpe(["the cat sits on the mat"] * 4, 270)),),
         "settings": lambda: (
             json.dumps({"beta": 0.1, "epochs": 2, "run_name": "a", "resume": True}).encode(),
@@ -283,6 +303,18 @@ def sound_pairs() -> tuple[bytes, ...]:
         {"Template": ["S"], "User": ["\u00e9 \U0001f600"], "Accepted": ["<EOA>"], "Rejected": ["x"], "extra": 1.5},
     ]
     return "\n".join(map(json.dumps, rows)).encode(), json.dumps(rows).encode()
+
+
+def sound_tables() -> tuple[bytes, ...]:
+    """Two records in each kind of table, and packed."""
+    table = pa.Table.from_pylist(json.loads(sound_pairs()[1]))
+    sinks = [pa.BufferOutputStream() for _ in range(3)]
+    pq.write_table(table, sinks[0])
+    for kind, sink in zip((pa.ipc.new_file, pa.ipc.new_stream), sinks[1:], strict=True):
+        with kind(sink, table.schema) as writer:
+            writer.write_table(table)
+    packed = (pack(sound_pairs()[0]) for pack in (zstandard.compress, lzma.compress, bz2.compress))
+    return *(sink.getvalue().to_pybytes() for sink in sinks), *packed
 
 
 def sound_tensors(value: float = 1.0) -> bytes:

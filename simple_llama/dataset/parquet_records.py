@@ -62,11 +62,13 @@ def _arrow(file: str, opened: Any) -> Iterator[Any]:
         if is_file:
             found = pyarrow.ipc.open_file(mapped)
             _check_names(file, found.schema.names)
-            yield from map(found.get_batch, range(found.num_record_batches))
+            batches = map(found.get_batch, range(found.num_record_batches))
         else:
-            found = pyarrow.ipc.open_stream(mapped)
+            batches = found = pyarrow.ipc.open_stream(mapped)
             _check_names(file, found.schema.names)
-            yield from found
+        for batch in batches:
+            batch.validate(full=True)  # offsets in a damaged file may lead out of it
+            yield batch
 
 
 def _check_names(file: str, names: list[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from format_samples import page_samples
 from fuzz_targets import REFERENCE, SHARD, TARGETS, seeds, shipped_tokenizer
 from simple_llama.common.files import digest
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
@@ -25,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "fuzz" / "fuzz_inputs.py"
 KEYS = ["Template", "User", "Accepted", "Rejected", "format", "step", "files", "beta", "epochs", "run_name", "stage"]
 KEYS += ["zero_optimization", "bf16", "enabled", "model", "vocab", "merges", "added_tokens", "type", "weights", "loss"]
-EXAMPLES = {"loader": 60, "records": 60, "tokenizer": 40, "store": 60, "weights": 80, "hf_config": 40}  # others: 100
+KEYS += ["prompt", "chosen", "rejected", "role", "content", "system", "question", "instruction", "input", "history"]
+KEYS += ["completions", "response", "conversations", "from", "value", "score_chosen", "margin", "response_0", "tools"]
+EXAMPLES = {"loader": 90, "records": 60, "tokenizer": 40, "store": 60, "weights": 80, "hf_config": 40}  # others: 100
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.none()
@@ -58,6 +61,22 @@ def messages(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
+def others_records(draw: st.DrawFn) -> bytes:
+    """Lines of one of docs/data.md's samples, with some values replaced, down to those of its messages."""
+    sample = draw(st.sampled_from(page_samples())).record
+    rows = [json.loads(json.dumps(sample)) for _ in range(draw(st.integers(1, 2)))]
+    for _ in range(draw(st.integers(1, 3))):
+        place: Any = draw(st.sampled_from(rows))
+        while True:
+            key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            if not isinstance(place[key], (dict, list)) or not place[key] or draw(st.booleans()):
+                break
+            place = place[key]
+        place[key] = draw(values)
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+@st.composite
 def mutated(draw: st.DrawFn, name: str) -> bytes:
     """A sound file of a target with a few bytes changed, put in or cut out, and perhaps its end gone."""
     data = bytearray(draw(st.sampled_from(seeds(name))))
@@ -79,7 +98,7 @@ def inputs(name: str) -> st.SearchStrategy[bytes]:
     """Bytes for a target: any, any JSON, nearly sound."""
     some = st.binary(max_size=64) | values.map(lambda value: json.dumps(value).encode()) | mutated(name)
     if name in ("loader", "records"):
-        return some | messages()
+        return some | messages() | others_records()
     if name in ("settings", "deepspeed", "tokenizer", "state_facts", "hf_config"):
         return some | changed_json(name)
     return some

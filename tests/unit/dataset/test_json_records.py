@@ -219,7 +219,7 @@ def test_a_large_row_group_is_not_read_whole(tmp_path: Path) -> None:
 
 
 def test_tables_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    """Cut ones, others' bytes, text that is no UTF-8, a column that stands twice."""
+    """Cut ones, others' bytes, text that is no UTF-8 or ends a GiB further on, a column that stands twice."""
     table = pa.table({"x": ["a"] * 1000})
     pq.write_table(table, tmp_path / "a.parquet")
     whole = {
@@ -235,6 +235,11 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": bad}), tmp_path / "c.parquet")
     with pytest.raises(UserError, match="c.parquet: cannot be read: 'utf-8' codec"):
         list(read_records(tmp_path / "c.parquet"))
+    data = arrow(tmp_path, "e.arrow", pa.table({"x": ["abc" * 99] * 2}), pa.ipc.new_stream).read_bytes()
+    offsets, far = (b"".join(n.to_bytes(4, "little") for n in (297, end)) for end in (594, 2**30))
+    assert data.count(offsets) == 1
+    with pytest.raises(UserError, match="e.arrow: cannot be read: "):
+        list(read_records(written(tmp_path, "e.arrow", data.replace(offsets, far))))
     twice = pa.table([["a"], ["b"]], names=["x", "x"])
     with pytest.raises(UserError, match="d.arrow: column 'x' stands twice"):
         list(read_records(arrow(tmp_path, "d.arrow", twice, pa.ipc.new_stream)))

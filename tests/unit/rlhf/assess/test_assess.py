@@ -198,3 +198,18 @@ def test_names_and_categories(job: TinyJob, tmp_path: Path, ranks: Ranks) -> Non
         config_of(job, f"--rlhf_dataset_path={path}", "--val_share=0").inputs_of(str(job.folder / "start.pth")), ranks
     )
     assert scoring.categories(named.data.pairs)[:3] == ["harm", "a + b", "(none)"]
+
+
+def test_the_harms_of_safety_records_are_categories(job: TinyJob, tmp_path: Path, ranks: Ranks) -> None:
+    """Those of either answer, sorted; none where both are harmless. A faulty record that was dropped stays out."""
+    rows = []
+    for n, (first, second) in enumerate([(True, True), (False, False), (False, True)]):
+        safe = {"is_response_0_safe": True, "is_response_1_safe": not second}
+        harms = {"response_0_harm_category": {"Theft": first}, "response_1_harm_category": {"Fraud": second}}
+        labels = {"better_response_id": 0, "safer_response_id": 0}
+        rows.append({"prompt": f"say {n}", "response_0": "the cat", "response_1": "a dog", **safe, **harms, **labels})
+    path = tmp_path / "pku.jsonl"
+    path.write_text("".join(line + "\n" for line in ["{", *map(json.dumps, rows)]))
+    flags = (f"--rlhf_dataset_path={path}", "--val_share=0", "--prefer=both", "--on_bad_record=drop")
+    inputs = load_inputs(config_of(job, *flags).inputs_of(str(job.folder / "start.pth")), ranks)
+    assert scoring.categories(inputs.data.pairs) == ["Fraud + Theft", "(none)", "Fraud"]
