@@ -33,7 +33,9 @@ _NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_t
 class BPEConfig:
     """Settings of the tokenizer's training."""
 
-    inputs: tuple[str, ...] = ()  # text files, and .json/.jsonl files (plain or .gz) whose strings are all taken
+    inputs: tuple[
+        str, ...
+    ] = ()  # text files, and data files (.json, .jsonl.gz, .parquet, ...) whose strings are all taken
     python_docs: bool = False  # add the text of Python's own manual and docstrings (PSF licence)
     output: str = "bpe.json"  # tokenizer JSON to write
     vocab_size: int = 8192  # tokens, the ten special tokens and 256 bytes among them

@@ -26,7 +26,7 @@ from simple_llama.reinforcement_learning.rlhf.data.conversation import (
 )
 from simple_llama.reinforcement_learning.rlhf.data.data_report import LIKE_A_TURN, warnings_of
 from simple_llama.reinforcement_learning.rlhf.data.own_records import CUSTOM
-from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, DataFormat, Formats
+from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, DataFormat, Formats, without_nulls
 from simple_llama.reinforcement_learning.rlhf.data.record_checks import Preferred, ReadOptions
 from simple_llama.reinforcement_learning.rlhf.data.safety_records import category_of
 
@@ -119,7 +119,7 @@ def _convert_files(config: PrepareConfig) -> _Conversion:
     options = ReadOptions(CUSTOM, prefer, config.keep_unsafe, config.data_format == "TRL", clean)
     try:
         for record in (record for name in config.inputs for record in read_records(name, done.faults)):
-            _convert_record(record, options, done)
+            _convert_record(without_nulls(record), options, done)
             if config.limit and len(done.pairs) == config.limit:
                 break
     except UserError as fault:  # of a whole file

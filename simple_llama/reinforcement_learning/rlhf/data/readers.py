@@ -91,6 +91,14 @@ class Formats:
         return f"; read as {', '.join(names)}" if names and names != [OWN] else ""
 
 
+def without_nulls(record: Record) -> Record:
+    """A record of another format than this project's own without the keys that have null: they are not there."""
+    if None not in record.fields.values() or _looks_own(record.fields):
+        return record
+    fields = {key: value for key, value in record.fields.items() if value is not None}
+    return Record(record.file, record.number, fields)
+
+
 def _undecided(record: Record, found: list[str]) -> UserError:
     """Of a record that is of no known format, or of several."""
     fields = record.fields

@@ -14,7 +14,7 @@ from simple_llama.common.files import shown
 from simple_llama.common.settings import Settings
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally
 from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation, Dropped, NeedsOption, Ranking
-from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, DataFormat, Formats
+from simple_llama.reinforcement_learning.rlhf.data.readers import READERS, DataFormat, Formats, without_nulls
 from simple_llama.reinforcement_learning.rlhf.data.record_checks import ReadOptions
 
 _RECORDS_PER_BEAT = 512
@@ -58,7 +58,7 @@ class Reading:
 
         Behind the first of `faults` records are only looked at, unless these are dropped: no pair will be used.
         """
-        for number, record in enumerate(records):
+        for number, record in enumerate(map(without_nulls, records)):
             if number % _RECORDS_PER_BEAT == 0:
                 watchdog.beat("reading the data")
             try:

@@ -179,6 +179,18 @@ def test_gaps() -> None:
     assert read({**strings, **scores, "gap": 2, "weight": 3}).gap == 2
 
 
+def test_a_null_is_a_key_that_is_not_there(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As in tables, whose rows have all columns; a message's own nulls too."""
+    lists = {
+        side: [{**message("assistant", text), "tool_calls": None}]
+        for side, text in (("chosen", "b"), ("rejected", "c"))
+    }
+    rows = [{"prompt": chat("a"), **lists, "system": None, "tools": None, "gap": None, "extra": None}]
+    assert load(written(tmp_path, *rows), tokenizer).report == "kept 1 of 1 pairs; read as TRL"
+    hh = {"prompt": None, "chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"}
+    assert load(written(tmp_path, hh), tokenizer).report == "kept 1 of 1 pairs; read as HH-RLHF"
+
+
 # === what else formats have ===
 
 
