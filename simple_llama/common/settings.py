@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -54,6 +55,14 @@ class Bounds(NamedTuple):
 class FilePath:
     """Marks text that names a file or folder: never empty."""
 
+    def absolute(self, text: str) -> str:
+        """The same path, such as means the same in every working folder."""
+        return str(Path(text).absolute())
+
+    def leads_somewhere(self, text: str) -> bool:
+        """Whether something is there."""
+        return os.path.lexists(text)
+
 
 class TextOrFile:
     """Marks text for which a command line or a `--config` may give @FILE: the text in it, without its last line's
@@ -87,9 +96,9 @@ class Settings:
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 
-def _is_path(hint: Any) -> bool:
-    """Whether a field with this annotation names a file or folder."""
-    return any(isinstance(extra, FilePath) for extra in getattr(hint, "__metadata__", ()))
+def _path_mark(hint: Any) -> FilePath | None:
+    """What marks a field with this annotation as one that names files or folders; None where nothing does."""
+    return next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, FilePath)), None)
 
 
 def _check_values(settings: Settings) -> None:
@@ -99,16 +108,16 @@ def _check_values(settings: Settings) -> None:
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, str):
-            _check_text(name, value, _is_path(hints[name]))
+            _check_text(name, value, _path_mark(hints[name]))
     for name in names:
         for bounds in (extra for extra in getattr(hints[name], "__metadata__", ()) if isinstance(extra, Bounds)):
             if getattr(settings, name) is not None and not bounds.hold(getattr(settings, name)):
                 raise UserError(f"{name}: expected {bounds}, found {shown(getattr(settings, name))}")
 
 
-def _check_text(name: str, text: str, is_path: bool) -> None:
+def _check_text(name: str, text: str, mark: FilePath | None) -> None:
     """Raises UserError for text that no file can be named by, or that no file can hold."""
-    if not text and is_path:
+    if not text and mark:
         raise UserError(f"{name}: expected a path, found an empty one")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name}: expected Unicode text without NUL, found {shown(text)}")
@@ -121,15 +130,22 @@ def _declared(kind: type) -> list[Any]:
 
 def with_absolute_paths(settings: Settings) -> dict[str, Any]:
     """Settings by name, with paths that mean the same in every working folder."""
-    hints = get_type_hints(type(settings), include_extras=True)
+    marks = path_marks(type(settings))
     values = {field.name: getattr(settings, field.name) for field in _declared(type(settings))}
-    return {name: str(Path(value).absolute()) if _is_path(hints[name]) else value for name, value in values.items()}
+    return {name: marks[name].absolute(value) if name in marks else value for name, value in values.items()}
+
+
+def path_marks(kind: type[Settings]) -> dict[str, FilePath]:
+    """The settings of `kind` that name files or folders, with what says how."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {field.name: _path_mark(hints[field.name]) for field in _declared(kind)}
+    return {name: mark for name, mark in found.items() if mark}
 
 
 def path_defaults(kind: type[Settings]) -> dict[str, str]:
     """The settings of `kind` that name a file or folder, with their defaults."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {field.name: field.default for field in _declared(kind) if _is_path(hints[field.name])}
+    marks = path_marks(kind)
+    return {field.name: field.default for field in _declared(kind) if field.name in marks}
 
 
 def values_before(kind: type[Settings]) -> dict[str, Any]:

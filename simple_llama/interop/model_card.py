@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from simple_llama.common.path_lists import brief_paths
+
 _FRONT = """---
 library_name: {library}
 pipeline_tag: text-generation
@@ -43,7 +45,7 @@ def model_card(name: str, metadata: Mapping[str, Any], library: str = "transform
         "optimizer steps": metadata.get("step"),
         "epochs done": _short(metadata.get("epochs")),
         "held-out loss at this step": _short(metadata.get("loss")),
-        "preference data": _last(settings.get("rlhf_dataset_path")),
+        "preference data": brief_paths(str(settings.get("rlhf_dataset_path") or "")) or None,
         **{words: _short(settings.get(key) or None) for key, words in _SETTINGS.items()},  # 0: what the model has
         **{package: (metadata.get("environment") or {}).get(package) for package in _PACKAGES},
     }

@@ -162,8 +162,8 @@ class Inputs:
 
     @property
     def data_digest(self) -> str:
-        """Hex digest of all pairs in order, training then held-out."""
-        return self.data.pairs.digest.hex()
+        """Hex digest of all pairs in order, training then held-out, and of how often an epoch has them."""
+        return self.data.digest.hex()
 
 
 def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None) -> Inputs:

@@ -9,6 +9,7 @@ import numpy as np
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
+from simple_llama.common.path_lists import shared_paths
 from simple_llama.dataset.json_records import Faults, read_records
 from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, trained_on
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
@@ -86,5 +87,8 @@ def _category(value: object) -> str:
 
 
 def _same_data(here: str, there: str) -> bool:
-    """Whether two paths lead to the same data."""
-    return bool(there) and Path(here).resolve() == Path(there).resolve()
+    """Whether two settings lead to the same data, whatever the shares."""
+    mine, theirs = (
+        {Path(one.path).resolve() for one in shared_paths(text)} if text else set() for text in (here, there)
+    )
+    return mine == theirs

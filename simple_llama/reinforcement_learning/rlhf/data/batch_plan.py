@@ -12,6 +12,7 @@ from typing_extensions import Doc
 
 from simple_llama.common.settings import Count, Settings
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.spread_copies import spread_copies
 
 MicroBatch = tuple[int, ...]  # positions of pairs in the data set
 Step = tuple[tuple[MicroBatch, ...], ...]  # [rank][micro-batch]; every rank has the same number of micro-batches
@@ -52,7 +53,8 @@ class BatchPlan:
     What is dealt are units: pairs, or all the pairs of a record. An epoch is a shuffle of all units, cut into steps of
     `batch_size * grad_accum_steps * world_size` units. The last step of an epoch has what is left. Within a step the
     units are dealt so that every micro-batch has nearly the same number of packed rows. Where the units of a short step
-    do not go round, some ranks' micro-batches are empty.
+    do not go round, some ranks' micro-batches are empty. Copies of a unit are units, each in a step of its own as far
+    as there are as many steps.
     """
 
     rows: np.ndarray  # (U,) packed rows of each unit
@@ -62,6 +64,7 @@ class BatchPlan:
     grad_accum_steps: int
     starts: np.ndarray | None = None  # (U + 1,) the first pair of each unit, and the number of pairs; None: U pairs
     prompts: Prompts | None = None  # units of one prompt that fall into a step go into one micro-batch, side by side
+    copies: np.ndarray | None = None  # (U,) as in `spread_copies`; None: each unit stands in an epoch once
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)  # the last epoch's shuffle
 
     @classmethod
@@ -73,7 +76,8 @@ class BatchPlan:
             first = pairs.units
             prompts = Prompts(pairs.segments[first], pairs.places["prefix"][first])
         sizes = config.batch_size, config.grad_accum_steps
-        return cls(pairs.unit_rows, seed, world_size, *sizes, starts, prompts)
+        copies = None if pairs.copies is None else pairs.copies[pairs.units]
+        return cls(pairs.unit_rows, seed, world_size, *sizes, starts, prompts, copies)
 
     @property
     def units_per_step(self) -> int:
@@ -86,13 +90,18 @@ class BatchPlan:
         return -(-len(self.rows) // self.units_per_step)
 
     def shuffle(self, epoch: int) -> np.ndarray:
-        """The order of all units in epoch `epoch` (from 0); independent of the world size and of any global state.
+        """The order of all units in epoch `epoch` (from 0); independent of any global state, and of the world size as
+        long as a step has as many units.
 
         Drawn when an epoch is first asked for and kept until another one is: N int64.
         """
         if epoch not in self._drawn:
             self._drawn.clear()  # first, so that there are never two
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+            rng = np.random.default_rng([self.seed, epoch])
+            if self.copies is None:
+                order = rng.permutation(len(self.rows))
+            else:
+                order = spread_copies(self.copies, self.units_per_step, rng)
             order.setflags(write=False)
             self._drawn[epoch] = order
         return self._drawn[epoch]

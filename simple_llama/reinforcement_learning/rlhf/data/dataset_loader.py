@@ -33,10 +33,11 @@ from simple_llama.cluster.console import progress
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
 from simple_llama.common.logging import LOGGER
+from simple_llama.common.path_lists import SharedPaths
 from simple_llama.common.paths import package_path
-from simple_llama.common.settings import WHOLE, Before, Bounds, CountOrNone, PathText
+from simple_llama.common.settings import WHOLE, Before, Bounds, CountOrNone
 from simple_llama.dataset.ascii_text import Spelling
-from simple_llama.dataset.json_records import Faults, KeptCount, Tally, data_files, read_records
+from simple_llama.dataset.json_records import Faults, KeptCount, Tally, read_records
 from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat, UnsayableChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.reinforcement_learning.rlhf.data.conversation import (
@@ -57,6 +58,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPa
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
 from simple_llama.reinforcement_learning.rlhf.data.reading import Reading, ReadingConfig
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import ScoredChat, Scoring
+from simple_llama.reinforcement_learning.rlhf.data.sources import Epoch, Sources
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
 _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
@@ -74,9 +76,14 @@ class DataConfig(ReadingConfig):
     """Which pairs there are, and which of them are held out."""
 
     # === Data ===
-    rlhf_dataset_path: Annotated[PathText, Doc("preference pairs: a .json/.jsonl file, or a folder of them")] = (
-        package_path("reinforcement_learning", "rl_dataset")
-    )
+    rlhf_dataset_path: Annotated[
+        str,
+        SharedPaths(),
+        Doc(
+            "preference pairs: a .json/.jsonl file, or a folder of them; several with commas between, each with :SHARE "
+            "behind it if an epoch is to have its pairs more or less often than once (a.jsonl:2,b.jsonl:0.5)"
+        ),
+    ] = package_path("reinforcement_learning", "rl_dataset")
     max_seq_len: CountOrNone = 0  # tokens; longer chats are dropped, both sides of the pair; 0: the model's own limit
     ascii_text: Annotated[
         bool, Before(False), Doc("spell in ASCII what the tokenizer does not know: typographic marks, accents")
@@ -103,7 +110,8 @@ class RLDatasetLoader:
     """Training and validation pairs of a file or a folder, in the order of the data.
 
     Args:
-        path: a .json or .jsonl file (plain or .gz), or a folder of them, read in the order of their names.
+        path: a .json or .jsonl file (plain or .gz), or a folder of them, read in the order of their names; or text with
+            several of them, each with a share (`shared_paths`), of which the first that has a pair counts.
         chat: the chat format; a tokenizer means SimpleLLaMA's with it.
         max_seq_len: tokens; a pair is dropped when one of its chats is longer.
         val_share: share of the prompts (not of the pairs) held out, in [0, 0.5].
@@ -119,9 +127,10 @@ class RLDatasetLoader:
         group_prompts: whether neighbours in a batch that answer one prompt share a segment.
         reading: how records are read: their format, which label decides, what a faulty one does.
 
-    Attributes: `train` and `validation`, views of `pairs` (all of them, training first); `report` (one line: what was
-    kept, dropped, ignored) and `warnings`; both are logged; `prompts`, how many different ones there are, and
-    `largest_prompt_share`, the share of the pairs that the most frequent one has.
+    Attributes: `train` and `validation`, views of `pairs` (each once, training first; those of a share are as often in
+    `train` as in an epoch); `report` (one line: what was kept, dropped, ignored) and `warnings`; both are logged;
+    `prompts`, how many different ones there are, and `largest_prompt_share`, the share of the pairs that the most
+    frequent one has.
     Raises UserError (file, record, key, expected, found; of the first ten faulty records, with their number) for
     malformed data, too many <UNK>, and when no training pair is left. Beats the watchdog while it reads.
     """
@@ -150,39 +159,53 @@ class RLDatasetLoader:
         self._compared: Compared = compared
         self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
         count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
+        sources = Sources.of(str(path))
         with watchdog.patience("reading the data"):
-            pairs, shares = self._read(path, max_seq_len, seed, count, extra_keys, speller)
+            pairs, shares = self._read(sources, max_seq_len, seed, count, extra_keys, speller)
             unknown = _unknown_tokens(pairs, self._chat.unknown_id)
-        self.report = describe(count, extra_keys, unknown, speller, pairs) + self._reading.said()
+        report = describe(count, extra_keys, unknown, speller, pairs) + self._reading.said()
         if not pairs:
-            raise UserError(f"{path}: expected at least one usable pair, found none: {self.report}")
+            raise UserError(f"{path}: expected at least one usable pair, found none: {report}")
         check_unknown(path, unknown, max_unknown, ascii_text)
-        _, times = np.unique(shares, return_counts=True)
-        self.prompts, self.largest_prompt_share = len(times), float(times.max() / len(pairs))
         held_out = _held_out_prompts(shares, val_share)
-        trained = int(np.count_nonzero(~held_out))
-        self.warnings = warnings_of(count, unknown, len(pairs) - trained if val_share else None)
+        if held_out.any():
+            order = np.argsort(held_out, kind="stable")
+            pairs, shares = pairs.select(order), shares[order]
+        epoch = sources.epoch(pairs, int(np.count_nonzero(~held_out)))
+        self.report = report + epoch.words
+        self.warnings = warnings_of(count, unknown, len(pairs) - epoch.trained if val_share else None)
         LOGGER.info("%s: %s", path, self.report)
         for warning in self.warnings:
             LOGGER.warning("%s: %s", path, warning)
-        if held_out.any():
-            pairs = pairs.select(np.argsort(held_out, kind="stable"))
-        pairs = pairs.by_prompt() if group_prompts else pairs
+        self._count_prompts(shares, epoch.times_N)
+        _check_trained(path, epoch, val_share)
+        epoch = epoch.used
+        pairs = epoch.pairs.by_prompt() if group_prompts else epoch.pairs
         pairs = pairs.shared_out() if group_weight == "prompt" else pairs
-        self.pairs, self.train, self.validation = pairs, pairs[:trained], pairs[trained:]
-        if not trained:
-            raise UserError(
-                f"{path}: expected training pairs, found none: all {len(pairs):,} pairs fell into the validation share "
-                f"{val_share}; add data with other prompts, or set val_share to 0"
-            )
+        self.pairs, self.validation = pairs, pairs[epoch.trained :]
+        self.train = epoch.repeated(pairs[: epoch.trained])
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes over all pairs in order, training then held-out, and how often an epoch has them."""
+        if self.train.copies is None:
+            return self.pairs.digest
+        return digest(self.pairs.digest, self.train.copies.astype("<i8").tobytes(), size=16)
+
+    def _count_prompts(self, shares_N: np.ndarray, times_N: np.ndarray) -> None:
+        """Takes the number of prompts, and how much of an epoch and of what is held out one of them has at most."""
+        _, numbers_N = np.unique(shares_N, return_inverse=True)
+        counts = np.bincount(numbers_N, weights=times_N)
+        self.prompts = int(np.count_nonzero(counts))
+        self.largest_prompt_share = float(counts.max() / counts.sum()) if self.prompts else 0.0
 
     def _read(
-        self, path: str | Path, max_seq_len: int, seed: int, count: KeptCount, extra_keys: Tally, speller: Speller
+        self, sources: Sources, max_seq_len: int, seed: int, count: KeptCount, extra_keys: Tally, speller: Speller
     ) -> tuple[PairSet, np.ndarray]:
         """The usable pairs and where their prompts stand (see `_prompt_share`); one UserError for all faults."""
         faults = self._reading.faults()
         try:
-            records = (record for file in data_files(path) for record in read_records(file, faults))
+            records = (record for file in sources.files for record in read_records(file, faults))
             counted = progress(records, None, "reading and tokenizing pairs")
             conversations = self._reading.conversations(counted, count, extra_keys, faults)
             tokenized = _tokenize(conversations, self._chat, self._scoring, speller, count, faults)
@@ -371,6 +394,20 @@ def _unknown_of(pairs: PairSet, in_chats_N: np.ndarray, in_scored_N: np.ndarray)
         scored_pairs=len(scored),
         scored_first=pairs.origin(int(scored[0])) if len(scored) else "",
     )
+
+
+def _check_trained(path: str | Path, epoch: Epoch, val_share: float) -> None:
+    """UserError where nothing is left to train on."""
+    if not epoch.trained:
+        raise UserError(
+            f"{path}: expected training pairs, found none: all {len(epoch.pairs):,} pairs fell into the validation "
+            f"share {val_share}; add data with other prompts, or set val_share to 0"
+        )
+    if not epoch.times_U.any():
+        raise UserError(
+            f"{path}: expected training pairs, found none: of {epoch.trained:,} pairs no one is there by its "
+            f"share{epoch.words}; raise the shares, or add data"
+        )
 
 
 def _held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:

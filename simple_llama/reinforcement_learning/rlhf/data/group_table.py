@@ -25,6 +25,12 @@ class GroupTable:
         """Those of the pairs at these positions, in this order."""
         return GroupTable(self.places[where])
 
+    def numbered(self, numbers_N: np.ndarray) -> GroupTable:
+        """The same pairs, those of groups with other numbers of their groups."""
+        places = self.places.copy()
+        places["group"] = np.where(places["group"] < 0, -1, numbers_N)
+        return GroupTable(places)
+
     @property
     def count(self) -> int:
         """How many groups there are."""

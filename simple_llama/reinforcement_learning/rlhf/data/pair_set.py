@@ -53,6 +53,7 @@ class PairSet(Sequence[TokenizedPair]):
     groups: GroupTable | None = None  # None: each pair is of a record of its own
     segments: np.ndarray | None = None  # (N,) int32: neighbours of one number share a segment; None: those of a group
     shares: np.ndarray | None = None  # (N,) fp64: what each counts for in a mean; None: 1
+    copies: np.ndarray | None = None  # (N,) uint16: which copy of its pair each is, from 0; None: there are none
 
     @classmethod
     def of(cls, pairs: Iterable[TokenizedPair], origins: Iterable[tuple[str, int]] | None = None) -> PairSet:
@@ -101,11 +102,11 @@ class PairSet(Sequence[TokenizedPair]):
     def select(self, positions: Sequence[int] | np.ndarray | slice) -> PairSet:
         """The pairs at these positions, in this order; their tokens are not copied."""
         where = positions if isinstance(positions, slice) else np.asarray(positions, dtype=np.intp)
-        arrays = (self.strengths, self.segments, self.shares)
-        strengths, segments, shares = (None if one is None else one[where] for one in arrays)
+        arrays = (self.strengths, self.segments, self.shares, self.copies)
+        strengths, segments, shares, copies = (None if one is None else one[where] for one in arrays)
         spans = None if self.spans is None else self.spans.select(where)
         groups = None if self.groups is None else self.groups.select(where)
-        rest = strengths, spans, groups, segments, shares
+        rest = strengths, spans, groups, segments, shares, copies
         return PairSet(self.tokens, self.keys[where], self.places[where], self.files, *rest)
 
     def by_prompt(self) -> PairSet:
@@ -117,6 +118,19 @@ class PairSet(Sequence[TokenizedPair]):
         starts_U = self.units
         sizes_U = np.diff([*starts_U, len(self)])
         return replace(self, shares=np.repeat(1 / sizes_U, sizes_U))
+
+    def repeated(self, times_U: np.ndarray) -> PairSet:
+        """Each unit so many times, its copies next to each other; tokens are not copied."""
+        starts_U = self.units
+        sizes_U = np.diff(np.append(starts_U, len(self)))
+        units_C = np.repeat(np.arange(len(starts_U)), times_U)
+        sizes_C = sizes_U[units_C]
+        copies_C = np.arange(len(units_C)) - np.repeat(np.cumsum(times_U) - times_U, times_U)
+        ends_C = np.cumsum(sizes_C)
+        found = self.select(np.repeat(starts_U[units_C] + sizes_C - ends_C, sizes_C) + np.arange(sizes_C.sum()))
+        numbers_C = np.repeat(np.arange(len(units_C)), sizes_C)
+        groups = None if found.groups is None else found.groups.numbered(numbers_C)
+        return replace(found, groups=groups, copies=np.repeat(copies_C, sizes_C).astype(np.uint16))
 
     @property
     def units(self) -> np.ndarray:
@@ -214,7 +228,7 @@ class PairSet(Sequence[TokenizedPair]):
     @property
     def nbytes(self) -> int:
         """Bytes that the set needs beside the tokens."""
-        tables = (None if self.groups is None else self.groups.places, self.strengths, self.segments, self.shares)
+        tables = (self.groups and self.groups.places, self.strengths, self.segments, self.shares, self.copies)
         others = (part.nbytes for part in (*tables, self.spans) if part is not None)
         return self.keys.nbytes + self.places.nbytes + sum(others)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simple_llama.common.path_lists import brief_paths
 from simple_llama.common.settings import Settings
 from simple_llama.inference.guards import ENDED_AT_ONCE
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
@@ -78,7 +79,7 @@ _SETTINGS = (
     "val_share",
     "seed",
 )
-_PATHS = ("model_path", "rlhf_dataset_path")  # of each its last part
+_PATHS = ("model_path", "rlhf_dataset_path")  # of each path its last part
 _RESULTS = (
     "eval/loss",
     "eval/rewards/accuracies",
@@ -141,7 +142,7 @@ class Board:
 def _table_settings(settings: Settings) -> dict[str, bool | float | str]:
     """A run's settings as the table of runs has them."""
     has = asdict(settings)  # pyright: ignore[reportArgumentType] - settings are dataclasses
-    found = {name: has[name] for name in _SETTINGS} | {name: Path(has[name]).name for name in _PATHS}
+    found = {name: has[name] for name in _SETTINGS} | {name: brief_paths(has[name]) for name in _PATHS}
     return found | {"pairs_a_rank": has["batch_size"] * has["grad_accum_steps"]}
 
 

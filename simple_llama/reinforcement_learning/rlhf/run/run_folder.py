@@ -31,7 +31,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write_json, listed, read_json, shown
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.paths import is_checkout, root_path
-from simple_llama.common.settings import PathText, Settings, known_settings, path_defaults, values_before
+from simple_llama.common.settings import PathText, Settings, known_settings, path_defaults, path_marks, values_before
 from simple_llama.reinforcement_learning.rlhf.engine.state_folders import has_checkpoints, newest_run
 from simple_llama.reinforcement_learning.rlhf.inputs import versions
 
@@ -233,10 +233,11 @@ def settings_to_resume(config: FolderConfig, kind: type[Settings]) -> tuple[dict
 
 def without_moved(kind: type[Settings], own: dict[str, Any]) -> dict[str, Any]:
     """Settings without the paths that lead nowhere any more while their defaults do: the checkout was moved."""
+    marks = path_marks(kind)
     moved = {
         name: default
         for name, default in path_defaults(kind).items()
-        if name in own and not os.path.lexists(own[name]) and os.path.exists(default)
+        if name in own and not marks[name].leads_somewhere(own[name]) and os.path.exists(default)
     }
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for name, default in moved.items():
