@@ -1,8 +1,9 @@
 """Several paths in one setting.
 
     a.jsonl:2,folder:0.5                 each with a share, 1 where none is given
+    safety=a.jsonl,helpful=b.jsonl       each with a name
 
-A path that exists with a comma or a colon in its name is that path.
+A path that exists with a comma, a colon or an equals sign in its name is that path.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from simple_llama.common.settings import Bounds, FilePath
 
 _SHARE = Bounds(0.0, 1000.0, above=True)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+_METRICS = ("loss", "rewards", "logps", "log_ratio", "pairs")  # names that curves of all held-out pairs begin with
 
 
 class ListedPath(NamedTuple):
@@ -27,10 +30,12 @@ class ListedPath(NamedTuple):
 
     path: str
     share: float = 1.0
+    name: str = ""
 
     def __str__(self) -> str:
         """As it is given."""
-        return self.path if self.share == 1 else f"{self.path}:{self.share:.15g}"
+        name, share = self.name and f"{self.name}=", "" if self.share == 1 else f":{self.share:.15g}"
+        return f"{name}{self.path}{share}"
 
 
 class SharedPaths(FilePath):
@@ -43,6 +48,20 @@ class SharedPaths(FilePath):
     def leads_somewhere(self, text: str) -> bool:
         """Whether one of them is there."""
         return any(os.path.lexists(one.path) for one in shared_paths(text))
+
+
+class NamedPaths(FilePath):
+    """Marks text that names files or folders, each with a name; none, where it is empty."""
+
+    may_be_empty = True
+
+    def absolute(self, text: str) -> str:
+        """The same paths, such as mean the same in every working folder."""
+        return ",".join(str(_absolute(one)) for one in named_paths(text))
+
+    def leads_somewhere(self, text: str) -> bool:
+        """Whether one of them is there."""
+        return any(os.path.lexists(one.path) for one in named_paths(text))
 
 
 def shared_paths(text: str, setting: str = "rlhf_dataset_path") -> list[ListedPath]:
@@ -63,6 +82,38 @@ def shared_paths(text: str, setting: str = "rlhf_dataset_path") -> list[ListedPa
         return ListedPath(part)
 
     return _listed(text, setting, read)
+
+
+def named_paths(text: str, setting: str = "validation_path") -> list[ListedPath]:
+    """The paths of a setting, each with its name; a single one may have none. UserError for a name that is none."""
+
+    def read(part: str) -> ListedPath:
+        name, equals, path = part.partition("=")
+        if os.path.lexists(part) or not name or not equals:
+            return ListedPath(part)
+        return ListedPath(path, name=name)
+
+    found = _listed(text, setting, read) if text else []
+    names = [one.name for one in found]
+    for one in found:
+        if one.name in _METRICS or not (_NAME.fullmatch(one.name) or (len(found) == 1 and not one.name)):
+            raise UserError(
+                f"{setting}: expected NAME=PATH, with names of letters, digits, _ and - that are none of "
+                f"{', '.join(_METRICS)} (a single path needs no name), found {shown(str(one))}"
+            )
+        if not one.path:
+            raise UserError(f"{setting}: expected a path behind {one.name}=, found none")
+        if names.count(one.name) > 1:
+            raise UserError(f"{setting}: expected each name once, found {one.name} {names.count(one.name)} times")
+    return found
+
+
+def same_paths(here: str, there: str) -> bool:
+    """Whether two settings lead to the same data, whatever the shares; never to none."""
+    if not (here and there):
+        return False
+    mine, theirs = ({Path(one.path).resolve() for one in shared_paths(text)} for text in (here, there))
+    return mine == theirs
 
 
 def brief_paths(text: str) -> str:

@@ -53,7 +53,9 @@ class Bounds(NamedTuple):
 
 
 class FilePath:
-    """Marks text that names a file or folder: never empty."""
+    """Marks text that names a file or folder: never empty, unless it says so."""
+
+    may_be_empty = False
 
     def absolute(self, text: str) -> str:
         """The same path, such as means the same in every working folder."""
@@ -117,7 +119,7 @@ def _check_values(settings: Settings) -> None:
 
 def _check_text(name: str, text: str, mark: FilePath | None) -> None:
     """Raises UserError for text that no file can be named by, or that no file can hold."""
-    if not text and mark:
+    if not text and mark and not mark.may_be_empty:
         raise UserError(f"{name}: expected a path, found an empty one")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{name}: expected Unicode text without NUL, found {shown(text)}")

@@ -204,7 +204,7 @@ def test_one_wrong_value_on_one_rank_ends_both_before_the_weights_change(job: Ti
         config.rlhf_dataset_path,
         load_tokenizer(config.tokenize_path),
         512,
-        val_share=config.val_share,
+        val_share=config.held_out_share,
         seed=config.seed,
     )
     bad = BatchPlan(loader.train.rows, config.seed, 2, 2, 2).step(0)[1][1][0]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from simple_llama.cluster.watchdog import WatchConfig
 from simple_llama.common.settings import parse_settings, peek_settings
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import with_held_out
 from simple_llama.reinforcement_learning.rlhf.foretell.fit import ForetellConfig
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import resolved
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import FolderConfig, settings_to_resume
@@ -38,4 +39,4 @@ def parse_config(argv: Sequence[str] | None = None, description: str | None = No
     loss its defaults."""
     folders = peek_settings(FolderConfig, argv)
     own, source = settings_to_resume(folders, DPOConfig) if folders.resume else ({}, "")
-    return with_warmup(resolved(parse_settings(DPOConfig, argv, description, own, source)))
+    return with_held_out(with_warmup(resolved(parse_settings(DPOConfig, argv, description, own, source))))

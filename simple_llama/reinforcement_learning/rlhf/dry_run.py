@@ -16,6 +16,7 @@ from simple_llama.finetune.chat_format import about_system
 from simple_llama.ops.machine import peak_flops, release
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
@@ -81,7 +82,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
     sections = {
         "config": json.dumps(asdict(replace(config, max_seq_len=inputs.max_seq_len)), indent=2),
         "DeepSpeed": json.dumps(full_ds_config(config, ranks.world_size), indent=2),
-        "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {len(inputs.data.validation)} are held out by prompt",
+        "data": f"{inputs.data.report}\n{len(pairs)} pairs train, {_about_held_out(config, inputs)}",
         "system prompt": about_system(inputs.chat),
         "batches": _batch_arithmetic(config, plan, pairs),
         "learning rate": f"{about_schedule(config)}\n{expected_change(config, job.steps[0], job.weights)}",
@@ -316,6 +317,11 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
             f"{packed} packed tokens an epoch; both chats whole would be {whole} ({whole / packed:.2f} times as many)",
         ]
     )
+
+
+def _about_held_out(config: DataConfig, inputs: Inputs) -> str:
+    """How many pairs are held out, and by what."""
+    return f"{len(inputs.data.validation)} are held out by {'files' if config.validation_path else 'prompt'}"
 
 
 def _about_loss(loss_fn: PreferenceLoss, inputs: Inputs) -> str:

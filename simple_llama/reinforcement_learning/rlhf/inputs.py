@@ -210,7 +210,7 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             config.rlhf_dataset_path,
             chat,
             max_seq_len,
-            val_share=config.val_share,
+            val_share=config.held_out_share,
             seed=config.seed,
             ascii_text=config.ascii_text,
             max_unknown=config.max_unknown,
@@ -219,6 +219,7 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             group_weight=config.group_weight,
             group_prompts=config.group_prompts,
             reading=config,
+            validation_path=config.validation_path,
         )
     other = _other_reference(config, start, chat, digest, max_seq_len) if config.reference_path else None
     reference = other or reference_of(start)

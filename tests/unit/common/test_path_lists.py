@@ -1,4 +1,4 @@
-"""Several paths in one setting: where one ends, what share it has, and how it is kept."""
+"""Several paths in one setting: where one ends, what share or name it has, and how it is kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import pytest
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.path_lists import SharedPaths, brief_paths, shared_paths
+from simple_llama.common.path_lists import NamedPaths, SharedPaths, brief_paths, named_paths, shared_paths
 from simple_llama.common.settings import Settings, path_marks, with_absolute_paths
 
 
@@ -24,9 +24,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @dataclass(frozen=True)
 class Paths(Settings):
-    """Such a setting."""
+    """Two such settings."""
 
     many: Annotated[str, SharedPaths()] = "a.jsonl"
+    named: Annotated[str, NamedPaths()] = ""
 
 
 @pytest.mark.parametrize(
@@ -68,20 +69,54 @@ def test_what_is_no_share(text: str, said: str) -> None:
         shared_paths(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("a.jsonl", [("", "a.jsonl")]),
+        ("f=g", [("", "f=g")]),
+        ("=a.jsonl", [("", "=a.jsonl")]),
+        ("safety=a.jsonl,helpful=c,d.jsonl", [("safety", "a.jsonl"), ("helpful", "c,d.jsonl")]),
+        ("one=f=g", [("one", "f=g")]),
+    ],
+)
+def test_paths_with_names(text: str, expected: list[tuple[str, str]]) -> None:
+    """A single path needs no name."""
+    assert [(one.name, one.path) for one in named_paths(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a.jsonl,b.jsonl", "expected NAME=PATH, with names of letters"),
+        ("x=a.jsonl,x=b.jsonl", "expected each name once, found x 2 times"),
+        ("a/b=a.jsonl", "expected NAME=PATH"),
+        ("rewards=a.jsonl", "that are none of loss, rewards"),
+        ("x=", "expected a path behind x="),
+    ],
+)
+def test_what_is_no_name(text: str, said: str) -> None:
+    """Names become parts of metrics, so that none may be one already."""
+    with pytest.raises(UserError, match=said):
+        named_paths(text)
+
+
 def test_each_path_is_made_absolute(folder: Path) -> None:
-    """Part by part, with its share; what is absolute stays."""
-    found = with_absolute_paths(Paths("a.jsonl:2,c,d.jsonl,b.jsonl:0.25"))
+    """Part by part, with its share and its name; what is absolute stays, and an empty setting stays empty."""
+    found = with_absolute_paths(Paths("a.jsonl:2,c,d.jsonl,b.jsonl:0.25", "x=a.jsonl,y=gone.jsonl"))
     assert found == {
         "many": f"{folder}/a.jsonl:2,{folder}/c,d.jsonl,{folder}/b.jsonl:0.25",
+        "named": f"x={folder}/a.jsonl,y={folder}/gone.jsonl",
     }
     assert with_absolute_paths(Paths(**found)) == found
-    assert with_absolute_paths(Paths()) == {"many": f"{folder}/a.jsonl"}
+    assert with_absolute_paths(Paths()) == {"many": f"{folder}/a.jsonl", "named": ""}
 
 
 def test_paths_that_are_gone_are_seen() -> None:
     """They lead somewhere while one of them does."""
     marks = path_marks(Paths)
     assert marks["many"].leads_somewhere("gone:2,a.jsonl:2") and not marks["many"].leads_somewhere("gone:2,away")
+    assert marks["named"].leads_somewhere("x=a.jsonl") and not marks["named"].leads_somewhere("")
 
 
 def test_paths_in_brief() -> None:

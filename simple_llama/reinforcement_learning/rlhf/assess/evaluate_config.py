@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
+from simple_llama.common.path_lists import same_paths
 from simple_llama.common.paths import package_path, root_path
 from simple_llama.common.settings import Bounds, Count, CountOrNone, PathText, Settings, parse_settings, peek_settings
 from simple_llama.finetune.chat_config import ChatConfig
@@ -124,6 +125,7 @@ def parse_evaluate(argv: Sequence[str] | None = None, description: str | None = 
         raise UserError(f"models: expected a model at {missing[0]}, found nothing there; {hint}")
     about = start_metadata(asked.paths[0]) if asked.paths else {}
     own = without_moved(EvaluateConfig, _settings_of(about))
+    own = _with_data_asked(own, peek_settings(DataConfig, argv))
     config = parse_settings(EvaluateConfig, argv, description, own, f"{asked.models}: settings")
     if not config.model_path:
         named = f"{config.paths[0]}, which says of no run that made it" if config.paths else "no model"
@@ -137,6 +139,16 @@ def parse_evaluate(argv: Sequence[str] | None = None, description: str | None = 
             "model that training started from"
         )
     return config
+
+
+def _with_data_asked(own: dict[str, Any], asked: DataConfig) -> dict[str, Any]:
+    """A run's settings without what it held out, where a command line names other data or holds out otherwise."""
+    path = asked.rlhf_dataset_path
+    other = path != DataConfig().rlhf_dataset_path and not same_paths(path, str(own.get("rlhf_dataset_path", "")))
+    dropped = {"val_share"} if asked.validation_path else set()
+    if asked.val_share is not None or (other and not asked.validation_path):
+        dropped = {"validation_path"}
+    return {name: value for name, value in own.items() if name not in dropped}
 
 
 def trained_on(config: EvaluateConfig) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
-from simple_llama.common.path_lists import shared_paths
+from simple_llama.common.path_lists import same_paths
 from simple_llama.dataset.json_records import Faults, read_records
 from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, trained_on
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
@@ -23,7 +23,7 @@ _MOST_NAME = 60  # characters
 
 def pairs_asked(config: EvaluateConfig, inputs: Inputs) -> tuple[PairSet, str]:
     """The pairs to evaluate on, and what they are in words. UserError where none is held out."""
-    same = _same_data(config.rlhf_dataset_path, trained_on(config))
+    same = same_paths(config.rlhf_dataset_path, trained_on(config))
     held_out = config.share == "held_out" or (config.share == "auto" and same)
     if not held_out:
         trained = ", most of which the first model was trained on" if same else ""
@@ -32,10 +32,11 @@ def pairs_asked(config: EvaluateConfig, inputs: Inputs) -> tuple[PairSet, str]:
     if not len(found):
         raise UserError(
             f"share: expected held-out pairs of {config.rlhf_dataset_path}, found none with val_share "
-            f"{config.val_share}; give the --val_share and --seed of the training, other pairs, or --share all"
+            f"{config.held_out_share:g}; give the --val_share and --seed of the training, other pairs, or --share all"
         )
     of = "the training's own" if same else "those that a training would hold out"
-    return found, f"{len(found):,} held-out pairs ({of}: val_share {config.val_share:g}, seed {config.seed})"
+    how = "validation_path" if config.validation_path else f"val_share {config.held_out_share:g}, seed {config.seed}"
+    return found, f"{len(found):,} held-out pairs ({of}: {how})"
 
 
 def log_probs(config: EvaluateConfig, inputs: Inputs, pairs: PairSet, ranks: Ranks) -> np.ndarray:
@@ -84,11 +85,3 @@ def _category(value: object) -> str:
     parts = value if isinstance(value, list) else [value]
     text = " + ".join(sorted(str(part) for part in parts)) or "(none)"
     return text if len(text) <= _MOST_NAME else text[: _MOST_NAME - 3] + "..."
-
-
-def _same_data(here: str, there: str) -> bool:
-    """Whether two settings lead to the same data, whatever the shares."""
-    mine, theirs = (
-        {Path(one.path).resolve() for one in shared_paths(text)} if text else set() for text in (here, there)
-    )
-    return mine == theirs

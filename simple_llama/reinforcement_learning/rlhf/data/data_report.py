@@ -64,8 +64,11 @@ def describe(count: KeptCount, extra_keys: Tally, unknown: Unknown, speller: Spe
     return line
 
 
-def warnings_of(count: KeptCount, unknown: Unknown | None = None, held_out: int | None = None) -> list[str]:
-    """What a person should know before training on the pairs. `held_out`: how many, where some are meant to be."""
+def warnings_of(
+    count: KeptCount, unknown: Unknown | None = None, held_out: int | None = None, of_files: bool = False
+) -> list[str]:
+    """What a person should know before training on the pairs. `held_out`: how many, where some are meant to be, by a
+    share, or by files."""
     found = [f"left out: {count.faulty}"] if count.faulty else []
     found += _much_dropped(count)
     for name, times in count.noticed.times.items():
@@ -79,11 +82,27 @@ def warnings_of(count: KeptCount, unknown: Unknown | None = None, held_out: int 
             f"write <UNK>; {_SPELL}"
         )
     if held_out is not None and held_out < _FEW_HELD_OUT:
-        found.append(
-            f"pairs held out: {held_out:,}, and fewer than {_FEW_HELD_OUT} say little; add data, raise val_share, or "
-            "set it to 0"
-        )
+        ways = "add data" if of_files else "add data, raise val_share, or set it to 0"
+        found.append(f"pairs held out: {held_out:,}, and fewer than {_FEW_HELD_OUT} say little; {ways}")
     return found
+
+
+def warn_of_prompts(pairs: PairSet, shares_N: np.ndarray, trained: int) -> list[str]:
+    """A warning of prompts that stand on both sides, where files say what is held out.
+
+    Args: shares_N: where the prompt of each pair stands, which names it. trained: pairs that come before all others.
+    """
+    trained_N, held_N = shares_N[:trained], shares_N[trained:]
+    places = np.flatnonzero(np.isin(held_N, trained_N))
+    if not len(places):
+        return []
+    first = int(places[0])
+    twin = int(np.flatnonzero(trained_N == held_N[first])[0])
+    return [
+        f"prompts that stand in training and validation files both: {len(np.unique(held_N[places])):,} (validation "
+        f"pairs: {len(places):,}, first: {pairs.origin(trained + first)}, trained on in {pairs.origin(twin)}): what is "
+        "measured on them is not what the model does with prompts that it has not seen; take them out of one side"
+    ]
 
 
 def check_unknown(path: str | Path, unknown: Unknown, most: float, ascii_text: bool) -> None:

@@ -16,13 +16,11 @@ what data_report.py names.
 
 from __future__ import annotations
 
-import json
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -33,7 +31,7 @@ from simple_llama.cluster.console import progress
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
 from simple_llama.common.logging import LOGGER
-from simple_llama.common.path_lists import SharedPaths
+from simple_llama.common.path_lists import NamedPaths, SharedPaths
 from simple_llama.common.paths import package_path
 from simple_llama.common.settings import WHOLE, Before, Bounds, CountOrNone
 from simple_llama.dataset.ascii_text import Spelling
@@ -43,23 +41,21 @@ from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.reinforcement_learning.rlhf.data.conversation import (
     Compared,
     Conversation,
-    chosen_pairs,
-    holds_a_turn,
 )
 from simple_llama.reinforcement_learning.rlhf.data.data_report import (
-    BOTH_WAYS,
-    LIKE_A_TURN,
     Unknown,
     check_unknown,
     describe,
+    warn_of_prompts,
     warnings_of,
 )
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
-from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.reading import Reading, ReadingConfig
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import ScoredChat, Scoring
 from simple_llama.reinforcement_learning.rlhf.data.sources import Epoch, Sources
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
+from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import Usable, held_out_prompts, keep_usable
 
 _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
 _LAST_ANSWER = Scoring()
@@ -69,6 +65,7 @@ _TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 _HELD_OUT, _SHARE = Bounds(0.0, 0.5), Bounds(0.0, 1.0)
 _MOST_UNKNOWN = 0.05  # of the scored tokens: a person who wants more says so
+_VAL_SHARE = 0.05  # of the prompts
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,43 @@ class DataConfig(ReadingConfig):
         ),
     ] = "all"
     mask_end_token: bool = False  # leave out of what is scored the token that ends an answer, on both sides: Llama 3
-    val_share: Annotated[float, _HELD_OUT] = 0.05  # share of prompts held out for evaluation, in [0, 0.5]
+    val_share: Annotated[
+        float | None,
+        _HELD_OUT,
+        Doc(f"share of prompts held out for evaluation, in [0, 0.5]; {_VAL_SHARE}, or 0 beside validation_path"),
+    ] = None
+    validation_path: Annotated[
+        str,
+        NamedPaths(),
+        Doc(
+            "pairs held out for evaluation, in place of a share: a file or a folder, or several with names, each of "
+            "which has curves of its own (safety=a.jsonl,helpful=b.jsonl)"
+        ),
+    ] = ""
     seed: Annotated[int, Bounds(0, WHOLE)] = 42  # of the shuffle and the validation split
+
+    def check_rules(self) -> None:
+        """UserError where both a share and files say what is held out."""
+        if self.validation_path and self.val_share:
+            raise UserError(
+                f"val_share: expected 0 or nothing beside validation_path, whose pairs are held out, found "
+                f"{self.val_share}; leave one of both out, or take back what a file gives: --val_share 0"
+            )
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of prompts that is held out."""
+        if self.val_share is None:
+            return 0.0 if self.validation_path else _VAL_SHARE
+        return self.val_share
+
+
+SomeConfig = TypeVar("SomeConfig", bound=DataConfig)
+
+
+def with_held_out(config: SomeConfig) -> SomeConfig:
+    """The same settings with the share of held-out prompts written out."""
+    return config if config.val_share is not None else replace(config, val_share=config.held_out_share)
 
 
 class RLDatasetLoader:
@@ -115,6 +147,7 @@ class RLDatasetLoader:
         chat: the chat format; a tokenizer means SimpleLLaMA's with it.
         max_seq_len: tokens; a pair is dropped when one of its chats is longer.
         val_share: share of the prompts (not of the pairs) held out, in [0, 0.5].
+        validation_path: files of pairs that are held out, with names where they are several (`named_paths`).
         seed: of the split; which pairs are trained on does not depend on the order or the amount of other data.
         ascii_text: whether characters that the tokenizer does not know are spelled in ASCII where that can be done. It
             acts on token ids alone: conversations, and which prompts are held out, stay as they are.
@@ -130,7 +163,7 @@ class RLDatasetLoader:
     Attributes: `train` and `validation`, views of `pairs` (each once, training first; those of a share are as often in
     `train` as in an epoch); `report` (one line: what was kept, dropped, ignored) and `warnings`; both are logged;
     `prompts`, how many different ones there are, and `largest_prompt_share`, the share of the pairs that the most
-    frequent one has.
+    frequent one has; `validation_sets`, where the pairs of each named validation path are in `validation`.
     Raises UserError (file, record, key, expected, found; of the first ten faulty records, with their number) for
     malformed data, too many <UNK>, and when no training pair is left. Beats the watchdog while it reads.
     """
@@ -151,33 +184,39 @@ class RLDatasetLoader:
         group_weight: Literal["pair", "prompt"] = "pair",
         group_prompts: bool = False,
         reading: ReadingConfig = _AS_FOUND,
+        validation_path: str = "",
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
         self._reading, self._scoring = Reading(reading, self._chat.default_system), scoring
-        self._compared: Compared = compared
         self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
         count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
-        sources = Sources.of(str(path))
+        sources = Sources.of(str(path), validation_path)
+        self._held_files = sources.held_files
+        usable = Usable(max_seq_len, seed, compared, sources.held_files)
         with watchdog.patience("reading the data"):
-            pairs, shares = self._read(sources, max_seq_len, seed, count, extra_keys, speller)
+            pairs, shares = self._read(sources, usable, count, extra_keys, speller)
             unknown = _unknown_tokens(pairs, self._chat.unknown_id)
         report = describe(count, extra_keys, unknown, speller, pairs) + self._reading.said()
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {report}")
         check_unknown(path, unknown, max_unknown, ascii_text)
-        held_out = _held_out_prompts(shares, val_share)
+        held_out = sources.held(pairs) if validation_path else held_out_prompts(shares, val_share)
         if held_out.any():
             order = np.argsort(held_out, kind="stable")
             pairs, shares = pairs.select(order), shares[order]
         epoch = sources.epoch(pairs, int(np.count_nonzero(~held_out)))
-        self.report = report + epoch.words
-        self.warnings = warnings_of(count, unknown, len(pairs) - epoch.trained if val_share else None)
+        self.report = report + epoch.words + sources.told_held(pairs[epoch.trained :])
+        few = epoch.held_out if val_share or validation_path else None
+        self.warnings = warnings_of(count, unknown, few, of_files=bool(validation_path))
+        if validation_path:
+            self.warnings += warn_of_prompts(pairs, shares, epoch.trained)
         LOGGER.info("%s: %s", path, self.report)
         for warning in self.warnings:
             LOGGER.warning("%s: %s", path, warning)
         self._count_prompts(shares, epoch.times_N)
+        self.validation_sets = sources.sets(pairs[epoch.trained :])
         _check_trained(path, epoch, val_share)
         epoch = epoch.used
         pairs = epoch.pairs.by_prompt() if group_prompts else epoch.pairs
@@ -188,9 +227,10 @@ class RLDatasetLoader:
     @property
     def digest(self) -> bytes:
         """16 bytes over all pairs in order, training then held-out, and how often an epoch has them."""
-        if self.train.copies is None:
-            return self.pairs.digest
-        return digest(self.pairs.digest, self.train.copies.astype("<i8").tobytes(), size=16)
+        parts = [] if self.train.copies is None else [self.train.copies.astype("<i8").tobytes()]
+        if self._held_files:
+            parts.append(b"held out: %d" % len(self.validation))
+        return digest(self.pairs.digest, *parts) if parts else self.pairs.digest
 
     def _count_prompts(self, shares_N: np.ndarray, times_N: np.ndarray) -> None:
         """Takes the number of prompts, and how much of an epoch and of what is held out one of them has at most."""
@@ -200,7 +240,7 @@ class RLDatasetLoader:
         self.largest_prompt_share = float(counts.max() / counts.sum()) if self.prompts else 0.0
 
     def _read(
-        self, sources: Sources, max_seq_len: int, seed: int, count: KeptCount, extra_keys: Tally, speller: Speller
+        self, sources: Sources, usable: Usable, count: KeptCount, extra_keys: Tally, speller: Speller
     ) -> tuple[PairSet, np.ndarray]:
         """The usable pairs and where their prompts stand (see `_prompt_share`); one UserError for all faults."""
         faults = self._reading.faults()
@@ -209,7 +249,7 @@ class RLDatasetLoader:
             counted = progress(records, None, "reading and tokenizing pairs")
             conversations = self._reading.conversations(counted, count, extra_keys, faults)
             tokenized = _tokenize(conversations, self._chat, self._scoring, speller, count, faults)
-            found = _keep_usable(tokenized, max_seq_len, seed, count, self._compared)
+            found = keep_usable(tokenized, usable, count)
         except UserError as fault:  # of a whole file
             if faults.are_dropped:
                 raise
@@ -299,46 +339,6 @@ def _encoded(
             count.total -= 1
 
 
-def _keep_usable(
-    pairs: Iterable[tuple[Conversation, TokenizedPair]],
-    max_seq_len: int,
-    seed: int,
-    count: KeptCount,
-    compared: Compared,
-) -> tuple[PairSet, np.ndarray]:
-    """The usable pairs, and where the prompt of each stands in [0, 1) (see `_prompt_share`).
-
-    Over-long and identical pairs, pairs that score one answer twice and repetitions are left out and counted, by their
-    tokens: what the model sees decides. Of a record with more answers those are compared that are left.
-    """
-    kept, shares = PairBuffer(), array("d")
-    for (file, record), found in groupby(pairs, lambda said: (said[0].file, said[0].record)):
-        usable: list[tuple[Conversation, TokenizedPair]] = []
-        for c, pair in found:
-            origin = f"{file}:{record}"
-            if max(pair.chosen_len, pair.rejected_len) > max_seq_len:
-                count.dropped.add("too long", origin)
-            elif np.array_equal(pair.chosen, pair.rejected):
-                count.dropped.add("identical", origin)
-            elif pair.scores_one_answer:
-                count.dropped.add("same last answer", origin)
-            elif pair.digest in kept or any(pair.digest == one.digest for _, one in usable):
-                count.dropped.add("duplicate", origin)
-            else:
-                usable.append((c, pair))
-        chosen = [usable[place] for place in chosen_pairs([c.ranks for c, _ in usable], compared)]
-        count.total -= len(usable) - len(chosen)
-        for c, pair in chosen:
-            if pair.swapped_digest in kept:
-                count.noticed.add(BOTH_WAYS, f"{file}:{record}")
-            if holds_a_turn(c):
-                count.noticed.add(LIKE_A_TURN, f"{file}:{record}")
-            shares.append(_prompt_share(c.system, c.users, seed))
-        if chosen:
-            kept.append_group([pair for _, pair in chosen], file, record)
-    return kept.finish(), np.array(shares)
-
-
 def _unknown_tokens(pairs: PairSet, unknown_id: int | None) -> Unknown:
     """Tokens for what the tokenizer does not know, of pairs whose tokens lie in their order."""
     if unknown_id is None:
@@ -408,19 +408,3 @@ def _check_trained(path: str | Path, epoch: Epoch, val_share: float) -> None:
             f"{path}: expected training pairs, found none: of {epoch.trained:,} pairs no one is there by its "
             f"share{epoch.words}; raise the shares, or add data"
         )
-
-
-def _held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:
-    """Which pairs go to validation (N,): a prompt with all its pairs does when its hash is below `val_share`.
-
-    So a prompt stays on its side when data is added. Only where no hash is below `val_share` (few prompts) the smallest
-    one goes to validation, and more data may move it back.
-    """
-    limit = max(val_share, np.nextafter(shares_N.min(), 1.0)) if val_share > 0 else 0.0
-    return shares_N < limit
-
-
-def _prompt_share(system: str | None, users: Sequence[str], seed: int) -> float:
-    """Where the prompt stands in [0, 1), from a hash of the seed, the system prompt and the user turns."""
-    key = json.dumps([seed, system, list(users)]).encode()
-    return int.from_bytes(digest(key, size=6), "big") / 2**48  # 48 bits are exact in a float

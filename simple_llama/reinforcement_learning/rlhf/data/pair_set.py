@@ -253,7 +253,11 @@ class PairBuffer:
 
     def __contains__(self, name: bytes) -> bool:
         """Whether a pair with this digest is there."""
-        return self._slots[self._slot(name)] != _FREE
+        return self.position(name) >= 0
+
+    def position(self, name: bytes) -> int:
+        """The position of the pair with this digest; below 0 where there is none."""
+        return self._slots[self._slot(name)]
 
     def append(self, pair: TokenizedPair, file: str, record: int) -> None:
         """Adds a pair that came from this record."""

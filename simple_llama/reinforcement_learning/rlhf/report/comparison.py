@@ -99,7 +99,9 @@ def groups_of(standings: Sequence[Standing]) -> tuple[list[Group], list[str]]:
     for run in standings:
         if run.unfinished or not run.pairs:
             none = (
-                "no held-out pairs (val_share 0)" if not run.run.settings.get("val_share") else "no evaluation recorded"
+                "no evaluation recorded"
+                if run.run.settings.get("val_share") or run.run.settings.get("validation_path")
+                else "no held-out pairs (val_share 0)"
             )
             why = run.unfinished or f"{none}, so that nothing says how good it is"
             notes.append(f"{run.label}: {why}; shown, and not judged")

@@ -8,6 +8,7 @@ from an earlier report.json.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -182,6 +183,7 @@ def _add_before_and_after(page: Page, facts: RunFacts) -> None:
     ties = facts.starts_as_reference
     shown = [_interval(line, *intervals[name], ties) for name, line in lines.items()]
     rows.insert(2, ["its 95 % interval", *shown, "Wilson's"])
+    rows += _rows_of_sets(lines)
     page.paragraph(
         "Of pairs that training never saw. The policy is the model that is trained. An answer gains where the policy "
         f"finds it likelier than {facts.reference} does; nats are natural logarithms: +0.7 is twice as likely. "
@@ -190,6 +192,16 @@ def _add_before_and_after(page: Page, facts: RunFacts) -> None:
     )
     page.table(["held out", *lines, "unit"], rows)
     add_rules(page, facts)
+
+
+def _rows_of_sets(lines: Mapping[str, Mapping[str, Any]]) -> list[list[Cell]]:
+    """Of each named validation set, which `eval_NAME/pairs` tells, what was found."""
+    names = [key[len("eval_") : -len("/pairs")] for key in lines["last"] if re.fullmatch(r"eval_.+/pairs", key)]
+    return [
+        [f"{name}: {title}", *(_known(value(line, f"eval_{name}/{metric}")) for line in lines.values()), unit]
+        for name in names
+        for title, metric, unit in _OF_SETS
+    ]
 
 
 def _interval(line: Mapping[str, Any], low: float, high: float, ties: bool) -> str | None:
@@ -223,6 +235,14 @@ _COMPARED = (
     ("repeated trigrams", "samples/repeated_trigrams", "share, in sample answers"),
     ("length of answers", "samples/tokens", "tokens, mean of sample answers"),
     ("empty answers", "samples/empty", "share of sample answers"),
+)
+
+
+_OF_SETS = (  # of a named validation set
+    ("accuracy", "rewards/accuracies", "share of pairs whose chosen answer gained more"),
+    ("loss", "loss", "nats a pair"),
+    ("reward margin", "rewards/margins", "beta times nats"),
+    ("pairs", "pairs", ""),
 )
 
 

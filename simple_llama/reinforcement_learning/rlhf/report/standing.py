@@ -26,7 +26,7 @@ from simple_llama.reinforcement_learning.rlhf.run.statistics import (
 _EVALUATED = {"eval_pairs", *(f"eval_rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))}
 _FINGERPRINT = ("eval_logps/chosen", "eval_logps/rejected")  # at step 0, of the start model
 _SAME_START = 1e-3  # relative: what other machines and dtypes make of the same model and pairs stays within
-_CHOOSE_HELD_OUT = ("val_share", "seed")  # settings that say which pairs are held out
+_CHOOSE_HELD_OUT = ("val_share", "seed", "validation_path")  # settings that say which pairs are held out
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def why_not_comparable(one: Standing, other: Standing) -> str:
         same &= np.array_equal(one.by_pair.counts_N2, other.by_pair.counts_N2)
         return "" if same else "other held-out pairs, or other tokens for them"
     for name in _CHOOSE_HELD_OUT:
-        values = [standing.run.settings.get(name) for standing in (one, other)]
+        values = [standing.run.settings.get(name, "") for standing in (one, other)]
         if values[0] != values[1]:
             return f"other held-out pairs: {name} is {values[1]}, not {values[0]}"
     if other_start := starts_apart(one, other):

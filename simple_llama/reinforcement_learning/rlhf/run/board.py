@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simple_llama.common.path_lists import brief_paths
+from simple_llama.common.path_lists import brief_paths, named_paths
 from simple_llama.common.settings import Settings
 from simple_llama.inference.guards import ENDED_AT_ONCE
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
@@ -100,7 +100,10 @@ def _curve_name(name: str) -> str | None:
         return None
     if name.startswith("eval_"):
         plain = name.removeprefix("eval_")
-        return f"{'eval' if plain.startswith(_FIRST) else 'held_out'}/{plain}"
+        of_set = plain.partition("/")[2]  # behind the name of a validation set
+        if of_set == "pairs":
+            return None
+        return f"{'eval' if plain.startswith(_FIRST) or of_set.startswith(_FIRST) else 'held_out'}/{plain}"
     return name if name.startswith(_OWN_GROUPS) else f"train/{name}"
 
 
@@ -110,7 +113,7 @@ class Board:
     def __init__(self, folder: Path, purge_step: int, settings: Settings | None):
         """Args: settings: the run's settings, for the table of runs; None: the run is no line of it."""
         self.file = EventFile(folder, purge_step)
-        self.file.add_layout(_LAYOUT)
+        self.file.add_layout(_LAYOUT | _layout_of_sets(settings))
         if settings is not None:
             self.file.add_hparams(_table_settings(settings), _RESULTS)
         self.file.flush()
@@ -137,6 +140,14 @@ class Board:
         """A page of the text tab: paragraphs, each a head in bold and a text."""
         page = "\n\n".join(f"**{_as_markdown(head)}** {_as_markdown(text)}" for head, text in parts)
         self.file.add_text(name, page, step)
+
+
+def _layout_of_sets(settings: Settings | None) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Charts that show the named validation sets of a run beside each other; none where it has none."""
+    names = [one.name for one in named_paths(getattr(settings, "validation_path", "")) if one.name]
+    charts = {"loss": "loss", "accuracy": "rewards/accuracies", "reward margin (beta x nats)": "rewards/margins"}
+    found = {title: tuple(f"eval/{name}/{metric}" for name in names) for title, metric in charts.items()}
+    return {"validation sets": found} if names else {}
 
 
 def _table_settings(settings: Settings) -> dict[str, bool | float | str]:

@@ -5,7 +5,7 @@ Shapes: B pairs of a micro-batch, N held-out pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -24,7 +24,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import P
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import Logps
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
-from simple_llama.reinforcement_learning.rlhf.run.statistics import correlation
+from simple_llama.reinforcement_learning.rlhf.run.statistics import correlation, preferred
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,30 @@ def evaluate(
         losses_N = loss_fn(at_places(Scores.joined(every), positions, len(pairs)))
         table_N9[:, 4], means["loss"] = losses_N.cpu().numpy(), float(losses_N.double().sum() / pairs.total)
     return _held_out({f"eval_{name}": value for name, value in means.items()}, table_N9)
+
+
+def of_sets(found: HeldOut, pairs: PairSet, sets: Mapping[str, slice]) -> dict[str, float]:
+    """Means over named parts of the held-out pairs, as `eval_NAME/loss`, `eval_NAME/rewards/accuracies`, ...; a loss
+    that couples pairs has coupled all held-out ones."""
+    metrics: dict[str, float] = {}
+    for name, place in sets.items():
+        part = pairs[place]
+        rewards_N2, logps_N2 = found.rewards_N2[place].astype(np.float64), found.logps_N2[place].astype(np.float64)
+        means = {
+            "loss": float(found.losses_N[place].sum(dtype=np.float64)) / part.total,
+            "rewards/margins": float((rewards_N2[:, 0] - rewards_N2[:, 1]).mean()),
+            "longer_is_chosen": part.longer_is_chosen,
+            "pairs": float(len(part)),
+        }
+        for kind, values_N2 in (("rewards", rewards_N2), ("logps", logps_N2)):
+            means[f"{kind}/accuracies"] = float(preferred(values_N2[:, 0] - values_N2[:, 1]).mean())
+            for side, column in (("chosen", 0), ("rejected", 1)):
+                means[f"{kind}/{side}"] = float(values_N2[:, column].mean())
+        ratios_N2 = found.ratios_N2[place]
+        if not np.isnan(ratios_N2).any():
+            means["log_ratio/chosen"], means["log_ratio/rejected"] = map(float, ratios_N2.mean(axis=0))
+        metrics |= {f"eval_{name}/{metric}": value for metric, value in means.items()}
+    return metrics
 
 
 def _held_out(metrics: dict[str, float], table_N9: np.ndarray) -> HeldOut:

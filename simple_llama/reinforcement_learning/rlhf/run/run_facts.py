@@ -30,7 +30,7 @@ def write_data_facts(folder: Path, data: RLDatasetLoader) -> None:
     """Writes data.json.
 
     `pairs` and `longer_is_chosen` are of the training pairs, `held_out` counts the others; `prompts` and
-    `largest_prompt_share` are of both.
+    `largest_prompt_share` are of both; `validation_sets` has the number of pairs of each named validation path.
     """
     facts = {
         "pairs": len(data.train),
@@ -42,6 +42,8 @@ def write_data_facts(folder: Path, data: RLDatasetLoader) -> None:
         "warnings": data.warnings,
         "files": list(data.pairs.files),
     }
+    if data.validation_sets:
+        facts["validation_sets"] = {name: part.stop - part.start for name, part in data.validation_sets.items()}
     atomic_write_json(folder / "data.json", facts)
 
 

@@ -24,6 +24,7 @@ from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
 from simple_llama.pretraining.llama_transformer import compiled_graphs
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep_of
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import with_held_out
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
 from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
@@ -34,7 +35,7 @@ from simple_llama.reinforcement_learning.rlhf.reference.audit import Bound
 from simple_llama.reinforcement_learning.rlhf.reference.first_step import FirstStep
 from simple_llama.reinforcement_learning.rlhf.run.agenda import Agenda
 from simple_llama.reinforcement_learning.rlhf.run.best import Best, BestConfig
-from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig, HeldOut, evaluate
+from simple_llama.reinforcement_learning.rlhf.run.evaluate import EvaluationConfig, HeldOut, evaluate, of_sets
 from simple_llama.reinforcement_learning.rlhf.run.interval import Interval, IntervalConfig
 from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig, StepProfile
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter, log_line, rewind
@@ -115,7 +116,7 @@ class TrainingRun:
                 check_trackers(config)
             if refusal := config.refusal(len(inputs.data.validation)):
                 raise UserError(refusal)
-        self.config = config = with_warmup(resolved(config))
+        self.config = config = with_held_out(with_warmup(resolved(config)))
         self.inputs, self.ranks = inputs, ranks
         self.pairs, self.held_out = inputs.data.train, inputs.data.validation
         self.plan = BatchPlan.of(self.pairs, config, config.seed, ranks.world_size)
@@ -370,12 +371,15 @@ class TrainingRun:
             values = found.metrics
             values["eval_longer_is_chosen"] = self.held_out.longer_is_chosen
             values |= effective_pairs(found, self.held_out)
+            values |= of_sets(found, self.held_out, self.inputs.data.validation_sets)
             if self.held_out.is_weighted:
                 values["eval_pair_weight"] = float(self.held_out.weights.sum() / self.held_out.total)
             self.at.last_loss = values["eval_loss"]
             if self.due.judges_at(step):
                 self.best.see(step, values)
             log_line(f"evaluation at step {step}", values, "eval_")
+            for name in self.inputs.data.validation_sets:
+                log_line(f"evaluation at step {step}, {name}", values, f"eval_{name}/")
             self.writer.histograms(step, histograms_of(found))
             if self.due.ends_epoch(step):
                 with fail_together(ranks):

@@ -28,16 +28,12 @@ from simple_llama.finetune.chat_config import ChatConfig
 from simple_llama.finetune.chat_format import SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, encode_chat, encode_prompt
 from simple_llama.reinforcement_learning.rlhf.data import dataset_loader, reading
-from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import (
-    DataConfig,
-    RLDatasetLoader,
-    _held_out_prompts,
-    _prompt_share,
-)
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader, with_held_out
 from simple_llama.reinforcement_learning.rlhf.data.own_records import from_template
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.readers import READERS
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
+from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import _prompt_share, held_out_prompts
 
 
 @pytest.fixture(scope="module")
@@ -726,7 +722,7 @@ def test_both_sides_keep_the_order_of_the_data(tmp_path: Path, tokenizer: Tokeni
 def test_the_split_is_the_plain_one(shares: list[float], val_share: float) -> None:
     """Against the rule written pair by pair: below the share, or else the smallest."""
     limit = max(val_share, np.nextafter(min(shares), 1.0)) if val_share > 0 else 0.0
-    assert _held_out_prompts(np.array(shares), val_share).tolist() == [share < limit for share in shares]
+    assert held_out_prompts(np.array(shares), val_share).tolist() == [share < limit for share in shares]
 
 
 def test_a_prompt_stays_on_its_side_when_data_grows(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -786,7 +782,16 @@ def test_validation_share_out_of_range_is_refused(tmp_path: Path, tokenizer: Tok
 def test_settings_are_bounded() -> None:
     """Of single values, at once."""
     assert Path(DataConfig().rlhf_dataset_path).parts[-3:] == ("simple_llama", "reinforcement_learning", "rl_dataset")
-    assert (ChatConfig().system_prompt, DataConfig().val_share, DataConfig().seed) == (DEFAULT_SYSTEM_PROMPT, 0.05, 42)
+    assert (ChatConfig().system_prompt, DataConfig().held_out_share, DataConfig().seed) == (
+        DEFAULT_SYSTEM_PROMPT,
+        0.05,
+        42,
+    )
+    assert with_held_out(DataConfig()).val_share == 0.05 and with_held_out(DataConfig(val_share=0)).val_share == 0
+    assert with_held_out(DataConfig(validation_path="v")).val_share == 0
+    assert DataConfig(validation_path="v", val_share=0).held_out_share == 0
+    with pytest.raises(UserError, match=r"val_share: expected 0 or nothing beside validation_path.*found 0\.05"):
+        DataConfig(validation_path="v", val_share=0.05)
     with pytest.raises(UserError, match=r"val_share: expected a number from 0\.0 to 0\.5, found 0\.51"):
         DataConfig(val_share=0.51)
     with pytest.raises(UserError, match="max_seq_len: expected a number from 0 to 2147483647, found -1"):

@@ -191,3 +191,69 @@ def test_what_is_refused(folder: Path, tmp_path: Path, text: str, said: str) -> 
     paths = ",".join(f"{tmp_path}/{part}" for part in text.split(","))
     with pytest.raises(UserError, match=said):
         RLDatasetLoader(paths, load_tokenizer(folder / "tokenizer.json"), 512, val_share=0, seed=0)
+
+
+# === validation files ===
+
+
+def test_files_hold_out_what_they_have(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each named set has its pairs in the order of the paths, each once, and all others train, with their shares; no
+    share of prompts is held out. The report counts them."""
+    write_pairs(folder / "v.jsonl", range(100, 130))
+    write_pairs(folder / "w.jsonl", range(130, 135))
+    sets = f"safe={folder}/v.jsonl,help-2={folder}/w.jsonl"
+    data, plain = load(folder, "a.jsonl:2", validation_path=sets), load(folder, "a.jsonl:2")
+    assert data.validation_sets == {"safe": slice(0, 30), "help-2": slice(30, 35)}
+    assert [data.validation.origin(i) for i in (0, 30)] == [f"{folder}/v.jsonl:1", f"{folder}/w.jsonl:1"]
+    assert names(data.train) == names(plain.train) and len(data.pairs) == 24 + 35
+    assert "; held out by files: safe 30, help-2 5" in data.report and not data.warnings
+    one = load(folder, "a.jsonl", validation_path=f"{folder}/w.jsonl")
+    assert one.validation_sets == {} and len(one.validation) == 5 and "; held out by files: 5" in one.report
+    assert one.warnings == ["pairs held out: 5, and fewer than 20 say little; add data"]
+    digests = {each.digest for each in (data, plain, one, load(folder, "a.jsonl", validation_path=f"{folder}/v.jsonl"))}
+    assert len(digests) == 4
+
+
+def test_a_held_out_pair_does_not_train(folder: Path) -> None:
+    """24 pairs train, of which the first 3 stand in the validation file too: these are left out of training, and
+    counted. Two others have prompts of it, with other answers: they train, with a warning that names one."""
+    rows = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+    others = [{**row, "Accepted": ["mat"], "Rejected": ["cat dog"]} for row in rows[10:12]]
+    write_pairs(folder / "far.jsonl", range(200, 220))
+    kept = [*rows[:3], *others, *map(json.loads, (folder / "far.jsonl").read_text().splitlines())]
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    data = load(folder, "a.jsonl", validation_path=f"{folder}/mixed.jsonl")
+    assert (len(data.train), len(data.validation)) == (21, 25)
+    assert f"3 held out as well); first held out as well: {folder}/a.jsonl:1" in data.report
+    (warning,) = data.warnings
+    assert warning.startswith(
+        "prompts that stand in training and validation files both: 2 (validation pairs: 2, first: "
+        f"{folder}/mixed.jsonl:4, trained on in {folder}/a.jsonl:11): "
+    )
+    texts = data.conversations(data.validation)
+    assert (texts[0].file, texts[0].record) == (f"{folder}/mixed.jsonl", 1)
+
+
+def test_ranked_records_are_held_out_whole(folder: Path) -> None:
+    """12 records of five pairs each, beside pairs; with segments by prompt and shares by prompt."""
+    data = load(
+        folder, "a.jsonl", validation_path=f"r={folder}/ranked.jsonl", group_weight="prompt", group_prompts=True
+    )
+    assert data.validation_sets == {"r": slice(0, 36)} or len(data.validation) == data.validation_sets["r"].stop
+    assert data.validation.total == pytest.approx(len(data.validation.units)) and len(data.train) == 24
+
+
+@pytest.mark.parametrize(
+    ("validation", "said"),
+    [
+        ("{}/gone.jsonl", "gone.jsonl: expected a data file or a folder of them"),
+        ("x={0}/a.jsonl", r"a.jsonl: expected each data file once, found it in x=\S+a.jsonl and in \S+a.jsonl"),
+        ("x={0}/b.jsonl,y={0}/same.jsonl", r"validation_path: y=\S+same.jsonl: expected at least one usable pair"),
+        ("{0}/b.jsonl,{0}/same.jsonl", "validation_path: expected NAME=PATH"),
+    ],
+)
+def test_validation_files_that_are_refused(folder: Path, validation: str, said: str) -> None:
+    """A path with nothing in it, one that trains too, one without a usable pair, two without names."""
+    (folder / "same.jsonl").write_text((folder / "b.jsonl").read_text())
+    with pytest.raises(UserError, match=said):
+        load(folder, "a.jsonl", validation_path=validation.format(folder))

@@ -1,0 +1,96 @@
+"""Which of the pairs that were read are used, and on which side of the validation split each is."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from simple_llama.common.files import digest
+from simple_llama.dataset.json_records import KeptCount
+from simple_llama.reinforcement_learning.rlhf.data.conversation import (
+    Compared,
+    Conversation,
+    chosen_pairs,
+    holds_a_turn,
+)
+from simple_llama.reinforcement_learning.rlhf.data.data_report import BOTH_WAYS, LIKE_A_TURN
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
+
+Read = tuple[Conversation, TokenizedPair]
+
+
+@dataclass(frozen=True)
+class Usable:
+    """What makes a pair usable."""
+
+    max_seq_len: int
+    seed: int  # of the split
+    compared: Compared
+    held_files: frozenset[str] = frozenset()  # that are read first, and whose pairs are all held out
+
+
+def keep_usable(pairs: Iterable[Read], usable: Usable, count: KeptCount) -> tuple[PairSet, np.ndarray]:
+    """The usable pairs, and where the prompt of each stands in [0, 1) (see `_prompt_share`).
+
+    Over-long and identical pairs, pairs that score one answer twice and repetitions are left out and counted, by their
+    tokens: what the model sees decides. Of a record with more answers those are compared that are left.
+    """
+    kept, shares, held = PairBuffer(), array("d"), 0
+    for (file, record), found in groupby(pairs, lambda said: (said[0].file, said[0].record)):
+        origin, is_held = f"{file}:{record}", file in usable.held_files
+        sound = _sound(found, kept, usable.max_seq_len, 0 if is_held else held, count)
+        chosen = [sound[place] for place in chosen_pairs([c.ranks for c, _ in sound], usable.compared)]
+        count.total -= len(sound) - len(chosen)
+        for c, pair in chosen:
+            if pair.swapped_digest in kept:
+                count.noticed.add(BOTH_WAYS, origin)
+            if holds_a_turn(c):
+                count.noticed.add(LIKE_A_TURN, origin)
+            shares.append(_prompt_share(c.system, c.users, usable.seed))
+        if chosen:
+            kept.append_group([pair for _, pair in chosen], file, record)
+        held = len(kept) if is_held else held
+    return kept.finish(), np.array(shares)
+
+
+def _sound(found: Iterable[Read], kept: PairBuffer, max_seq_len: int, held: int, count: KeptCount) -> list[Read]:
+    """The pairs of a record that can be used, beside those that are kept, of which the first `held` are held out while
+    this record is none of them; counts the others."""
+    sound: list[Read] = []
+    for c, pair in found:
+        origin = f"{c.file}:{c.record}"
+        if max(pair.chosen_len, pair.rejected_len) > max_seq_len:
+            count.dropped.add("too long", origin)
+        elif np.array_equal(pair.chosen, pair.rejected):
+            count.dropped.add("identical", origin)
+        elif pair.scores_one_answer:
+            count.dropped.add("same last answer", origin)
+        elif 0 <= kept.position(pair.digest) < held:
+            count.dropped.add("held out as well", origin)
+        elif pair.digest in kept or any(pair.digest == one.digest for _, one in sound):
+            count.dropped.add("duplicate", origin)
+        else:
+            sound.append((c, pair))
+    return sound
+
+
+def held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:
+    """Which pairs go to validation (N,): a prompt with all its pairs does when its hash is below `val_share`.
+
+    So a prompt stays on its side when data is added. Only where no hash is below `val_share` (few prompts) the smallest
+    one goes to validation, and more data may move it back.
+    """
+    limit = max(val_share, np.nextafter(shares_N.min(), 1.0)) if val_share > 0 else 0.0
+    return shares_N < limit
+
+
+def _prompt_share(system: str | None, users: Sequence[str], seed: int) -> float:
+    """Where the prompt stands in [0, 1), from a hash of the seed, the system prompt and the user turns."""
+    key = json.dumps([seed, system, list(users)]).encode()
+    return int.from_bytes(digest(key, size=6), "big") / 2**48  # 48 bits are exact in a float
