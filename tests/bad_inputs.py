@@ -378,6 +378,17 @@ DATASETS = [
         ("cannot be read: the file ends before",),
     ),
     Case("no xz file", data(b"[]", "bad.json.xz"), ("bad.json.xz: cannot be read: ",)),
+    Case("an idle label", flags("--prefer=safe"), ("prefer, keep_unsafe: expected PKU-SafeRLHF records, found none",)),
+    Case(
+        "another format",
+        flags("--data_format=Orca"),
+        ("pairs.jsonl:1: expected key 'question' with a string, found [",),
+    ),
+    Case(
+        "records of two formats",
+        data(b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"instruction": "a", "completions": []}'),
+        ("bad.jsonl:2: expected the format TRL of the records before it, found instruction (a string) as",),
+    ),
     Case(
         "the same last answer", data(record(User=["a"] * 2, Accepted=["b", "c"], Rejected=["d", "c"])), ("1 same last",)
     ),

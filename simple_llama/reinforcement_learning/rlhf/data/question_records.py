@@ -34,7 +34,8 @@ _SCORES = ("overall_score", "fine-grained_score")
 
 def from_orca(record: Record, options: ReadOptions) -> Conversation:
     """The pair in an Orca record."""
-    question = typed(record, "question" if "question" in record.fields else "input", str)
+    asked = "input" if "input" in record.fields and "question" not in record.fields else "question"
+    question = typed(record, asked, str)
     chosen, rejected = (typed(record, key, str) for key in ("chosen", "rejected"))
     return usable(record, options, [question], [chosen], [rejected], system=system_of(record))
 

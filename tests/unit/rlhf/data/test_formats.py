@@ -108,10 +108,11 @@ def test_samples_from_tables(tmp_path: Path, tokenizer: Tokenizer, name: str) ->
 @pytest.mark.parametrize("name", GOLDEN)
 def test_message_lists_have_the_ids_of_trl(tmp_path: Path, name: str) -> None:
     """TRL's whole chats begin with ours, which end with the token that ends the answer; what it writes behind is no
-    more than white space. The prompt is TRL's, but where its answers are several messages, or start earlier; and with
-    Qwen3's template, whose whole chats have a think block more than its prompts, which is scored there."""
+    more than white space, and the same with `score_tail`. The prompt is TRL's, but where its answers are several
+    messages, or start earlier; and with Qwen3's template, whose whole chats have a think block more than its prompts,
+    which is scored there."""
     tokenizer = tokenizers_of_each_kind()[tokenizer_kind(name)]
-    form = JinjaChat(own(TEMPLATES[name], tokenizer))
+    form, to_the_end = (JinjaChat(own(TEMPLATES[name], tokenizer), score_tail=tail) for tail in (False, True))
     for record, ids in zip(TRL, GOLDEN[name], strict=True):
         if ids is None:
             assert name in NO_SYSTEM
@@ -126,6 +127,8 @@ def test_message_lists_have_the_ids_of_trl(tmp_path: Path, name: str) -> None:
             sides = (record["chosen"][:-1], record["rejected"][:-1])
             is_last = sides == ([], []) or ("prompt" not in record and sides[0] == sides[1])
             assert (len(side) - scored == len(prompt)) == (is_last and name != "Qwen3")
+        [pair] = RLDatasetLoader(tmp_path / "pairs.jsonl", to_the_end, 512, val_share=0.0, seed=0).train
+        assert [side.tolist() for side in pair.wholes] == [prompt + answer for answer in answers]
 
 
 def test_strings_without_a_prompt_are_read_as_trl_does() -> None:
