@@ -59,8 +59,13 @@ class Tally:
 
     def add(self, name: str, origin: str) -> None:
         """Counts `name` once more."""
-        self.times[name] = self.times.get(name, 0) + 1
-        self.first.setdefault(name, origin)
+        self.add_all(name, origin, 1)
+
+    def add_all(self, name: str, origin: str, times: int) -> None:
+        """Counts `name` so many times more; no time is none."""
+        if times:
+            self.times[name] = self.times.get(name, 0) + times
+            self.first.setdefault(name, origin)
 
 
 @dataclass

@@ -220,6 +220,8 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             group_prompts=config.group_prompts,
             reading=config,
             validation_path=config.validation_path,
+            overlong=config.overlong,
+            contradictions=config.contradictions,
         )
     other = _other_reference(config, start, chat, digest, max_seq_len) if config.reference_path else None
     reference = other or reference_of(start)

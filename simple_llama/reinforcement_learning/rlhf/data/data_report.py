@@ -16,9 +16,13 @@ from simple_llama.dataset.json_records import KeptCount, Tally
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
-BOTH_WAYS, LIKE_A_TURN = "both ways round", "like a turn"
+BOTH_WAYS, LIKE_A_TURN, SHORTENED = "both ways round", "like a turn", "shortened"
 _ODD = {  # what is said of it, and what to do
-    BOTH_WAYS: ("the same two answers stand both ways round", "take one record of each two out"),
+    BOTH_WAYS: (
+        "the same two answers stand both ways round",
+        "take one record of each two out, or leave both out with --contradictions drop",
+    ),
+    SHORTENED: ("chats were too long, and lost their oldest turns (overlong)", ""),
     LIKE_A_TURN: (
         'answers hold a line that starts like a turn, "Human:" or "Assistant:", and are trained on as text',
         "where a turn is meant, mend the record",

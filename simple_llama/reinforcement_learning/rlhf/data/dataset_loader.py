@@ -9,9 +9,10 @@ Characters that the tokenizer does not know are tokenized in their ASCII spellin
 
 Refused (UserError, nothing is trained): no JSON, no UTF-8, a missing key or one that stands twice, another type,
 unequal lists, a blank message, too many <UNK>; single records may be left out instead (`on_bad_record`). Dropped and
-counted: chats of more than `max_seq_len` tokens (the pair, never one side of it), pairs whose two chats are the same
-tokens or score the same ones, pairs that came before. Other keys are ignored and counted. Kept, counted and warned of:
-what data_report.py names.
+counted: chats of more than `max_seq_len` tokens (the pair, never one side of it; or their oldest turns alone, see
+overlong.py), pairs whose two chats are the same tokens or score the same ones, pairs that came before or are held out by
+a file, contradictions where that is wanted. Other keys are ignored and counted. Kept, counted and warned of: what
+data_report.py names.
 """
 
 from __future__ import annotations
@@ -43,24 +44,26 @@ from simple_llama.reinforcement_learning.rlhf.data.conversation import (
     Conversation,
 )
 from simple_llama.reinforcement_learning.rlhf.data.data_report import (
-    Unknown,
     check_unknown,
     describe,
     warn_of_prompts,
     warnings_of,
 )
+from simple_llama.reinforcement_learning.rlhf.data.overlong import without_oldest_turns
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.reading import Reading, ReadingConfig
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import ScoredChat, Scoring
 from simple_llama.reinforcement_learning.rlhf.data.sources import Epoch, Sources
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
+from simple_llama.reinforcement_learning.rlhf.data.unknown_tokens import unknown_tokens
 from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import Usable, held_out_prompts, keep_usable
 
 _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
+Overlong = Literal["drop", "drop_oldest_turns"]
+Contradictions = Literal["keep", "drop"]
 _LAST_ANSWER = Scoring()
 _AS_FOUND = ReadingConfig()
-_TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 
 _HELD_OUT, _SHARE = Bounds(0.0, 0.5), Bounds(0.0, 1.0)
@@ -98,6 +101,17 @@ class DataConfig(ReadingConfig):
             "with the next (adjacent), each with each that is worse (all)"
         ),
     ] = "all"
+    overlong: Annotated[
+        Overlong,
+        Doc(
+            "what becomes of pairs with a chat of more than max_seq_len tokens: drop, or leave out the oldest turns of "
+            "both chats until they fit; the system prompt and the last turn stay"
+        ),
+    ] = "drop"
+    contradictions: Annotated[
+        Contradictions,
+        Doc("pairs of which the same two answers stand the other way round too: keep both, or drop both"),
+    ] = "keep"
     mask_end_token: bool = False  # leave out of what is scored the token that ends an answer, on both sides: Llama 3
     val_share: Annotated[
         float | None,
@@ -145,9 +159,10 @@ class RLDatasetLoader:
         path: a .json or .jsonl file (plain or .gz), or a folder of them, read in the order of their names; or text with
             several of them, each with a share (`shared_paths`), of which the first that has a pair counts.
         chat: the chat format; a tokenizer means SimpleLLaMA's with it.
-        max_seq_len: tokens; a pair is dropped when one of its chats is longer.
+        max_seq_len: tokens; a pair is dropped when one of its chats is longer, or loses its oldest turns (`overlong`).
         val_share: share of the prompts (not of the pairs) held out, in [0, 0.5].
         validation_path: files of pairs that are held out, with names where they are several (`named_paths`).
+        contradictions: what becomes of two answers that stand both ways round.
         seed: of the split; which pairs are trained on does not depend on the order or the amount of other data.
         ascii_text: whether characters that the tokenizer does not know are spelled in ASCII where that can be done. It
             acts on token ids alone: conversations, and which prompts are held out, stay as they are.
@@ -185,6 +200,8 @@ class RLDatasetLoader:
         group_prompts: bool = False,
         reading: ReadingConfig = _AS_FOUND,
         validation_path: str = "",
+        overlong: Overlong = "drop",
+        contradictions: Contradictions = "keep",
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
@@ -194,10 +211,11 @@ class RLDatasetLoader:
         count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
         sources = Sources.of(str(path), validation_path)
         self._held_files = sources.held_files
-        usable = Usable(max_seq_len, seed, compared, sources.held_files)
+        usable = Usable(max_seq_len, seed, compared, contradictions == "drop", sources.held_files)
+        self._shorten_to = max_seq_len if overlong == "drop_oldest_turns" else None
         with watchdog.patience("reading the data"):
             pairs, shares = self._read(sources, usable, count, extra_keys, speller)
-            unknown = _unknown_tokens(pairs, self._chat.unknown_id)
+            unknown = unknown_tokens(pairs, self._chat.unknown_id)
         report = describe(count, extra_keys, unknown, speller, pairs) + self._reading.said()
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {report}")
@@ -248,7 +266,7 @@ class RLDatasetLoader:
             records = (record for file in sources.files for record in read_records(file, faults))
             counted = progress(records, None, "reading and tokenizing pairs")
             conversations = self._reading.conversations(counted, count, extra_keys, faults)
-            tokenized = _tokenize(conversations, self._chat, self._scoring, speller, count, faults)
+            tokenized = self._tokenized(conversations, speller, count, faults)
             found = keep_usable(tokenized, usable, count)
         except UserError as fault:  # of a whole file
             if faults.are_dropped:
@@ -257,6 +275,18 @@ class RLDatasetLoader:
         faults.end()
         faults.count_in(count)
         return found
+
+    def _tokenized(
+        self, conversations: Iterable[Conversation], speller: Speller, count: KeptCount, faults: Faults
+    ) -> Iterator[tuple[Conversation, TokenizedPair]]:
+        """Adds token ids; leaves out turns of chats that are too long, where that is wanted."""
+
+        def again(c: Conversation) -> TokenizedPair | None:
+            found = _tokenize([c], self._chat, self._scoring, Speller(self._spelling), KeptCount(), faults)
+            return next((pair for _, pair in found), None)
+
+        found = _tokenize(conversations, self._chat, self._scoring, speller, count, faults)
+        return found if self._shorten_to is None else without_oldest_turns(found, self._shorten_to, again, count)
 
     def conversations(self, pairs: PairSet) -> list[Conversation]:
         """What the records of these pairs say, read again from their files: a text is not kept.
@@ -289,7 +319,7 @@ class RLDatasetLoader:
             found = (record for record in read_records(file, gathered) if record.number in numbers)
             conversations = self._reading.conversations(islice(found, len(numbers)), count, Tally(), gathered)
             speller = Speller(self._spelling)
-            for conversation, pair in _tokenize(conversations, self._chat, self._scoring, speller, count, faults):
+            for conversation, pair in self._tokenized(conversations, speller, count, faults):
                 yield (file, conversation.record), (conversation, pair)
 
 
@@ -337,63 +367,6 @@ def _encoded(
                 raise fault from error
             faults.add(fault, origin)
             count.total -= 1
-
-
-def _unknown_tokens(pairs: PairSet, unknown_id: int | None) -> Unknown:
-    """Tokens for what the tokenizer does not know, of pairs whose tokens lie in their order."""
-    if unknown_id is None:
-        return Unknown()
-    if pairs.groups is not None:
-        return _unknown_in_each(pairs, unknown_id)
-    places, counts_N2 = pairs.places, pairs.keys["counts"]
-    starts_N = np.ascontiguousarray(places["start"])
-    in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
-    for first in range(0, len(pairs.tokens), _TOKENS_AT_ONCE):
-        found_U = first + np.flatnonzero(pairs.tokens[first : first + _TOKENS_AT_ONCE] == unknown_id)
-        owners_U = np.searchsorted(starts_N, found_U, side="right") - 1
-        np.add.at(in_chats_N, owners_U, 1)
-        ends_U = starts_N[owners_U] + places["prefix"][owners_U]
-        for side, name in enumerate(("chosen", "rejected")):
-            ends_U = ends_U + places[name][owners_U]
-            is_scored_U = (found_U < ends_U) & (found_U >= ends_U - counts_N2[owners_U, side])
-            np.add.at(in_scored_N, owners_U, is_scored_U)
-    if pairs.spans is not None:
-        for index in np.flatnonzero(in_chats_N).tolist():
-            in_scored_N[index] = _unknown_scored(pairs[index], unknown_id)
-    return _unknown_of(pairs, in_chats_N, in_scored_N)
-
-
-def _unknown_in_each(pairs: PairSet, unknown_id: int) -> Unknown:
-    """The same of pairs that share tokens."""
-    if not (pairs.tokens == unknown_id).any():
-        return Unknown()
-    in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
-    for index, pair in enumerate(pairs):
-        parts = (pair.prefix, pair.chosen, pair.rejected)
-        in_chats_N[index] = sum(np.count_nonzero(part == unknown_id) for part in parts)
-        in_scored_N[index] = _unknown_scored(pair, unknown_id)
-    return _unknown_of(pairs, in_chats_N, in_scored_N)
-
-
-def _unknown_scored(pair: TokenizedPair, unknown_id: int) -> int:
-    """How many of its scored tokens are <UNK>."""
-    scored = (whole[at] for whole, at in zip(pair.wholes, pair.scored_at, strict=True))
-    return sum(int(np.count_nonzero(some == unknown_id)) for some in scored)
-
-
-def _unknown_of(pairs: PairSet, in_chats_N: np.ndarray, in_scored_N: np.ndarray) -> Unknown:
-    """What is said of <UNK>, by how many each pair has in its chats, and how many of these are scored."""
-    if not in_chats_N.any():
-        return Unknown()
-    having, scored = np.flatnonzero(in_chats_N), np.flatnonzero(in_scored_N)
-    return Unknown(
-        tokens=int(in_chats_N.sum(dtype=np.int64)),
-        pairs=len(having),
-        first=pairs.origin(int(having[0])),
-        scored_share=float(in_scored_N.sum(dtype=np.int64) / pairs.keys["counts"].sum(dtype=np.int64)),
-        scored_pairs=len(scored),
-        scored_first=pairs.origin(int(scored[0])) if len(scored) else "",
-    )
 
 
 def _check_trained(path: str | Path, epoch: Epoch, val_share: float) -> None:

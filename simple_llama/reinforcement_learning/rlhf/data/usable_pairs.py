@@ -22,7 +22,8 @@ from simple_llama.reinforcement_learning.rlhf.data.data_report import BOTH_WAYS,
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
 
-Read = tuple[Conversation, TokenizedPair]
+_Read = tuple[Conversation, TokenizedPair]
+_CONTRADICTORY = "contradictory"
 
 
 @dataclass(frozen=True)
@@ -32,37 +33,57 @@ class Usable:
     max_seq_len: int
     seed: int  # of the split
     compared: Compared
+    drop_contradictions: bool = False  # pairs of which the same two answers stand the other way round too
     held_files: frozenset[str] = frozenset()  # that are read first, and whose pairs are all held out
 
 
-def keep_usable(pairs: Iterable[Read], usable: Usable, count: KeptCount) -> tuple[PairSet, np.ndarray]:
+def keep_usable(pairs: Iterable[_Read], usable: Usable, count: KeptCount) -> tuple[PairSet, np.ndarray]:
     """The usable pairs, and where the prompt of each stands in [0, 1) (see `_prompt_share`).
 
     Over-long and identical pairs, pairs that score one answer twice and repetitions are left out and counted, by their
     tokens: what the model sees decides. Of a record with more answers those are compared that are left.
+
+    Of two answers that stand both ways round both pairs are left out where contradictions are; of one that is held out
+    and one that is not, the latter alone.
     """
     kept, shares, held = PairBuffer(), array("d"), 0
+    refuted: set[int] = set()  # positions of pairs that a later one contradicts
     for (file, record), found in groupby(pairs, lambda said: (said[0].file, said[0].record)):
         origin, is_held = f"{file}:{record}", file in usable.held_files
         sound = _sound(found, kept, usable.max_seq_len, 0 if is_held else held, count)
         chosen = [sound[place] for place in chosen_pairs([c.ranks for c, _ in sound], usable.compared)]
         count.total -= len(sound) - len(chosen)
-        for c, pair in chosen:
-            if pair.swapped_digest in kept:
-                count.noticed.add(BOTH_WAYS, origin)
+        twins = [kept.position(pair.swapped_digest) for _, pair in chosen]
+        if usable.drop_contradictions:
+            refuted.update(twin for twin in twins if twin >= (0 if is_held else held))
+            count.dropped.add_all(_CONTRADICTORY, origin, sum(twin >= 0 for twin in twins))
+            chosen = [one for one, twin in zip(chosen, twins, strict=True) if twin < 0]
+        else:
+            count.noticed.add_all(BOTH_WAYS, origin, sum(twin >= 0 for twin in twins))
+        for c, _ in chosen:
             if holds_a_turn(c):
                 count.noticed.add(LIKE_A_TURN, origin)
             shares.append(_prompt_share(c.system, c.users, usable.seed))
         if chosen:
             kept.append_group([pair for _, pair in chosen], file, record)
         held = len(kept) if is_held else held
-    return kept.finish(), np.array(shares)
+    return _without(kept.finish(), np.array(shares), refuted, count)
 
 
-def _sound(found: Iterable[Read], kept: PairBuffer, max_seq_len: int, held: int, count: KeptCount) -> list[Read]:
+def _without(pairs: PairSet, shares_N: np.ndarray, refuted: set[int], count: KeptCount) -> tuple[PairSet, np.ndarray]:
+    """All but the pairs at these positions, which are counted as contradictory."""
+    if not refuted:
+        return pairs, shares_N
+    for position in sorted(refuted):
+        count.dropped.add(_CONTRADICTORY, pairs.origin(position))
+    stays = np.delete(np.arange(len(pairs)), sorted(refuted))
+    return pairs.select(stays), shares_N[stays]
+
+
+def _sound(found: Iterable[_Read], kept: PairBuffer, max_seq_len: int, held: int, count: KeptCount) -> list[_Read]:
     """The pairs of a record that can be used, beside those that are kept, of which the first `held` are held out while
     this record is none of them; counts the others."""
-    sound: list[Read] = []
+    sound: list[_Read] = []
     for c, pair in found:
         origin = f"{c.file}:{c.record}"
         if max(pair.chosen_len, pair.rejected_len) > max_seq_len:

@@ -27,7 +27,7 @@ from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from simple_llama.finetune.chat_config import ChatConfig
 from simple_llama.finetune.chat_format import SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, encode_chat, encode_prompt
-from simple_llama.reinforcement_learning.rlhf.data import dataset_loader, reading
+from simple_llama.reinforcement_learning.rlhf.data import dataset_loader, reading, unknown_tokens
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader, with_held_out
 from simple_llama.reinforcement_learning.rlhf.data.own_records import from_template
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
@@ -486,7 +486,7 @@ def test_unknown_bytes_are_found_wherever_they_are(
     tmp_path: Path, shared_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looked through five tokens at a time: an accent (2 bytes) in pairs 2 and 4, twice in the prompt of the latter."""
-    monkeypatch.setattr(dataset_loader, "_TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr(unknown_tokens, "_TOKENS_AT_ONCE", 5)
     original = load_tokenizer(shared_dir / "tokenizer" / "bpe_8k.json")
     path = written(tmp_path, record("a"), record("b", "\u00e9"), record("c"), record("\u00e9 d \u00e9"))
     report = load(path, original, **AS_IT_IS).report
@@ -627,7 +627,8 @@ def test_pairs_that_stand_both_ways_round_are_kept_and_counted(tmp_path: Path, t
     loader = load(path, tokenizer)
     assert loader.report.startswith("kept 11 of 12 pairs (1 duplicate)")
     assert warned(path, tokenizer) == [
-        "the same two answers stand both ways round (pairs: 2, first: record 2); take one record of each two out"
+        "the same two answers stand both ways round (pairs: 2, first: record 2); take one record of each two out, or "
+        "leave both out with --contradictions drop"
     ]
 
 
