@@ -10,8 +10,8 @@ Characters that the tokenizer does not know are tokenized in their ASCII spellin
 Refused (UserError, nothing is trained): no JSON, no UTF-8, a missing key or one that stands twice, another type,
 unequal lists, a blank message, too many <UNK>; single records may be left out instead (`on_bad_record`). Dropped and
 counted: chats of more than `max_seq_len` tokens (the pair, never one side of it; or their oldest turns alone, see
-overlong.py), pairs whose two chats are the same tokens or score the same ones, pairs that came before or are held out by
-a file, contradictions where that is wanted. Other keys are ignored and counted. Kept, counted and warned of: what
+overlong.py), pairs whose two chats are the same tokens or score the same ones, pairs that came before or are held out
+by a file, contradictions where that is wanted. Other keys are ignored and counted. Kept, counted and warned of: what
 data_report.py names.
 """
 
@@ -122,8 +122,8 @@ class DataConfig(ReadingConfig):
         str,
         NamedPaths(),
         Doc(
-            "pairs held out for evaluation, in place of a share: a file or a folder, or several with names, each of "
-            "which has curves of its own (safety=a.jsonl,helpful=b.jsonl)"
+            "pairs held out for evaluation, in place of a share: a file or a folder, or several NAME=PATH with commas "
+            "between them, each with curves of its own"
         ),
     ] = ""
     seed: Annotated[int, Bounds(0, WHOLE)] = 42  # of the shuffle and the validation split

@@ -1,7 +1,8 @@
 """The reference model's log-probs on disk, keyed by content, so that no run computes them twice or trusts wrong ones.
 
     <cache_dir>/<digest of the reference>/reference.json      what was digested: weights, tokenizer, numerics
-                                          shard-<digest>.npy  records of some pairs, written whole (see `shards`)
+                                          shard-<digest>.npy  records of some pairs, written whole (see `shards`); a
+                                                              large one with an index is mapped (see `merged_shards`)
 
 A record is found by what was computed: the digest of a pair's tokens and scored spans, and its scored counts. Row
 numbers, paths, seeds, ranks and settings of the run do not enter. A shard is bound to the reference by its name; one
@@ -12,6 +13,7 @@ that was written before names did that serves where no bound one has the record,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -23,14 +25,21 @@ import numpy as np
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write, atomic_write_json, digest, read_json, shown
 from simple_llama.common.logging import LOGGER
+from simple_llama.reinforcement_learning.rlhf.reference.merged_shards import (
+    MappedShard,
+    NoIndexError,
+    index_of,
+    is_index,
+)
 from simple_llama.reinforcement_learning.rlhf.reference.shards import (
     RECORD,
     BadShardError,
     OtherKindError,
     checked_records,
-    is_ours,
+    is_leftover,
     is_shard,
     is_unbound,
+    keys_of,
     merged,
     read_shard,
     rows_of,
@@ -39,10 +48,13 @@ from simple_llama.reinforcement_learning.rlhf.reference.shards import (
     to_shard,
     without,
 )
+from simple_llama.reinforcement_learning.rlhf.reference.tables import Found, Loaded, Table, find, in_order
 
 _FILL_COMMAND = "deepspeed launch/precompute_ref.py"
 _BIND_AT_ONCE = 1 << 20  # records of a shard that is made of unbound ones: 32 MiB
 _MOST_LISTINGS = 5  # of a folder in which shards come and go
+_MANY_SHARDS = 1024  # that are read whole at each start, above which a word is said
+_OTHER_FILES = {"reference.json", "lock"}  # of a store
 
 
 def reference_id(weights_digest: str, tokenizer_digest: str, numerics: dict[str, str]) -> dict:
@@ -66,6 +78,8 @@ class RefStore:
         self._bound = self._unbound = np.empty(0, RECORD)  # each sorted by bytes, one per key, and none in both
         self._added: list[np.ndarray] = []  # bound ones since these were sorted
         self._table: np.ndarray | None = None  # of both
+        self._mapped: list[MappedShard] = []  # merged shards: bound, and as many records as there are, not in memory
+        self.loaded: list[str] = []  # names of the bound shards that the last `load` read whole
 
     @classmethod
     def open(cls, cache_dir: str | os.PathLike[str], reference: dict, make: bool = True, mend: bool = True) -> RefStore:
@@ -101,21 +115,44 @@ class RefStore:
         return self.folder.name
 
     def __len__(self) -> int:
-        return len(self._records)
+        tables = [*(shard.sound_records() for shard in self._mapped), self._records]
+        return len(merged(tables))
+
+    @property
+    def mapped(self) -> list[MappedShard]:
+        """The merged shards that the last `load` found."""
+        return self._mapped
+
+    def loaded_records(self) -> np.ndarray:
+        """Those of the bound shards that are read whole, sorted by bytes, one per key."""
+        self._take_in()
+        return self._bound
 
     @property
     def _records(self) -> np.ndarray:
-        """All records, sorted by bytes, one per key. A pass adds thousands of shards before anyone asks."""
+        """All records in memory, sorted by bytes, one per key. A pass adds thousands of shards before anyone asks."""
         self._take_in()
         if self._table is None:
             self._table = merged([self._bound, self._unbound]) if len(self._unbound) else self._bound
         return self._table
+
+    @property
+    def _tables(self) -> list[Table]:
+        """All that records are looked up in."""
+        return [*self._mapped, Loaded(self._records)]
 
     def _take_in(self) -> None:
         """Sorts what was added; it is bound, and stands above what is not."""
         if self._added:
             self._bound, self._added = merged([self._bound, *self._added]), []
             self._unbound, self._table = without(self._unbound, self._bound), None
+
+    def _without_bound(self, records: np.ndarray) -> np.ndarray:
+        """The records whose keys no bound one has."""
+        left = without(records, self._bound)
+        for shard in self._mapped:
+            left = left[~shard.rows_of(keys_of(left))[1]]
+        return left
 
     def load(self) -> None:
         """Read the folder anew, also what other ranks and runs have written.
@@ -124,28 +161,41 @@ class RefStore:
         pairs count as missing; so do records that no model can have given. Each is logged by name. Raises UserError
         when the folder cannot be read.
         """
-        self.set_aside = []
+        self.set_aside, self._mapped, self.loaded = [], [], []
         bound, unbound = [np.empty(0, RECORD)], [np.empty(0, RECORD)]
         for name, records in self._shards().items():
-            (unbound if is_unbound(name) else bound).append(records)
+            if isinstance(records, MappedShard):
+                self._mapped.append(records)
+            elif is_unbound(name):
+                unbound.append(records)
+            else:
+                bound.append(records)
+                self.loaded.append(name)
+        if len(self.loaded) > _MANY_SHARDS:
+            LOGGER.info(
+                "%s: %d shards are read at each start; `python launch/store.py merge` makes one of them",
+                *(self.folder, len(self.loaded)),
+            )
         self.has_unbound = len(unbound) > 1
         self._bound, self._added, self._table = merged(bound), [], None
-        self._unbound = without(merged(unbound), self._bound)
+        self._unbound = self._without_bound(merged(unbound))
 
-    def _shards(self) -> dict[str, np.ndarray]:
-        """The records of each sound shard by its name.
+    def _shards(self) -> dict[str, np.ndarray | MappedShard]:
+        """The records of each sound shard by its name; those of a merged one stay on the disk.
 
         Where one goes while this reads, another run may have bound its records: then what came meanwhile is read too.
         """
-        found: dict[str, np.ndarray] = {}
+        found: dict[str, np.ndarray | MappedShard] = {}
         paths, bad, others = [], set[str](), set[str]()
         for _ in range(_MOST_LISTINGS):
             paths, gone = _listed(self.folder), False
+            indexed = {path.name for path in paths if is_index(path.name)}
             for path in paths:
                 if path.name in found or path.name in bad | others or not is_shard(path.name):
                     continue
                 try:
-                    found[path.name] = read_shard(path, self.reference_digest)
+                    mapped = index_of(path).name in indexed and self._map(path)
+                    found[path.name] = mapped or read_shard(path, self.reference_digest)
                 except FileNotFoundError:
                     gone = True
                 except OtherKindError:
@@ -162,14 +212,26 @@ class RefStore:
                 break
         if others:
             LOGGER.info("%s: passed over %d shards of a kind that a later version writes", self.folder, len(others))
-        foreign = [path.name for path in paths if not is_shard(path.name) and not is_ours(path.name)]
+        foreign = [path.name for path in paths if not is_shard(path.name) and not _is_ours(path.name)]
         if foreign:
             LOGGER.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
         return found
 
+    def _map(self, path: Path) -> MappedShard | None:
+        """A merged shard; None where it has to be read whole, which tells whether it is sound."""
+        try:
+            return MappedShard(path, self.reference_digest)
+        except (OSError, NoIndexError) as error:
+            if path.exists():
+                LOGGER.warning("merged shard %s is read whole: %s; `launch/store.py merge` mends that", path, error)
+            return None
+
     def has(self, keys: np.ndarray) -> np.ndarray:
         """Whether each key (B,) has a record."""
-        return rows_of(keys, self._records)[1]
+        found_B = np.zeros(len(keys), bool)
+        for found in find(self._tables, keys):
+            found_B[found.places] = found.tables >= 0
+        return found_B
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Positions of the keys (B,) without a record, in order; of equal keys only the first."""
@@ -179,13 +241,22 @@ class RefStore:
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
         """Log-prob sums (B, 2) float32 of (chosen, rejected) of the pairs with these keys (B,). UserError for none."""
-        return self._records["logps"][self._rows(keys)].astype(np.float32)
+        logps_B2 = np.empty((len(keys), 2), np.float32)
+        for found in self._found(keys):
+            logps_B2[found.places] = found.records["logps"]
+        return logps_B2
 
     def content_digest(self, keys: np.ndarray) -> str:
         """Hex digest of the records of `keys`, whatever their order: equal on two ranks that see the same numbers."""
-        asked = np.zeros(len(self._records), bool)
-        asked[self._rows(keys)] = True
-        return digest(self._records[asked].tobytes()).hex()
+        tables = self._tables
+        asked = [np.zeros(len(table.records), bool) for table in tables]
+        for found in self._found(keys):
+            for number in np.unique(found.tables):
+                asked[number][found.rows[found.tables == number]] = True
+        state = hashlib.blake2b(digest_size=16)
+        for records in in_order(tables, asked):
+            state.update(records)
+        return state.hexdigest()
 
     def add(self, keys: np.ndarray, logps_B2: np.ndarray) -> None:
         """Write the fp32 log-prob sums of pairs with these keys (B,) as one shard, whole or not at all.
@@ -224,7 +295,7 @@ class RefStore:
             if not is_unbound(path.name):
                 continue
             try:
-                if not len(without(read_shard(path, self.reference_digest), self._bound)):
+                if not len(self._without_bound(read_shard(path, self.reference_digest))):
                     path.unlink(missing_ok=True)
             except (OSError, BadShardError, OtherKindError) as error:
                 LOGGER.warning("unbound shard %s stays: %s", path, error)
@@ -257,17 +328,18 @@ class RefStore:
         atomic_write(self.folder / name, data)
         self._added.append(records)
 
-    def _rows(self, keys: np.ndarray) -> np.ndarray:
-        """Row of each key in the records (B,). UserError when one is missing."""
-        rows, found = rows_of(keys, self._records)
-        if not found.all():
-            missing, asked = (len(np.unique(sortable(some))) for some in (keys[~found], keys))
-            raise UserError(
-                f"{missing} of {asked} pairs have no reference log-probs in {self.folder}; run `{_FILL_COMMAND}` with "
-                "the same model, data and settings (those that choose pairs, as --pairs does, count too), then start "
-                "again"
-            )
-        return rows
+    def _found(self, keys: np.ndarray) -> Iterator[Found]:
+        """As `find`. UserError when one is missing."""
+        for found in find(self._tables, keys):
+            if (found.tables < 0).any():
+                absent = keys[~self.has(keys)]
+                missing, asked = (len(np.unique(sortable(some))) for some in (absent, keys))
+                raise UserError(
+                    f"{missing} of {asked} pairs have no reference log-probs in {self.folder}; run `{_FILL_COMMAND}` "
+                    "with the same model, data and settings (those that choose pairs, as --pairs does, count too), "
+                    "then start again"
+                )
+            yield found
 
 
 class ShardWriter:
@@ -301,3 +373,8 @@ def _listed(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot read the reference store {folder}: {error.strerror or error}") from error
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file that is no shard belongs in a store."""
+    return name in _OTHER_FILES or is_index(name) or is_leftover(name)

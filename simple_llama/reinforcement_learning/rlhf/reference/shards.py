@@ -10,6 +10,7 @@ as an entry of its own, say, or the part sums of a span, whose digest names the 
 pair's digest cannot be taken apart into those of its answers: whatever else is kept, records of pairs stay.
 
     shard-<digest of the reference's name, then of the bytes>.npy      bound: of no other reference, and undamaged
+    shard-<the same>.index                                             beside a merged one, see `merged_shards`
     <digest of the bytes>.npy                                          unbound, as they were written before
 
 An unbound shard may be of any reference. `audit.take_over` looks at its values before it binds them.
@@ -32,7 +33,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY
 
 # Key first: sorted by their bytes, records lie in the order of their keys.
 RECORD = np.dtype([("digest", "V16"), ("counts", "<i4", (2,)), ("logps", "<f4", (2,))])
-_AS_BYTES, _AS_KEY = "S32", "S24"  # a whole record, and its KEY, as one sortable value
+AS_BYTES, AS_KEY = "S32", "S24"  # a whole record, and its KEY, as one sortable value
 
 _UNBOUND_NAME = re.compile(r"[0-9a-f]{32}\.npy")
 _BOUND_NAME = re.compile(r"shard-[0-9a-f]{32}\.npy")
@@ -51,7 +52,7 @@ class BadShardError(Exception):
 
 def sortable(keys: np.ndarray) -> np.ndarray:
     """Keys (B,) as values that numpy can sort."""
-    return np.ascontiguousarray(keys, KEY).view(_AS_KEY)
+    return np.ascontiguousarray(keys, KEY).view(AS_KEY)
 
 
 def as_records(keys: np.ndarray, logps_B2: np.ndarray) -> np.ndarray:
@@ -73,7 +74,7 @@ def checked_records(keys: np.ndarray, logps_B2: np.ndarray) -> np.ndarray:
     """Records of freshly computed sums. UserError when they cannot be log-probs, which a retry would not mend."""
     assert logps_B2.dtype == np.float32, "sums in 16 bits are off by whole nats"
     records = as_records(keys, logps_B2)
-    bad = np.flatnonzero(~_are_sound(records))
+    bad = np.flatnonzero(~are_sound(records))
     if len(bad):
         chosen, rejected = logps_B2[bad[0]]
         raise UserError(
@@ -84,7 +85,7 @@ def checked_records(keys: np.ndarray, logps_B2: np.ndarray) -> np.ndarray:
     return records
 
 
-def _are_sound(records: np.ndarray) -> np.ndarray:
+def are_sound(records: np.ndarray) -> np.ndarray:
     """Whether each record can come from a model (B,): scored tokens on both sides, finite sums within their bounds."""
     counts_B2, logps_B2 = records["counts"], records["logps"]
     sound_B2 = (counts_B2 > 0) & np.isfinite(logps_B2) & (logps_B2 <= _ROUNDING * counts_B2)
@@ -95,20 +96,20 @@ def _are_sound(records: np.ndarray) -> np.ndarray:
 def merged(parts: Sequence[np.ndarray]) -> np.ndarray:
     """All records sorted by bytes, one per key: the first. So all ranks agree where two passes rounded differently."""
     records = np.concatenate(parts)
-    records = records[np.argsort(records.view(_AS_BYTES), kind="stable")]  # stable: fast on runs already sorted
-    keys = records.view(_AS_BYTES).astype(_AS_KEY)
+    records = records[np.argsort(records.view(AS_BYTES), kind="stable")]  # stable: fast on runs already sorted
+    keys = records.view(AS_BYTES).astype(AS_KEY)
     return records[np.append(np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1])]
 
 
 def rows_of(keys: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows of a `merged` table where the records of the keys must be, and whether they are there; (B,) each."""
-    wanted = as_records(keys, np.zeros((len(keys), 2), np.float32)).view(_AS_BYTES)
-    sorted_bytes, rows = table.view(_AS_BYTES), np.empty(len(keys), np.int64)
+    wanted = as_records(keys, np.zeros((len(keys), 2), np.float32)).view(AS_BYTES)
+    sorted_bytes, rows = table.view(AS_BYTES), np.empty(len(keys), np.int64)
     # In about the table's order: ten million searches all over the memory would take three times as long.
     order = np.argsort(wanted.view(">u8")[:: RECORD.itemsize // 8].astype(np.uint64))
     rows[order] = np.searchsorted(sorted_bytes, wanted[order])  # zero log-probs come before all others of that key
     found = rows < len(table)
-    found[found] = sorted_bytes[rows[found]].astype(_AS_KEY) == wanted[found].astype(_AS_KEY)
+    found[found] = sorted_bytes[rows[found]].astype(AS_KEY) == wanted[found].astype(AS_KEY)
     return rows, found
 
 
@@ -138,10 +139,9 @@ def is_unbound(name: str) -> bool:
     return bool(_UNBOUND_NAME.fullmatch(name))
 
 
-def is_ours(name: str) -> bool:
-    """Whether a file that is no shard belongs in a store: temp files of running or killed passes, shards set aside."""
-    temp = name.startswith(".") and name.endswith(".tmp")
-    return temp or name == "reference.json" or name.endswith(".npy.corrupt")
+def is_leftover(name: str) -> bool:
+    """Whether a file is a temp file, of a running pass or a killed one, or a shard set aside."""
+    return (name.startswith(".") and name.endswith(".tmp")) or name.endswith(".npy.corrupt")
 
 
 def read_shard(path: Path, reference: str) -> np.ndarray:
@@ -166,7 +166,7 @@ def read_shard(path: Path, reference: str) -> np.ndarray:
         if unbound or not records.dtype.names:
             raise BadShardError("it holds no records")
         raise OtherKindError
-    sound = _are_sound(records)
+    sound = are_sound(records)
     if not sound.all():
         LOGGER.warning("ignored %d impossible records of shard %s; they count as missing", (~sound).sum(), path)
     return records[sound]

@@ -55,7 +55,7 @@ def test_the_oldest_turns_go_until_both_chats_fit(tmp_path: Path, tokenizer: Tok
     the others stay as they are. Texts are found again without these turns, and the count is said."""
     rows = [dialogue(5), dialogue(2), dialogue(1)]
     short = {**rows[0], **{name: rows[0][name][2:] for name in ("User", "Accepted", "Rejected")}}
-    settings = {"scoring": Scoring(scored)}
+    settings: dict[str, Any] = {"scoring": Scoring(scored)}
     wanted = load(tmp_path, tokenizer, [short, *rows[1:]], **settings)
     most = longest(wanted)
     names = wanted.train.keys.tobytes()

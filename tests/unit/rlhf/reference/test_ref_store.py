@@ -27,7 +27,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY, as_keys
 from simple_llama.reinforcement_learning.rlhf.reference import ref_store
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
-from simple_llama.reinforcement_learning.rlhf.reference.shards import RECORD, _are_sound, as_records, merged
+from simple_llama.reinforcement_learning.rlhf.reference.shards import RECORD, are_sound, as_records, merged
 
 ROOT = Path(files.__file__).parents[2]
 REFERENCE = reference_id("weights", "tokenizer", {"dtype": "bfloat16", "attention": "1", "head": "1"})
@@ -293,7 +293,7 @@ def test_any_bytes_under_a_right_name_are_no_error(tmp_path: Path, data: st.Data
     shard.write_bytes(content)
     store.load()
     assert (store.set_aside == [shard.name]) != shard.exists()
-    assert _are_sound(store._records).all() and len(store) <= 2
+    assert are_sound(store._records).all() and len(store) <= 2
     for path in store.folder.glob("*.npy*"):
         path.unlink()
 
