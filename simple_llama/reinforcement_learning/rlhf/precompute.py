@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -87,6 +88,8 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
             fresh = store.missing(keys) if several else slice(None)  # records that are there keep their values
             writer.add(keys[fresh], logps_B2[fresh])
             watchdog.started()
+    if ranks.is_main:
+        store.note_model(os.path.abspath(inputs.reference.path))
     stopping.agree(ranks, at_once=True)
     seconds = time.perf_counter() - started
     LOGGER.info(

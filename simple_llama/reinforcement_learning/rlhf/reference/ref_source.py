@@ -15,25 +15,22 @@ import torch
 from typing_extensions import Doc
 
 from simple_llama.cluster.distributed import Ranks, fail_together
-from simple_llama.common.paths import root_path
-from simple_llama.common.settings import Count, PathText, Settings
+from simple_llama.common.settings import Count
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
-from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import CacheConfig, RefStore
 
 # -> (B, 2) fp32: log-prob sums, on the batch's device; behind them what else a loss reads, see `policy.pair_logps`
 Logps = Callable[[PairBatch], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class StoreConfig(Settings):
-    """Where log-probs are kept."""
+class StoreConfig(CacheConfig):
+    """How they are written."""
 
-    # === Store ===
-    ref_cache_dir: PathText = root_path("ref_cache")  # reference log-probs, shared by all runs
     ref_flush_pairs: Count = 512  # pairs per shard of the reference store; a killed pass loses at most these per rank
 
 

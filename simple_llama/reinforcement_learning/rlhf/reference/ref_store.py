@@ -1,6 +1,7 @@
 """The reference model's log-probs on disk, keyed by content, so that no run computes them twice or trusts wrong ones.
 
     <cache_dir>/<digest of the reference>/reference.json      what was digested: weights, tokenizer, numerics
+                                          made_with.json      for people: the path of the model that filled it last
                                           shard-<digest>.npy  records of some pairs, written whole (see `shards`); a
                                                               large one with an index is mapped (see `merged_shards`)
 
@@ -18,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ import numpy as np
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write, atomic_write_json, digest, read_json, shown
 from simple_llama.common.logging import LOGGER
+from simple_llama.common.paths import root_path
+from simple_llama.common.settings import PathText, Settings
 from simple_llama.reinforcement_learning.rlhf.reference.merged_shards import (
     MappedShard,
     NoIndexError,
@@ -54,7 +58,16 @@ _FILL_COMMAND = "deepspeed launch/precompute_ref.py"
 _BIND_AT_ONCE = 1 << 20  # records of a shard that is made of unbound ones: 32 MiB
 _MOST_LISTINGS = 5  # of a folder in which shards come and go
 _MANY_SHARDS = 1024  # that are read whole at each start, above which a word is said
-_OTHER_FILES = {"reference.json", "lock"}  # of a store
+DESCRIPTION, MADE_WITH = "reference.json", "made_with.json"
+_OTHER_FILES = {DESCRIPTION, MADE_WITH, "lock"}  # of a store
+
+
+@dataclass(frozen=True)
+class CacheConfig(Settings):
+    """Where reference log-probs are kept."""
+
+    # === Store ===
+    ref_cache_dir: PathText = root_path("ref_cache")  # reference log-probs, shared by all runs
 
 
 def reference_id(weights_digest: str, tokenizer_digest: str, numerics: dict[str, str]) -> dict:
@@ -95,7 +108,7 @@ class RefStore:
         name = digest(json.dumps(reference, sort_keys=True).encode()).hex()
         store = cls(Path(cache_dir) / name, reference)
         store._mends = mend
-        described = store.folder / "reference.json"
+        described = store.folder / DESCRIPTION
         if not os.path.exists(described):
             if make:
                 store._describe()
@@ -106,6 +119,9 @@ class RefStore:
                 f"{described} was changed: expected {reference}, found {shown(found)}; delete {store.folder}, then run "
                 f"{_FILL_COMMAND}"
             )
+        if mend:
+            with contextlib.suppress(OSError):  # of a store that is only read
+                os.utime(described)  # used now: `store_folders` and prune ask for that
         store.load()
         return store
 
@@ -212,7 +228,7 @@ class RefStore:
                 break
         if others:
             LOGGER.info("%s: passed over %d shards of a kind that a later version writes", self.folder, len(others))
-        foreign = [path.name for path in paths if not is_shard(path.name) and not _is_ours(path.name)]
+        foreign = [path.name for path in paths if not is_shard(path.name) and not belongs_to_a_store(path.name)]
         if foreign:
             LOGGER.warning("ignored %d files in %s that are no shards: %s", len(foreign), self.folder, foreign[:5])
         return found
@@ -314,9 +330,15 @@ class RefStore:
 
     def _describe(self) -> None:
         """Write reference.json, and so the folder, if it is not there."""
-        described = self.folder / "reference.json"
+        described = self.folder / DESCRIPTION
         if not os.path.exists(described):
             atomic_write_json(described, self._reference)
+
+    def note_model(self, model_path: str) -> None:
+        """Notes, for people, which model fills the store. Nothing reads it but `launch/store.py list`."""
+        with contextlib.suppress(UserError):
+            if self.folder.is_dir():
+                atomic_write_json(self.folder / MADE_WITH, {"model_path": model_path})
 
     def _write(self, records: np.ndarray) -> None:
         """One shard on disk, and its records in memory."""
@@ -375,6 +397,6 @@ def _listed(folder: Path) -> list[Path]:
         raise UserError(f"cannot read the reference store {folder}: {error.strerror or error}") from error
 
 
-def _is_ours(name: str) -> bool:
+def belongs_to_a_store(name: str) -> bool:
     """Whether a file that is no shard belongs in a store."""
     return name in _OTHER_FILES or is_index(name) or is_leftover(name)

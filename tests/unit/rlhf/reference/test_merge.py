@@ -31,7 +31,9 @@ PAIRS = 50
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 4 records, merged shards of 16, look-ups of 7 keys at a time: every border is crossed."""
+    """Blocks of 4 records, merged shards of 16, look-ups of 7 keys at a time: every border is crossed. A killed process
+    loses nothing that it has written, so no disk is waited for."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(merged_shards, "_PER_BLOCK", 4)
     for module in (merged_shards, merging):
         monkeypatch.setattr(module, "MOST_RECORDS", 16)
@@ -179,21 +181,21 @@ def test_killed_anywhere_a_store_gives_the_same(tmp_path: Path, after: bool) -> 
     left gives the same each time, and the next merge ends the work."""
     call, kills = 1, 0
     while True:
-        store = filled(tmp_path / str(call), 12)
+        store = filled(tmp_path / str(call), 4)
         merge(store.folder)
-        store.add(keys_of(range(12, 20)), logps_of(range(12, 20)))
-        before = said(store, 20)
+        store.add(keys_of(range(4, 6)), logps_of(range(4, 6)))
+        before = said(store, 6)
         killed = is_killed(store.folder, call, after)
-        assert said(opened(store), 20) == before
+        assert said(opened(store), 6) == before
         is_killed(store.folder, call, after)
-        assert said(opened(store), 20) == before
+        assert said(opened(store), 6) == before
         merge(store.folder)
         again = opened(store)
-        assert said(again, 20) == before and not again.loaded and merging._are_apart(again.mapped)
+        assert said(again, 6) == before and not again.loaded and merging._are_apart(again.mapped)
         if not killed:
             break
         call, kills = call + 1, kills + 1
-    assert kills > 12
+    assert kills >= 10
 
 
 def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +248,7 @@ def test_one_merge_at_a_time(tmp_path: Path) -> None:
         merge(store.folder)
     lock.release()
     assert names(store, "*") == [name for name in listed if name != "lock"]
-    assert said(opened(store))
+    assert opened(store).has(keys_of(range(PAIRS))).all()
 
 
 # === damage ===
