@@ -1,4 +1,4 @@
-"""Whether TRL 1.16 trains from an exported store, live: benchmarks/trl_store_columns.py against a tiny Llama.
+"""Whether TRL 1.16 trains from an exported store, live: docs/trl_store_columns.py against a tiny Llama.
 
     python -m benchmarks.trl_from_store                                       # makes model, pairs and export first
     python -m benchmarks.trl_from_store --model_path MODEL --data pairs.jsonl # needs TRL alone
@@ -76,7 +76,7 @@ def check_trl(beta: float, model: str, data: str, folder: str) -> list[str]:
     import trl  # pyright: ignore[reportMissingImports]
     from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
-    from benchmarks.trl_store_columns import StoreDPOTrainer
+    from docs.trl_store_columns import StoreDPOTrainer
 
     pairs = load_dataset("json", data_files=data, split="train")
     shifted = pairs.map(lambda row: {name: row[name] + 1.0 for name in ("ref_chosen_logps", "ref_rejected_logps")})
@@ -105,7 +105,7 @@ def _error(work: Callable[[], object]) -> str:
         work()
     except Exception as error:  # noqa: BLE001 (whatever TRL raises is what is shown)
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-    raise AssertionError("TRL reads such columns now: benchmarks/trl_store_columns.py is needless")
+    raise AssertionError("TRL reads such columns now: docs/trl_store_columns.py is needless")
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ _EXPORT = "export"
 
 
 @dataclass(frozen=True)
-class ChosenConfig(CacheConfig):
+class _ChosenConfig(CacheConfig):
     """Which stores."""
 
     digests: Annotated[str, Doc("first letters of the stores' digests, commas between them; empty: all")] = ""
@@ -48,7 +48,7 @@ class ChosenConfig(CacheConfig):
 
 
 @dataclass(frozen=True)
-class PruneConfig(ChosenConfig):
+class _PruneConfig(_ChosenConfig):
     """What to remove; nothing without a choice."""
 
     digests: Annotated[str, Doc("first letters of the digests of stores to remove, commas between them")] = ""
@@ -88,7 +88,7 @@ def _parsed(kind: type[SomeSettings], words: list[str], description: str | None)
 
 def _list(words: list[str], description: str | None) -> int:
     """Each store with what is known of it."""
-    config = _parsed(ChosenConfig, words, description)
+    config = _parsed(_ChosenConfig, words, description)
     folders = config.folders()
     for folder in folders:
         print(_about(facts_of(folder)))
@@ -123,7 +123,7 @@ def _day(seconds: float) -> str:
 
 def _verify(words: list[str], description: str | None) -> int:
     """Reads all; status 2 where something is damaged."""
-    folders = _parsed(ChosenConfig, words, description).folders()
+    folders = _parsed(_ChosenConfig, words, description).folders()
     faults = [fault for folder in folders for fault in verify(folder)]
     for fault in faults:
         print(fault)
@@ -133,14 +133,14 @@ def _verify(words: list[str], description: str | None) -> int:
 
 def _merge(words: list[str], description: str | None) -> int:
     """Merges one store after the other."""
-    for folder in _parsed(ChosenConfig, words, description).folders():
+    for folder in _parsed(_ChosenConfig, words, description).folders():
         print(merge(folder), flush=True)
     return 0
 
 
 def _prune(words: list[str], description: str | None) -> int:
     """Removes what is chosen, or says what it would remove."""
-    config = _parsed(PruneConfig, words, description)
+    config = _parsed(_PruneConfig, words, description)
     if not (config.digests or config.older_than_days is not None or config.leftovers):
         raise UserError(
             "prune: expected what to remove, found no word of it; give --digests, --older_than_days or --leftovers"

@@ -192,6 +192,7 @@ def test_each_setting_has_one_owner():
         "AdapterConfig",
         "InputsConfig",
         "LossConfig",
+        "CacheConfig",
         "StoreConfig",
         "ReferenceConfig",
         "ScheduleConfig",

@@ -155,7 +155,8 @@ class RefStore:
     @property
     def _tables(self) -> list[Table]:
         """All that records are looked up in."""
-        return [*self._mapped, Loaded(self._records)]
+        loaded = [Loaded(self._records)] if len(self._records) or not self._mapped else []
+        return [*self._mapped, *loaded]
 
     def _take_in(self) -> None:
         """Sorts what was added; it is bound, and stands above what is not."""

@@ -1,6 +1,6 @@
 """TRL's DPO trainer with the columns of `launch/store.py export`: no reference model, no reference pass. For TRL 1.16.
 
-python benchmarks/trl_store_columns.py MODEL pairs.jsonl OUT
+python docs/trl_store_columns.py MODEL pairs.jsonl OUT
 """
 
 import sys
