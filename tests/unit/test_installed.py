@@ -87,7 +87,7 @@ def test_paths_of_a_checkout() -> None:
     assert package_path("dataset", "bpe_8k.json") == str(ROOT / "simple_llama" / "dataset" / "bpe_8k.json")
 
 
-@pytest.mark.parametrize("script", ["train_dpo", "precompute_ref", "prepare_data", "supervise", "export"])
+@pytest.mark.parametrize("script", ["train_dpo", "precompute_ref", "prepare_data", "supervise", "export", "store"])
 def test_a_python_without_the_package_is_told_what_to_do(script: str) -> None:
     """One line and status 2; -I leaves out PYTHONPATH, -S all that is installed."""
     done = subprocess.run([sys.executable, "-IS", f"launch/{script}.py"], cwd=ROOT, capture_output=True, text=True)

@@ -55,7 +55,7 @@ class _PruneConfig(_ChosenConfig):
     older_than_days: Annotated[
         float | None, Bounds(0, WHOLE), Doc("stores that no run and no pass has opened for so many days")
     ] = None
-    leftovers: bool = False  # what killed passes and merges left a day ago or more, and shards that were set aside
+    leftovers: bool = False  # what killed passes and merges left a week ago or more, and shards that were set aside
     yes: bool = False  # do it; without it what would be done is said
 
 

@@ -38,7 +38,7 @@ from simple_llama.reinforcement_learning.rlhf.reference.shards import (
 )
 
 _STORE_NAME = re.compile(r"[0-9a-f]{32}")
-_A_DAY = 86400.0  # seconds
+_A_WEEK = 7 * 86400.0  # seconds
 _JUST_WRITTEN_S = 300.0  # a pass flushes at least every minute
 _FEWEST_LETTERS = 4  # of a digest that is given by its beginning
 
@@ -140,12 +140,13 @@ def prune_stores(folders: Sequence[Path], dry: bool) -> Iterator[str]:
 
 
 def prune_leftovers(cache_dir: str | os.PathLike[str], dry: bool) -> Iterator[str]:
-    """Removes what killed passes, merges and prunes left, and shards set aside, a day after they were changed last."""
+    """Removes what killed passes, merges and prunes left, and shards set aside, a week after they were changed last:
+    runs on other hosts that had replaced shards mapped have ended then."""
     halves = [path for path in sorted(Path(cache_dir).glob(".*.tmp")) if _STORE_NAME.fullmatch(path.name[1:33])]
     files = [path for folder in store_folders(cache_dir) for path in facts_of(folder).leftovers]
     for path in [*halves, *files]:
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.lstat().st_mtime < _A_DAY:
+            if time.time() - path.lstat().st_mtime < _A_WEEK:
                 continue
             if not dry and path.is_dir():
                 shutil.rmtree(path)

@@ -58,9 +58,12 @@ def find(tables: Sequence[Table], keys: np.ndarray) -> Iterator[Found]:
         )
         for number, table in enumerate(tables):
             rows, found = table.rows_of(asked)
-            both = np.flatnonzero(found & (table_B >= 0))
-            found[both] = table.records[rows[both]].view(AS_BYTES) < records_B[both].view(AS_BYTES)
-            table_B[found], rows_B[found], records_B[found] = number, rows[found], table.records[rows[found]]
+            hits = np.flatnonzero(found)
+            records = table.records[rows[hits]]
+            if (table_B[hits] >= 0).any():
+                first = (table_B[hits] < 0) | (records.view(AS_BYTES) < records_B[hits].view(AS_BYTES))
+                hits, records = hits[first], records[first]
+            table_B[hits], rows_B[hits], records_B[hits] = number, rows[hits], records
         yield Found(start + order, table_B, rows_B, records_B)
 
 

@@ -107,8 +107,8 @@ def test_prune_leaves_what_is_in_use(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_leftovers_go_after_a_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A temp file and a shard set aside of two days ago, and a store half removed then: gone. One of now stays."""
+def test_leftovers_go_after_a_week(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A temp file and a shard set aside of eight days ago, and a store half removed then: gone. One of now stays."""
     store = filled(tmp_path)
     old = [store.folder / f".shard-{'a' * 32}.npy.1.2.tmp", store.folder / f"shard-{'b' * 32}.npy.corrupt"]
     half, now = tmp_path / f".{'c' * 32}.12345678.tmp", store.folder / ".now.tmp"
@@ -116,7 +116,7 @@ def test_leftovers_go_after_a_day(tmp_path: Path, capsys: pytest.CaptureFixture[
     for path in (*old, now):
         path.write_bytes(b"x")
     for path in (*old, half):
-        os.utime(path, (path.stat().st_mtime - 2 * 86400,) * 2)
+        os.utime(path, (path.stat().st_mtime - 8 * 86400,) * 2)
     run(tmp_path, "list")
     assert "3 leftovers" in capsys.readouterr().out
     run(tmp_path, "prune", "--leftovers")
