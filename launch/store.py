@@ -1,10 +1,11 @@
-"""Reference stores: what there is, whether it is sound, merging, removing, and their sums as a data set for others.
+"""Reference stores: what there is, whether it is sound, merging, removing, and sums to and from other programs.
 
 python launch/store.py list   [--ref_cache_dir DIR]            # each store: entries, bytes, dtype, model, last used
 python launch/store.py verify [--digests 3602,9a29]            # reads everything; status 2 where something is damaged
 python launch/store.py merge  [--digests 3602]                 # many small shards -> few that starts need not read
 python launch/store.py prune  --older_than_days 90 [--yes]     # also --digests, --leftovers; says what it would do
 python launch/store.py export --output pairs.jsonl --model_path MODEL --rlhf_dataset_path pairs  # settings of the pass
+python launch/store.py import --model_path MODEL --rlhf_dataset_path with_columns.jsonl  # made by that model: audited
 
 docs/store.md says more; `launch/store.py ACTION --help` lists the settings of an action.
 """

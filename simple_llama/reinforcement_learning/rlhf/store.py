@@ -1,4 +1,4 @@
-"""The commands over reference stores: what `launch/store.py` does. Only `export` needs torch, or reads a model."""
+"""The commands over reference stores: what `launch/store.py` does. Only `export` and `import` need torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from simple_llama.reinforcement_learning.rlhf.reference.store_folders import (
 
 _FAULTS = 2  # exit status of `verify` that found some
 _A_DAY = 86400.0  # seconds
-_EXPORT = "export"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def run_store(description: str | None, argv: Sequence[str] | None = None) -> int
         "verify": _verify,
         "merge": _merge,
         "prune": _prune,
-        _EXPORT: _export,
+        "export": _export,
+        "import": _import,
     }
     if words[:1] in (["-h"], ["--help"]):
         print(description)
@@ -171,4 +171,12 @@ def _export(words: list[str], description: str | None) -> int:
     from simple_llama.reinforcement_learning.rlhf.store_export import run_export
 
     run_export(words, description)
+    return 0
+
+
+def _import(words: list[str], description: str | None) -> int:
+    """Sums that another program put into a data set; see `store_import`."""
+    from simple_llama.reinforcement_learning.rlhf.store_import import run_import
+
+    run_import(words, description)
     return 0

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from typing_extensions import Doc
@@ -39,6 +39,7 @@ from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import check_folders
 
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names
 _FORMS = (".jsonl", ".parquet")
 _ROWS_AT_ONCE = 4096  # of a Parquet file's row group
 
@@ -61,6 +62,14 @@ class PairsExportConfig(DPOConfig):
             )
 
 
+class TrlPairs(NamedTuple):
+    """Pairs whose scored tokens are TRL's."""
+
+    pairs: PairSet
+    places: np.ndarray  # of these pairs among those of the data set
+    said: list[Conversation]
+
+
 def run_export(words: Sequence[str], description: str | None) -> None:
     """The whole command, on any number of ranks. Ends the process, non-zero on any error."""
 
@@ -81,24 +90,28 @@ def _export(config: PairsExportConfig, ranks: Ranks) -> None:
         check_compiler(config.compile, config.device)
     inputs = load_inputs(config, ranks)
     with fail_together(ranks):
-        said = inputs.data.conversations(inputs.data.pairs)
-        pairs, kept = inputs.data.pairs, np.arange(len(said))
-        if not isinstance(inputs.chat, SimpleLLaMAChat):
-            pairs, kept = _as_trl_scores(inputs, said)
-    precompute(config, inputs, ranks, pairs)
+        scored = pairs_for_trl(inputs)
+    precompute(config, inputs, ranks, scored.pairs)
     store = open_store(config.ref_cache_dir, inputs.reference_id, ranks)
-    entries = pairs.entries()
+    entries = scored.pairs.entries()
     sums_B2 = entries.sums(store.lookup(entries.keys))
     with fail_together(ranks):
         if ranks.is_main:
-            splits = ["train" if place < len(inputs.data.train) else "held_out" for place in kept]
-            rows = map(_row, (said[place] for place in kept), splits, sums_B2.tolist())
-            _write(config.output, rows)
-            LOGGER.info("%s: %d pairs with the log-prob sums of %s", config.output, len(kept), inputs.reference.path)
+            splits = ["train" if place < len(inputs.data.train) else "held_out" for place in scored.places]
+            _write(config.output, map(_row, scored.said, splits, sums_B2.tolist()))
+            LOGGER.info("%s: %d pairs with the log-prob sums of %s", config.output, len(splits), inputs.reference.path)
 
 
-def _as_trl_scores(inputs: Inputs, said: Sequence[Conversation]) -> tuple[PairSet, np.ndarray]:
-    """The pairs as TRL tokenizes and scores them, and their positions: one that it could not score is left out."""
+def pairs_for_trl(inputs: Inputs) -> TrlPairs:
+    """The pairs as TRL scores them. UserError where a file has changed, or none is left."""
+    said = inputs.data.conversations(inputs.data.pairs)
+    if isinstance(inputs.chat, SimpleLLaMAChat):
+        return TrlPairs(inputs.data.pairs, np.arange(len(said)), said)
+    return _as_trl_scores(inputs, said)
+
+
+def _as_trl_scores(inputs: Inputs, said: Sequence[Conversation]) -> TrlPairs:
+    """The pairs as TRL tokenizes them; one that it could not score is left out."""
     text_of = cache(lambda chat: _ids(inputs.chat, chat))
     pairs, kept, left_out = list[TokenizedPair](), list[int](), list[str]()
     for place, one in enumerate(said):
@@ -123,7 +136,7 @@ def _as_trl_scores(inputs: Inputs, said: Sequence[Conversation]) -> tuple[PairSe
             "pass over those that the store lacks",
             *(others, len(found)),
         )
-    return found, np.array(kept)
+    return TrlPairs(found, np.array(kept), [said[place] for place in kept])
 
 
 def _chats(said: Conversation) -> tuple[Chat, Chat, Chat]:
@@ -157,7 +170,7 @@ def _row(said: Conversation, split: str, sums: Sequence[float]) -> dict[str, Any
         prompt += [{"role": "assistant", "content": answer} for answer in said.chosen[turn:-1][:1]]
     answers = [[{"role": "assistant", "content": side[-1]}] for side in (said.chosen, said.rejected)]
     columns = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "split": split}
-    return {**columns, "ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
+    return {**columns, **dict(zip(COLUMNS, sums, strict=True))}
 
 
 def _require_free(output: str) -> None:

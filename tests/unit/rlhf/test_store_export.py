@@ -1,4 +1,5 @@
-"""The exported data set has the sums over the tokens that TRL scores; benchmarks/trl_from_store.py asks TRL itself."""
+"""The exported data set has the sums over the tokens that TRL scores, and such sums come back only where they are the
+model's; benchmarks/trl_from_store.py asks TRL itself."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import torch
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf import store_export
+from simple_llama.reinforcement_learning.rlhf import store_export, store_import
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.store_export import PairsExportConfig
 from tiny_hf import make_hf_job
@@ -142,3 +144,47 @@ def test_a_pair_that_trl_cannot_score_is_left_out(
     longest = max(max(len(ids) for ids in pair.wholes) for pair in inputs.data.pairs)
     rows = rows_of(exported(job, ranks, "out.jsonl", max_seq_len=longest))
     assert len(rows) == 2 and "left out 1 pairs that TRL cannot score (the first: " in caplog.text
+
+
+def with_columns(job: TinyJob, rows: list[dict[str, Any]], shift: float = 0.0) -> None:
+    """Writes the columns beside the three records."""
+    for record, row in zip(RECORDS, rows, strict=True):
+        record = {**record, **{name: row[name] + shift for name in store_export.COLUMNS}}
+        with open(job.folder / "columns.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def imported(job: TinyJob, ranks: Ranks, cache: str) -> None:
+    """Takes the columns in, as of the job's model, into another cache."""
+    here = {"rlhf_dataset_path": str(job.folder / "columns.jsonl"), "ref_cache_dir": str(job.folder / cache)}
+    store_import._import(DPOConfig(**{**job.settings, "val_share": 0.0, **here}), ranks)
+
+
+def test_columns_of_the_named_model_come_in(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    """What was exported goes into an empty cache, is audited, and is exported from there again without a pass; a run
+    that reads the same file computes its own as ever."""
+    caplog.set_level("INFO", "simple_llama")
+    job = with_records(make_hf_job(tmp_path))
+    rows = rows_of(exported(job, ranks, "out.jsonl"))
+    with_columns(job, rows)
+    imported(job, ranks, "other_cache")
+    assert "audit of the columns: policy and reference differ by at most" in caplog.text
+    assert "3 of 3 pairs were missing, and have their columns now" in caplog.text
+    caplog.clear()
+    again = exported(job, ranks, "again.jsonl", ref_cache_dir=str(tmp_path / "other_cache"))
+    assert rows_of(again) == rows and "3 of 3 pairs are there" in caplog.text
+    imported(job, ranks, "other_cache")
+    assert "0 of 3 pairs were missing" in caplog.text
+
+
+def test_columns_of_another_model_are_refused(tmp_path: Path, ranks: Ranks) -> None:
+    """Sums a nat off: the pairs are named, nothing is stored. A record without columns, or with text: it is named."""
+    job = with_records(make_hf_job(tmp_path))
+    with_columns(job, rows_of(exported(job, ranks, "out.jsonl")), shift=-1.0)
+    with pytest.raises(UserError, match=r"audit of the columns: 3 of 3 pairs drawn .*Nothing was stored"):
+        imported(job, ranks, "other_cache")
+    assert not [*(tmp_path / "other_cache").rglob("*.npy")]
+    for columns in ({}, {"ref_chosen_logps": "-1", "ref_rejected_logps": -2.0}):
+        (tmp_path / "columns.jsonl").write_text(json.dumps({**RECORDS[0], **columns}) + "\n")
+        with pytest.raises(UserError, match=r"columns\.jsonl:1: expected numbers under ref_chosen_logps and"):
+            imported(job, ranks, "other_cache")

@@ -128,7 +128,7 @@ def test_leftovers_go_after_a_week(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "expected one of list, verify, merge, prune, export as the first word, found nothing"),
+        ([], "expected one of list, verify, merge, prune, export, import as the first word, found nothing"),
         (["purge"], "found 'purge'"),
         (["prune"], "expected what to remove"),
         (["prune", "--digests", "0123456"], "with which 0 begin"),
