@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from simple_llama.cluster.lock import FolderLock
 from simple_llama.common.errors import UserError
@@ -24,6 +26,7 @@ from simple_llama.reinforcement_learning.rlhf.reference import merged_shards, re
 from simple_llama.reinforcement_learning.rlhf.reference.merge import merge
 from simple_llama.reinforcement_learning.rlhf.reference.merged_shards import MappedShard
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
+from simple_llama.reinforcement_learning.rlhf.reference.shards import as_records, merged, rows_of
 
 REFERENCE = reference_id("weights", "tokenizer", {"dtype": "float32"})
 PAIRS = 50
@@ -128,6 +131,31 @@ def test_an_earlier_version_reads_a_merged_store(tmp_path: Path) -> None:
         path.unlink()
     again = opened(store)
     assert said(again) == before and not again.mapped and len(again.loaded) >= 4
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_tables_together_are_one_table(tmp_path: Path, data: st.DataObject) -> None:
+    """Records of 12 keys, full of zero bytes and bytes above 127, some several times with other sums, in up to three
+    merged shards and memory: what is found, and in which order it is digested, is as in one `merged` table."""
+    ends = [b"\0\0", b"a\0", b"a\1", b"\xff\xff"]
+    known = as_keys([bytes([lead]) * 14 + end for lead in (0, 127, 255) for end in ends], [(5, 300)] * 12)
+    parts = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        places = data.draw(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True))
+        sums = np.array([data.draw(st.sampled_from([(-1.0, -2.0), (-1.5, -1.0)])) for _ in places], np.float32)
+        parts.append(merged([as_records(known[places], sums)]))
+    whole = merged(parts)
+    paths = [merged_shards.write_merged(tmp_path, part, "0" * 32) for part in parts[1:]]
+    several = [*(MappedShard(path, "0" * 32) for path in paths), tables.Loaded(parts[0])]
+    masks = [np.zeros(len(table.records), bool) for table in several]
+    rows, there = rows_of(known, whole)
+    for found in tables.find(several, known):
+        assert ((found.tables >= 0) == there[found.places]).all()
+        assert found.records[found.tables >= 0].tobytes() == whole[rows[found.places][found.tables >= 0]].tobytes()
+        for number in np.unique(found.tables[found.tables >= 0]):
+            masks[number][found.rows[found.tables == number]] = True
+    assert b"".join(tables.in_order(several, masks)) == whole.tobytes()
 
 
 # === kills ===
