@@ -110,7 +110,8 @@ def test_of_our_own_format_the_scored_tokens_are_ours(tmp_path: Path, ranks: Ran
     """SimpleLLaMA's chats: the columns are the store's sums, held-out pairs say so."""
     job = make_job(tmp_path)
     rows = rows_of(exported(job, ranks, "out.jsonl", val_share=0.15))
-    inputs = load_inputs(PairsExportConfig(**job.settings), ranks)
+    settings: dict[str, Any] = dict(job.settings)
+    inputs = load_inputs(PairsExportConfig(**settings), ranks)
     model, pair = inputs.build_reference("cpu"), inputs.data.pairs[0]
     for ids, scored, side in zip(
         pair.wholes, (pair.chosen_scored, pair.rejected_scored), ("chosen", "rejected"), strict=True

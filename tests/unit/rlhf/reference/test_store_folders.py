@@ -29,7 +29,8 @@ def filled(cache_dir: Path, name: str = "weights", days: float = 0.0) -> RefStor
         store.add(keys, np.full((1, 2), -1.0, np.float32))
     store.note_model("/models/start.pth")
     for path in store.folder.iterdir():
-        os.utime(path, (path.stat().st_mtime - 86400 * days,) * 2)
+        then = path.stat().st_mtime - 86400 * days
+        os.utime(path, (then, then))
     return store
 
 
@@ -116,7 +117,8 @@ def test_leftovers_go_after_a_week(tmp_path: Path, capsys: pytest.CaptureFixture
     for path in (*old, now):
         path.write_bytes(b"x")
     for path in (*old, half):
-        os.utime(path, (path.stat().st_mtime - 8 * 86400,) * 2)
+        then = path.stat().st_mtime - 8 * 86400
+        os.utime(path, (then, then))
     run(tmp_path, "list")
     assert "3 leftovers" in capsys.readouterr().out
     run(tmp_path, "prune", "--leftovers")
