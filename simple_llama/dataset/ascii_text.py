@@ -72,6 +72,7 @@ class Spelling:
     def __init__(self, tokenizer: Tokenizer, unknown_id: int | None) -> None:
         """Args: unknown_id: of the unknown token; None: the tokenizer knows all bytes."""
         self._tokenizer, self._unknown_id = tokenizer, unknown_id
+        self.is_used = unknown_id is not None
         self._forms: dict[int, str] = {}  # by code, of the characters beyond ASCII that were met
 
     def spell(self, text: str) -> tuple[str, int]:

@@ -4,10 +4,10 @@ counts what is left out, and gathers what is faulty."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
@@ -24,7 +24,6 @@ _UNPACKERS = {".zip": "unzip", ".tar": "tar -x", ".tgz": "tar -x", ".7z": "7z x"
 _LINE, _LIST = "one JSON object on a line", "one JSON list"  # what is expected
 _MOST_LIST_BYTES = 2 << 30  # of a .json file, which stands in memory whole; a .jsonl file may have any size
 _MOST_LINE_BYTES = 64 << 20  # of a line of a .jsonl file: hundreds of times the longest chat a model can read
-_FAULTS_SHOWN = 10
 _MOST_FAULTS = 1000  # nobody mends a file that has more one by one
 _FAULT_CHARACTERS = 250  # of one fault among several
 
@@ -95,6 +94,8 @@ class KeptCount:
 class Faults:
     """What is wrong with records, gathered so that one start names more of them than the first."""
 
+    most_shown: ClassVar[int] = 10
+
     are_dropped: bool = False  # they are left out, and reading goes on whatever their number
     number: int = 0
     shown: list[str] = field(default_factory=list)
@@ -104,7 +105,7 @@ class Faults:
         """Counts one more; the first ones are kept in words."""
         self.number += 1
         self.first = self.first or origin
-        if len(self.shown) < _FAULTS_SHOWN:
+        if len(self.shown) < self.most_shown:
             self.shown.append(str(fault))
 
     @property
@@ -184,7 +185,17 @@ def read_records(path: str | Path, faults: Faults | None = None) -> Iterator[Rec
     file = str(path)
     if not can_read(file):
         raise UserError(f"{file}: expected a file name that ends with {_kinds()}, found another; {_how_to_read(file)}")
-    for number, value in _values(file):
+    return _records(file, _values(file), faults)
+
+
+def read_lines(file: str, data: bytes, first: int, faults: Faults | None = None) -> Iterator[Record]:
+    """Yields the records of some whole lines of a file, of which the first has this number; as `read_records`."""
+    return _records(file, _numbered_lines(file, data.removesuffix(b"\n").split(b"\n"), first), faults)
+
+
+def _records(file: str, values: Iterable[tuple[int, Any]], faults: Faults | None) -> Iterator[Record]:
+    """Values as records, or as faults."""
+    for number, value in values:
         fault = _fault(value, f"{file}:{number}")
         if fault is None:
             yield Record(file, number, value)
@@ -246,7 +257,12 @@ def _how_to_read(name: str) -> str:
 
 def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
     """Number and value of each line that is not blank; the UserError in its place where it has none."""
-    for number, line in enumerate(_lines(file), 1):
+    return _numbered_lines(file, _lines(file), 1)
+
+
+def _numbered_lines(file: str, lines: Iterable[bytes], first: int) -> Iterator[tuple[int, Any]]:
+    """The same of some lines."""
+    for number, line in enumerate(lines, first):
         origin = f"{file}:{number}"
         try:
             text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, origin).strip()

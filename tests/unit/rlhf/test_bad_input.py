@@ -143,12 +143,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, fresh: TinyJob, ranks: Ran
 
 
 def listing(folder: Path) -> Listing:
-    """Size, kind and time of change of all below a folder; of folders only that they are there."""
+    """Size, kind and time of change of all below a folder; of folders only that they are there, and of a store's
+    reference.json, whose time says when the store was used, no time."""
     found: Listing = {}
     for path in folder.rglob("*"):
         status = path.lstat()
         is_folder = path.is_dir() and not path.is_symlink()
         size, changed = (0, 0) if is_folder else (status.st_size, status.st_mtime_ns)
+        changed = 0 if path.name == "reference.json" else changed
         found[str(path.relative_to(folder))] = (status.st_mode, size, changed)
     return found
 

@@ -171,6 +171,7 @@ def test_who_takes_the_whole_config():
         "command._read_and_do",
         "dry_run.describe",
         "dry_run.__init__",
+        "store_import._import",
     ]
 
 

@@ -17,6 +17,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 
 BOTH_WAYS, LIKE_A_TURN, SHORTENED = "both ways round", "like a turn", "shortened"
+ODD_TURN = 1  # of a pair whose answers hold such a line
 _ODD = {  # what is said of it, and what to do
     BOTH_WAYS: (
         "the same two answers stand both ways round",

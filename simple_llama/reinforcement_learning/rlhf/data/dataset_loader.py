@@ -17,9 +17,7 @@ data_report.py names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -28,7 +26,6 @@ from tokenizers import Tokenizer
 from typing_extensions import Doc
 
 from simple_llama.cluster import watchdog
-from simple_llama.cluster.console import progress
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
 from simple_llama.common.logging import LOGGER
@@ -36,8 +33,7 @@ from simple_llama.common.path_lists import NamedPaths, SharedPaths
 from simple_llama.common.paths import package_path
 from simple_llama.common.settings import WHOLE, Before, Bounds, CountOrNone
 from simple_llama.dataset.ascii_text import Spelling
-from simple_llama.dataset.json_records import Faults, KeptCount, Tally, read_records
-from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat, UnsayableChat
+from simple_llama.finetune.chat_format import ChatFormat, SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT
 from simple_llama.reinforcement_learning.rlhf.data.conversation import (
     Compared,
@@ -49,15 +45,14 @@ from simple_llama.reinforcement_learning.rlhf.data.data_report import (
     warn_of_prompts,
     warnings_of,
 )
-from simple_llama.reinforcement_learning.rlhf.data.overlong import without_oldest_turns
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.find_pairs import TokenCache, find_pairs
+from simple_llama.reinforcement_learning.rlhf.data.pair_reader import PairReader
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
-from simple_llama.reinforcement_learning.rlhf.data.reading import Reading, ReadingConfig
-from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import ScoredChat, Scoring
+from simple_llama.reinforcement_learning.rlhf.data.reading import ReadingConfig
+from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 from simple_llama.reinforcement_learning.rlhf.data.sources import Epoch, Sources
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
-from simple_llama.reinforcement_learning.rlhf.data.unknown_tokens import unknown_tokens
-from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import Usable, held_out_prompts, keep_usable
+from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import Usable
 
 _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
 Overlong = Literal["drop", "drop_oldest_turns"]
@@ -174,6 +169,7 @@ class RLDatasetLoader:
         group_weight: what counts alike in a mean: each pair, or each prompt, whose pairs share its weight.
         group_prompts: whether neighbours in a batch that answer one prompt share a segment.
         reading: how records are read: their format, which label decides, what a faulty one does.
+        cache: where tokens of large files are kept for the next start; None: nowhere.
 
     Attributes: `train` and `validation`, views of `pairs` (each once, training first; those of a share are as often in
     `train` as in an epoch); `report` (one line: what was kept, dropped, ignored) and `warnings`; both are logged;
@@ -202,32 +198,29 @@ class RLDatasetLoader:
         validation_path: str = "",
         overlong: Overlong = "drop",
         contradictions: Contradictions = "keep",
+        cache: TokenCache | None = None,
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
         self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
-        self._reading, self._scoring = Reading(reading, self._chat.default_system), scoring
-        self._spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
-        count, extra_keys, speller = KeptCount(), Tally(), Speller(self._spelling)
+        spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
         sources = Sources.of(str(path), validation_path)
         self._held_files = sources.held_files
         usable = Usable(max_seq_len, seed, compared, contradictions == "drop", sources.held_files)
-        self._shorten_to = max_seq_len if overlong == "drop_oldest_turns" else None
+        shorten_to = max_seq_len if overlong == "drop_oldest_turns" else None
+        self._reader = PairReader(self._chat, reading, scoring, spelling, usable, shorten_to)
         with watchdog.patience("reading the data"):
-            pairs, shares = self._read(sources, usable, count, extra_keys, speller)
-            unknown = unknown_tokens(pairs, self._chat.unknown_id)
-        report = describe(count, extra_keys, unknown, speller, pairs) + self._reading.said()
+            found = find_pairs(self._reader, sources, val_share, cache)
+        pairs, shares = found.pairs, found.shares
+        speller = Speller(spelling, *found.spelled)
+        report = describe(found.count, found.extra_keys, found.unknown, speller, pairs) + found.formats
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {report}")
-        check_unknown(path, unknown, max_unknown, ascii_text)
-        held_out = sources.held(pairs) if validation_path else held_out_prompts(shares, val_share)
-        if held_out.any():
-            order = np.argsort(held_out, kind="stable")
-            pairs, shares = pairs.select(order), shares[order]
-        epoch = sources.epoch(pairs, int(np.count_nonzero(~held_out)))
+        check_unknown(path, found.unknown, max_unknown, ascii_text)
+        epoch = sources.epoch(pairs, found.trained)
         self.report = report + epoch.words + sources.told_held(pairs[epoch.trained :])
         few = epoch.held_out if val_share or validation_path else None
-        self.warnings = warnings_of(count, unknown, few, of_files=bool(validation_path))
+        self.warnings = warnings_of(found.count, found.unknown, few, of_files=bool(validation_path))
         if validation_path:
             self.warnings += warn_of_prompts(pairs, shares, epoch.trained)
         LOGGER.info("%s: %s", path, self.report)
@@ -257,37 +250,6 @@ class RLDatasetLoader:
         self.prompts = int(np.count_nonzero(counts))
         self.largest_prompt_share = float(counts.max() / counts.sum()) if self.prompts else 0.0
 
-    def _read(
-        self, sources: Sources, usable: Usable, count: KeptCount, extra_keys: Tally, speller: Speller
-    ) -> tuple[PairSet, np.ndarray]:
-        """The usable pairs and where their prompts stand (see `_prompt_share`); one UserError for all faults."""
-        faults = self._reading.faults()
-        try:
-            records = (record for file in sources.files for record in read_records(file, faults))
-            counted = progress(records, None, "reading and tokenizing pairs")
-            conversations = self._reading.conversations(counted, count, extra_keys, faults)
-            tokenized = self._tokenized(conversations, speller, count, faults)
-            found = keep_usable(tokenized, usable, count)
-        except UserError as fault:  # of a whole file
-            if faults.are_dropped:
-                raise
-            faults.add(fault)
-        faults.end()
-        faults.count_in(count)
-        return found
-
-    def _tokenized(
-        self, conversations: Iterable[Conversation], speller: Speller, count: KeptCount, faults: Faults
-    ) -> Iterator[tuple[Conversation, TokenizedPair]]:
-        """Adds token ids; leaves out turns of chats that are too long, where that is wanted."""
-
-        def again(c: Conversation) -> TokenizedPair | None:
-            found = _tokenize([c], self._chat, self._scoring, Speller(self._spelling), KeptCount(), faults)
-            return next((pair for _, pair in found), None)
-
-        found = _tokenize(conversations, self._chat, self._scoring, speller, count, faults)
-        return found if self._shorten_to is None else without_oldest_turns(found, self._shorten_to, again, count)
-
     def conversations(self, pairs: PairSet) -> list[Conversation]:
         """What the records of these pairs say, read again from their files: a text is not kept.
 
@@ -295,8 +257,12 @@ class RLDatasetLoader:
         """
         origins = [(pairs.files[file], record) for file, record in pairs.places[["file", "record"]].tolist()]
         again: dict[tuple[str, int], dict[bytes, Conversation]] = {}
-        for origin, (conversation, pair) in self._read_again(set(origins)):
-            again.setdefault(origin, {})[pair.digest] = conversation
+        wanted: dict[str, set[int]] = {}
+        for file, record in origins:
+            wanted.setdefault(file, set()).add(record)
+        for file, numbers in wanted.items():
+            for conversation, pair in self._reader.again(file, numbers):
+                again.setdefault((file, conversation.record), {})[pair.digest] = conversation
         names = [key["digest"].tobytes() for key in pairs.keys]
         for origin, name in zip(origins, names, strict=True):
             if name not in again.get(origin, {}):
@@ -305,68 +271,6 @@ class RLDatasetLoader:
                     f"{'another' if origin in again else 'none'}: the file has changed since; start again"
                 )
         return [again[origin][name] for origin, name in zip(origins, names, strict=True)]
-
-    def _read_again(
-        self, origins: set[tuple[str, int]]
-    ) -> Iterator[tuple[tuple[str, int], tuple[Conversation, TokenizedPair]]]:
-        """The pairs at these places (file, record) that are still there; each file is read to the last one."""
-        wanted: dict[str, set[int]] = {}
-        for file, record in origins:
-            wanted.setdefault(file, set()).add(record)
-        for file, numbers in wanted.items():
-            count, faults = KeptCount(), self._reading.faults()
-            gathered = faults if faults.are_dropped else None
-            found = (record for record in read_records(file, gathered) if record.number in numbers)
-            conversations = self._reading.conversations(islice(found, len(numbers)), count, Tally(), gathered)
-            speller = Speller(self._spelling)
-            for conversation, pair in self._tokenized(conversations, speller, count, faults):
-                yield (file, conversation.record), (conversation, pair)
-
-
-def _tokenize(
-    conversations: Iterable[Conversation],
-    chat: ChatFormat,
-    scoring: Scoring,
-    speller: Speller,
-    count: KeptCount,
-    faults: Faults,
-) -> Iterator[tuple[Conversation, TokenizedPair]]:
-    """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
-    ahead = iter(conversations)
-    while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
-        spelled = map(speller.spelled, batch)
-        chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
-        encoded = _encoded(batch, chats, chat, scoring, count, faults)
-        for c, *sides in zip(batch, chats[0::2], chats[1::2], strict=True):
-            chosen, rejected = (encoded[side] for side in sides)
-            for note in dict.fromkeys(chosen.notes + rejected.notes):
-                count.noticed.add(note, f"{c.file}:{c.record}")
-            spans = chosen.spans, rejected.spans
-            if all(start < stop for side in spans for start, stop in side):
-                yield c, TokenizedPair.from_spans(chosen.ids, rejected.ids, spans, c.weight, c.gap)
-            else:
-                count.dropped.add("an answer of no scored token", f"{c.file}:{c.record}")
-
-
-def _encoded(
-    batch: list[Conversation], chats: list[Chat], chat: ChatFormat, scoring: Scoring, count: KeptCount, faults: Faults
-) -> dict[Chat, ScoredChat]:
-    """Ids of each different chat, two of which are each conversation's. One that the format cannot say is a fault, or
-    is taken out of the batch where faults are dropped."""
-    while True:
-        distinct = list(dict.fromkeys(chats))  # an answer stands in several pairs
-        try:
-            return dict(zip(distinct, scoring.encode(chat, distinct), strict=True)) if distinct else {}
-        except UnsayableChat as error:
-            place = chats.index(distinct[error.index]) // 2
-            unsaid = batch.pop(place)
-            del chats[2 * place : 2 * place + 2]
-            origin = f"{unsaid.file}:{unsaid.record}"
-            fault = UserError(f"{origin}: {error}")
-            if not faults.are_dropped:
-                raise fault from error
-            faults.add(fault, origin)
-            count.total -= 1
 
 
 def _check_trained(path: str | Path, epoch: Epoch, val_share: float) -> None:

@@ -20,6 +20,7 @@ from simple_llama.reinforcement_learning.rlhf.data.group_table import GroupBuffe
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair, common_prefix, front_keys
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY, Entries
 from simple_llama.reinforcement_learning.rlhf.data.span_table import SpanBuffer, SpanTable
+from simple_llama.reinforcement_learning.rlhf.data.token_files import TokenFiles
 
 # Where the tokens of a pair begin, how many it has (prefix, then chosen, then rejected; those of a group lie where its
 # table says), and where its text is.
@@ -44,7 +45,7 @@ _USUAL = _PACKED_STRENGTH.pack(1.0, math.nan)
 class PairSet(Sequence[TokenizedPair]):
     """Pairs in order. `pairs[i]` is a TokenizedPair whose arrays are views; subsets share the tokens."""
 
-    tokens: np.ndarray  # int32 ids of all pairs
+    tokens: np.ndarray | TokenFiles  # int32 ids of all pairs
     keys: np.ndarray  # (N,) of KEY: digests and scored counts, as the reference store asks for them
     places: np.ndarray  # (N,) of PLACE
     files: tuple[str, ...]  # names of the data files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -41,11 +41,16 @@ class ReadingConfig(Settings):
 class Reading:
     """Reads conversations as the settings say; `default_system` is that of records without a system prompt."""
 
-    def __init__(self, config: ReadingConfig, default_system: str | None):
-        self._config, self._formats = config, Formats(config.data_format)
+    def __init__(self, config: ReadingConfig, default_system: str | None, formats: Mapping[str, str] | None = None):
+        self._config, self._formats = config, Formats(config.data_format, dict(formats or {}))
         self._drops_faults = config.on_bad_record == "drop"
         guess = config.data_format == "TRL"
         self._options = ReadOptions(default_system, config.prefer, config.keep_unsafe, guess)
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format of each file, as far as it is known."""
+        return self._formats.of_file
 
     def faults(self) -> Faults:
         """Where faulty records go."""

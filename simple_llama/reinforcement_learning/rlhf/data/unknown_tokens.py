@@ -11,12 +11,13 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 _TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 
 
-def unknown_tokens(pairs: PairSet, unknown_id: int | None) -> Unknown:
-    """Tokens for what the tokenizer does not know, of pairs whose tokens lie in their order."""
+def unknown_counts(pairs: PairSet, unknown_id: int | None) -> np.ndarray | None:
+    """Tokens for what the tokenizer does not know, of pairs whose tokens lie in their order: (N, 2) int32, in the chats
+    of each and in what is scored of them; None where there are none."""
     if unknown_id is None or not pairs:
-        return Unknown()
+        return None
     if pairs.groups is not None:
-        return _unknown_in_each(pairs, unknown_id)
+        return _in_each(pairs, unknown_id)
     places, counts_N2 = pairs.places, pairs.keys["counts"]
     starts_N = np.ascontiguousarray(places["start"])
     stops_N = starts_N + places["prefix"] + places["chosen"] + places["rejected"]
@@ -35,19 +36,19 @@ def unknown_tokens(pairs: PairSet, unknown_id: int | None) -> Unknown:
     if pairs.spans is not None:
         for index in np.flatnonzero(in_chats_N).tolist():
             in_scored_N[index] = _unknown_scored(pairs[index], unknown_id)
-    return _unknown_of(pairs, in_chats_N, in_scored_N)
+    return np.stack([in_chats_N, in_scored_N], axis=1) if in_chats_N.any() else None
 
 
-def _unknown_in_each(pairs: PairSet, unknown_id: int) -> Unknown:
+def _in_each(pairs: PairSet, unknown_id: int) -> np.ndarray | None:
     """The same of pairs that share tokens."""
-    if not (pairs.tokens == unknown_id).any():
-        return Unknown()
+    if not np.any(np.equal(pairs.tokens, unknown_id)):
+        return None
     in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
     for index, pair in enumerate(pairs):
         parts = (pair.prefix, pair.chosen, pair.rejected)
         in_chats_N[index] = sum(np.count_nonzero(part == unknown_id) for part in parts)
         in_scored_N[index] = _unknown_scored(pair, unknown_id)
-    return _unknown_of(pairs, in_chats_N, in_scored_N)
+    return np.stack([in_chats_N, in_scored_N], axis=1) if in_chats_N.any() else None
 
 
 def _unknown_scored(pair: TokenizedPair, unknown_id: int) -> int:
@@ -56,10 +57,11 @@ def _unknown_scored(pair: TokenizedPair, unknown_id: int) -> int:
     return sum(int(np.count_nonzero(some == unknown_id)) for some in scored)
 
 
-def _unknown_of(pairs: PairSet, in_chats_N: np.ndarray, in_scored_N: np.ndarray) -> Unknown:
-    """What is said of <UNK>, by how many each pair has in its chats, and how many of these are scored."""
-    if not in_chats_N.any():
+def unknown_of(pairs: PairSet, counts_N2: np.ndarray | None) -> Unknown:
+    """What is said of <UNK>, by `unknown_counts`."""
+    if counts_N2 is None or not counts_N2.any():
         return Unknown()
+    in_chats_N, in_scored_N = counts_N2.T
     having, scored = np.flatnonzero(in_chats_N), np.flatnonzero(in_scored_N)
     return Unknown(
         tokens=int(in_chats_N.sum(dtype=np.int64)),

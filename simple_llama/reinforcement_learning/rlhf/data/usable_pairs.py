@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -18,12 +18,12 @@ from simple_llama.reinforcement_learning.rlhf.data.conversation import (
     chosen_pairs,
     holds_a_turn,
 )
-from simple_llama.reinforcement_learning.rlhf.data.data_report import BOTH_WAYS, LIKE_A_TURN
+from simple_llama.reinforcement_learning.rlhf.data.data_report import BOTH_WAYS, LIKE_A_TURN, ODD_TURN
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
 
 _Read = tuple[Conversation, TokenizedPair]
-_CONTRADICTORY = "contradictory"
+CONTRADICTORY, DUPLICATE, HELD_OUT = "contradictory", "duplicate", "held out as well"  # why pairs are dropped
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,17 @@ class Usable:
     held_files: frozenset[str] = frozenset()  # that are read first, and whose pairs are all held out
 
 
-def keep_usable(pairs: Iterable[_Read], usable: Usable, count: KeptCount) -> tuple[PairSet, np.ndarray]:
+@dataclass
+class ForMerge:
+    """What those of a block say of its pairs who put several blocks together, in place of counts."""
+
+    swapped: bytearray = field(default_factory=bytearray)  # the digest of each pair with its answers swapped
+    odd: bytearray = field(default_factory=bytearray)  # ODD_TURN, or 0
+
+
+def keep_usable(
+    pairs: Iterable[_Read], usable: Usable, count: KeptCount, merge: ForMerge | None = None
+) -> tuple[PairSet, np.ndarray]:
     """The usable pairs, and where the prompt of each stands in [0, 1) (see `_prompt_share`).
 
     Over-long and identical pairs, pairs that score one answer twice and repetitions are left out and counted, by their
@@ -53,15 +63,19 @@ def keep_usable(pairs: Iterable[_Read], usable: Usable, count: KeptCount) -> tup
         sound = _sound(found, kept, usable.max_seq_len, 0 if is_held else held, count)
         chosen = [sound[place] for place in chosen_pairs([c.ranks for c, _ in sound], usable.compared)]
         count.total -= len(sound) - len(chosen)
-        twins = [kept.position(pair.swapped_digest) for _, pair in chosen]
-        if usable.drop_contradictions:
+        swapped = [pair.swapped_digest for _, pair in chosen]
+        twins = [kept.position(name) for name in swapped]
+        if merge:
+            merge.swapped += b"".join(swapped)
+            merge.odd += bytes(ODD_TURN * holds_a_turn(c) for c, _ in chosen)
+        elif usable.drop_contradictions:
             refuted.update(twin for twin in twins if twin >= (0 if is_held else held))
-            count.dropped.add_all(_CONTRADICTORY, origin, sum(twin >= 0 for twin in twins))
+            count.dropped.add_all(CONTRADICTORY, origin, sum(twin >= 0 for twin in twins))
             chosen = [one for one, twin in zip(chosen, twins, strict=True) if twin < 0]
         else:
             count.noticed.add_all(BOTH_WAYS, origin, sum(twin >= 0 for twin in twins))
         for c, _ in chosen:
-            if holds_a_turn(c):
+            if not merge and holds_a_turn(c):
                 count.noticed.add(LIKE_A_TURN, origin)
             shares.append(_prompt_share(c.system, c.users, usable.seed))
         if chosen:
@@ -75,7 +89,7 @@ def _without(pairs: PairSet, shares_N: np.ndarray, refuted: set[int], count: Kep
     if not refuted:
         return pairs, shares_N
     for position in sorted(refuted):
-        count.dropped.add(_CONTRADICTORY, pairs.origin(position))
+        count.dropped.add(CONTRADICTORY, pairs.origin(position))
     stays = np.delete(np.arange(len(pairs)), sorted(refuted))
     return pairs.select(stays), shares_N[stays]
 
@@ -93,9 +107,9 @@ def _sound(found: Iterable[_Read], kept: PairBuffer, max_seq_len: int, held: int
         elif pair.scores_one_answer:
             count.dropped.add("same last answer", origin)
         elif 0 <= kept.position(pair.digest) < held:
-            count.dropped.add("held out as well", origin)
+            count.dropped.add(HELD_OUT, origin)
         elif pair.digest in kept or any(pair.digest == one.digest for _, one in sound):
-            count.dropped.add("duplicate", origin)
+            count.dropped.add(DUPLICATE, origin)
         else:
             sound.append((c, pair))
     return sound

@@ -1,0 +1,145 @@
+"""From records to usable pairs: how the records of files, or of a block of one, are read and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from simple_llama.cluster.console import progress
+from simple_llama.common.errors import UserError
+from simple_llama.dataset.ascii_text import Spelling
+from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, read_records
+from simple_llama.finetune.chat_format import Chat, ChatFormat, UnsayableChat
+from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
+from simple_llama.reinforcement_learning.rlhf.data.overlong import without_oldest_turns
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.reading import Reading, ReadingConfig
+from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import ScoredChat, Scoring
+from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
+from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import ForMerge, Usable, keep_usable
+
+_RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
+
+
+@dataclass
+class ReadPairs:
+    """What records are."""
+
+    pairs: PairSet
+    shares: np.ndarray  # (N,) where the prompt of each stands in [0, 1)
+    count: KeptCount
+    extra_keys: Tally
+    speller: Speller
+    faults: Faults
+    formats: Mapping[str, str] = field(default_factory=dict)  # of each file
+
+
+@dataclass(frozen=True)
+class PairReader:
+    """How records become pairs."""
+
+    chat: ChatFormat
+    config: ReadingConfig
+    scoring: Scoring
+    spelling: Spelling
+    usable: Usable
+    shorten_to: int | None = None  # tokens; longer chats lose their oldest turns, None: they are dropped
+
+    def read(
+        self,
+        records: Callable[[Faults], Iterable[Record]],
+        formats: Mapping[str, str] | None = None,
+        merge: ForMerge | None = None,
+    ) -> ReadPairs:
+        """The usable pairs. Faults of records are gathered, and those of whole files unless faulty records are dropped.
+
+        Args:
+            records: gives the records, and to its argument those that are faulty.
+            formats: of files whose first records are not there.
+            merge: see `keep_usable`.
+        """
+        reading = Reading(self.config, self.chat.default_system, formats)
+        faults, count, extra_keys, speller = reading.faults(), KeptCount(), Tally(), Speller(self.spelling)
+        pairs, shares = PairSet.of([]), np.zeros(0)
+        try:
+            counted = progress(records(faults), None, "reading and tokenizing pairs")
+            conversations = reading.conversations(counted, count, extra_keys, faults)
+            pairs, shares = keep_usable(
+                self._tokenized(conversations, speller, count, faults), self.usable, count, merge
+            )
+        except UserError as fault:  # of a whole file
+            if faults.are_dropped:
+                raise
+            faults.add(fault)
+        return ReadPairs(pairs, shares, count, extra_keys, speller, faults, reading.formats)
+
+    def again(self, file: str, numbers: set[int]) -> Iterator[tuple[Conversation, TokenizedPair]]:
+        """The pairs of these records of a file, which is read to the last one."""
+        reading = Reading(self.config, self.chat.default_system)
+        count, faults = KeptCount(), reading.faults()
+        gathered = faults if faults.are_dropped else None
+        found = (record for record in read_records(file, gathered) if record.number in numbers)
+        conversations = reading.conversations(islice(found, len(numbers)), count, Tally(), gathered)
+        yield from self._tokenized(conversations, Speller(self.spelling), count, faults)
+
+    def _tokenized(
+        self, conversations: Iterable[Conversation], speller: Speller, count: KeptCount, faults: Faults
+    ) -> Iterator[tuple[Conversation, TokenizedPair]]:
+        """Adds token ids; leaves out turns of chats that are too long, where that is wanted."""
+
+        def again(c: Conversation) -> TokenizedPair | None:
+            found = _tokenize([c], self.chat, self.scoring, Speller(self.spelling), KeptCount(), faults)
+            return next((pair for _, pair in found), None)
+
+        found = _tokenize(conversations, self.chat, self.scoring, speller, count, faults)
+        return found if self.shorten_to is None else without_oldest_turns(found, self.shorten_to, again, count)
+
+
+def _tokenize(
+    conversations: Iterable[Conversation],
+    chat: ChatFormat,
+    scoring: Scoring,
+    speller: Speller,
+    count: KeptCount,
+    faults: Faults,
+) -> Iterator[tuple[Conversation, TokenizedPair]]:
+    """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
+    ahead = iter(conversations)
+    while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
+        spelled = map(speller.spelled, batch)
+        chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
+        encoded = _encoded(batch, chats, chat, scoring, count, faults)
+        for c, *sides in zip(batch, chats[0::2], chats[1::2], strict=True):
+            chosen, rejected = (encoded[side] for side in sides)
+            for note in dict.fromkeys(chosen.notes + rejected.notes):
+                count.noticed.add(note, f"{c.file}:{c.record}")
+            spans = chosen.spans, rejected.spans
+            if all(start < stop for side in spans for start, stop in side):
+                yield c, TokenizedPair.from_spans(chosen.ids, rejected.ids, spans, c.weight, c.gap)
+            else:
+                count.dropped.add("an answer of no scored token", f"{c.file}:{c.record}")
+
+
+def _encoded(
+    batch: list[Conversation], chats: list[Chat], chat: ChatFormat, scoring: Scoring, count: KeptCount, faults: Faults
+) -> dict[Chat, ScoredChat]:
+    """Ids of each different chat, two of which are each conversation's. One that the format cannot say is a fault, or
+    is taken out of the batch where faults are dropped."""
+    while True:
+        distinct = list(dict.fromkeys(chats))  # an answer stands in several pairs
+        try:
+            return dict(zip(distinct, scoring.encode(chat, distinct), strict=True)) if distinct else {}
+        except UnsayableChat as error:
+            place = chats.index(distinct[error.index]) // 2
+            unsaid = batch.pop(place)
+            del chats[2 * place : 2 * place + 2]
+            origin = f"{unsaid.file}:{unsaid.record}"
+            fault = UserError(f"{origin}: {error}")
+            if not faults.are_dropped:
+                raise fault from error
+            faults.add(fault, origin)
+            count.total -= 1
