@@ -32,12 +32,15 @@ def with_records(job: TinyJob) -> TinyJob:
     return job
 
 
+def settings_of(job: TinyJob, **changes: Any) -> dict[str, Any]:
+    """Settings of the pass; no pair is held out."""
+    return {**job.settings, "val_share": 0.0, **changes}
+
+
 def exported(job: TinyJob, ranks: Ranks, name: str, **settings: Any) -> Path:
     """What the command writes."""
     output = job.folder / name
-    store_export._export(
-        PairsExportConfig(**{**job.settings, "output": str(output), "val_share": 0.0, **settings}), ranks
-    )
+    store_export._export(PairsExportConfig(**settings_of(job, output=str(output), **settings)), ranks)
     return output
 
 
@@ -65,7 +68,7 @@ def test_sums_are_over_what_trl_scores(tmp_path: Path, ranks: Ranks, caplog: pyt
     job = with_records(make_hf_job(tmp_path))
     rows = rows_of(exported(job, ranks, "out.jsonl"))
     assert "TRL scores other tokens of 3 of 3 pairs" in caplog.text and "computed 3 pairs" in caplog.text
-    inputs = load_inputs(PairsExportConfig(**{**job.settings, "val_share": 0.0}), ranks)
+    inputs = load_inputs(PairsExportConfig(**settings_of(job)), ranks)
     model, tokenizer = inputs.build_reference("cpu"), inputs.chat.tokenizer
     for row in rows:
         prompt = tokenizer.encode(written(row["prompt"]) + "<|im_start|>assistant\n", add_special_tokens=False).ids
@@ -110,8 +113,7 @@ def test_of_our_own_format_the_scored_tokens_are_ours(tmp_path: Path, ranks: Ran
     """SimpleLLaMA's chats: the columns are the store's sums, held-out pairs say so."""
     job = make_job(tmp_path)
     rows = rows_of(exported(job, ranks, "out.jsonl", val_share=0.15))
-    settings: dict[str, Any] = dict(job.settings)
-    inputs = load_inputs(PairsExportConfig(**settings), ranks)
+    inputs = load_inputs(PairsExportConfig(**settings_of(job, val_share=0.15)), ranks)
     model, pair = inputs.build_reference("cpu"), inputs.data.pairs[0]
     for ids, scored, side in zip(
         pair.wholes, (pair.chosen_scored, pair.rejected_scored), ("chosen", "rejected"), strict=True
@@ -141,7 +143,7 @@ def test_a_pair_that_trl_cannot_score_is_left_out(
 ) -> None:
     """With its line break one chat has a token too many for the model's 512: it is named, the others are written."""
     job = with_records(make_hf_job(tmp_path))
-    inputs = load_inputs(PairsExportConfig(**{**job.settings, "val_share": 0.0}), ranks)
+    inputs = load_inputs(PairsExportConfig(**settings_of(job)), ranks)
     longest = max(max(len(ids) for ids in pair.wholes) for pair in inputs.data.pairs)
     rows = rows_of(exported(job, ranks, "out.jsonl", max_seq_len=longest))
     assert len(rows) == 2 and "left out 1 pairs that TRL cannot score (the first: " in caplog.text
@@ -158,7 +160,7 @@ def with_columns(job: TinyJob, rows: list[dict[str, Any]], shift: float = 0.0) -
 def imported(job: TinyJob, ranks: Ranks, cache: str) -> None:
     """Takes the columns in, as of the job's model, into another cache."""
     here = {"rlhf_dataset_path": str(job.folder / "columns.jsonl"), "ref_cache_dir": str(job.folder / cache)}
-    store_import._import(DPOConfig(**{**job.settings, "val_share": 0.0, **here}), ranks)
+    store_import._import(DPOConfig(**settings_of(job, **here)), ranks)
 
 
 def test_columns_of_the_named_model_come_in(tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
