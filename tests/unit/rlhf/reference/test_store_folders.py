@@ -21,6 +21,12 @@ from simple_llama.reinforcement_learning.rlhf.store import run_store
 ROOT = Path(files.__file__).parents[2]
 
 
+def age(path: Path, days: float) -> None:
+    """Makes a file so many days older."""
+    then = path.stat().st_mtime - 86400 * days
+    os.utime(path, (then, then))
+
+
 def filled(cache_dir: Path, name: str = "weights", days: float = 0.0) -> RefStore:
     """A store of three shards of one pair each, opened and written so many days ago."""
     store = RefStore.open(cache_dir, reference_id(name, "tokenizer", {"dtype": "bfloat16", "head": "1"}))
@@ -29,8 +35,7 @@ def filled(cache_dir: Path, name: str = "weights", days: float = 0.0) -> RefStor
         store.add(keys, np.full((1, 2), -1.0, np.float32))
     store.note_model("/models/start.pth")
     for path in store.folder.iterdir():
-        then = path.stat().st_mtime - 86400 * days
-        os.utime(path, (then, then))
+        age(path, days)
     return store
 
 
@@ -117,8 +122,7 @@ def test_leftovers_go_after_a_week(tmp_path: Path, capsys: pytest.CaptureFixture
     for path in (*old, now):
         path.write_bytes(b"x")
     for path in (*old, half):
-        then = path.stat().st_mtime - 8 * 86400
-        os.utime(path, (then, then))
+        age(path, 8)
     run(tmp_path, "list")
     assert "3 leftovers" in capsys.readouterr().out
     run(tmp_path, "prune", "--leftovers")
