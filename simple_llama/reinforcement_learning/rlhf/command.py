@@ -105,7 +105,7 @@ def _read_and_do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPO
             say_settings(config)
         check_folders(config, config.ref_cache_dir)
         check_compiler(config.compile, config.device)
-    inputs = load_inputs(config, ranks)
+    inputs = load_inputs(config, ranks, ref_cache_dir=config.ref_cache_dir)
     stopping.agree(ranks, at_once=True)
     if not config.dry_run:
         work(config, inputs, ranks)

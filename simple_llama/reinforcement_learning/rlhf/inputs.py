@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from typing_extensions import Doc
 
-from simple_llama.cluster.distributed import Ranks, fail_together, require_same
+from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together, require_same
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
 from simple_llama.common.logging import LOGGER
@@ -35,7 +35,9 @@ from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import Loaded, WeightsFile, build_model, check_weights
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader
+from simple_llama.reinforcement_learning.rlhf.data.find_pairs import TokenCache, is_large
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
+from simple_llama.reinforcement_learning.rlhf.data.sources import Sources
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import reference_id
 
@@ -166,17 +168,25 @@ class Inputs:
         return self.data.digest.hex()
 
 
-def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None) -> Inputs:
+def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None, ref_cache_dir: str = "") -> Inputs:
     """Reads and checks all inputs on every rank, then that all ranks have read the same (collective).
 
     Args:
         known: those of another model for the same data settings; the data is not read again where this model's chats
             become tokens as that one's do.
+        ref_cache_dir: where tokens of large files are kept, beside the reference stores; empty: nowhere.
 
     Raises UserError with the file and what is wrong, or with the host and rank that differ from rank 0.
     """
-    with fail_together(ranks):
-        inputs = _read_inputs(config, known)
+    cache = TokenCache(Path(ref_cache_dir) / "tokens", config.verify_data) if ref_cache_dir else None
+    if cache and _keeps_tokens(config, ranks):
+        with fail_together(ranks):  # rank 0 looks, and makes what is missing; the others find it
+            first = _read_inputs(config, known, cache) if ranks.is_main else None
+        with fail_together(ranks):
+            inputs = first or _read_inputs(config, known, cache)
+    else:
+        with fail_together(ranks):
+            inputs = _read_inputs(config, known, cache)
     if known is None:
         LOGGER.info("system prompt: %s", about_system(inputs.chat))
     require_same("package versions", versions(), ranks)
@@ -188,7 +198,14 @@ def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None)
     return inputs
 
 
-def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
+def _keeps_tokens(config: InputsConfig, ranks: Ranks) -> bool:
+    """Whether the data are so large that their tokens are kept, by rank 0's word (collective)."""
+    with fail_together(ranks):
+        large = ranks.is_main and is_large(Sources.of(config.rlhf_dataset_path, config.validation_path))
+    return broadcast_object(large, ranks, bool)
+
+
+def _read_inputs(config: InputsConfig, known: Inputs | None, cache: TokenCache | None) -> Inputs:
     """The inputs as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     start = adapted(open_start(config.model_path), config, config.adapter_path)
@@ -220,6 +237,7 @@ def _read_inputs(config: InputsConfig, known: Inputs | None) -> Inputs:
             group_prompts=config.group_prompts,
             reading=config,
             validation_path=config.validation_path,
+            cache=cache,
             overlong=config.overlong,
             contradictions=config.contradictions,
         )

@@ -69,7 +69,7 @@ def assess(config: EvaluateConfig, ranks: Ranks) -> Path:
     with fail_together(ranks):
         _check_free(folder)
     require_same("settings", asdict(config), ranks)
-    first = load_inputs(config.inputs_of(config.model_path), ranks)
+    first = load_inputs(config.inputs_of(config.model_path), ranks, ref_cache_dir=config.ref_cache_dir)
     with fail_together(ranks):
         doubts = _doubts(config, first)
         pairs, which = pairs_asked(config, first)
@@ -82,7 +82,7 @@ def assess(config: EvaluateConfig, ranks: Ranks) -> Path:
     for name, path in _named(config).items():
         inputs = first
         if name != START:
-            inputs = load_inputs(config.inputs_of(path, first.max_seq_len), ranks, first)
+            inputs = load_inputs(config.inputs_of(path, first.max_seq_len), ranks, first, config.ref_cache_dir)
             with fail_together(ranks):
                 check_same_pairs(inputs, first)
         sums[name] = log_probs(config, inputs, pairs, ranks)

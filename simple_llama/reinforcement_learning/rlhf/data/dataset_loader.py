@@ -107,6 +107,7 @@ class DataConfig(ReadingConfig):
         Contradictions,
         Doc("pairs of which the same two answers stand the other way round too: keep both, or drop both"),
     ] = "keep"
+    verify_data: bool = False  # compare all of large files, whose tokens are kept, rather than 64 drawn pieces of 1 MiB
     mask_end_token: bool = False  # leave out of what is scored the token that ends an answer, on both sides: Llama 3
     val_share: Annotated[
         float | None,

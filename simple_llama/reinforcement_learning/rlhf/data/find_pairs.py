@@ -53,14 +53,6 @@ def find_pairs(reader: PairReader, sources: Sources, val_share: float, cache: To
     return found or _in_one_reading(reader, sources, val_share)
 
 
-def make_shards(reader: PairReader, sources: Sources, cache: TokenCache, rank: int, ranks: int) -> None:
-    """Makes those of the missing shards that are this rank's. What is faulty is left to `find_pairs`."""
-    if is_large(sources):
-        shards = TokenShards(cache.folder, _options(reader), cache.verify)
-        for block, known in list(_blocks(reader, sources, cache, shards))[rank::ranks]:
-            _block_pairs(reader, sources, shards, block, known)
-
-
 def _in_one_reading(reader: PairReader, sources: Sources, val_share: float) -> FoundPairs:
     """The pairs, in memory."""
     read = reader.read(lambda faults: (record for file in sources.files for record in read_records(file, faults)))
@@ -190,7 +182,7 @@ def _read(reader: PairReader, block: Block, known: str) -> ReadBlock | None:
     arrays = arrays_of(pairs)
     arrays["places"] = pairs.places.copy()
     arrays["places"]["record"] -= np.uint32(block.first - 1)
-    arrays["tokens"] = narrow(np.asarray(pairs.tokens), reader.chat.tokenizer.get_vocab_size())
+    arrays["tokens"] = narrow(pairs.token_array, reader.chat.tokenizer.get_vocab_size())
     arrays["shares"] = read.shares
     arrays["swapped"] = np.frombuffer(bytes(merging.swapped), "V16")
     arrays["odd"] = np.frombuffer(bytes(merging.odd), np.uint8)

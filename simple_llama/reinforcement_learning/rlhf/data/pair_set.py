@@ -146,6 +146,12 @@ class PairSet(Sequence[TokenizedPair]):
         branches_N2 = np.stack([self.places["chosen"], self.places["rejected"]], axis=1)
         return self.groups.rows(self.units, self.places["prefix"], branches_N2)
 
+    @property
+    def token_array(self) -> np.ndarray:
+        """The tokens of pairs that were read just now, which lie in one array."""
+        assert isinstance(self.tokens, np.ndarray)
+        return self.tokens
+
     def origin(self, index: int) -> str:
         """`file:record` of a pair, for messages."""
         return f"{self.files[self.places['file'][index]]}:{self.places['record'][index]}"

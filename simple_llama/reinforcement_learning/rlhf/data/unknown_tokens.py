@@ -22,8 +22,8 @@ def unknown_counts(pairs: PairSet, unknown_id: int | None) -> np.ndarray | None:
     starts_N = np.ascontiguousarray(places["start"])
     stops_N = starts_N + places["prefix"] + places["chosen"] + places["rejected"]
     in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
-    for first in range(0, len(pairs.tokens), _TOKENS_AT_ONCE):
-        found_U = first + np.flatnonzero(pairs.tokens[first : first + _TOKENS_AT_ONCE] == unknown_id)
+    for first in range(0, len(pairs.token_array), _TOKENS_AT_ONCE):
+        found_U = first + np.flatnonzero(pairs.token_array[first : first + _TOKENS_AT_ONCE] == unknown_id)
         owners_U = np.searchsorted(starts_N, found_U, side="right") - 1
         is_there_U = (owners_U >= 0) & (found_U < stops_N[owners_U])  # not of a pair that was left out
         found_U, owners_U = found_U[is_there_U], owners_U[is_there_U]
@@ -41,7 +41,7 @@ def unknown_counts(pairs: PairSet, unknown_id: int | None) -> np.ndarray | None:
 
 def _in_each(pairs: PairSet, unknown_id: int) -> np.ndarray | None:
     """The same of pairs that share tokens."""
-    if not np.any(np.equal(pairs.tokens, unknown_id)):
+    if not (pairs.token_array == unknown_id).any():
         return None
     in_chats_N, in_scored_N = np.zeros(len(pairs), np.int32), np.zeros(len(pairs), np.int32)
     for index, pair in enumerate(pairs):

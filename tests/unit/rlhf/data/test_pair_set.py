@@ -34,7 +34,7 @@ def content(pair: TokenizedPair) -> tuple:
 def test_arrays_by_hand() -> None:
     """Prefixes of 3, 2 and 2 tokens; branches of 2 and 3, 1 and 2, 4 and 1; rows are one less for each branch."""
     pairs = PairSet.of(PAIRS, [("a.json", 1), ("b.json", 1), ("a.json", 7)])
-    assert np.asarray(pairs.tokens).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 4, 5, 6, 1, 2, 10, 11, 12, 13, 14]
+    assert pairs.token_array.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 1, 9, 4, 5, 6, 1, 2, 10, 11, 12, 13, 14]
     assert pairs.rows.tolist() == [3 + 1 + 2, 2 + 0 + 1, 2 + 3 + 0]
     assert (pairs.chosen_len.tolist(), pairs.rejected_len.tolist()) == ([5, 3, 6], [6, 4, 3])
     assert pairs.keys["counts"].tolist() == [[2, 3], [1, 2], [3, 1]]
@@ -87,9 +87,7 @@ def test_a_pair_takes_64_bytes_beside_its_tokens() -> None:
     plan = BatchPlan(pairs.rows, 0, 1, 1, 1)
     assert pairs.nbytes == 52 * len(pairs)
     assert pairs.nbytes + plan.rows.nbytes + plan.shuffle(0).nbytes == 64 * len(pairs)
-    assert np.asarray(pairs.tokens).nbytes == 4 * sum(
-        len(part) for p in PAIRS for part in (p.prefix, p.chosen, p.rejected)
-    )
+    assert pairs.token_array.nbytes == 4 * sum(len(part) for p in PAIRS for part in (p.prefix, p.chosen, p.rejected))
 
 
 def test_digest_is_that_of_all_digests_in_order() -> None:
@@ -154,7 +152,7 @@ def test_reading_needs_no_second_copy() -> None:
     pairs = buffer.finish()
     now, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert np.asarray(pairs.tokens).nbytes + pairs.nbytes == 20_000 * 1252
+    assert pairs.token_array.nbytes + pairs.nbytes == 20_000 * 1252
     assert now < 1.2 * 20_000 * 1252 and most < 1.4 * 20_000 * 1252
 
 
