@@ -27,6 +27,20 @@ def test_curves_stand_in_groups() -> None:
     assert {_curve_name(name) for name in ("epoch", "eval_pairs", "weights/median", "weights/bits")} == {None}
 
 
+def test_validation_sets_have_curves_and_a_page(tmp_path: Path) -> None:
+    """Loss and rewards of a set stand with those of all, its size is no curve, and sets share charts."""
+    names = ("eval_safe/loss", "eval_safe/rewards/margins", "eval_safe/logps/chosen", "eval_safe/pairs")
+    shown = ["eval/safe/loss", "eval/safe/rewards/margins", "held_out/safe/logps/chosen", None]
+    assert [_curve_name(name) for name in names] == shown
+    board = Board(tmp_path, 0, DPOConfig(validation_path="safe=a.jsonl,help=b.jsonl"))
+    board.file.close()
+    [event] = EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")
+    [sets] = [
+        one for one in Layout.FromString(event.tensor_proto.string_val[0]).category if one.title.startswith("val")
+    ]
+    assert next(list(chart.multiline.tag) for chart in sets.chart) == ["eval/safe/loss", "eval/help/loss"]
+
+
 def test_the_first_page_and_the_table_of_runs(tmp_path: Path) -> None:
     """The loss of both in one chart; a run's settings and results as a line of the table, done at its end; a histogram
     without what is not finite, and none of nothing."""
