@@ -84,7 +84,7 @@ class KeptCount:
     def summary(self) -> str:
         """`kept 9,412 of 9,500 pairs (61 too long, 27 identical); first too long: a.json:4; first identical: ...`."""
         times = self.dropped.times
-        reasons = sorted(times, key=lambda reason: -times[reason])
+        reasons = sorted(times, key=lambda reason: (-times[reason], reason))
         counts = ", ".join(f"{times[reason]:,} {reason}" for reason in reasons)
         firsts = "".join(f"; first {reason}: {self.dropped.first[reason]}" for reason in reasons)
         return f"kept {self.kept:,} of {self.total:,} pairs" + (f" ({counts}){firsts}" if reasons else "")

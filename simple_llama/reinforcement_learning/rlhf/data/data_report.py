@@ -76,7 +76,11 @@ def warnings_of(
     share, or by files."""
     found = [f"left out: {count.faulty}"] if count.faulty else []
     found += _much_dropped(count)
-    for name, times in count.noticed.times.items():
+    known = [*_ODD]
+    for name in sorted(
+        count.noticed.times, key=lambda name: (known.index(name) if name in known else len(known), name)
+    ):
+        times = count.noticed.times[name]
         said, way_out = _ODD.get(name, (name, ""))
         found.append(f"{said} (pairs: {times:,}, first: {count.noticed.first[name]})" + (way_out and f"; {way_out}"))
     if unknown and unknown.scored_share > _MUCH_UNKNOWN:
@@ -126,7 +130,7 @@ def _much_dropped(count: KeptCount) -> list[str]:
     times, dropped = count.dropped.times, count.total - count.kept
     if dropped <= _MUCH_DROPPED * count.total:
         return []
-    reason = max(times, key=lambda reason: times[reason])
+    reason = min(times, key=lambda reason: (-times[reason], reason))
     way_out = _WAYS_OUT.get(reason, "look at how the data was made")
     return [
         f'{dropped / count.total:.1%} of the pairs are left out, most of them as "{reason}" (first: '
