@@ -1,6 +1,6 @@
 """Arrays of numbers in one file, with JSON facts beside them; mapped when read, so that only what is used is in memory.
 
-    8 bytes  MAGIC
+    8 bytes  _MAGIC
     8 bytes  length of the header, little-endian
     header   JSON: {"facts": ..., "arrays": {name: {"dtype", "shape", "start"}}, "bytes", "digest"}, blanks behind it
     arrays   each from a multiple of 64 bytes on
@@ -22,7 +22,7 @@ import numpy as np
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_path, open_file
 
-MAGIC = b"SLDPOar1"
+_MAGIC = b"SLDPOar1"
 _ALIGN = 64  # bytes: of a cache line
 _MOST_HEADER = 64 << 20
 _AT_ONCE = 8 << 20  # bytes written or digested
@@ -48,13 +48,13 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Any) -> No
         _each(array, state.update)
     header = {"facts": facts, "arrays": described, "bytes": start, "digest": state.hexdigest()}
     text = json.dumps(header).encode()
-    text += b" " * (-(len(MAGIC) + 8 + len(text)) % _ALIGN)
+    text += b" " * (-(len(_MAGIC) + 8 + len(text)) % _ALIGN)
     with atomic_path(path) as temp, open(temp, "wb") as file:
-        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+        file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
         for name, array in arrays.items():
-            file.seek(len(MAGIC) + 8 + len(text) + described[name]["start"])
+            file.seek(len(_MAGIC) + 8 + len(text) + described[name]["start"])
             _each(array, file.write)
-        file.truncate(len(MAGIC) + 8 + len(text) + start)
+        file.truncate(len(_MAGIC) + 8 + len(text) + start)
 
 
 def map_arrays(path: Path, verify: bool = False) -> tuple[dict[str, np.ndarray], Any]:
@@ -64,9 +64,9 @@ def map_arrays(path: Path, verify: bool = False) -> tuple[dict[str, np.ndarray],
     where it cannot be read.
     """
     with open_file(path) as file:
-        begin = file.read(len(MAGIC) + 8)
-        length = int.from_bytes(begin[len(MAGIC) :], "little")
-        if len(begin) < len(MAGIC) + 8 or not begin.startswith(MAGIC) or length > _MOST_HEADER:
+        begin = file.read(len(_MAGIC) + 8)
+        length = int.from_bytes(begin[len(_MAGIC) :], "little")
+        if len(begin) < len(_MAGIC) + 8 or not begin.startswith(_MAGIC) or length > _MOST_HEADER:
             raise Damaged(f"{path}: expected a file of arrays, found another")
         try:
             header = json.loads(file.read(length))

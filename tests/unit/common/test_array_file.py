@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simple_llama.common.array_file import MAGIC, Damaged, map_arrays, write_arrays
+from simple_llama.common.array_file import _MAGIC, Damaged, map_arrays, write_arrays
 
 PAIR = np.dtype([("name", "V4"), ("counts", "<i4", (2,)), ("at", "<i8")])
 ARRAYS = {
@@ -38,7 +38,7 @@ def test_damage_is_seen(tmp_path: Path, change: str) -> None:
     path = tmp_path / "a.arr"
     write_arrays(path, ARRAYS, {})
     data = path.read_bytes()
-    header = len(MAGIC) + 8
+    header = len(_MAGIC) + 8
     changed = {
         "cut": data[:-1],
         "longer": data + b"0",
