@@ -92,7 +92,7 @@ def _list(words: list[str], description: str | None) -> int:
     folders = config.folders()
     for folder in folders:
         print(_about(facts_of(folder)))
-    print(f"{len(folders)} reference stores in {config.ref_cache_dir}")
+    print(f"{len(folders)} reference store{'s' * (len(folders) != 1)} in {config.ref_cache_dir}")
     return 0
 
 

@@ -75,8 +75,8 @@ class DataConfig(ReadingConfig):
         str,
         SharedPaths(),
         Doc(
-            "preference pairs: a .json/.jsonl file, or a folder of them; several with commas between, each with :SHARE "
-            "behind it if an epoch is to have its pairs more or less often than once (a.jsonl:2,b.jsonl:0.5)"
+            "preference pairs: a file (docs/data.md), or a folder of them; several with commas between, each with "
+            ":SHARE behind it if an epoch is to have its pairs more or less often than once (a.jsonl:2,b.jsonl:0.5)"
         ),
     ] = package_path("reinforcement_learning", "rl_dataset")
     max_seq_len: CountOrNone = 0  # tokens; longer chats are dropped, both sides of the pair; 0: the model's own limit
