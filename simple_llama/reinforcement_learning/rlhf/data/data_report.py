@@ -130,7 +130,7 @@ def _much_dropped(count: KeptCount) -> list[str]:
     times, dropped = count.dropped.times, count.total - count.kept
     if dropped <= _MUCH_DROPPED * count.total:
         return []
-    reason = min(times, key=lambda reason: (-times[reason], reason))
+    reason = min(times, key=lambda reason: (-times[reason], reason not in _WAYS_OUT, reason))
     way_out = _WAYS_OUT.get(reason, "look at how the data was made")
     return [
         f'{dropped / count.total:.1%} of the pairs are left out, most of them as "{reason}" (first: '

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -22,6 +24,7 @@ from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import ScoredCh
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import ForMerge, Usable, keep_usable
 
+_Encode = Callable[[Sequence[Chat]], "Future[list[ScoredChat]]"]
 _RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
 
 
@@ -89,50 +92,79 @@ class PairReader:
     def _tokenized(
         self, conversations: Iterable[Conversation], speller: Speller, count: KeptCount, faults: Faults
     ) -> Iterator[tuple[Conversation, TokenizedPair]]:
-        """Adds token ids; leaves out turns of chats that are too long, where that is wanted."""
+        """Adds token ids; leaves out turns of chats that are too long, where that is wanted.
 
-        def again(c: Conversation) -> TokenizedPair | None:
-            found = _tokenize([c], self.chat, self.scoring, Speller(self.spelling), KeptCount(), faults)
-            return next((pair for _, pair in found), None)
+        Ids are made by another thread, a batch ahead: while a tokenizer works, Python can read and look at pairs.
+        """
+        with ThreadPoolExecutor(1, "tokenizing") as thread:
 
-        found = _tokenize(conversations, self.chat, self.scoring, speller, count, faults)
-        return found if self.shorten_to is None else without_oldest_turns(found, self.shorten_to, again, count)
+            def encode(chats: Sequence[Chat]) -> Future[list[ScoredChat]]:
+                return thread.submit(self.scoring.encode, self.chat, chats)
+
+            def again(c: Conversation) -> TokenizedPair | None:
+                found = _tokenize([c], encode, Speller(self.spelling), KeptCount(), faults)
+                return next((pair for _, pair in found), None)
+
+            found = _tokenize(conversations, encode, speller, count, faults)
+            if self.shorten_to is not None:
+                found = without_oldest_turns(found, self.shorten_to, again, count)
+            yield from found
 
 
 def _tokenize(
-    conversations: Iterable[Conversation],
-    chat: ChatFormat,
-    scoring: Scoring,
-    speller: Speller,
+    conversations: Iterable[Conversation], encode: _Encode, speller: Speller, count: KeptCount, faults: Faults
+) -> Iterator[tuple[Conversation, TokenizedPair]]:
+    """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
+    waiting: deque[tuple[list[Conversation], list[Chat], Future[list[ScoredChat]]]] = deque()
+    batches = iter(lambda: list(islice(ahead, _RECORDS_PER_BATCH)), [])
+    ahead = iter(conversations)
+    while True:
+        batch = next(batches, None)
+        if batch:
+            spelled = map(speller.spelled, batch)
+            chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
+            waiting.append((batch, chats, encode(list(dict.fromkeys(chats)))))  # an answer stands in several pairs
+        if not waiting:
+            return
+        if batch is None or len(waiting) > 1:
+            yield from _pairs(*waiting.popleft(), encode, count, faults)
+
+
+def _pairs(
+    batch: list[Conversation],
+    chats: list[Chat],
+    made: Future[list[ScoredChat]],
+    encode: _Encode,
     count: KeptCount,
     faults: Faults,
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
-    """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
-    ahead = iter(conversations)
-    while batch := list(islice(ahead, _RECORDS_PER_BATCH)):
-        spelled = map(speller.spelled, batch)
-        chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
-        encoded = _encoded(batch, chats, chat, scoring, count, faults)
-        for c, *sides in zip(batch, chats[0::2], chats[1::2], strict=True):
-            chosen, rejected = (encoded[side] for side in sides)
-            for note in dict.fromkeys(chosen.notes + rejected.notes):
-                count.noticed.add(note, f"{c.file}:{c.record}")
-            spans = chosen.spans, rejected.spans
-            if all(start < stop for side in spans for start, stop in side):
-                yield c, TokenizedPair.from_spans(chosen.ids, rejected.ids, spans, c.weight, c.gap)
-            else:
-                count.dropped.add("an answer of no scored token", f"{c.file}:{c.record}")
+    """The pairs of a batch whose chats are being made into ids."""
+    encoded = _encoded(batch, chats, made, encode, count, faults)
+    for c, *sides in zip(batch, chats[0::2], chats[1::2], strict=True):
+        chosen, rejected = (encoded[side] for side in sides)
+        for note in dict.fromkeys(chosen.notes + rejected.notes):
+            count.noticed.add(note, f"{c.file}:{c.record}")
+        spans = chosen.spans, rejected.spans
+        if all(start < stop for side in spans for start, stop in side):
+            yield c, TokenizedPair.from_spans(chosen.ids, rejected.ids, spans, c.weight, c.gap)
+        else:
+            count.dropped.add("an answer of no scored token", f"{c.file}:{c.record}")
 
 
 def _encoded(
-    batch: list[Conversation], chats: list[Chat], chat: ChatFormat, scoring: Scoring, count: KeptCount, faults: Faults
+    batch: list[Conversation],
+    chats: list[Chat],
+    made: Future[list[ScoredChat]],
+    encode: _Encode,
+    count: KeptCount,
+    faults: Faults,
 ) -> dict[Chat, ScoredChat]:
     """Ids of each different chat, two of which are each conversation's. One that the format cannot say is a fault, or
     is taken out of the batch where faults are dropped."""
     while True:
-        distinct = list(dict.fromkeys(chats))  # an answer stands in several pairs
+        distinct = list(dict.fromkeys(chats))
         try:
-            return dict(zip(distinct, scoring.encode(chat, distinct), strict=True)) if distinct else {}
+            return dict(zip(distinct, made.result(), strict=True))
         except UnsayableChat as error:
             place = chats.index(distinct[error.index]) // 2
             unsaid = batch.pop(place)
@@ -143,3 +175,6 @@ def _encoded(
                 raise fault from error
             faults.add(fault, origin)
             count.total -= 1
+        if not chats:
+            return {}
+        made = encode(list(dict.fromkeys(chats)))

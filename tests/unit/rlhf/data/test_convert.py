@@ -191,7 +191,7 @@ def test_pku_identical_and_empty_answers_are_dropped(tmp_path: Path) -> None:
     """White space around an answer does not make it another one."""
     same, empty = pku(response_0="I would not. "), pku(response_0=" ")
     _, report = converted(tmp_path, pku(), same, empty, prefer="safety")
-    assert report.startswith("kept 1 of 3 pairs (1 with identical answers, 1 with an empty answer);")
+    assert report.startswith("kept 1 of 3 pairs (1 with an empty answer, 1 with identical answers);")
 
 
 # records, settings, and the words that the message has to hold

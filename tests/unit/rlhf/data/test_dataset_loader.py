@@ -428,8 +428,8 @@ def test_dropped_pairs_are_counted_with_the_first_of_each_kind(
     with caplog.at_level(logging.INFO, logger="simple_llama"):
         loader = load(path, tokenizer, max_seq_len=64)
     assert loader.report == (
-        "kept 2 of 7 pairs (2 too long, 2 identical, 1 duplicate); "
-        f"first too long: {path}:2; first identical: {path}:4; first duplicate: {path}:6"
+        "kept 2 of 7 pairs (2 identical, 2 too long, 1 duplicate); "
+        f"first identical: {path}:4; first too long: {path}:2; first duplicate: {path}:6"
     )
     assert origins(loader.train) == [f"{path}:1", f"{path}:7"]
     assert caplog.messages == [f"{path}: {line}" for line in (loader.report, *loader.warnings)]

@@ -80,7 +80,7 @@ def test_a_last_turn_that_does_not_fit_is_too_long(tmp_path: Path, tokenizer: To
     rows = [last, earlier, dialogue(4), dialogue(2), dialogue(3, "dog")]
     data = load(tmp_path, tokenizer, rows, most, overlong="drop_oldest_turns")
     # dialogue(4) keeps its turns 2 and 3, dialogue(3) its turns 1 and 2
-    assert len(data.train) == 3 and "1 too long, 1 identical" in data.report
+    assert len(data.train) == 3 and "1 identical, 1 too long" in data.report
     assert f"(overlong) (pairs: 3, first: {tmp_path}/pairs.jsonl:2)" in data.warnings[-1]
 
 
