@@ -124,8 +124,8 @@ def _rules(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]) -
         found, differ = differences.get(rule, (Interval(accuracy - share, low - share, high - share), True))
         less = f"{abs(found.value):.3f} {'less' if found.value > 0 else 'more'} than the policy"
         if not round(found.value, 3):
-            less = "as much as the policy"
-        if differ and found.is_above:
+            words = "as much as the policy"
+        elif differ and found.is_above:
             words = f"{less}, beyond chance"
         elif differ and found.is_below:
             words = f"{less}, beyond chance: who knows this rule alone does better"
