@@ -27,6 +27,10 @@ _NAME = 16  # bytes of a digest
 _FORMAT = 1  # of the facts of a file
 
 
+class UncutFile(Exception):
+    """A file that is not cut into blocks."""
+
+
 class Block(NamedTuple):
     """A part of a data file."""
 
@@ -52,7 +56,8 @@ class _Cut(NamedTuple):
 
 
 def blocks_of(file: Path, facts_folder: Path, verify: bool = False, beat: Callable[[], object] = bool) -> list[Block]:
-    """The blocks of a file, in order; what it is now is noted in `facts_folder`. UserError where it cannot be read.
+    """The blocks of a file, in order; what it is now is noted in `facts_folder`. UserError where it cannot be read,
+    UncutFile where a line is too long.
 
     Args:
         verify: whether all of it is read and compared, not 64 drawn pieces.
@@ -129,7 +134,9 @@ def _cut(opened: BufferedReader, is_lines: bool, beat: Callable[[], object]) -> 
         beat()
         if is_lines:
             if len(data) == _BLOCK and not data.endswith(b"\n"):
-                data += opened.readline(_MOST_LINE)
+                data += (rest := opened.readline(_MOST_LINE))
+                if len(rest) == _MOST_LINE:
+                    raise UncutFile(f"a line of more than {_MOST_LINE:,} bytes")
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             yield _Cut(len(data), lines, _pieces(data))
         else:

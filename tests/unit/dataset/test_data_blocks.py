@@ -9,7 +9,7 @@ import pytest
 
 from simple_llama.common.errors import UserError
 from simple_llama.dataset import data_blocks
-from simple_llama.dataset.data_blocks import blocks_of, read_block
+from simple_llama.dataset.data_blocks import UncutFile, blocks_of, read_block
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,16 @@ def test_pieces_are_read_only_where_nothing_looks_changed(
     for damage in ("{", "[]", '{"format": 1}', about.read_text().replace('"blocks": [', '"blocks": [1, ')):
         about.write_text(damage)
         assert blocks_of(file, tmp_path / "facts")[0].length == 108
+
+
+def test_a_line_without_an_end_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than the most that a line may go on: its reader says so."""
+    monkeypatch.setattr(data_blocks, "_MOST_LINE", 50)
+    (tmp_path / "a.jsonl").write_bytes(b"0" * 150)
+    with pytest.raises(UncutFile, match="a line of more than 50 bytes"):
+        blocks_of(tmp_path / "a.jsonl", tmp_path / "facts")
+    (tmp_path / "a.jsonl").write_bytes(b"0" * 149)
+    assert blocks_of(tmp_path / "a.jsonl", tmp_path / "facts")[0].length == 149
 
 
 def test_another_kind_of_file_is_one_block(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@ start. Both ways give the same pairs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import numpy as np
 from simple_llama.cluster import watchdog
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
-from simple_llama.dataset.data_blocks import Block, blocks_of, read_block
+from simple_llama.dataset.data_blocks import Block, UncutFile, blocks_of, read_block
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, read_lines, read_records
 from simple_llama.reinforcement_learning.rlhf.data.merge_blocks import BlockPairs, merge
 from simple_llama.reinforcement_learning.rlhf.data.pair_reader import PairReader, ReadPairs
@@ -27,6 +29,7 @@ from simple_llama.reinforcement_learning.rlhf.data.unknown_tokens import unknown
 from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import ForMerge, held_out_prompts
 
 _LEAST_BYTES = 16 << 20  # of data of which shards are kept: less is read within a second or two
+_FIRST_RECORDS = 100  # that may show the format of a file
 _BEAT = "reading the data"
 
 
@@ -99,7 +102,10 @@ def _options(reader: PairReader) -> dict[str, Any]:
 def _from_shards(reader: PairReader, sources: Sources, val_share: float, cache: TokenCache) -> FoundPairs | None:
     """The pairs from shards; None where one reading has to tell what they are."""
     shards = TokenShards(cache.folder, _options(reader), cache.verify)
-    blocks = list(_blocks(reader, sources, cache, shards))
+    try:
+        blocks = list(_blocks(reader, sources, cache, shards))
+    except UncutFile:
+        return None
     made: list[BlockPairs] = []
     for block, known in blocks:
         found = _block_pairs(reader, sources, shards, block, known)
@@ -136,7 +142,7 @@ def _together(
 def _blocks(
     reader: PairReader, sources: Sources, cache: TokenCache, shards: TokenShards
 ) -> Iterator[tuple[Block, str]]:
-    """The blocks of all files in order, each with the format of its file."""
+    """The blocks of all files in order, each with the format of its file. UncutFile for one that has no blocks."""
     for file in sources.files:
         known = _format_of(reader, file)
         for block in blocks_of(file, shards.facts_folder, cache.verify, lambda: watchdog.beat(_BEAT)):
@@ -144,12 +150,16 @@ def _blocks(
 
 
 def _format_of(reader: PairReader, file: Path) -> str:
-    """The format that the first record of a file shows; "" for none: each block is read for itself then."""
+    """The format that the first record of a file shows; "" where the first ones show none: each block is read for
+    itself then. UncutFile for a file that cannot be read: one reading says why."""
     formats = Formats(reader.config.data_format)
     try:
-        return next((formats.of(record) for record in read_records(file)), "")
-    except UserError:
-        return ""
+        for record in islice(read_records(file, Faults(are_dropped=True)), _FIRST_RECORDS):
+            with contextlib.suppress(UserError):
+                return formats.of(record)
+    except UserError as error:
+        raise UncutFile(str(error)) from error
+    return ""
 
 
 def _block_pairs(
