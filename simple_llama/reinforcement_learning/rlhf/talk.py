@@ -33,6 +33,7 @@ from simple_llama.reinforcement_learning.rlhf.inputs import ChatModelConfig, Mod
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import without_moved
 from simple_llama.reinforcement_learning.rlhf.run.saves import start_digest
 
+_SYSTEM = "what the chat template has by itself"  # where a chat has no other system prompt
 _START = "start"
 
 
@@ -144,7 +145,7 @@ def _speaker(name: str, start: StartModel, config: _TalkConfig, device: torch.de
     most = model.architecture.max_seq_len
     about = (
         f"{name}: {str(dtype).removeprefix('torch.')} on {device.type}, conversations of at most {most} tokens; "
-        f"system prompt: {'none' if chat.default_system is None else repr(chat.default_system)}"
+        f"system prompt: {_SYSTEM if chat.default_system is None else repr(chat.default_system)}"
     )
     return terminal.Speaker(name, about, encode, chat.decode, answer, most, chat.unknown_id)
 

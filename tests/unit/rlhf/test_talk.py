@@ -124,7 +124,11 @@ def test_every_form_of_a_model(tmp_path: Path) -> None:
     for job in (make_hf_job(tmp_path / "hf"), make_gguf_job(tmp_path / "gguf")):
         path = str(job.settings["model_path"])
         out, notes = said("say 1\n", ["--model_path", path, *FEW])
-        assert out and f"{Path(path).name}: float32" in notes and "system prompt: none" in notes
+        assert (
+            out
+            and f"{Path(path).name}: float32" in notes
+            and "system prompt: what the chat template has by itself" in notes
+        )
 
 
 # === a second model ===

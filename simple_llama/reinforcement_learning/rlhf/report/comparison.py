@@ -84,8 +84,9 @@ class Group:
         ]
 
     def shared_distance(self) -> float:
-        """The largest distance that all runs came to: where their margins can be compared."""
-        return min(max((distance for distance, _ in run.points(self.measure)), default=0.0) for run in self.runs)
+        """The smallest distance at which a run ended: where the margins of all can be compared. On the way a run may
+        have been further away, and have come back."""
+        return min(map(self.distance, self.runs))
 
     def margins_at_shared_distance(self) -> dict[str, float | None]:
         """Margin (nats) of each run there."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import START
+from simple_llama.reinforcement_learning.rlhf.run.health import LOOPS
 from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval
 
 _CHANCE = 0.5
@@ -59,7 +60,7 @@ def verdict(
         return [f"The start model alone gives the chosen answer the larger log-prob in {raw} of {which}."]
     found = _of_several(numbers)
     for name, model in numbers["models"].items():
-        found += [_is_better(name, model, which), *_is_real(model, numbers), _is_length(model)]
+        found += [_is_better(name, model, which), *_is_real(model, numbers, bool(answers)), *_is_length(model)]
         found += _language(name, answers)
         if name in judged:
             found.append(_judge(name, judged[name]))
@@ -84,7 +85,11 @@ def _of_several(numbers: Mapping[str, Any]) -> list[str]:
     for both in numbers["compared"]:
         if best[0] in (both["model"], both["other"]) and both["accuracy_p"] * comparisons <= _ERROR:
             behind.append(both["other"] if both["model"] == best[0] else both["model"])
-    real = f"ahead of {', '.join(behind)} beyond chance" if behind else "ahead of none of the others beyond chance"
+    others = [name for name in accuracies if name != best[0]]
+    if behind:
+        real = f"ahead of {', '.join(behind)} beyond chance"
+    else:
+        real = f"not told apart from {others[0] if len(others) == 1 else 'any of the others'}"
     return [f"Of {len(accuracies)} models {best[0]} has the largest accuracy ({percent(most)}), {real}."]
 
 
@@ -111,19 +116,21 @@ def _is_better(name: str, model: Mapping[str, Any], which: str) -> str:
     )
 
 
-def _is_real(model: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
+def _is_real(model: Mapping[str, Any], numbers: Mapping[str, Any], answered: bool) -> list[str]:
     """Whether it now ranks more pairs rightly, and whether it beats what needs no training."""
     gained, start = model["preference_gained"], numbers["baselines"]["start_preference"]
     real = "more than chance explains" if model["preference_gained_p"] <= _ERROR else "chance may explain it"
+    change = "not one pair changed" if not any(gained) else f"{points(gained)}, {real}"
     chosen, rejected = model["log_ratio_chosen"].value, model["log_ratio_rejected"].value
     found = [
         f"By its own log-probs it ranks {percent(model['preference'])} of the pairs rightly, the start model "
-        f"{percent(start)}: {points(gained)}, {real}."
+        f"{percent(start)}: {change}."
     ]
     if model["log_ratio_chosen"].is_below:
+        way = "" if answered else ", and answers (--generate) show whether it hurts"
         found.append(
             f"The chosen answers have become less likely themselves ({chosen:+.2f} nats; the rejected ones "
-            f"{rejected:+.2f}): common in honest runs, and answers (--generate) show whether it hurts."
+            f"{rejected:+.2f}): common in honest runs{way}."
         )
     surplus = model["calibration"]["surplus"]
     if model["calibration"]["error"] > _MISCALIBRATED and (surplus.is_above or surplus.is_below):
@@ -135,7 +142,14 @@ def _is_real(model: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _is_length(model: Mapping[str, Any]) -> str:
+def _is_length(model: Mapping[str, Any]) -> list[str]:
+    """Whether length alone may explain what changed; nothing where nothing did."""
+    accuracy, margin = model["accuracy"], model["margin"]
+    moved = margin.is_above or margin.is_below or accuracy.low > _CHANCE or accuracy.high < _CHANCE
+    return [_by_length(model)] if moved or math.isnan(margin.low) else []
+
+
+def _by_length(model: Mapping[str, Any]) -> str:
     """Whether length alone may explain it."""
     balanced, longer = model["balanced_accuracy"], model["above_baseline"]["longer"]
     if math.isnan(balanced.value):
@@ -184,6 +198,8 @@ def _faults(now: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
     had_some = start["empty"].value < _MOSTLY_EMPTY
     if had_some and now["repeated_trigrams"] - start["repeated_trigrams"] > _WORSE:
         faults.append("it repeats itself more than before")
+    if not had_some and now["repeated_trigrams"] >= LOOPS:
+        faults.append("it repeats itself")
     if had_some and change["ended"].is_below:
         faults.append("fewer answers end by themselves")
     if now["empty"].value > max(_MANY_EMPTY, start["empty"].value) or change["empty"].is_above:

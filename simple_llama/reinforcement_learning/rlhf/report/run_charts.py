@@ -151,7 +151,8 @@ def _add_samples(page: Page, facts: RunFacts) -> None:
     curves = [Series(name, *facts.curve(metric)) for name, metric in shares.items()]
     page.figure(
         line_chart("Sample answers", _STEP, "share", [one for one in curves if one.xs], y_from=0.0),
-        "Of greedy answers to fixed held-out prompts; repeated trigrams and unknown tokens are shares of tokens.",
+        "Of greedy answers to fixed held-out prompts; repeated trigrams are a share of all trigrams, unknown tokens of "
+        "all tokens.",
     )
     lengths = Series("mean length", *facts.curve("samples/tokens"))
     page.figure(line_chart("Length of sample answers", _STEP, "tokens", [lengths], y_from=0.0))
@@ -180,7 +181,7 @@ def add_pairs(page: Page, facts: RunFacts, pairs: HeldOutPairs, texts: Mapping[i
     chosen, rejected = ratios_N2[:, 0].tolist(), ratios_N2[:, 1].tolist()
     page.figure(
         histogram("Margins of held-out pairs", "margin, nats an answer", {"pairs": margins_N.tolist()}),
-        f"Right of 0 the policy prefers the chosen answer. Step {pairs.step}.",
+        f"Right of 0 the policy moved towards the chosen answer. Step {pairs.step}.",
     )
     page.figure(
         histogram(
@@ -191,7 +192,7 @@ def add_pairs(page: Page, facts: RunFacts, pairs: HeldOutPairs, texts: Mapping[i
     right = margins_N > 0
     groups = {
         name: (gaps_N[where].tolist(), margins_N[where].tolist())
-        for name, where in (("preferred as labelled", right), ("preferred otherwise", ~right))
+        for name, where in (("towards the chosen answer", right), ("the other way", ~right))
     }
     page.figure(
         scatter("Margin against length", "chosen less rejected, scored tokens", "margin, nats", groups),

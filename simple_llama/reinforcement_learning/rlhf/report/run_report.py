@@ -145,7 +145,7 @@ def _page(
     page.heading("Warnings")
     if facts.warnings:
         page.paragraph(
-            "Each is given once, at the step that first showed it; curves and answers show whether it has passed. "
+            "Each is given once, at the step where it was first sure; curves and answers show whether it has passed. "
             "Alarms say that something is wrong, notices are common in honest runs: docs/warnings.md."
         )
         page.warnings((level, f"step {step}: {text}") for level, step, text in facts.warnings)

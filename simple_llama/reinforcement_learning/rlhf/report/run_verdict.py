@@ -11,6 +11,7 @@ import numpy as np
 
 from simple_llama.reinforcement_learning.rlhf.report.page import number
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
+from simple_llama.reinforcement_learning.rlhf.run.health import LOOPS
 from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     Interval,
     accuracy_interval,
@@ -93,7 +94,7 @@ def _accuracy(facts: RunFacts, first: Mapping[str, Any], last: Mapping[str, Any]
         yield f"Held-out accuracy rose {found}: beyond its interval, so chance does not explain it."
     elif high < before:
         yield (
-            f"Held-out accuracy fell {found}: beyond its interval. The policy learned to prefer the rejected answers: "
+            f"Held-out accuracy fell {found}: beyond its interval. The policy moved towards the rejected answers: "
             "look at the labels and at the learning rate."
         )
     else:
@@ -183,10 +184,18 @@ def _best(facts: RunFacts, last: Mapping[str, Any]) -> Iterator[str]:
         metric, kept = str(facts.best.get("metric", "eval_loss")), Path(str(facts.best.get("weights", ""))).name
         words = "held-out loss" if metric == "eval_loss" else metric
         where = f" ({kept})" if kept else ""
-        yield f"The run names step {named['step']}{where} as its best: {words} {number(value(named, metric))}."
+        then = f"; at the end, step {last['step']}, {number(value(last, metric))}"
+        yield f"The run names step {named['step']}{where} as its best: {words} {number(value(named, metric))}{then}."
     lowest = min(facts.evaluations, key=lambda line: _or_inf(value(line, "eval_loss")))
     loss, final = value(lowest, "eval_loss"), value(last, "eval_loss")
-    if lowest is not last and final > loss and not named:
+    first = facts.evaluations[0]
+    if lowest is first and first is not last and first["step"] == 0 and final > loss:
+        after = min(facts.evaluations[1:], key=lambda line: _or_inf(value(line, "eval_loss")))
+        yield (
+            f"No evaluation is below the held-out loss of the start, {loss:.4f}: the lowest after it is "
+            f"{value(after, 'eval_loss'):.4f}, at step {after['step']}."
+        )
+    elif lowest is not last and final > loss and not named:
         yield (
             f"The held-out loss was lowest at step {lowest['step']} ({loss:.4f}); at the end, step {last['step']}, it "
             f"is {final:.4f}: fewer steps or a smaller rate may do as well."
@@ -215,6 +224,8 @@ def _language(facts: RunFacts) -> Iterator[str]:
         for name, words, sign, most in _GUARDS
         if sign * (changes[name][1] - changes[name][0]) > most and not (had_none and name in _OF_ANSWERS)
     ]
+    if had_none and changes["repeated_trigrams"][1] >= LOOPS:
+        troubles.append("they repeat themselves")
     told = ", ".join(
         f"{words} {before:.0%} then {after:.0%}"
         for (before, after), words in zip(changes.values(), _SAID, strict=True)

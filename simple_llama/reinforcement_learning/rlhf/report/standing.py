@@ -160,12 +160,12 @@ def distance_of(values: Mapping[str, float], beta: float, measure: str) -> float
 
 
 def margin_at(standing: Standing, distance: float, measure: str) -> float | None:
-    """Margin (nats) where the run first was at a distance from its reference, between evaluations by a straight line;
+    """Margin (nats) where the run last was at a distance from its reference, between evaluations by a straight line;
     None where it never was."""
     points = [(found, margin_nats(values, standing.run.beta)) for found, values in standing.points(measure)]
-    for (near, before), (far, after) in pairwise(points):
-        if near <= distance <= far:
-            share = (distance - near) / (far - near) if far > near else 1.0
+    for (near, before), (far, after) in reversed(list(pairwise(points))):
+        if min(near, far) <= distance <= max(near, far):
+            share = (distance - near) / (far - near) if far != near else 1.0
             return before + share * (after - before)
     return None
 

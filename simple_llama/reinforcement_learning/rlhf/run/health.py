@@ -30,7 +30,7 @@ _LEARNED_BY_HEART, _CARRIED_OVER = 0.99, 0.7  # training accuracy from, held-out
 _SATURATED, _VANISHED = 0.9, 0.1  # share of pairs from, gradient norm against that of the first lines
 _SPIKE, _SPIKE_OF_ALL = 5.0, 2.0  # times the norm of the lines before, and times that of all
 _FAR_KL, _FAR_FALL = 0.5, 1.0  # nats a token: surely above, on the policy's answers; fall of the chosen answers
-_LOOPS, _LOOPS_RISE = 0.3, 0.2  # share of trigrams from, and more than at the start
+LOOPS, _LOOPS_RISE = 0.3, 0.2  # share of trigrams from, and more than at the start
 _EMPTY, _EMPTY_RISE = 0.5, 0.25  # share of answers
 _ENDED_DROP, _ENDED = 0.6, 0.4  # share of answers that ended by themselves: less than at the start, and at most
 _UNKNOWN, _UNKNOWN_RISE = 0.05, 0.04  # share of answer tokens
@@ -277,7 +277,7 @@ def _change(history: History, name: str, bound: float, least: float, falls: bool
 
 def _answers_loop(history: History, facts: Facts) -> str | None:
     """Sample answers repeat themselves, and did less at the start."""
-    if not (found := _change(history, "samples/repeated_trigrams", _LOOPS, _LOOPS_RISE)):
+    if not (found := _change(history, "samples/repeated_trigrams", LOOPS, _LOOPS_RISE)):
         return None
     return (
         f"answers loop: {found.now:.0%} of their trigrams stood in the same answer before, {found.start:.0%} at the "
@@ -404,7 +404,7 @@ CHECKS = {
         "alarm",
         _answers_loop,
         "samples/repeated_trigrams",
-        f"`samples/repeated_trigrams` at least {_LOOPS:g}, and {_LOOPS_RISE:g} more than at step 0",
+        f"`samples/repeated_trigrams` at least {LOOPS:g}, and {_LOOPS_RISE:g} more than at step 0",
         "Look for repetitions in the chosen answers; a larger beta or a smaller max_lr",
     ),
     "answers_empty": _Check(

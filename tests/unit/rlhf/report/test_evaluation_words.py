@@ -46,6 +46,8 @@ def test_only_length() -> None:
     follows = verdict(np.where(longer > 0, 1.0, -1.0), longer=longer)
     assert "m0 has learned the preference" in follows and "Length may explain it: 50.0 %" in follows
     assert "It is not only length: 100.0 %" in verdict(np.ones(100), longer=longer)
+    still = verdict(np.tile([1.0, -1.0], 50), longer=longer)
+    assert "no change in preference" in still and "ength" not in still.replace("lengths", ""), "nothing to explain"
     level = verdict(np.array([1.0] * 82 + [-1.0] * 10 + [1.0] * 8), longer=longer)  # as many right as the rule has
     assert "It is not only length" in level and level.count("not told apart from that rule by accuracy alone") == 1
     assert "one kind is missing" in verdict(np.ones(4), longer=np.ones(4, int))
@@ -64,7 +66,7 @@ def test_of_several_models() -> None:
     assert verdict(good, half, good).startswith("Of 3 models m0 and m2 have the same largest accuracy (80.0 %).")
     one_more = good.copy()
     one_more[80:85] = 1  # five of five: 2 / 2^5 = 0.06, where a bootstrap leaves 0 out
-    assert "m1 has the largest accuracy (85.0 %), ahead of none of the others" in verdict(good, one_more)
+    assert "m1 has the largest accuracy (85.0 %), not told apart from m0." in verdict(good, one_more)
     one_more[85] = 1  # 0.031, and too much for the best of three
     assert "ahead of m0 beyond chance" in verdict(good, one_more)
     assert "ahead of m2 beyond chance" in verdict(good, one_more, half)
@@ -90,6 +92,7 @@ def test_few_prompts_tell_nothing() -> None:
 def test_chosen_answers_that_fall() -> None:
     """Said where the log-prob of the chosen answers falls; a start model alone has its own ranking."""
     assert "The chosen answers have become less likely" in verdict(np.full(10, -1.0))
+    assert "the start model 0.0 % (0.0 to 27.8): not one pair changed." in verdict(np.full(10, 0.01))
     assert "right more often than sigmoid of the reward margin says, on average by 37.8 points" in verdict(
         np.full(10, 1.0)
     )
@@ -132,7 +135,8 @@ def test_a_silent_start_is_nothing_to_compare_with() -> None:
         SILENT, SILENT
     )
     loops = BEFORE._replace(repeated_trigrams=0.3, ended=(False,) * 10)
-    assert "has nothing to compare with" in language(loops, SILENT)
+    assert "needs a look: it repeats itself." in language(loops, SILENT), "as the alarm has it"
+    assert "has nothing to compare with" in language(loops._replace(repeated_trigrams=0.29), SILENT)
     assert "needs a look: 5.0 % of the tokens are <UNK>" in language(BEFORE._replace(unknown=0.05), SILENT)
 
 

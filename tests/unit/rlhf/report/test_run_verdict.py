@@ -147,8 +147,13 @@ def test_a_loss_that_rises_again_is_said_unless_the_run_names_its_best() -> None
         "was lowest at step 5 (0.4000); at the end, step 9, it is 0.6000" in one for one in verdict(facts_of(*history))
     )
     named = verdict(facts_of(*history, best={"step": 5}))
-    assert any("names step 5 as its best: held-out loss 0.4." in one for one in named)
+    assert any("names step 5 as its best: held-out loss 0.4; at the end, step 9, 0.6." in one for one in named)
     assert not any("was lowest" in one for one in named)
+    worse = [evaluation(0, 0.5, eval_loss=0.69), evaluation(5, 0.6, eval_loss=0.8), evaluation(9, 0.6, eval_loss=0.7)]
+    said = verdict(facts_of(*worse, best={"step": 9}))
+    assert any(
+        "below the held-out loss of the start, 0.6900: the lowest after it is 0.7000, at step 9." in one for one in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,9 +177,13 @@ def test_language_is_judged_by_its_guards(after: dict[str, float], words: str) -
 def test_a_silent_start_has_no_language_to_compare_with() -> None:
     """Where most answers of the start are empty, answers that repeat themselves are no change for the worse."""
     start = {"samples/tokens": 2.0, "samples/ended": 1.0, "samples/repeated_trigrams": 0.0, "samples/empty": 0.6}
-    after = {"samples/tokens": 20.0, "samples/ended": 0.1, "samples/repeated_trigrams": 0.4, "samples/empty": 0.0}
+    after = {"samples/tokens": 20.0, "samples/ended": 0.1, "samples/repeated_trigrams": 0.29, "samples/empty": 0.0}
     said = verdict(facts_of(evaluation(0, 0.5, **start), evaluation(9, 0.8, **after)))
     assert any("were mostly empty: nothing to compare the language with" in one for one in said)
+    loops = verdict(
+        facts_of(evaluation(0, 0.5, **start), evaluation(9, 0.8, **{**after, "samples/repeated_trigrams": 0.3}))
+    )
+    assert any("changed for the worse: they repeat themselves" in one for one in loops), "as the alarm has it"
     worse = {**start, "samples/empty": 0.8}
     assert any(
         "more are empty" in one for one in verdict(facts_of(evaluation(0, 0.5, **start), evaluation(9, 1, **worse)))
