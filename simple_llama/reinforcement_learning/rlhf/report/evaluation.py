@@ -25,6 +25,7 @@ from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import (
 )
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_words import nats, percent, points, verdict
 from simple_llama.reinforcement_learning.rlhf.report.page import Page
+from simple_llama.reinforcement_learning.rlhf.report.read_run import from_project
 from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval, ReliabilityBin
 
 HTML, JSON = "report.html", "report.json"
@@ -86,7 +87,7 @@ def write_evaluation(folder: Path, found: Evaluation) -> None:
 
 def _page(found: Evaluation, numbers: Mapping[str, Any], language: Mapping[str, Any], sentences: Sequence[str]) -> str:
     """The page, from the verdict down to what it takes to do it again."""
-    page = Page("Evaluation", f"{found.facts['data']['path']}: {found.which}")
+    page = Page("Evaluation", f"{from_project(found.facts['data']['path'])}: {found.which}")
     page.verdict(sentences)
     if found.facts["doubts"]:
         page.warnings(("alarm", doubt) for doubt in found.facts["doubts"])
@@ -360,7 +361,7 @@ def _add_origin(page: Page, facts: Mapping[str, Any]) -> None:
     page.table(
         ["model", "path", "weights (digest)", "tokenizer (digest)", "computed in"],
         [
-            [name, one["path"], one["weights"], one["tokenizer"], one["numerics"]["dtype"]]
+            [name, from_project(one["path"]), one["weights"], one["tokenizer"], one["numerics"]["dtype"]]
             for name, one in facts["models"].items()
         ],
         "Models.",
@@ -369,7 +370,7 @@ def _add_origin(page: Page, facts: Mapping[str, Any]) -> None:
     page.table(
         ["data", "value"],
         [
-            ["path", data["path"]],
+            ["path", from_project(data["path"])],
             ["digest of all pairs", data["digest"]],
             ["digest of the pairs evaluated on", data["digest_of_these_pairs"]],
             ["reader", data["report"]],
@@ -381,7 +382,7 @@ def _add_origin(page: Page, facts: Mapping[str, Any]) -> None:
     page.table(["what", "value"], [[name, str(value)] for name, value in made.items()], "Versions and machine.")
     page.table(
         ["setting", "value"],
-        [[name, str(value)] for name, value in facts["settings"].items()],
+        [[name, from_project(str(value))] for name, value in facts["settings"].items()],
         "Settings.",
     )
 

@@ -371,7 +371,8 @@ def _commands(facts: RunFacts, weights: str) -> list[str]:
         again += " --no_resume"
     folder = shlex.quote(from_project(str(Path(str(settings.get("ckpt_dir", ""))) / facts.name)))
     named = str(facts.best.get("weights", weights))
-    best = ["# or to the checkpoint that was best", chat_command(settings, named)] if named != weights else []
+    another = named != weights and facts.best.get("step") != facts.steps  # adapters lie beside the merged model
+    best = ["# or to the checkpoint that was best", chat_command(settings, named)] if another else []
     return [
         "# talk to the result, beside the model that it began as",
         f"{chat_command(settings, weights)} --against start",
