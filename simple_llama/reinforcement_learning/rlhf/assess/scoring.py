@@ -52,12 +52,19 @@ def log_probs(config: EvaluateConfig, inputs: Inputs, pairs: PairSet, ranks: Ran
 
 def check_same_pairs(inputs: Inputs, first: Inputs) -> None:
     """UserError where a model reads the data as other tokens than the start model: no sums could be compared."""
-    if not np.array_equal(inputs.data.pairs.keys, first.data.pairs.keys):
+    if not np.array_equal(_sorted(inputs.data.pairs), _sorted(first.data.pairs)):
         raise UserError(
             f"{inputs.start.path}: expected the tokens of the start model {first.start.path}, found others: its "
             "tokenizer or chat template differs, so their log-probs cannot be compared; give the model that it was "
             "trained from as --model_path, or evaluate it with --model_path alone"
         )
+
+
+def _sorted(pairs: PairSet) -> np.ndarray:
+    """The keys of pairs (N, 3), in an order that a split does not change: where a chat template has the system prompt,
+    and a record none, other prompts are held out."""
+    keys_N3 = np.ascontiguousarray(pairs.keys).view("<u8").reshape(len(pairs), -1)
+    return keys_N3[np.lexsort(keys_N3.T)]
 
 
 def categories(pairs: PairSet) -> list[str]:

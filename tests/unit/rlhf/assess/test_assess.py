@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from simple_llama.pretraining.weights import load_weights, save_weights
 from simple_llama.reinforcement_learning.rlhf.assess import answers, assess, evaluate_config, scoring
 from simple_llama.reinforcement_learning.rlhf.assess.evaluate_config import EvaluateConfig, parse_evaluate
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.export import ExportConfig, export_model
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from tiny_job import TinyJob, make_job, make_tuned
@@ -213,3 +215,18 @@ def test_the_harms_of_safety_records_are_categories(job: TinyJob, tmp_path: Path
     flags = (f"--rlhf_dataset_path={path}", "--val_share=0", "--prefer=both", "--on_bad_record=drop")
     inputs = load_inputs(config_of(job, *flags).inputs_of(str(job.folder / "start.pth")), ranks)
     assert scoring.categories(inputs.data.pairs) == ["Fraud + Theft", "(none)", "Fraud"]
+
+
+def test_an_export_in_the_other_form_has_the_same_pairs(job: TinyJob, ranks: Ranks) -> None:
+    """A Hugging Face folder has its system prompt in its chat template, so that other prompts would be held out; the
+    pairs are the same, in another order."""
+    tokenizer = str(job.settings["tokenize_path"])
+    folder = str(job.folder / "hf")
+    export_model(ExportConfig(source=str(job.folder / "tuned.pth"), output=folder, tokenize_path=tokenizer))
+    config = config_of(job)
+    first = load_inputs(config.inputs_of(config.model_path), ranks)
+    other = load_inputs(
+        replace(config.inputs_of(folder, first.max_seq_len), tokenize_path=EvaluateConfig.tokenize_path), ranks
+    )
+    assert other.data.pairs.keys.tobytes() != first.data.pairs.keys.tobytes()
+    scoring.check_same_pairs(other, first)
