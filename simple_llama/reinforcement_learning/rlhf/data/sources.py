@@ -29,6 +29,8 @@ class Epoch(NamedTuple):
     def times_N(self) -> np.ndarray:
         """How often each pair counts: a held-out one once."""
         times_N = np.ones(len(self.pairs), np.int64)
+        if (self.times_U == 1).all():
+            return times_N
         times_N[: self.trained] = np.repeat(self.times_U, _sizes(self.pairs[: self.trained]))
         return times_N
 
@@ -124,6 +126,8 @@ class Sources:
         twice: whatever other data there is, and in which order. What a share of 0.4 has, one of 0.5 has too.
         """
         first_U = pairs.units
+        if all(path.share == 1 for path in self.paths):
+            return np.ones(len(first_U), np.int64)
         of_file = self.of_file
         shares_U = np.array([of_file[file].share for file in pairs.files])[pairs.places["file"][first_U]]
         whole_U = np.floor(shares_U)
