@@ -37,8 +37,21 @@ def settings_of(job: TinyJob, name: str, judge: str) -> dict[str, Any]:
     return {**ASKED, "models": str(job.folder / "tuned.pth"), "judge": command, **places}
 
 
+def assert_alike(one: Any, other: Any) -> None:
+    """The same JSON, but for rounding."""
+    if isinstance(one, float):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
+    elif isinstance(one, dict | list):
+        assert type(one) is type(other) and len(one) == len(other)
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_alike(one[key], other[key])
+    else:
+        assert one == other
+
+
 def test_two_ranks_give_the_numbers_of_one(job: TinyJob) -> None:
-    """The whole report.json but for how it was made: log-probs, answers drawn with a seed, the judge's words.
+    """The whole report.json but for how it was made: log-probs, answers drawn with a seed, the judge's words. Numbers
+    are equal within fp32 rounding: on some CPUs a rank that has fewer threads sums in another order.
 
     The judge always takes the first answer, so all verdicts are ties that flipped.
     """
@@ -53,7 +66,7 @@ def test_two_ranks_give_the_numbers_of_one(job: TinyJob) -> None:
         found = json.loads((job.folder / name / "report.json").read_text())
         assert f"{world} rank" in found.pop("made_by")["ranks"]
         reports.append(found)
-    assert reports[0] == reports[1]
+    assert_alike(*reports)
     judged = reports[0]["judge"]["tuned.pth"]
     assert (judged["tied"], judged["flipped"], judged["win_rate"][0]) == (20, 20, 0.5)
 

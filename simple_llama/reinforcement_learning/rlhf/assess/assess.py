@@ -97,7 +97,9 @@ def assess(config: EvaluateConfig, ranks: Ranks) -> Path:
             facts = _facts(config, first, pairs, digests, ranks, time.monotonic() - started) | {"doubts": doubts}
             examples = {name: _examples(first, pairs, scored, name) for name in scored.models}
             texts = questions.texts if questions else ()
-            write_evaluation(folder, Evaluation(which, scored, facts, examples, texts, answers, judged))
+            said = write_evaluation(folder, Evaluation(which, scored, facts, examples, texts, answers, judged))
+            for sentence in said:
+                LOGGER.info("%s", sentence)
     LOGGER.info("report: %s and %s", folder / HTML, folder / JSON)
     return folder
 

@@ -163,7 +163,9 @@ def distance_table(runs: Sequence[Standing], groups: Sequence[Group]) -> Table:
             }
         )
     measures = dict.fromkeys(MEASURES[group.measure] for group in by_run.values())
-    caption = f"Against the distance from the reference ({'; '.join(measures)}). " if measures else ""
+    equal = dict.fromkeys(f"{group.shared_distance():.3g}" for group in by_run.values())
+    caption = f"Against the distance from the reference ({'; '.join(measures)}); equal distance: {', '.join(equal)}. "
+    caption = caption if measures else ""
     return _table(f"{caption}Losses are not comparable across losses and betas", rows)
 
 

@@ -62,8 +62,9 @@ class Evaluation:
     judged: Mapping[str, Mapping[str, Any]]  # by model
 
 
-def write_evaluation(folder: Path, found: Evaluation) -> None:
-    """Writes report.json and report.html into `folder`, each whole or not at all. UserError where it cannot."""
+def write_evaluation(folder: Path, found: Evaluation) -> list[str]:
+    """Writes report.json and report.html into `folder`, each whole or not at all, and returns the verdict. UserError
+    where it cannot."""
     numbers, language = pair_numbers(found.scored), answer_numbers(found.answers, found.scored.seed)
     sentences = verdict(found.which, numbers, language, found.judged)
     said = {name: {form: one._asdict() for form, one in forms.items()} for name, forms in found.answers.items()}
@@ -83,6 +84,7 @@ def write_evaluation(folder: Path, found: Evaluation) -> None:
     }
     atomic_write_json(folder / JSON, plain(report))
     atomic_write(folder / HTML, _page(found, numbers, language, sentences).encode())
+    return sentences
 
 
 def _page(found: Evaluation, numbers: Mapping[str, Any], language: Mapping[str, Any], sentences: Sequence[str]) -> str:

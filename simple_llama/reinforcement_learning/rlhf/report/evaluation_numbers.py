@@ -105,6 +105,7 @@ def _of_model(pairs: ScoredPairs, name: str, rules: Mapping[str, np.ndarray]) ->
         "margin": mean_interval(margins, groups),
         "loss": mean_interval(losses, groups),
         "preference": share_interval(raw, groups),
+        "preference_changed": int(np.count_nonzero(raw - rules["start_preference"])),
         "preference_gained": paired_bootstrap(raw, rules["start_preference"], groups, seed),
         "preference_gained_p": sign_test(raw - rules["start_preference"], groups),
         "log_ratio_chosen": mean_interval(ratios_N2[:, 0], groups),

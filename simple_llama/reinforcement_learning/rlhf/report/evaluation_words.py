@@ -120,7 +120,7 @@ def _is_real(model: Mapping[str, Any], numbers: Mapping[str, Any], answered: boo
     """Whether it now ranks more pairs rightly, and whether it beats what needs no training."""
     gained, start = model["preference_gained"], numbers["baselines"]["start_preference"]
     real = "more than chance explains" if model["preference_gained_p"] <= _ERROR else "chance may explain it"
-    change = "not one pair changed" if not any(gained) else f"{points(gained)}, {real}"
+    change = "not one pair changed" if not model["preference_changed"] else f"{points(gained)}, {real}"
     chosen, rejected = model["log_ratio_chosen"].value, model["log_ratio_rejected"].value
     found = [
         f"By its own log-probs it ranks {percent(model['preference'])} of the pairs rightly, the start model "
