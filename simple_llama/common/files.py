@@ -104,6 +104,12 @@ def json_bytes(obj: Any) -> bytes:
     return (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def check_free(path: str | os.PathLike[str]) -> None:
+    """UserError where something lies at the path of an --output, a broken link too."""
+    if os.path.lexists(path):
+        raise UserError(f"{path}: expected nothing there yet; choose another --output, or move it away")
+
+
 def digest(*chunks: bytes | bytearray | memoryview, size: int = 16) -> bytes:
     """blake2b of the joined chunks in `size` bytes. Boundaries do not count: callers with several fields mark them."""
     state = hashlib.blake2b(digest_size=size)

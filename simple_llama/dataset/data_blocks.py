@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_write_json, digest, open_file, read_json
+from simple_llama.dataset.json_records import LINE_SUFFIXES
 
-_LINE_SUFFIXES = (".jsonl", ".ndjson")
 _BLOCK, _PIECE = 64 << 20, 1 << 20  # bytes
 _DRAWN = 64  # pieces that are compared at a start
 _MOST_LINE = 64 << 20  # bytes that a line may go beyond the end of its block; a reader refuses longer ones anyway
@@ -70,7 +70,7 @@ def blocks_of(file: Path, facts_folder: Path, verify: bool = False, beat: Callab
             now = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
             cuts = _known(about, now)
             if cuts is None or verify or not _still_are(opened, cuts, beat):
-                cuts = list(_cut(opened, file.name.lower().endswith(_LINE_SUFFIXES), beat))
+                cuts = list(_cut(opened, file.name.lower().endswith(LINE_SUFFIXES), beat))
                 atomic_write_json(about, {"format": _FORMAT, "path": str(file), **now, "blocks": cuts})
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error

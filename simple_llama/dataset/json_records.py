@@ -14,8 +14,8 @@ from simple_llama.common.files import shown
 from simple_llama.dataset.packed_files import UNPACKED, text_blocks
 from simple_llama.dataset.parquet_records import TABLE_SUFFIXES, table_rows
 
-_LINE_SUFFIXES = (".jsonl", ".ndjson")
-_TEXT_SUFFIXES = (".json", *_LINE_SUFFIXES)
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+_TEXT_SUFFIXES = (".json", *LINE_SUFFIXES)
 _PACKED_SUFFIXES = tuple(f"{suffix}{packed}" for suffix in _TEXT_SUFFIXES for packed in UNPACKED)
 _SUFFIXES = (*_TEXT_SUFFIXES, *_PACKED_SUFFIXES, *TABLE_SUFFIXES)  # in any case
 _DOCUMENTS = ("readme", "readme.txt", "license", "license.txt")  # and *.md: may stand beside the data, in any case
@@ -213,7 +213,7 @@ def _values(file: str) -> Iterator[tuple[int, Any]]:
     if name.endswith(TABLE_SUFFIXES):
         return table_rows(file)
     text = Path(name).stem if name.endswith(_PACKED_SUFFIXES) else name
-    return _json_lines(file) if text.endswith(_LINE_SUFFIXES) else _json_list(file)
+    return _json_lines(file) if text.endswith(LINE_SUFFIXES) else _json_list(file)
 
 
 def _kinds(before: str = "") -> str:

@@ -22,15 +22,15 @@ _FREE_BYTES = 4 << 20  # unpacked before the expansion is looked at: small files
 _ZSTD_BYTES = 1 << 10  # taken in at a time: a block of 4 bytes may become 128 KiB
 
 
-def optional_package(name: str, file: str) -> Any:
-    """A package that reads a kind of file. UserError where it is not installed."""
+def optional_package(name: str, file: str | Path, extra: str = "data") -> Any:
+    """A package that a kind of file needs, and an extra of this project brings. UserError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
         raise UserError(
-            f"{file}: expected the package {package}, which reads such files, found none; install it: "
-            "pip install '.[data]'"
+            f"{file}: expected the package {package}, which such files need, found none; install it: "
+            f"pip install '.[{extra}]'"
         ) from None
 
 

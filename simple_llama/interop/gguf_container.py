@@ -21,6 +21,7 @@ import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
+from simple_llama.dataset.packed_files import optional_package
 from simple_llama.interop.held_file import HeldFile
 from simple_llama.pretraining.named_tensors import NamedTensors
 
@@ -61,7 +62,7 @@ class GGUFContainer(HeldFile, NamedTensors):
 
     def __init__(self, path: Path):
         """Reads the metadata and the table. UserError for a file that is not sound, or of types that cannot be read."""
-        self._gguf = _library(path)
+        self._gguf = optional_package("gguf", path, "gguf")
         super().__init__(path, _EXPECTED)
         try:
             header = _Header(self)
@@ -211,14 +212,3 @@ class _Header:
             self._ahead, self._ahead_at = bytes(ahead), self.at
         start, self.at = self.at - self._ahead_at, end
         return memoryview(self._ahead)[start : start + count]
-
-
-def _library(path: Path) -> Any:
-    """The package that knows the types. UserError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            f"{path}: expected the package gguf, which reads such files, found none; install it: pip install '.[gguf]'"
-        ) from None
-    return gguf

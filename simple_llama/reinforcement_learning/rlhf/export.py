@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import read_json
+from simple_llama.common.files import check_free, read_json
 from simple_llama.common.settings import CountOrNone, PathText, Settings, TextOrFile, with_texts
 from simple_llama.interop.adapted_start import AdaptedStart, base_of
 from simple_llama.interop.hf_config import config_json
@@ -95,8 +94,7 @@ def export_model(config: ExportConfig) -> str:
     form cannot say.
     """
     config, output = with_texts(config, {}), Path(config.output)
-    if os.path.lexists(output):
-        raise UserError(f"{output}: expected nothing there yet; choose another --output, or move it away")
+    check_free(output)
     if may_be_a_runs(output):
         raise UserError(
             f"{output}: expected a name that the run in {output.parent} gives to none of its exports, which it may "

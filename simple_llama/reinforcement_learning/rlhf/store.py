@@ -13,7 +13,7 @@ from typing_extensions import Doc
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import listed, shown
-from simple_llama.common.settings import WHOLE, Bounds, SomeSettings, parse_settings
+from simple_llama.common.settings import WHOLE, Bounds, parse_settings
 from simple_llama.reinforcement_learning.rlhf.reference.merge import merge
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import CacheConfig
 from simple_llama.reinforcement_learning.rlhf.reference.store_folders import (
@@ -81,14 +81,9 @@ def run_store(description: str | None, argv: Sequence[str] | None = None) -> int
     return actions[words[0]](words[1:], description)
 
 
-def _parsed(kind: type[SomeSettings], words: list[str], description: str | None) -> SomeSettings:
-    """The settings of an action."""
-    return parse_settings(kind, words, description)
-
-
 def _list(words: list[str], description: str | None) -> int:
     """Each store with what is known of it."""
-    config = _parsed(_ChosenConfig, words, description)
+    config = parse_settings(_ChosenConfig, words, description)
     folders = config.folders()
     for folder in folders:
         print(_about(facts_of(folder)))
@@ -123,7 +118,7 @@ def _day(seconds: float) -> str:
 
 def _verify(words: list[str], description: str | None) -> int:
     """Reads all; status 2 where something is damaged."""
-    folders = _parsed(_ChosenConfig, words, description).folders()
+    folders = parse_settings(_ChosenConfig, words, description).folders()
     faults = [fault for folder in folders for fault in verify(folder)]
     for fault in faults:
         print(fault)
@@ -133,18 +128,14 @@ def _verify(words: list[str], description: str | None) -> int:
 
 def _merge(words: list[str], description: str | None) -> int:
     """Merges one store after the other."""
-    for folder in _parsed(_ChosenConfig, words, description).folders():
+    for folder in parse_settings(_ChosenConfig, words, description).folders():
         print(merge(folder), flush=True)
     return 0
 
 
 def _prune(words: list[str], description: str | None) -> int:
     """Removes what is chosen, or says what it would remove."""
-    config = _parsed(_PruneConfig, words, description)
-    if not (config.digests or config.older_than_days is not None or config.leftovers):
-        raise UserError(
-            "prune: expected what to remove, found no word of it; give --digests, --older_than_days or --leftovers"
-        )
+    config = parse_settings(_PruneConfig, words, description)
     if not (config.digests or config.older_than_days is not None or config.leftovers):
         raise UserError(
             "prune: expected what to remove, found no word of it; give --digests, --older_than_days or --leftovers"

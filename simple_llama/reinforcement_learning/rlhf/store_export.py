@@ -11,9 +11,7 @@ kept in the same store under names of their own. Of SimpleLLaMA's format the sco
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,14 +22,15 @@ from typing_extensions import Doc
 
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_path
+from simple_llama.common.files import atomic_path, check_free
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import parse_settings
+from simple_llama.dataset.packed_files import optional_package
 from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat
 from simple_llama.reinforcement_learning.rlhf.command import run_any
+from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
-from simple_llama.reinforcement_learning.rlhf.data.readers import Conversation
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import resolved
@@ -175,30 +174,18 @@ def _row(said: Conversation, split: str, sums: Sequence[float]) -> dict[str, Any
 
 def _require_free(output: str) -> None:
     """UserError where something lies at a path, or its form cannot be written here."""
-    if os.path.lexists(output):
-        raise UserError(f"{output}: expected nothing there yet; choose another --output, or move it away")
+    check_free(output)
     if output.endswith(".parquet"):
-        _pyarrow()
-
-
-def _pyarrow() -> Any:
-    """The package that writes Parquet."""
-    try:
-        importlib.import_module("pyarrow.parquet")
-        return importlib.import_module("pyarrow")
-    except ModuleNotFoundError:
-        raise UserError(
-            "output: expected pyarrow for a .parquet file, found none; pip install pyarrow, or write .jsonl"
-        ) from None
+        optional_package("pyarrow.parquet", output)
 
 
 def _write(output: str, rows: Iterator[dict[str, Any]]) -> None:
     """The data set, whole or not at all, and never over another file."""
     with atomic_path(output) as temp:
         if output.endswith(".parquet"):
-            pyarrow = _pyarrow()
-            table = pyarrow.Table.from_pylist(list(rows))
-            pyarrow.parquet.write_table(table, temp, row_group_size=_ROWS_AT_ONCE)
+            table = optional_package("pyarrow", output).Table.from_pylist(list(rows))
+            parquet = optional_package("pyarrow.parquet", output)
+            parquet.write_table(table, temp, row_group_size=_ROWS_AT_ONCE)
         else:
             with open(temp, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

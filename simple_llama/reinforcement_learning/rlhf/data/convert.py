@@ -6,14 +6,13 @@ A record of another shape is a UserError; one that holds no usable pair is dropp
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import atomic_write
+from simple_llama.common.files import atomic_write, check_free
 from simple_llama.common.logging import LOGGER
 from simple_llama.dataset.ascii_text import ascii_text
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, read_records
@@ -105,8 +104,7 @@ def _check_settings(config: PrepareConfig) -> None:
         raise UserError(f"output: expected a name that ends with .json or .jsonl, found {config.output!r}")
     if Path(config.output).resolve() in {Path(name).resolve() for name in config.inputs}:
         raise UserError(f"output: expected another file than the inputs, found {config.output!r} among them")
-    if os.path.lexists(config.output):
-        raise UserError(f"{config.output}: expected nothing there yet; choose another --output, or move it away")
+    check_free(config.output)
     if config.limit < 0:
         raise UserError(f"limit: expected a number of pairs, or 0 for all, found {config.limit}")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,7 @@ class TokenShards:
         except FileNotFoundError:
             return None
         except (OSError, Damaged) as error:
-            LOGGER.log(logging.WARNING, "%s; it is made again", error)
+            LOGGER.warning("%s; it is made again", error)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None

@@ -205,7 +205,7 @@ class RefStore:
         found: dict[str, np.ndarray | MappedShard] = {}
         paths, bad, others = [], set[str](), set[str]()
         for _ in range(_MOST_LISTINGS):
-            paths, gone = _listed(self.folder), False
+            paths, gone = files_of(self.folder), False
             indexed = {path.name for path in paths if is_index(path.name)}
             for path in paths:
                 if path.name in found or path.name in bad | others or not is_shard(path.name):
@@ -308,7 +308,7 @@ class RefStore:
     def _drop_unbound(self) -> None:
         """Deletes the unbound shards that hold nothing which no bound one has."""
         self._take_in()
-        for path in _listed(self.folder):
+        for path in files_of(self.folder):
             if not is_unbound(path.name):
                 continue
             try:
@@ -390,7 +390,7 @@ class ShardWriter:
             self._store._write(np.concatenate(parts))
 
 
-def _listed(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     """What lies in the folder, by name. UserError when it cannot be read."""
     try:
         return sorted(folder.iterdir())

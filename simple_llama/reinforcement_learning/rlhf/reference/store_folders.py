@@ -28,7 +28,12 @@ from simple_llama.reinforcement_learning.rlhf.reference.merged_shards import (
     index_of,
     is_index,
 )
-from simple_llama.reinforcement_learning.rlhf.reference.ref_store import DESCRIPTION, MADE_WITH, belongs_to_a_store
+from simple_llama.reinforcement_learning.rlhf.reference.ref_store import (
+    DESCRIPTION,
+    MADE_WITH,
+    belongs_to_a_store,
+    files_of,
+)
 from simple_llama.reinforcement_learning.rlhf.reference.shards import (
     BadShardError,
     OtherKindError,
@@ -75,7 +80,7 @@ def store_folders(cache_dir: str | os.PathLike[str]) -> list[Path]:
 def facts_of(folder: Path) -> StoreFacts:
     """What can be said of a store without reading it."""
     entries, size, written, merged, others, leftovers, foreign = 0, 0, 0.0, 0, 0, [], []
-    paths = _files(folder)
+    paths = files_of(folder)
     names = {path.name for path in paths}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # of a pass, or a merge, that goes on
@@ -106,7 +111,7 @@ def verify(folder: Path) -> list[str]:
             f"{folder / DESCRIPTION}: expected the reference that the folder is called by, found another or none; "
             "delete the store and run the pass again"
         )
-    for path in _files(folder):
+    for path in files_of(folder):
         if is_shard(path.name):
             found += _faults_of(path, folder.name)
         elif is_index(path.name) and not path.with_suffix(".npy").exists():
@@ -180,14 +185,6 @@ def _remove(folder: Path) -> None:
         raise UserError(f"cannot remove {folder}: {error.strerror or error}") from error
     finally:
         lock.release()
-
-
-def _files(folder: Path) -> list[Path]:
-    """What lies in a folder, by name."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read the reference store {folder}: {error.strerror or error}") from error
 
 
 def _records_in(path: Path) -> int:

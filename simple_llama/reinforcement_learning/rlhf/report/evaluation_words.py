@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from simple_llama.reinforcement_learning.rlhf.report.evaluation_numbers import START
-from simple_llama.reinforcement_learning.rlhf.run.health import LOOPS
+from simple_llama.reinforcement_learning.rlhf.run.health import LOOPS, SILENT
 from simple_llama.reinforcement_learning.rlhf.run.statistics import Interval
 
 _CHANCE = 0.5
 _ERROR = 0.05  # of a sign test
 _MISCALIBRATED = 0.1  # calibration error
 _MANY_EMPTY = 0.05  # a share of empty answers that is a fault, unless the start model has as many
-_MOSTLY_EMPTY = 0.5  # share of the start's answers from which there is nothing to compare with
 _WORSE, _MORE_UNKNOWN = 0.1, 0.01  # rises of the shares of repeated trigrams and of <UNK> that are a fault
 
 
@@ -176,7 +175,7 @@ def _language(name: str, answers: Mapping[str, Any]) -> list[str]:
         now, start = models[name], models[START]
         faults = _faults(now, start)
         word = f"needs a look: {'; '.join(faults)}" if faults else "holds as far as counting can tell"
-        if start["empty"].value >= _MOSTLY_EMPTY and not faults:
+        if start["empty"].value >= SILENT and not faults:
             word = f"has nothing to compare with: {percent(start['empty'])} of the start model's answers are empty"
             word += f", {percent(now['empty'])} of its own"
         facts = (
@@ -195,7 +194,7 @@ def _language(name: str, answers: Mapping[str, Any]) -> list[str]:
 def _faults(now: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
     """What is worse than with the start model, beyond chance or by a share that nobody would accept."""
     faults, change = [], now["change"]
-    had_some = start["empty"].value < _MOSTLY_EMPTY
+    had_some = start["empty"].value < SILENT
     if had_some and now["repeated_trigrams"] - start["repeated_trigrams"] > _WORSE:
         faults.append("it repeats itself more than before")
     if not had_some and now["repeated_trigrams"] >= LOOPS:

@@ -11,7 +11,7 @@ import numpy as np
 
 from simple_llama.reinforcement_learning.rlhf.report.page import number
 from simple_llama.reinforcement_learning.rlhf.report.read_run import HeldOutPairs, RunFacts, value
-from simple_llama.reinforcement_learning.rlhf.run.health import LOOPS
+from simple_llama.reinforcement_learning.rlhf.run.health import LOOPS, SILENT
 from simple_llama.reinforcement_learning.rlhf.run.statistics import (
     Interval,
     accuracy_interval,
@@ -218,7 +218,7 @@ def _language(facts: RunFacts) -> Iterator[str]:
         name: (value(first, f"samples/{name}"), value(last, f"samples/{name}"))
         for name in ("repeated_trigrams", "ended", "empty", "unknown")
     }
-    had_none = changes["empty"][0] >= _MOSTLY_EMPTY
+    had_none = changes["empty"][0] >= SILENT
     troubles = [
         words
         for name, words, sign, most in _GUARDS
@@ -244,7 +244,6 @@ def _language(facts: RunFacts) -> Iterator[str]:
         yield f"The language {of} holds, as far as so few can tell: {told}, {lengths}."
 
 
-_MOSTLY_EMPTY = 0.5  # share of the start's answers from which repetitions and endings have nothing to compare with
 _OF_ANSWERS = ("repeated_trigrams", "ended")
 _SAID = ("repeated trigrams", "ended by themselves", "empty", "unknown tokens")
 _GUARDS = (

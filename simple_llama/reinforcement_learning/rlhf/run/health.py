@@ -32,6 +32,7 @@ _SPIKE, _SPIKE_OF_ALL = 5.0, 2.0  # times the norm of the lines before, and time
 _FAR_KL, _FAR_FALL = 0.5, 1.0  # nats a token: surely above, on the policy's answers; fall of the chosen answers
 LOOPS, _LOOPS_RISE = 0.3, 0.2  # share of trigrams from, and more than at the start
 _EMPTY, _EMPTY_RISE = 0.5, 0.25  # share of answers
+SILENT = 0.5  # share of the start's answers that are empty, from which there is nothing to compare with
 _ENDED_DROP, _ENDED = 0.6, 0.4  # share of answers that ended by themselves: less than at the start, and at most
 _UNKNOWN, _UNKNOWN_RISE = 0.05, 0.04  # share of answer tokens
 _STILL = 0.3  # of half the distance to the next weight: the sum of all rates; smaller weights move before
@@ -298,7 +299,7 @@ def _answers_empty(history: History, facts: Facts) -> str | None:
 def _answers_run_on(history: History, facts: Facts) -> str | None:
     """Sample answers no longer end by themselves. Those that ended at once had no answer that could end."""
     at_start = history.curve("samples/empty").values[:1]
-    if len(at_start) and at_start[0] >= _EMPTY:
+    if len(at_start) and at_start[0] >= SILENT:
         return None
     if not (found := _change(history, "samples/ended", _ENDED, _ENDED_DROP, falls=True)):
         return None
@@ -419,7 +420,7 @@ CHECKS = {
         _answers_run_on,
         "samples/ended",
         f"`samples/ended` at most {_ENDED:g}, and {_ENDED_DROP:g} less than at step 0; not where `samples/empty` was "
-        f"at least {_EMPTY:g} at step 0",
+        f"at least {SILENT:g} at step 0",
         "See whether chosen answers were cut off or lack the token that ends them; more sample_tokens where they are "
         "only longer",
     ),

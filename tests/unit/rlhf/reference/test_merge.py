@@ -253,7 +253,7 @@ def test_a_reader_looks_again_where_shards_went(tmp_path: Path, monkeypatch: pyt
     """The folder is merged between the reader's listing and its reading: all small shards it listed are gone."""
     store = filled(tmp_path)
     before = said(store)
-    listed, listings = ref_store._listed, []
+    listed, listings = ref_store.files_of, []
 
     def listed_before_a_merge(folder: Path) -> list[Path]:
         found = listed(folder)
@@ -262,7 +262,7 @@ def test_a_reader_looks_again_where_shards_went(tmp_path: Path, monkeypatch: pyt
             merge(folder)
         return found
 
-    monkeypatch.setattr(ref_store, "_listed", listed_before_a_merge)
+    monkeypatch.setattr(ref_store, "files_of", listed_before_a_merge)
     reader = opened(store)
     assert said(reader) == before and len(reader.mapped) >= 4 and len(listings) == 3  # one of them the merge's
 

@@ -393,7 +393,7 @@ def test_a_shard_that_another_rank_sets_aside_first_is_no_error(
     """All ranks load at once: a damaged shard can be gone when it is read, or renamed; no word about that."""
     store = filled(tmp_path, [0])
     listed = [*shards(store), store.folder / ("a" * 32 + ".npy")]
-    monkeypatch.setattr(ref_store, "_listed", lambda folder: listed)
+    monkeypatch.setattr(ref_store, "files_of", lambda folder: listed)
     store.load()
     assert missing(store, pairs([0])) == [] and caplog.text == ""
     monkeypatch.setattr(os, "replace", raising(errno.ENOENT))
@@ -553,7 +553,7 @@ def test_a_shard_that_is_bound_while_another_reads_is_found(tmp_path: Path, monk
     store = RefStore.open(tmp_path, REFERENCE)
     place_unbound(store, [0, 1])
     other = RefStore.open(tmp_path, REFERENCE)
-    listed, read = ref_store._listed, []
+    listed, read = ref_store.files_of, []
 
     def list_then_bind(folder: Path) -> list[Path]:
         paths = listed(folder)
@@ -562,7 +562,7 @@ def test_a_shard_that_is_bound_while_another_reads_is_found(tmp_path: Path, monk
             other.bind(pairs([0, 1]))
         return paths
 
-    monkeypatch.setattr(ref_store, "_listed", list_then_bind)
+    monkeypatch.setattr(ref_store, "files_of", list_then_bind)
     store.load()
     assert store.lookup(pairs([0, 1])).tolist() == logps([0, 1]).tolist() and not store.has_unbound
 
