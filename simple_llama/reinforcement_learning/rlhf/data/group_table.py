@@ -13,6 +13,7 @@ import numpy as np
 # A pair's group, where the branches of its answers begin behind the start of its prefix, and the answers' names; a pair
 # that is of no group has number -1.
 _PLACE = np.dtype([("group", "<i4"), ("chosen_at", "<i4"), ("rejected_at", "<i4"), ("answers", "V16", (2,))])
+NO_GROUP = np.array((-1, 0, 0, (bytes(16), bytes(16))), _PLACE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,4 +101,4 @@ class GroupBuffer:
     def _fill(self, pairs: int) -> None:
         """Notes that the pairs up to so many are of no group."""
         missing = pairs - len(self._places) // _PLACE.itemsize
-        self._places += np.array([(-1, 0, 0, (bytes(16), bytes(16)))], _PLACE).tobytes() * missing
+        self._places += NO_GROUP.tobytes() * missing

@@ -14,9 +14,9 @@ import numpy as np
 
 from simple_llama.dataset.json_records import KeptCount, Tally
 from simple_llama.reinforcement_learning.rlhf.data.data_report import BOTH_WAYS, LIKE_A_TURN, ODD_TURN, Unknown
-from simple_llama.reinforcement_learning.rlhf.data.group_table import GroupTable
-from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
-from simple_llama.reinforcement_learning.rlhf.data.span_table import SpanTable
+from simple_llama.reinforcement_learning.rlhf.data.group_table import NO_GROUP, GroupTable
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import USUAL_STRENGTH, PairSet
+from simple_llama.reinforcement_learning.rlhf.data.span_table import NO_SPANS, SpanTable
 from simple_llama.reinforcement_learning.rlhf.data.token_files import TokenFiles
 from simple_llama.reinforcement_learning.rlhf.data.unknown_tokens import unknown_of
 from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import CONTRADICTORY, DUPLICATE, HELD_OUT
@@ -55,7 +55,7 @@ def merge(blocks: Sequence[BlockPairs], drop_contradictions: bool) -> Merged | N
     keys = _joined(blocks, "keys")
     block_N = np.repeat(np.arange(len(blocks)), [len(block.arrays["keys"]) for block in blocks])
     numbers_N2 = np.ascontiguousarray(keys["digest"]).view("<u8").reshape(-1, 2)
-    order_N = np.argsort(numbers_N2[:, 0], kind="stable")
+    order_N = np.lexsort((numbers_N2[:, 1], numbers_N2[:, 0]))  # stable: of equal digests the first one leads
     earlier_N = _earlier(numbers_N2, order_N)
     first_N = earlier_N == np.arange(len(keys))
     held_N = np.array([block.is_held for block in blocks])[block_N]
@@ -114,8 +114,7 @@ def _filled(blocks: Sequence[BlockPairs], name: str, none: np.ndarray) -> np.nda
 
 def _strengths(blocks: Sequence[BlockPairs]) -> np.ndarray | None:
     """Weights and gaps."""
-    dtype = next((block.arrays["strengths"].dtype for block in blocks if "strengths" in block.arrays), None)
-    return None if dtype is None else _filled(blocks, "strengths", np.array((1.0, np.nan), dtype))
+    return _filled(blocks, "strengths", USUAL_STRENGTH)
 
 
 def _places(blocks: Sequence[BlockPairs]) -> np.ndarray:
@@ -129,12 +128,9 @@ def _places(blocks: Sequence[BlockPairs]) -> np.ndarray:
 
 def _groups(blocks: Sequence[BlockPairs]) -> np.ndarray | None:
     """Which pairs are of one record, numbered through all blocks."""
-    some = next((block.arrays["groups"] for block in blocks if "groups" in block.arrays), None)
-    if some is None:
+    groups = _filled(blocks, "groups", NO_GROUP)
+    if groups is None:
         return None
-    none = np.array((-1, 0, 0, (bytes(16), bytes(16))), some.dtype)
-    groups = _filled(blocks, "groups", none)
-    assert groups is not None
     number = done = 0
     for block in blocks:
         mine = groups["group"][done : (done := done + len(block.arrays["keys"]))]
@@ -146,11 +142,9 @@ def _groups(blocks: Sequence[BlockPairs]) -> np.ndarray | None:
 
 def _spans(blocks: Sequence[BlockPairs]) -> tuple[np.ndarray, np.ndarray] | None:
     """Spans of all pairs, and where each pair's are."""
-    some = next((block.arrays["span_places"] for block in blocks if "span_places" in block.arrays), None)
-    if some is None:
+    places = _filled(blocks, "span_places", NO_SPANS)
+    if places is None:
         return None
-    places = _filled(blocks, "span_places", np.zeros((), some.dtype))
-    assert places is not None
     parts = [block.arrays["spans"] for block in blocks if "spans" in block.arrays]
     spans = done = 0
     for block in blocks:
@@ -160,19 +154,13 @@ def _spans(blocks: Sequence[BlockPairs]) -> tuple[np.ndarray, np.ndarray] | None
 
 
 def _earlier(numbers_N2: np.ndarray, order_N: np.ndarray) -> np.ndarray:
-    """The position of the first pair with each one's digest (N,). Args: order_N sorts by the first number, stably."""
-    first_N = numbers_N2[order_N, 0]
-    same_N = np.zeros(len(first_N), bool)
-    same_N[1:] = first_N[1:] == first_N[:-1]
-    found_N = np.arange(len(first_N))
-    if same_N.any():
-        second_N = numbers_N2[order_N, 1]
-        if (same_N[1:] & (second_N[1:] != second_N[:-1])).any():  # of 16 bytes the first eight are alike: never yet
-            order_N = np.lexsort((numbers_N2[:, 1], numbers_N2[:, 0]))
-            sorted_N2 = numbers_N2[order_N]
-            same_N[1:] = (sorted_N2[1:] == sorted_N2[:-1]).all(axis=1)
-        starts = np.flatnonzero(~same_N)
-        found_N[order_N] = np.repeat(order_N[starts], np.diff(np.append(starts, len(same_N))))
+    """The position of the first pair with each one's digest (N,). Args: order_N sorts the digests, stably."""
+    sorted_N2 = numbers_N2[order_N]
+    leads_N = np.ones(len(order_N), bool)
+    leads_N[1:] = (sorted_N2[1:] != sorted_N2[:-1]).any(axis=1)
+    starts = np.flatnonzero(leads_N)
+    found_N = np.empty(len(order_N), np.int64)
+    found_N[order_N] = np.repeat(order_N[starts], np.diff(np.append(starts, len(order_N))))
     return found_N
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -111,36 +111,40 @@ class PairReader:
             yield from found
 
 
+class _Batch(NamedTuple):
+    """Conversations whose chats are being made into ids."""
+
+    said: list[Conversation]
+    chats: list[Chat]  # two of each conversation
+    made: Future[list[ScoredChat]]  # of each different chat: an answer may stand in several pairs
+
+
 def _tokenize(
     conversations: Iterable[Conversation], encode: _Encode, speller: Speller, count: KeptCount, faults: Faults
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
     """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
-    waiting: deque[tuple[list[Conversation], list[Chat], Future[list[ScoredChat]]]] = deque()
-    batches = iter(lambda: list(islice(ahead, _RECORDS_PER_BATCH)), [])
-    ahead = iter(conversations)
-    while True:
-        batch = next(batches, None)
-        if batch:
-            spelled = map(speller.spelled, batch)
-            chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
-            waiting.append((batch, chats, encode(list(dict.fromkeys(chats)))))  # an answer stands in several pairs
-        if not waiting:
-            return
-        if batch is None or len(waiting) > 1:
-            yield from _pairs(*waiting.popleft(), encode, count, faults)
+    source, before = iter(conversations), None
+    while said := list(islice(source, _RECORDS_PER_BATCH)):
+        spelled = map(speller.spelled, said)
+        chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
+        batch = _Batch(said, chats, encode(_distinct(chats)))
+        if before:
+            yield from _pairs(before, encode, count, faults)
+        before = batch
+    if before:
+        yield from _pairs(before, encode, count, faults)
+
+
+def _distinct(chats: list[Chat]) -> list[Chat]:
+    return list(dict.fromkeys(chats))
 
 
 def _pairs(
-    batch: list[Conversation],
-    chats: list[Chat],
-    made: Future[list[ScoredChat]],
-    encode: _Encode,
-    count: KeptCount,
-    faults: Faults,
+    batch: _Batch, encode: _Encode, count: KeptCount, faults: Faults
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
-    """The pairs of a batch whose chats are being made into ids."""
-    encoded = _encoded(batch, chats, made, encode, count, faults)
-    for c, *sides in zip(batch, chats[0::2], chats[1::2], strict=True):
+    """The pairs of a batch."""
+    encoded = _encoded(batch, encode, count, faults)
+    for c, *sides in zip(batch.said, batch.chats[0::2], batch.chats[1::2], strict=True):
         chosen, rejected = (encoded[side] for side in sides)
         for note in dict.fromkeys(chosen.notes + rejected.notes):
             count.noticed.add(note, f"{c.file}:{c.record}")
@@ -151,23 +155,17 @@ def _pairs(
             count.dropped.add("an answer of no scored token", f"{c.file}:{c.record}")
 
 
-def _encoded(
-    batch: list[Conversation],
-    chats: list[Chat],
-    made: Future[list[ScoredChat]],
-    encode: _Encode,
-    count: KeptCount,
-    faults: Faults,
-) -> dict[Chat, ScoredChat]:
-    """Ids of each different chat, two of which are each conversation's. One that the format cannot say is a fault, or
-    is taken out of the batch where faults are dropped."""
+def _encoded(batch: _Batch, encode: _Encode, count: KeptCount, faults: Faults) -> dict[Chat, ScoredChat]:
+    """Ids of each different chat. One that the format cannot say is a fault, or is taken out of the batch where faults
+    are dropped."""
+    said, chats, made = batch
     while True:
-        distinct = list(dict.fromkeys(chats))
+        distinct = _distinct(chats)
         try:
             return dict(zip(distinct, made.result(), strict=True))
         except UnsayableChat as error:
             place = chats.index(distinct[error.index]) // 2
-            unsaid = batch.pop(place)
+            unsaid = said.pop(place)
             del chats[2 * place : 2 * place + 2]
             origin = f"{unsaid.file}:{unsaid.record}"
             fault = UserError(f"{origin}: {error}")
@@ -177,4 +175,4 @@ def _encoded(
             count.total -= 1
         if not chats:
             return {}
-        made = encode(list(dict.fromkeys(chats)))
+        made = encode(_distinct(chats))

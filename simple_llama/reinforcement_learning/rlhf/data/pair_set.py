@@ -38,7 +38,7 @@ _STRENGTH = np.dtype([("weight", "<f8"), ("gap", "<f8")])  # a gap that is not g
 _FREE, _FIRST_SLOTS = -1, 1 << 10  # of the table in PairBuffer
 _PACKED_KEY, _PACKED_PLACE = struct.Struct("<16s2i"), struct.Struct("<q4iI")  # KEY and PLACE, one at a time
 _PACKED_STRENGTH = struct.Struct("<2d")
-_USUAL = _PACKED_STRENGTH.pack(1.0, math.nan)
+USUAL_STRENGTH = np.array((1.0, math.nan), _STRENGTH)
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +324,7 @@ class PairBuffer:
 
     def _fill_strengths(self) -> None:
         """Notes that the pairs since the last one which has a weight or a gap have none."""
-        self._strengths += _USUAL * (len(self) - len(self._strengths) // _STRENGTH.itemsize)
+        self._strengths += USUAL_STRENGTH.tobytes() * (len(self) - len(self._strengths) // _STRENGTH.itemsize)
 
     def _slot(self, name: bytes) -> int:
         """Where the position of the pair with this digest is, or is to be."""

@@ -15,6 +15,7 @@ import numpy as np
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import Spans
 
 _PLACE = np.dtype([("start", "<i8"), ("chosen", "<i4"), ("rejected", "<i4")])  # a pair's first span, and how many
+NO_SPANS = np.zeros((), _PLACE)
 _PACKED_PLACE = struct.Struct("<q2i")
 
 
@@ -68,4 +69,4 @@ class SpanBuffer:
 
     def _fill(self, pairs: int) -> None:
         """Notes that the pairs up to so many have none."""
-        self._places += bytes(pairs * _PLACE.itemsize - len(self._places))
+        self._places += NO_SPANS.tobytes() * (pairs - len(self._places) // _PLACE.itemsize)
