@@ -77,7 +77,7 @@ def _measured(bench: Bench) -> dict[str, str]:
     for task in ("json", "cold", "warm", "append", "walk") if bench.json else ("tokens", "warm", "walk"):
         found |= _child(bench, task)
     if bench.json and bench.kills:
-        found |= _killed(bench)
+        found |= _killed(bench, float(found["first start (s)"]))
     return found
 
 
@@ -89,7 +89,7 @@ def _child(bench: Bench, task: str) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _killed(bench: Bench) -> dict[str, str]:
+def _killed(bench: Bench, seconds: float) -> dict[str, str]:
     """Kills starts that tokenize, each at another moment, then compares what is there with what one start made."""
     whole, cut = Path(bench.folder, "cache"), Path(bench.folder, "cut")
     command = [sys.executable, "-m", "benchmarks.bench_data", "--json", "--sizes", str(bench.sizes[0])]
@@ -98,7 +98,7 @@ def _killed(bench: Bench) -> dict[str, str]:
     for _ in range(bench.kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=rng.uniform(4, 30))
+            process.wait(timeout=rng.uniform(0.2, 0.9) * seconds)
         except subprocess.TimeoutExpired:
             alive += 1
             process.send_signal(signal.SIGKILL)

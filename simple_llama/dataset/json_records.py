@@ -188,6 +188,15 @@ def read_records(path: str | Path, faults: Faults | None = None) -> Iterator[Rec
     return _records(file, _values(file), faults)
 
 
+def first_records(path: str | Path) -> Iterator[Record]:
+    """As `read_records`, without what is faulty; of one JSON list, which would be parsed whole, none. UserError for a
+    file that cannot be read."""
+    if _is_list(str(path)):
+        next(text_blocks(str(path), _MOST_LIST_BYTES), b"")
+        return iter(())
+    return read_records(path, Faults(are_dropped=True))
+
+
 def read_lines(file: str, data: bytes, first: int, faults: Faults | None = None) -> Iterator[Record]:
     """Yields the records of some whole lines of a file, of which the first has this number; as `read_records`."""
     return _records(file, _numbered_lines(file, data.removesuffix(b"\n").split(b"\n"), first), faults)
@@ -212,8 +221,14 @@ def _values(file: str) -> Iterator[tuple[int, Any]]:
     name = file.lower()
     if name.endswith(TABLE_SUFFIXES):
         return table_rows(file)
+    return _json_list(file) if _is_list(name) else _json_lines(file)
+
+
+def _is_list(file: str) -> bool:
+    """Whether a file is one JSON list, plain or packed."""
+    name = file.lower()
     text = Path(name).stem if name.endswith(_PACKED_SUFFIXES) else name
-    return _json_lines(file) if text.endswith(LINE_SUFFIXES) else _json_list(file)
+    return text.endswith(".json")
 
 
 def _kinds(before: str = "") -> str:

@@ -17,11 +17,10 @@ from simple_llama.cluster import watchdog
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import digest
 from simple_llama.dataset.data_blocks import Block, UncutFile, blocks_of, read_block
-from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, read_lines, read_records
+from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, first_records, read_lines, read_records
 from simple_llama.reinforcement_learning.rlhf.data.merge_blocks import BlockPairs, merge
 from simple_llama.reinforcement_learning.rlhf.data.pair_reader import PairReader, ReadPairs
 from simple_llama.reinforcement_learning.rlhf.data.readers import Formats
-from simple_llama.reinforcement_learning.rlhf.data.reading import Reading
 from simple_llama.reinforcement_learning.rlhf.data.sources import Sources
 from simple_llama.reinforcement_learning.rlhf.data.token_files import narrow
 from simple_llama.reinforcement_learning.rlhf.data.token_shards import FoundPairs, ReadBlock, TokenShards, arrays_of
@@ -63,7 +62,7 @@ def _in_one_reading(reader: PairReader, sources: Sources, val_share: float) -> F
     read.faults.count_in(read.count)
     unknown = unknown_of(read.pairs, unknown_counts(read.pairs, reader.chat.unknown_id))
     spelled = read.speller.characters, read.speller.pairs, read.speller.first
-    words = Reading(reader.config, reader.chat.default_system, read.formats).said()
+    words = reader.said(read.formats)
     found = FoundPairs(read.pairs, read.shares, 0, read.count, read.extra_keys, spelled, unknown, words)
     return _split(found, sources, val_share)
 
@@ -134,7 +133,7 @@ def _together(
         faults.shown = [*faults.shown, *shown][: Faults.most_shown]
         faults.first = faults.first or first
     faults.count_in(found.count)
-    words = Reading(reader.config, reader.chat.default_system, formats).said()
+    words = reader.said(formats)
     whole = FoundPairs(found.pairs, found.shares, 0, found.count, found.extra_keys, found.spelled, found.unknown, words)
     return _split(whole, sources, val_share)
 
@@ -154,7 +153,7 @@ def _format_of(reader: PairReader, file: Path) -> str:
     itself then. UncutFile for a file that cannot be read: one reading says why."""
     formats = Formats(reader.config.data_format)
     try:
-        for record in islice(read_records(file, Faults(are_dropped=True)), _FIRST_RECORDS):
+        for record in islice(first_records(file), _FIRST_RECORDS):
             with contextlib.suppress(UserError):
                 return formats.of(record)
     except UserError as error:

@@ -80,6 +80,10 @@ class PairReader:
             faults.add(fault)
         return ReadPairs(pairs, shares, count, extra_keys, speller, faults, reading.formats)
 
+    def said(self, formats: Mapping[str, str]) -> str:
+        """The formats of files that were read, in words. UserError for an option that no record had a use for."""
+        return Reading(self.config, self.chat.default_system, formats).said()
+
     def again(self, file: str, numbers: set[int]) -> Iterator[tuple[Conversation, TokenizedPair]]:
         """The pairs of these records of a file, which is read to the last one."""
         reading = Reading(self.config, self.chat.default_system)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path
-from simple_llama.dataset import data_blocks
+from simple_llama.dataset import data_blocks, json_records
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.reinforcement_learning.rlhf.data import find_pairs, pair_reader
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
@@ -234,3 +234,16 @@ def test_validation_files_and_other_kinds_of_files(tmp_path: Path, data: Path, t
     assert "2 held out as well" in plain.report
     for _ in range(2):
         assert_same(load(data, tokenizer, tmp_path / "cache", **options), plain)
+
+
+def test_a_list_is_parsed_once(
+    tmp_path: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second start does not look into it for the format either; the report says it all the same."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    turns = [{"prompt": row["User"][0], "chosen": row["Accepted"][0], "rejected": row["Rejected"][0]} for row in rows]
+    (tmp_path / "a.json").write_text(json.dumps(turns))
+    first = load(tmp_path / "a.json", tokenizer, tmp_path / "cache")
+    assert "read as TRL" in first.report
+    monkeypatch.setattr(json_records, "_parsed", None)
+    assert_same(first, load(tmp_path / "a.json", tokenizer, tmp_path / "cache"))
