@@ -92,20 +92,26 @@ def _of_several(numbers: Mapping[str, Any]) -> list[str]:
     return [f"Of {len(accuracies)} models {best[0]} has the largest accuracy ({percent(most)}), {real}."]
 
 
+def _moved(model: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether margin or accuracy went up, and whether one went down, chance apart."""
+    accuracy, margin = model["accuracy"], model["margin"]
+    return margin.is_above or accuracy.low > _CHANCE, margin.is_below or accuracy.high < _CHANCE
+
+
 def _is_better(name: str, model: Mapping[str, Any], which: str) -> str:
     """Whether, and by how much."""
-    accuracy, margin = model["accuracy"], model["margin"]
+    accuracy, margin, (up, down) = model["accuracy"], model["margin"], _moved(model)
     if math.isnan(margin.low):
         word = "cannot be told from these pairs: too few prompts"
     elif accuracy.low > _CHANCE and margin.is_above:
         word = "has learned the preference"
     elif accuracy.high < _CHANCE and margin.is_below:
         word = "has moved the wrong way"
-    elif (margin.is_above or accuracy.low > _CHANCE) and (margin.is_below or accuracy.high < _CHANCE):
+    elif up and down:
         word = "has moved some pairs far and most the other way"
-    elif margin.is_above or accuracy.low > _CHANCE:
+    elif up:
         word = "has probably learned some of the preference"
-    elif margin.is_below or accuracy.high < _CHANCE:
+    elif down:
         word = "has probably moved the wrong way"
     else:
         word = "shows no change in preference beyond chance"
@@ -143,9 +149,7 @@ def _is_real(model: Mapping[str, Any], numbers: Mapping[str, Any], answered: boo
 
 def _is_length(model: Mapping[str, Any]) -> list[str]:
     """Whether length alone may explain what changed; nothing where nothing did."""
-    accuracy, margin = model["accuracy"], model["margin"]
-    moved = margin.is_above or margin.is_below or accuracy.low > _CHANCE or accuracy.high < _CHANCE
-    return [_by_length(model)] if moved or math.isnan(margin.low) else []
+    return [_by_length(model)] if any(_moved(model)) or math.isnan(model["margin"].low) else []
 
 
 def _by_length(model: Mapping[str, Any]) -> str:
@@ -170,7 +174,7 @@ def _by_length(model: Mapping[str, Any]) -> str:
 
 def _language(name: str, answers: Mapping[str, Any]) -> list[str]:
     """Whether the answers still are language, by the form of the prompts."""
-    forms: dict[str, list[str]] = {}
+    found: dict[tuple[str, str], list[str]] = {}  # forms of which the same is said
     for form, models in answers.items():
         now, start = models[name], models[START]
         faults = _faults(now, start)
@@ -184,11 +188,12 @@ def _language(name: str, answers: Mapping[str, Any]) -> list[str]:
             f"{now['tokens'].value:.0f} tokens each ({start['tokens'].value:.0f}), "
             f"{percent(now['refused'].value)} refuse ({percent(start['refused'].value)})"
         )
-        forms.setdefault(f"{word}{{}}. {now['answers']} answers: {facts}.", []).append(form)
-    where = {
-        text: f", prompts as in {' and in '.join(some)}" if len(answers) > 1 else "" for text, some in forms.items()
-    }
-    return [f"The language of {name} {text.replace('{}', where[text], 1)}" for text in forms]
+        found.setdefault((word, f"{now['answers']} answers: {facts}."), []).append(form)
+    said = []
+    for (word, counted), forms in found.items():
+        where = f", prompts as in {' and in '.join(forms)}" if len(answers) > 1 else ""
+        said.append(f"The language of {name} {word}{where}. {counted}")
+    return said
 
 
 def _faults(now: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
