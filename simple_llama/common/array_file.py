@@ -70,20 +70,23 @@ def map_arrays(path: Path, verify: bool = False) -> tuple[dict[str, np.ndarray],
             raise Damaged(f"{path}: expected a file of arrays, found another")
         try:
             header = json.loads(file.read(length))
-            total = len(begin) + length + header["bytes"]
+            total, facts, named = len(begin) + length + header["bytes"], header["facts"], header["digest"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Damaged(f"{path}: expected a file of arrays, found a header that is none") from error
         if os.fstat(file.fileno()).st_size != total:
             raise Damaged(f"{path}: expected {total:,} bytes, found {os.fstat(file.fileno()).st_size:,}")
         data = np.memmap(file, np.uint8, "r", offset=len(begin) + length) if header["bytes"] else np.zeros(0, np.uint8)
-    found = {name: _view(data, about) for name, about in header["arrays"].items()}
+    try:
+        found = {name: _view(data, about) for name, about in header["arrays"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path}: expected arrays as its header describes them, found others") from error
     if verify:
         state = hashlib.blake2b(digest_size=16)
         for array in found.values():
             _each(array, state.update)
-        if state.hexdigest() != header["digest"]:
+        if state.hexdigest() != named:
             raise Damaged(f"{path}: expected the arrays that were written, found others")
-    return found, header["facts"]
+    return found, facts
 
 
 def _view(data: np.ndarray, about: Mapping[str, Any]) -> np.ndarray:

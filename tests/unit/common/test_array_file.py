@@ -32,7 +32,7 @@ def test_what_is_written_is_mapped(tmp_path: Path) -> None:
     assert map_arrays(path) == ({}, None) and len(path.read_bytes()) % 64 == 0
 
 
-@pytest.mark.parametrize("change", ["cut", "longer", "another", "header"])
+@pytest.mark.parametrize("change", ["cut", "longer", "another", "header", "key", "dtype"])
 def test_damage_is_seen(tmp_path: Path, change: str) -> None:
     """By its length, its first bytes, its header."""
     path = tmp_path / "a.arr"
@@ -43,6 +43,8 @@ def test_damage_is_seen(tmp_path: Path, change: str) -> None:
         "cut": data[:-1],
         "longer": data + b"0",
         "another": b"x" + data[1:],
+        "key": data.replace(b'"facts"', b'"fakts"'),
+        "dtype": data.replace(b'"<u2"', b'"<q2"'),
         "header": data[:header] + b"?" + data[header + 1 :],
     }
     path.write_bytes(changed[change])
