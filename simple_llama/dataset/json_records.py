@@ -325,7 +325,7 @@ def _decoded(data: bytes, origin: str) -> str:
 
 def _parsed(text: str, origin: str, expected: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except RecursionError:
         raise UserError(f"{origin}: expected {expected}, found values nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -355,3 +355,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     repeated, met = _RepeatedKey(fields), set()
     repeated.key = next(name for name, _ in pairs if name in met or met.add(name))
     return repeated
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models
@@ -14,6 +16,7 @@ from simple_llama.common.files import digest, read_bytes
 # fmt: off
 SPECIAL_TOKENS = ("<SOS>", "<EOS>", "<PAD>", "<UNK>", "<SOU>", "<EOU>", "<SOA>", "<EOA>", "<SOT>", "<EOT>")
 # fmt: on
+_PARALLEL = "TOKENIZERS_PARALLELISM"  # a variable that the library reads at each batch
 MOST_BYTES = 256 << 20  # of a file beside a model's weights; tokenizers of a quarter million tokens take 20 MB
 # of text as people write it: no controls, no planes without characters; real tokenizers lack some of these
 _TEXT_BYTES = (9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
@@ -38,6 +41,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+@contextlib.contextmanager
+def one_thread_a_call() -> Iterator[None]:
+    """While it lasts, a tokenizer does a batch in the thread that calls it, in place of threads of its own: for callers
+    with a thread for each core. They work without a pause then, and all of them while one waits for Python."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_PARALLEL, None)
+        else:
+            os.environ[_PARALLEL] = before
 
 
 def parse_tokenizer(data: bytes, source: str | Path) -> Tokenizer:

@@ -12,6 +12,7 @@ that a message which spells "<EOA>" cannot end itself.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -54,17 +55,17 @@ def format_chat(system: str, users: Sequence[str], assistants: Sequence[str]) ->
     return "".join(segment.text for segment in _chat_segments(system, users, assistants))
 
 
-def _encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, list[int]]:
-    """Token ids of each different text, tokenized in one batch; no special token can come out of it."""
+def _encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, array[int]]:
+    """Token ids (int32) of each different text, tokenized in one batch; no special token can come out of it."""
     assert tokenizer.encode_special_tokens, "load the tokenizer with load_tokenizer"
     different = list(dict.fromkeys(texts))
     encodings = tokenizer.encode_batch_fast(different, add_special_tokens=False)
-    return {text: encoding.ids for text, encoding in zip(different, encodings, strict=True)}
+    return {text: array("i", encoding.ids) for text, encoding in zip(different, encodings, strict=True)}
 
 
-def _join_ids(segments: Sequence[_Segment], ids_of_text: Mapping[str, Sequence[int]]) -> list[int]:
+def _join_ids(segments: Sequence[_Segment], ids_of_text: Mapping[str, array[int]]) -> array[int]:
     """Token ids of a chat from the ids of its texts (see `_encode_texts`)."""
-    ids: list[int] = []
+    ids = array("i")
     for segment in segments:
         if segment.kind == "special":
             ids.append(SPECIAL_IDS[segment.text])
@@ -75,9 +76,9 @@ def _join_ids(segments: Sequence[_Segment], ids_of_text: Mapping[str, Sequence[i
 
 def encode_chats(
     tokenizer: Tokenizer, chats: Sequence[tuple[str, Sequence[str], Sequence[str]]]
-) -> list[tuple[list[int], int]]:
-    """Of each whole chat (system, users, answers) the token ids, and how many of the last ones are scored: the last
-    answer and its <EOA>. Each different text is tokenized once.
+) -> list[tuple[array[int], int]]:
+    """Of each whole chat (system, users, answers) the token ids (int32), and how many of the last ones are scored: the
+    last answer and its <EOA>. Each different text is tokenized once.
 
     Raises ValueError unless there is an answer for each user message.
     """
@@ -86,14 +87,14 @@ def encode_chats(
             raise ValueError(f"expected an answer for each user message, found {len(assistants)} for {len(users)}")
     texts = (text for system, users, assistants in chats for text in (system, *users, *assistants))
     ids_of_text = _encode_texts(tokenizer, ("\n\n", "\n", *texts))
-    prompts: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[int]] = {}  # both chats of a pair have one
-    found = []
+    prompts: dict[tuple[str, tuple[str, ...], tuple[str, ...]], array[int]] = {}  # both chats of a pair have one
+    found, end = [], array("i", [SPECIAL_IDS["<EOA>"]])
     for system, users, assistants in chats:
         key = system, tuple(users), tuple(assistants[:-1])
         if (prompt := prompts.get(key)) is None:
             prompt = prompts[key] = _join_ids(_chat_segments(*key), ids_of_text)
         answer = ids_of_text[assistants[-1]]
-        found.append(([*prompt, *answer, SPECIAL_IDS["<EOA>"]], len(answer) + 1))
+        found.append((prompt + answer + end, len(answer) + 1))
     return found
 
 
@@ -101,8 +102,8 @@ def encode_chat(
     tokenizer: Tokenizer, system: str, users: Sequence[str], assistants: Sequence[str]
 ) -> tuple[list[int], int]:
     """A chat as `encode_chats` has it."""
-    [found] = encode_chats(tokenizer, [(system, users, assistants)])
-    return found
+    [(ids, scored)] = encode_chats(tokenizer, [(system, users, assistants)])
+    return ids.tolist(), scored
 
 
 def encode_prompt(tokenizer: Tokenizer, system: str, users: Sequence[str], assistants: Sequence[str]) -> list[int]:
@@ -110,7 +111,7 @@ def encode_prompt(tokenizer: Tokenizer, system: str, users: Sequence[str], assis
     if len(users) != len(assistants) + 1:
         raise ValueError(f"expected one answer fewer than user messages, found {len(assistants)} for {len(users)}")
     segments = _chat_segments(system, users, assistants)
-    return _join_ids(segments, _encode_texts(tokenizer, (s.text for s in segments if s.kind == "text")))
+    return _join_ids(segments, _encode_texts(tokenizer, (s.text for s in segments if s.kind == "text"))).tolist()
 
 
 def encode_serving_prompt(
@@ -122,7 +123,7 @@ def encode_serving_prompt(
     ValueError unless `assistants` has one entry fewer than `users`.
     """
     segments = _serving_segments(system, users, assistants)
-    return _join_ids(segments, _encode_texts(tokenizer, (s.text for s in segments if s.kind == "text")))
+    return _join_ids(segments, _encode_texts(tokenizer, (s.text for s in segments if s.kind == "text"))).tolist()
 
 
 def _serving_segments(system: str, users: Sequence[str], assistants: Sequence[str]) -> list[_Segment]:

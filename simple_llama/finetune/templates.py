@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ class TemplateRenderer:
             "cpu_seconds": cpu_seconds,
         }
         self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()  # an answer of the process belongs to the thread that asked last
         said = self._start()
         if "reads" not in said:
             raise UserError(f"{source}: expected a chat template (Jinja), found: {said['error']}")
@@ -82,7 +84,8 @@ class TemplateRenderer:
         found: list[Rendering] = []
         while len(found) < len(chats):
             ahead = chats[len(found) : len(found) + _AT_ONCE]
-            found += self._render(ahead[: _fitting(ahead)])
+            with self._lock:
+                found += self._render(ahead[: _fitting(ahead)])
         return found
 
     def _render(self, chats: Sequence[tuple[Messages, bool]]) -> list[Rendering]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,15 @@ def test_answers_of_one_prompt_share_its_ids() -> None:
     one, two = chat.encode([Chat(None, ["a"], ["b"]), Chat(None, ["a"], ["\nc"])])
     assert one.ids[: -one.scored] == two.ids[: -two.scored]
     assert isinstance(chat.tokenizer, Tokenizer) and not chat.tokenizer.encode_special_tokens
+
+
+def test_threads_may_share_a_format() -> None:
+    """One process renders for all of them: each gets the answers to what it asked."""
+    chat = JinjaChat(own(CHATML + PROMPT, KINDS["ByteLevel"]))
+    batches = [[Chat(None, [f"{thread} {number}"], ["yes"]) for number in range(150)] for thread in range(6)]
+    expected = [
+        [list(found.ids) for found in plain_form(CHATML + PROMPT, "ByteLevel").encode(some)] for some in batches
+    ]
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(chat.encode, batches))
+    assert [[list(one.ids) for one in some] for some in found] == expected

@@ -87,12 +87,12 @@ def chosen_pairs(ranks: Sequence[tuple[Rank, Rank] | None], compared: Compared) 
     """Which of the pairs of one record, by the ranks of both answers, are compared: best_worst the first with the last
     answer, adjacent each with the next, both of the first answer of each score; all each with each of a lower one."""
     known = [pair for pair in ranks if pair]
+    if compared == "all" or len(known) != len(ranks):
+        return list(range(len(ranks)))
     first: dict[float, Rank] = {}
     for rank in sorted({rank for pair in known for rank in pair}):
         first.setdefault(rank.level, rank)
     levels = list(first.values())
-    if compared == "all" or len(known) != len(ranks):
-        return list(range(len(ranks)))
     wanted = {(levels[0], levels[-1])} if compared == "best_worst" else set(pairwise(levels))
     return [place for place, pair in enumerate(ranks) if pair in wanted]
 

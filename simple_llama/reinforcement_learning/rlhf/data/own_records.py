@@ -140,14 +140,20 @@ def _messages(record: Record, key: str, values: Any, which: str = "") -> tuple[s
             f"{record.origin}: {key}{which}: expected a list of one or more strings, found {json_type(values)}"
         )
     for number, value in enumerate(values, 1):
-        place = f"{record.origin}: {key}{which}, entry {number}"
-        if not isinstance(value, str):
-            raise UserError(f"{place}: expected a string, found {json_type(value)}")
-        if key != "Template" and is_blank(value):
-            raise UserError(f"{place}: expected a message, found an empty one; remove the record or write one")
-        if has_half_a_pair(value):
-            raise UserError(f"{place}: expected Unicode text, found half of a surrogate pair (\\ud800-\\udfff)")
+        if wrong := _what_is_wrong(value, may_be_blank=key == "Template"):
+            raise UserError(f"{record.origin}: {key}{which}, entry {number}: {wrong}")
     return tuple(values)
+
+
+def _what_is_wrong(value: Any, may_be_blank: bool) -> str:
+    """Why a value is no message; "" where it is one."""
+    if not isinstance(value, str):
+        return f"expected a string, found {json_type(value)}"
+    if not may_be_blank and is_blank(value):
+        return "expected a message, found an empty one; remove the record or write one"
+    if has_half_a_pair(value):
+        return "expected Unicode text, found half of a surrogate pair (\\ud800-\\udfff)"
+    return ""
 
 
 def _is_nearly_custom(text: str) -> bool:

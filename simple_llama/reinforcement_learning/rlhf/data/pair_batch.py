@@ -15,6 +15,7 @@ Shapes: B pairs, A answers, T packed rows, N scored tokens.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -27,6 +28,7 @@ from simple_llama.common.files import digest
 from simple_llama.ops.attention import PackedLayout
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import Entries, as_keys
 
+_HEADER = struct.Struct("<4q")  # of what a name is the digest of: tokens of both chats, scored ones of both
 Spans = tuple[tuple[int, int], ...]  # (start, stop) of scored tokens in a whole chat, in order; it ends with the last
 
 
@@ -84,13 +86,11 @@ class TokenizedPair:
         it and none behind the last.
         """
         for side, ids, some in zip(("chosen", "rejected"), (chosen_ids, rejected_ids), spans, strict=True):
-            edges = [0, *(edge for span in some for edge in span)]
-            if edges != sorted(set(edges)) or edges[-1] != len(ids):
+            if not _in_order(some, len(ids)):
                 raise ValueError(f"{side}: expected spans in order up to {len(ids)}, found {some}")
         chosen, rejected = np.asarray(chosen_ids, dtype=np.int32), np.asarray(rejected_ids, dtype=np.int32)
         limit = min(spans[0][-1][0], spans[1][-1][0])
-        differs = np.flatnonzero(chosen[:limit] != rejected[:limit])
-        shared = int(differs[0]) if len(differs) else limit
+        shared = _common(chosen[:limit], rejected[:limit])
         if shared == 0:
             raise ValueError("the two chats do not start with the same token")
         chosen_scored, rejected_scored = (sum(stop - start for start, stop in side) for side in spans)
@@ -101,7 +101,7 @@ class TokenizedPair:
             rejected=rejected[shared:],
             chosen_scored=chosen_scored,
             rejected_scored=rejected_scored,
-            digest=_name(chosen, chosen_scored, rejected, rejected_scored, kept),
+            digest=_name((chosen,), chosen_scored, (rejected,), rejected_scored, kept),
             weight=weight,
             gap=gap,
             spans=kept,
@@ -110,15 +110,15 @@ class TokenizedPair:
     @property
     def swapped_digest(self) -> bytes:
         """The name of the pair in which the other answer is preferred."""
-        chosen, rejected = self.wholes
         spans = self.spans and (self.spans[1], self.spans[0])
+        chosen, rejected = (self.prefix, self.chosen), (self.prefix, self.rejected)
         return _name(rejected, self.rejected_scored, chosen, self.chosen_scored, spans)
 
     @property
     def answer_names(self) -> tuple[bytes, bytes]:
         """Names of both answers: each that of a pair whose two chats are it."""
         sides = zip(self.wholes, self.scored_spans, (self.chosen_scored, self.rejected_scored), strict=True)
-        chosen, rejected = (_name(ids, n, ids, n, (some, some) if self.spans else None) for ids, some, n in sides)
+        chosen, rejected = (_name((ids,), n, (ids,), n, (some, some) if self.spans else None) for ids, some, n in sides)
         return chosen, rejected
 
     @property
@@ -146,11 +146,16 @@ class TokenizedPair:
     @property
     def scores_one_answer(self) -> bool:
         """Whether both sides score the same tokens: only what stands before them differs, or nothing."""
-        scored = self.chosen_scored
         if self.spans:
             chosen, rejected = (whole[at] for whole, at in zip(self.wholes, self.scored_at, strict=True))
             return np.array_equal(chosen, rejected)
+        scored = self.chosen_scored
         return scored == self.rejected_scored and np.array_equal(self.chosen[-scored:], self.rejected[-scored:])
+
+    @property
+    def is_one_chat(self) -> bool:
+        """Whether both chats are the same tokens."""
+        return len(self.chosen) == len(self.rejected) and np.array_equal(self.chosen, self.rejected)
 
     @property
     def rows(self) -> int:
@@ -199,10 +204,26 @@ def common_prefix(pairs: Sequence[TokenizedPair]) -> int:
     """How many tokens all chats of these pairs begin with, never past the first one of a last answer."""
     first, shared = pairs[0].prefix, min(len(pair.prefix) for pair in pairs)
     for pair in pairs[1:]:
-        differs = np.flatnonzero(pair.prefix[:shared] != first[:shared])
-        shared = int(differs[0]) if len(differs) else shared
+        shared = _common(pair.prefix[:shared], first[:shared])
     assert shared, "chats begin with the same token"
     return shared
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """How many elements two arrays of one length begin with alike."""
+    differs = one != other
+    first = int(differs.argmax()) if len(differs) else 0
+    return first if len(differs) and differs[first] else len(differs)
+
+
+def _in_order(spans: Spans, length: int) -> bool:
+    """Whether spans are of one token or more each, with one or more before each, and end with a chat of this length."""
+    end = 0
+    for start, stop in spans:
+        if not end < start < stop:
+            return False
+        end = stop
+    return end == length
 
 
 def _first(spans: Spans, count: int) -> Spans:
@@ -216,18 +237,19 @@ def _first(spans: Spans, count: int) -> Spans:
 
 
 def _name(
-    chosen: np.ndarray,
+    chosen: tuple[np.ndarray, ...],
     chosen_scored: int,
-    rejected: np.ndarray,
+    rejected: tuple[np.ndarray, ...],
     rejected_scored: int,
     spans: tuple[Spans, Spans] | None,
 ) -> bytes:
-    """The digest of two whole chats (int32 ids) and how many of their last tokens, or which of all, are scored."""
-    header = np.asarray([len(chosen), chosen_scored, len(rejected), rejected_scored], dtype="<i8")
-    parts = [header, chosen.astype("<i4", copy=False), rejected.astype("<i4", copy=False)]
-    if spans:
-        parts += [np.asarray([len(side), *(edge for span in side for edge in span)], dtype="<i8") for side in spans]
-    return digest(*(part.data for part in parts), size=16)
+    """The digest of two whole chats (int32 ids, in one array or several) and how many of their last tokens, or which of
+    all, are scored."""
+    parts = [_HEADER.pack(sum(map(len, chosen)), chosen_scored, sum(map(len, rejected)), rejected_scored)]
+    parts += [ids.astype("<i4", copy=False).tobytes() for ids in (*chosen, *rejected)]
+    for side in spans or ():
+        parts.append(np.asarray([len(side), *(edge for span in side for edge in span)], dtype="<i8").tobytes())
+    return digest(b"".join(parts))
 
 
 class _Segment(NamedTuple):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from simple_llama.cluster.console import progress
+from simple_llama.cluster.distributed import own_cores
 from simple_llama.common.errors import UserError
 from simple_llama.dataset.ascii_text import Spelling
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, read_records
+from simple_llama.dataset.tokenizer import one_thread_a_call
 from simple_llama.finetune.chat_format import Chat, ChatFormat, UnsayableChat
 from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.overlong import without_oldest_turns
@@ -25,7 +30,8 @@ from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import ForMerge, Usable, keep_usable
 
 _Encode = Callable[[Sequence[Chat]], "Future[list[ScoredChat]]"]
-_RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
+_THREADS = min(8, len(own_cores()))  # more would wait for Python, which makes pairs of what they made
+_RECORDS_PER_BATCH = 256  # that a thread tokenizes at a time
 
 
 @dataclass
@@ -71,9 +77,9 @@ class PairReader:
         try:
             counted = progress(records(faults), None, "reading and tokenizing pairs")
             conversations = reading.conversations(counted, count, extra_keys, faults)
-            pairs, shares = keep_usable(
-                self._tokenized(conversations, speller, count, faults), self.usable, count, merge
-            )
+            tokenized = self._tokenized(conversations, speller, count, faults)
+            with _others_kept():
+                pairs, shares = keep_usable(tokenized, self.usable, count, merge)
         except UserError as fault:  # of a whole file
             if faults.are_dropped:
                 raise
@@ -98,12 +104,12 @@ class PairReader:
     ) -> Iterator[tuple[Conversation, TokenizedPair]]:
         """Adds token ids; leaves out turns of chats that are too long, where that is wanted.
 
-        Ids are made by another thread, a batch ahead: while a tokenizer works, Python can read and look at pairs.
+        Ids are made by other threads, a batch each: while the tokenizer works, Python can read and look at pairs.
         """
-        with ThreadPoolExecutor(1, "tokenizing") as thread:
+        with one_thread_a_call(), ThreadPoolExecutor(_THREADS, "tokenizing") as threads:
 
             def encode(chats: Sequence[Chat]) -> Future[list[ScoredChat]]:
-                return thread.submit(self.scoring.encode, self.chat, chats)
+                return threads.submit(self.scoring.encode, self.chat, chats)
 
             def again(c: Conversation) -> TokenizedPair | None:
                 found = _tokenize([c], encode, Speller(self.spelling), KeptCount(), faults)
@@ -113,6 +119,17 @@ class PairReader:
             if self.shorten_to is not None:
                 found = without_oldest_turns(found, self.shorten_to, again, count)
             yield from found
+
+
+@contextlib.contextmanager
+def _others_kept() -> Iterator[None]:
+    """While it lasts, Python looks for garbage among what is made meanwhile alone, not again and again in all that the
+    packages have: a tenth of the time that reading takes."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Batch(NamedTuple):
@@ -127,16 +144,15 @@ def _tokenize(
     conversations: Iterable[Conversation], encode: _Encode, speller: Speller, count: KeptCount, faults: Faults
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
     """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
-    source, before = iter(conversations), None
+    source, ahead = iter(conversations), deque[_Batch]()
     while said := list(islice(source, _RECORDS_PER_BATCH)):
         spelled = map(speller.spelled, said)
         chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
-        batch = _Batch(said, chats, encode(_distinct(chats)))
-        if before:
-            yield from _pairs(before, encode, count, faults)
-        before = batch
-    if before:
-        yield from _pairs(before, encode, count, faults)
+        ahead.append(_Batch(said, chats, encode(_distinct(chats))))
+        if len(ahead) > _THREADS:
+            yield from _pairs(ahead.popleft(), encode, count, faults)
+    for batch in ahead:
+        yield from _pairs(batch, encode, count, faults)
 
 
 def _distinct(chats: list[Chat]) -> list[Chat]:

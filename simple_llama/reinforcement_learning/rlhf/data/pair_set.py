@@ -268,9 +268,9 @@ class PairBuffer:
 
     def append(self, pair: TokenizedPair, file: str, record: int) -> None:
         """Adds a pair that came from this record."""
-        self._note(pair, file, record, len(self._tokens), (pair.prefix, pair.chosen, pair.rejected))
-        for part in (pair.prefix, pair.chosen, pair.rejected):
-            self._take(part)
+        parts = pair.prefix, pair.chosen, pair.rejected
+        self._note(pair, file, record, len(self._tokens), parts)
+        self._take(*parts)
 
     def append_group(self, pairs: Sequence[TokenizedPair], file: str, record: int) -> None:
         """Adds pairs of one record: each of its answers is kept once, behind what all its chats begin with."""
@@ -289,9 +289,9 @@ class PairBuffer:
             self._groups.append((chosen, rejected), pair.answer_names, len(self), first=pair is pairs[0])
             self._note(pair, file, record, start, (pair.prefix[:shared], *branches))
 
-    def _take(self, ids: np.ndarray) -> None:
+    def _take(self, *parts: np.ndarray) -> None:
         """Keeps tokens."""
-        self._tokens.frombytes(ids.astype(np.int32, copy=False).tobytes())
+        self._tokens.frombytes(b"".join([ids.astype(np.int32, copy=False).tobytes() for ids in parts]))
 
     def _note(self, pair: TokenizedPair, file: str, record: int, start: int, parts: tuple[np.ndarray, ...]) -> None:
         """Adds what stands beside a pair's tokens, which begin at `start`, in these parts."""

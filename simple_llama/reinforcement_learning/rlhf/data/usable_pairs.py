@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from json.encoder import encode_basestring_ascii
 
 import numpy as np
 
@@ -102,13 +102,13 @@ def _sound(found: Iterable[_Read], kept: PairBuffer, max_seq_len: int, held: int
         origin = f"{c.file}:{c.record}"
         if max(pair.chosen_len, pair.rejected_len) > max_seq_len:
             count.dropped.add("too long", origin)
-        elif np.array_equal(pair.chosen, pair.rejected):
+        elif pair.is_one_chat:
             count.dropped.add("identical", origin)
         elif pair.scores_one_answer:
             count.dropped.add("same last answer", origin)
-        elif 0 <= kept.position(pair.digest) < held:
-            count.dropped.add(HELD_OUT, origin)
-        elif pair.digest in kept or any(pair.digest == one.digest for _, one in sound):
+        elif (place := kept.position(pair.digest)) >= 0:
+            count.dropped.add(HELD_OUT if place < held else DUPLICATE, origin)
+        elif any(pair.digest == one.digest for _, one in sound):
             count.dropped.add(DUPLICATE, origin)
         else:
             sound.append((c, pair))
@@ -127,5 +127,6 @@ def held_out_prompts(shares_N: np.ndarray, val_share: float) -> np.ndarray:
 
 def _prompt_share(system: str | None, users: Sequence[str], seed: int) -> float:
     """Where the prompt stands in [0, 1), from a hash of the seed, the system prompt and the user turns."""
-    key = json.dumps([seed, system, list(users)]).encode()
-    return int.from_bytes(digest(key, size=6), "big") / 2**48  # 48 bits are exact in a float
+    written = "null" if system is None else encode_basestring_ascii(system)
+    key = f"[{seed}, {written}, [{', '.join(map(encode_basestring_ascii, users))}]]"  # as json.dumps writes the list
+    return int.from_bytes(digest(key.encode(), size=6), "big") / 2**48  # 48 bits are exact in a float

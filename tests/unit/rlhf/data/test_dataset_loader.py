@@ -27,7 +27,7 @@ from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from simple_llama.finetune.chat_config import ChatConfig
 from simple_llama.finetune.chat_format import SimpleLLaMAChat
 from simple_llama.finetune.format_llm_prompt import DEFAULT_SYSTEM_PROMPT, encode_chat, encode_prompt
-from simple_llama.reinforcement_learning.rlhf.data import dataset_loader, reading, unknown_tokens
+from simple_llama.reinforcement_learning.rlhf.data import pair_reader, reading, unknown_tokens
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader, with_held_out
 from simple_llama.reinforcement_learning.rlhf.data.own_records import from_template
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
@@ -147,10 +147,11 @@ def test_every_special_token_stays_text_wherever_it_stands(
 def test_tokens_do_not_depend_on_the_batch(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven records tokenized two at a time are the same seven pairs."""
+    """Seven records tokenized two at a time, by three threads, are the same seven pairs in the same order."""
     path = written(tmp_path, *(record(f"Question {number}?") for number in range(7)))
     whole = [pair.digest for pair in load(path, tokenizer).train]
-    monkeypatch.setattr("simple_llama.reinforcement_learning.rlhf.data.dataset_loader._RECORDS_PER_BATCH", 2)
+    monkeypatch.setattr(pair_reader, "_RECORDS_PER_BATCH", 2)
+    monkeypatch.setattr(pair_reader, "_THREADS", 3)
     assert [pair.digest for pair in load(path, tokenizer).train] == whole
     assert len(set(whole)) == 7
 
@@ -565,7 +566,7 @@ def test_reading_longer_than_io_timeout_s_is_no_hang(
     30: no verdict, also where a fault stands in front and the rest is only looked at. What a micro-batch may take is
     not learned from it. Then nothing gets on for an hour, which is a hang."""
     clock = [1000.0]
-    monkeypatch.setattr(dataset_loader, "_RECORDS_PER_BATCH", 2)
+    monkeypatch.setattr(pair_reader, "_RECORDS_PER_BATCH", 2)
     monkeypatch.setattr(reading, "_RECORDS_PER_BEAT", 2)
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
     main, peer = (Ranks(rank, 2, rank, 2, torch.device("cpu")) for rank in (0, 1))
