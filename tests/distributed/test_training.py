@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,21 @@ def test_bf16_zero_2_and_zero_3_agree(job):
         shutil.rmtree(job.folder / "checkpoints" / "zero3_bf16" / "state" / step)
     run_two(TRAIN, {**base, "run_name": "zero3_bf16", "deepspeed_config": settings["deepspeed_config"]}, "--resume")
     assert all(torch.equal(tensor, before[name]) for name, tensor in job.weights("zero3_bf16").items())
+
+
+def test_two_ranks_make_tokens_together(job):
+    """Each of the blocks by one rank, both of them some; a second start makes none, and trains on the same pairs."""
+    run_two(PRECOMPUTE, job.settings)
+    port, flags = free_port(), (f"--script={PRECOMPUTE}",)
+    made = []
+    for _ in range(2):
+        processes = [start_rank("tests/small_blocks.py", job.settings, rank, 2, port, flags) for rank in range(2)]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        assert not any(process.returncode for process in processes), outputs
+        assert "24 of 24 pairs are there" in outputs[0]
+        made.append([re.findall(r"made block (\d+)", output) for output in outputs])
+    assert all(made[0]) and not set(made[0][0]) & set(made[0][1])
+    assert made[1] == [[], []]
 
 
 def test_reference_pass_killed_in_the_middle_resumes(job):

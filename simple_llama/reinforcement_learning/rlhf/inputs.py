@@ -7,7 +7,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from typing_extensions import Doc
@@ -34,8 +34,8 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import Loaded, WeightsFile, build_model, check_weights
-from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader
-from simple_llama.reinforcement_learning.rlhf.data.find_pairs import TokenCache, is_large
+from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader, pair_reader
+from simple_llama.reinforcement_learning.rlhf.data.find_pairs import TokenCache, is_large, make_share
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 from simple_llama.reinforcement_learning.rlhf.data.sources import Sources
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, model_dtype, read_ds_config
@@ -168,6 +168,18 @@ class Inputs:
         return self.data.digest.hex()
 
 
+class _Opened(NamedTuple):
+    """What is known before the data are read."""
+
+    start: StartModel
+    chat: ChatFormat
+    given_tokenizer: OwnTokenizer | None
+    tokenizer: str  # digest
+    kept_digest: str | None
+    dtype: torch.dtype
+    max_seq_len: int
+
+
 def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None, ref_cache_dir: str = "") -> Inputs:
     """Reads and checks all inputs on every rank, then that all ranks have read the same (collective).
 
@@ -178,15 +190,15 @@ def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None,
 
     Raises UserError with the file and what is wrong, or with the host and rank that differ from rank 0.
     """
-    cache = TokenCache(Path(ref_cache_dir) / "tokens", config.verify_data) if ref_cache_dir else None
-    if cache and _keeps_tokens(config, ranks):
-        with fail_together(ranks):  # rank 0 looks, and makes what is missing; the others find it
-            first = _read_inputs(config, known, cache) if ranks.is_main else None
-        with fail_together(ranks):
-            inputs = first or _read_inputs(config, known, cache)
+    with fail_together(ranks):
+        opened = _open(config)
+    if known and broadcast_object(_reads_alike(known, opened), ranks, bool):
+        data = known.data
     else:
-        with fail_together(ranks):
-            inputs = _read_inputs(config, known, cache)
+        cache = TokenCache(Path(ref_cache_dir) / "tokens", config.verify_data) if ref_cache_dir else None
+        data = _read_data(config, opened, cache, ranks)
+    with fail_together(ranks):
+        inputs = _joined(config, opened, data)
     if known is None:
         LOGGER.info("system prompt: %s", about_system(inputs.chat))
     require_same("package versions", versions(), ranks)
@@ -198,15 +210,8 @@ def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None,
     return inputs
 
 
-def _keeps_tokens(config: InputsConfig, ranks: Ranks) -> bool:
-    """Whether the data are so large that their tokens are kept, by rank 0's word (collective)."""
-    with fail_together(ranks):
-        large = ranks.is_main and is_large(Sources.of(config.rlhf_dataset_path, config.validation_path))
-    return broadcast_object(large, ranks, bool)
-
-
-def _read_inputs(config: InputsConfig, known: Inputs | None, cache: TokenCache | None) -> Inputs:
-    """The inputs as this rank sees them."""
+def _open(config: InputsConfig) -> _Opened:
+    """The start model and the format of its chats, as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
     start = adapted(open_start(config.model_path), config, config.adapter_path)
     chat, given_tokenizer = chat_format(config, start)
@@ -220,28 +225,66 @@ def _read_inputs(config: InputsConfig, known: Inputs | None, cache: TokenCache |
             f"max_seq_len: expected at most the model's {architecture.max_seq_len} tokens{window} ({start.path}), "
             f"found {config.max_seq_len}"
         )
-    if known and _reads_alike(known, chat, digest, max_seq_len):
-        data = known.data
-    else:
-        data = RLDatasetLoader(
-            config.rlhf_dataset_path,
-            chat,
-            max_seq_len,
-            val_share=config.held_out_share,
-            seed=config.seed,
-            ascii_text=config.ascii_text,
-            max_unknown=config.max_unknown,
-            scoring=Scoring(config.score, config.mask_end_token),
-            compared=config.pairs,
-            group_weight=config.group_weight,
-            group_prompts=config.group_prompts,
-            reading=config,
-            validation_path=config.validation_path,
-            cache=cache,
-            overlong=config.overlong,
-            contradictions=config.contradictions,
-        )
-    other = _other_reference(config, start, chat, digest, max_seq_len) if config.reference_path else None
+    return _Opened(start, chat, given_tokenizer, digest, kept, dtype, max_seq_len)
+
+
+def _read_data(config: InputsConfig, opened: _Opened, cache: TokenCache | None, ranks: Ranks) -> RLDatasetLoader:
+    """The pairs, read by each rank for itself; of large data, whose tokens are kept, each makes a share of them first,
+    then rank 0 puts them together, and the others find that (collective)."""
+    if not (cache and _keeps_tokens(config, ranks)):
+        with fail_together(ranks):
+            return _pairs_of(config, opened, None)
+    if ranks.world_size > 1:
+        with fail_together(ranks):
+            sources = Sources.of(config.rlhf_dataset_path, config.validation_path)
+            reader = pair_reader(opened.chat, opened.max_seq_len, sources, **_reading(config))
+            make_share(reader, sources, cache, ranks.rank, ranks.world_size)
+    with fail_together(ranks):
+        first = _pairs_of(config, opened, cache) if ranks.is_main else None
+    with fail_together(ranks):
+        return first or _pairs_of(config, opened, cache)
+
+
+def _keeps_tokens(config: InputsConfig, ranks: Ranks) -> bool:
+    """Whether the data are so large that their tokens are kept, by rank 0's word (collective)."""
+    with fail_together(ranks):
+        large = ranks.is_main and is_large(Sources.of(config.rlhf_dataset_path, config.validation_path))
+    return broadcast_object(large, ranks, bool)
+
+
+def _reading(config: InputsConfig) -> dict[str, Any]:
+    """How records become pairs, as `pair_reader` takes it."""
+    return {
+        "seed": config.seed,
+        "ascii_text": config.ascii_text,
+        "scoring": Scoring(config.score, config.mask_end_token),
+        "compared": config.pairs,
+        "reading": config,
+        "overlong": config.overlong,
+        "contradictions": config.contradictions,
+    }
+
+
+def _pairs_of(config: InputsConfig, opened: _Opened, cache: TokenCache | None) -> RLDatasetLoader:
+    """The pairs as this rank sees them."""
+    return RLDatasetLoader(
+        config.rlhf_dataset_path,
+        opened.chat,
+        opened.max_seq_len,
+        val_share=config.held_out_share,
+        max_unknown=config.max_unknown,
+        group_weight=config.group_weight,
+        group_prompts=config.group_prompts,
+        validation_path=config.validation_path,
+        cache=cache,
+        **_reading(config),
+    )
+
+
+def _joined(config: InputsConfig, opened: _Opened, data: RLDatasetLoader) -> Inputs:
+    """All inputs, with the reference's identity."""
+    start, chat, given_tokenizer, digest, kept, dtype, max_seq_len = opened
+    other = _other_reference(config, opened) if config.reference_path else None
     reference = other or reference_of(start)
     numerics = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -255,16 +298,15 @@ def _read_inputs(config: InputsConfig, known: Inputs | None, cache: TokenCache |
     return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer, kept, other)
 
 
-def _other_reference(
-    config: InputsConfig, start: StartModel, chat: ChatFormat, digest: str, max_seq_len: int
-) -> StartModel | None:
-    """The model at `reference_path`; None where that is the start model itself. UserError where the chats of the run,
-    whose tokenizer has this digest, are not this model's."""
+def _other_reference(config: InputsConfig, opened: _Opened) -> StartModel | None:
+    """The model at `reference_path`; None where that is the start model itself. UserError where the chats of the run
+    are not this model's."""
+    start, digest, max_seq_len = opened.start, opened.tokenizer, opened.max_seq_len
     reference = open_start(config.reference_path)
     if (reference.digest, reference.numerics) == (start.digest, start.numerics):
         return None
     check_weights(reference.load(), model_dtype(read_ds_config(config)))
-    check_tokenizer(chat, config, reference)
+    check_tokenizer(opened.chat, config, reference)
     own = reference.own_tokenizer
     chosen = not isinstance(base_of(start), StartFile) and not is_shipped(Path(config.tokenize_path))
     if own and not chosen and (found := tokenizer_digest(own.tokenizer)) != digest:
@@ -280,12 +322,12 @@ def _other_reference(
     return reference
 
 
-def _reads_alike(known: Inputs, chat: ChatFormat, digest: str, max_seq_len: int) -> bool:
-    """Whether records become the same tokens with a chat format, whose tokenizer has this digest, as they did."""
-    theirs = known.chat
+def _reads_alike(known: Inputs, opened: _Opened) -> bool:
+    """Whether records become the same tokens as they did."""
+    theirs, chat = known.chat, opened.chat
     return (
-        known.max_seq_len == max_seq_len
-        and known.reference_id["tokenizer"] == digest
+        known.max_seq_len == opened.max_seq_len
+        and known.reference_id["tokenizer"] == opened.tokenizer
         and (type(theirs), dict(theirs.identity)) == (type(chat), dict(chat.identity))
         and theirs.default_system == chat.default_system
     )

@@ -54,7 +54,6 @@ from simple_llama.reinforcement_learning.rlhf.data.sources import Epoch, Sources
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
 from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import Usable
 
-_RECORDS_PER_BATCH = 512  # tokenized at a time: enough to keep the tokenizer's threads busy, few enough to forget
 Overlong = Literal["drop", "drop_oldest_turns"]
 Contradictions = Literal["keep", "drop"]
 _LAST_ANSWER = Scoring()
@@ -148,6 +147,25 @@ def with_held_out(config: SomeConfig) -> SomeConfig:
     return config if config.val_share is not None else replace(config, val_share=config.held_out_share)
 
 
+def pair_reader(
+    chat: ChatFormat,
+    max_seq_len: int,
+    sources: Sources,
+    seed: int,
+    ascii_text: bool,
+    scoring: Scoring,
+    compared: Compared,
+    reading: ReadingConfig,
+    overlong: Overlong,
+    contradictions: Contradictions,
+) -> PairReader:
+    """How RLDatasetLoader reads the records of these sources; the arguments are its own."""
+    spelling = Spelling(chat.tokenizer, chat.unknown_id if ascii_text else None)
+    usable = Usable(max_seq_len, seed, compared, contradictions == "drop", sources.held_files)
+    shorten_to = max_seq_len if overlong == "drop_oldest_turns" else None
+    return PairReader(chat, reading, scoring, spelling, usable, shorten_to)
+
+
 class RLDatasetLoader:
     """Training and validation pairs of a file or a folder, in the order of the data.
 
@@ -203,17 +221,16 @@ class RLDatasetLoader:
     ) -> None:
         if not _HELD_OUT.hold(val_share):
             raise UserError(f"val_share: expected {_HELD_OUT}, found {val_share}")
-        self._chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
-        spelling = Spelling(self._chat.tokenizer, self._chat.unknown_id if ascii_text else None)
+        chat = SimpleLLaMAChat(chat, default_system) if isinstance(chat, Tokenizer) else chat
         sources = Sources.of(str(path), validation_path)
         self._held_files = sources.held_files
-        usable = Usable(max_seq_len, seed, compared, contradictions == "drop", sources.held_files)
-        shorten_to = max_seq_len if overlong == "drop_oldest_turns" else None
-        self._reader = PairReader(self._chat, reading, scoring, spelling, usable, shorten_to)
+        self._reader = pair_reader(
+            chat, max_seq_len, sources, seed, ascii_text, scoring, compared, reading, overlong, contradictions
+        )
         with watchdog.patience("reading the data"):
             found = find_pairs(self._reader, sources, val_share, cache)
         pairs, shares = found.pairs, found.shares
-        speller = Speller(spelling, *found.spelled)
+        speller = Speller(self._reader.spelling, *found.spelled)
         report = describe(found.count, found.extra_keys, found.unknown, speller, pairs) + found.formats
         if not pairs:
             raise UserError(f"{path}: expected at least one usable pair, found none: {report}")

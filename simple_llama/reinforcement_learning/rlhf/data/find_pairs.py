@@ -55,6 +55,18 @@ def find_pairs(reader: PairReader, sources: Sources, val_share: float, cache: To
     return found or _in_one_reading(reader, sources, val_share)
 
 
+def make_share(reader: PairReader, sources: Sources, cache: TokenCache, rank: int, ranks: int) -> None:
+    """Makes the missing shards among a rank's share of the blocks of large data, so that all ranks together make all.
+    Where a record is faulty it ends: who then finds the pairs says so. UserError where the disk takes no more."""
+    if not is_large(sources):
+        return
+    shards = TokenShards(cache.folder, _options(reader), cache.verify)
+    with contextlib.suppress(UncutFile), watchdog.patience(_BEAT):
+        for block, known in list(_blocks(reader, sources, cache, shards))[rank::ranks]:
+            if _block_pairs(reader, sources, shards, block, known) is None:
+                return
+
+
 def _in_one_reading(reader: PairReader, sources: Sources, val_share: float) -> FoundPairs:
     """The pairs, in memory."""
     read = reader.read(lambda faults: (record for file in sources.files for record in read_records(file, faults)))

@@ -19,12 +19,14 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.paths import package_path
 from simple_llama.dataset import data_blocks, json_records
 from simple_llama.dataset.tokenizer import load_tokenizer
-from simple_llama.reinforcement_learning.rlhf.data import find_pairs, pair_reader
+from simple_llama.finetune.chat_format import SimpleLLaMAChat
+from simple_llama.reinforcement_learning.rlhf.data import dataset_loader, find_pairs, pair_reader
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.data.find_pairs import TokenCache
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.reading import ReadingConfig
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
+from simple_llama.reinforcement_learning.rlhf.data.sources import Sources
 
 WORDS = ("yes", "no", "it is", "why", "Human: no", "caf\u00e9", "\u2603", "go on and on and on and on and on")
 
@@ -206,6 +208,29 @@ def test_a_start_that_is_cut_goes_on(
         assert all(wanted[name] == content for name, content in there.items()), number
     assert_same(whole, load(data, tokenizer, tmp_path / "cut"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "cut").rglob("*.arr")} == wanted
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 50])
+def test_ranks_together_make_the_shards_that_one_makes(
+    tmp_path: Path, data: Path, tokenizer: Tokenizer, batches: list[int], ranks: int
+) -> None:
+    """Each makes some, none two make the same; a start behind them tokenizes nothing."""
+    alone = load(data, tokenizer, tmp_path / "alone")
+    options = {"seed": 3, "ascii_text": True, "scoring": Scoring(), "compared": "all", "reading": ReadingConfig()}
+    options |= {"overlong": "drop", "contradictions": "keep"}
+    sources, chat = Sources.of(str(data), ""), SimpleLLaMAChat(tokenizer, "Hm.")
+    reader = dataset_loader.pair_reader(chat, 60, sources, **options)
+    counts = []
+    for rank in range(ranks):
+        batches.clear()
+        find_pairs.make_share(reader, sources, TokenCache(tmp_path / "shared"), rank, ranks)
+        counts.append(sum(batches))
+    assert sum(counts) == 100 and sum(map(bool, counts)) > 1 and max(counts) < 100
+    batches.clear()
+    assert_same(alone, load(data, tokenizer, tmp_path / "shared"))
+    assert not batches
+    found = [{p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.arr")} for name in ("alone", "shared")]
+    assert found[0] == found[1]
 
 
 def test_faults_are_those_of_one_reading(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
