@@ -13,7 +13,8 @@ from benchmarks.peers import Peer, TrlSettings
 from simple_llama.common.errors import UserError
 from simple_llama.interop.hf_names import from_hf
 from simple_llama.pretraining.weights import WeightsFile, build_model
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 

@@ -34,7 +34,8 @@ from simple_llama.common.paths import root_path
 from simple_llama.interop.open_start import open_start
 from simple_llama.pretraining.weights import Loaded, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import deal
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair, common_prefix
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair, common_prefix
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss

@@ -44,8 +44,8 @@ from simple_llama.interop.open_start import open_start
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import build_model
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 

@@ -35,8 +35,9 @@ from simple_llama.ops.machine import peak_memory_gb, synchronize
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import WeightsFile, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.cost import model_size, useful_flops
 
 ROWS_ON_CUDA = 16384  # packed rows of a batch of ours, about

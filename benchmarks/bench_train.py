@@ -39,8 +39,8 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
 from simple_llama.ops.machine import peak_memory_gb, synchronize
 from simple_llama.pretraining.weights import WeightsFile, build_model
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
 

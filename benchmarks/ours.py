@@ -12,8 +12,9 @@ from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import Loaded, build_model
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import deal, sweep
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, decay_groups

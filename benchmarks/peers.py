@@ -27,7 +27,7 @@ from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.interop.hf_config import config_json
 from simple_llama.interop.hf_names import to_hf
 from simple_llama.pretraining.weights import WeightsFile
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 ATTENTIONS = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa",)}  # that are tried; eager's scores of long chats fill a GPU
 NEVER = 10**9

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 UNKNOWN, START, ANSWER, END = range(4)
 PROMPT_WORDS = range(4, 12)

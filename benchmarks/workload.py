@@ -24,7 +24,8 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import WeightsFile, load_weights
 from simple_llama.reinforcement_learning.rlhf.data.convert import PrepareConfig, prepare
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 
 HH_DATA = root_path("..", "shared", "data", "hh_harmless_dev.jsonl.gz")

@@ -26,8 +26,9 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.own_records import from_template
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.record_checks import ReadOptions
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
 from simple_llama.reinforcement_learning.rlhf.objective.losses import Scores
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, pair_logps
@@ -207,7 +208,7 @@ def _tokens(seen: Walk) -> str:
 ## 2. The tokens
 
 Up to the last answer both chats are the same. Scored is the last answer with its `<EOA>`, in brackets here; a bar
-stands between two tokens (`data/pair_batch.py`: TokenizedPair).
+stands between two tokens (`data/tokenized_pair.py`: TokenizedPair).
 
 ```
 {listing}

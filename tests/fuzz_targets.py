@@ -46,7 +46,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import build_model, check_weights, load_weights
 from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,

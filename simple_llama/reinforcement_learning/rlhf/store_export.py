@@ -29,8 +29,8 @@ from simple_llama.dataset.packed_files import optional_package
 from simple_llama.finetune.chat_format import Chat, ChatFormat, SimpleLLaMAChat
 from simple_llama.reinforcement_learning.rlhf.command import run_any
 from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import resolved

@@ -21,7 +21,8 @@ from benchmarks.bench_groups import (
 )
 from benchmarks.workload import SHAPES, Shape, start_model
 from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 SMALL = BenchGroups(mix="short", pairs=7)
 # three answers of 2, 1 and 3 tokens to a prompt of 3: rows 3 + 1 + 0 + 2 grouped; 4 + 6 + 5 one by one

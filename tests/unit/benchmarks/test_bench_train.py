@@ -13,7 +13,7 @@ from benchmarks.workload import PACKS, make_pairs
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize
 
 # 2 + 1 + 0 rows and 4 + 0 + 1 rows; chats of 4 and 3, and of 5 and 6 tokens

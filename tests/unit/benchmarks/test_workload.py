@@ -9,7 +9,7 @@ from benchmarks.workload import MIXES, PACKS, make_pairs, pack_padded, pack_whol
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 
 PAIRS = [

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from simple_llama.reinforcement_learning.rlhf import precompute
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from itertools import groupby
 from simple_llama.dataset.json_records import KeptCount
 from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.data_report import SHORTENED
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 _Read = tuple[Conversation, TokenizedPair]
 

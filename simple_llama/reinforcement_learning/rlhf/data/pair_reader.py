@@ -22,11 +22,11 @@ from simple_llama.dataset.tokenizer import one_thread_a_call
 from simple_llama.finetune.chat_format import Chat, ChatFormat, UnsayableChat
 from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversation
 from simple_llama.reinforcement_learning.rlhf.data.overlong import without_oldest_turns
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.reading import Reading, ReadingConfig
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import ScoredChat, Scoring
 from simple_llama.reinforcement_learning.rlhf.data.speller import Speller
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import ForMerge, Usable, keep_usable
 
 _Encode = Callable[[Sequence[Chat]], "Future[list[ScoredChat]]"]

@@ -17,10 +17,11 @@ import numpy as np
 
 from simple_llama.common.files import digest
 from simple_llama.reinforcement_learning.rlhf.data.group_table import GroupBuffer, GroupTable
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair, common_prefix, front_keys
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import front_keys
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import KEY, Entries
 from simple_llama.reinforcement_learning.rlhf.data.span_table import SpanBuffer, SpanTable
 from simple_llama.reinforcement_learning.rlhf.data.token_files import TokenFiles
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair, common_prefix
 
 # Where the tokens of a pair begin, how many it has (prefix, then chosen, then rejected; those of a group lie where its
 # table says), and where its text is.

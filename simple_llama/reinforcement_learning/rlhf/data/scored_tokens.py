@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from simple_llama.finetune.chat_format import Chat, ChatFormat, EncodedChat, UnsayableChat
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import Spans
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import Spans
 
 
 class ScoredChat(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import Spans
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import Spans
 
 _PLACE = np.dtype([("start", "<i8"), ("chosen", "<i4"), ("rejected", "<i4")])  # a pair's first span, and how many
 NO_SPANS = np.zeros((), _PLACE)

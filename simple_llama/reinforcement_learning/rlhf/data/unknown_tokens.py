@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from simple_llama.reinforcement_learning.rlhf.data.data_report import Unknown
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 _TOKENS_AT_ONCE = 1 << 22  # looked through for <UNK>
 

@@ -19,8 +19,8 @@ from simple_llama.reinforcement_learning.rlhf.data.conversation import (
     holds_a_turn,
 )
 from simple_llama.reinforcement_learning.rlhf.data.data_report import BOTH_WAYS, LIKE_A_TURN, ODD_TURN
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 _Read = tuple[Conversation, TokenizedPair]
 CONTRADICTORY, DUPLICATE, HELD_OUT = "contradictory", "duplicate", "held out as well"  # why pairs are dropped

@@ -22,8 +22,9 @@ from simple_llama.common.settings import Bounds, Settings
 from simple_llama.ops import logprob
 from simple_llama.pretraining.architecture import LORA_MARK
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked, Scores

@@ -19,7 +19,7 @@ from simple_llama.inference.guards import ENDED_AT_ONCE, count_language, languag
 from simple_llama.pretraining.layers import adapters_off
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_model import StartChanged
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.policy import evaluating

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 
 def test_where_a_ranking_breaks() -> None:

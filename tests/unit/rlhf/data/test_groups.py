@@ -31,9 +31,10 @@ from simple_llama.reinforcement_learning.rlhf.data.conversation import (
 )
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.data.own_records import from_template
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
 from simple_llama.reinforcement_learning.rlhf.data.record_checks import ReadOptions
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import from_store, missing_pairs
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore, reference_id
 from tiny_job import make_job, write_rankings

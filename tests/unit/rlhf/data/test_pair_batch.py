@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import as_keys
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 TOKENS = st.lists(st.integers(10, 14), min_size=1, max_size=8)
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from simple_llama.common.files import digest
 from simple_llama.reinforcement_learning.rlhf.data import pair_set
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 
 PAIRS = [
     TokenizedPair.from_chats([1, 2, 3, 4, 5], 2, [1, 2, 3, 6, 7, 8], 3),

@@ -18,8 +18,9 @@ from simple_llama.common.errors import UserError
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchConfig, BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairBuffer, PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from tiny_job import make_job, write_pairs, write_rankings
 
 

@@ -13,7 +13,8 @@ from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.foretell import memory
 from simple_llama.reinforcement_learning.rlhf.foretell.memory import Base, Engine, TrainedModel, moments, step_extra
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize

@@ -20,8 +20,9 @@ import torch
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import file_digest
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.reference import audit
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound, require_kept
 from simple_llama.reinforcement_learning.rlhf.reference.kept_values import KeptValues

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from simple_llama.cluster.distributed import Ranks
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
 from simple_llama.reinforcement_learning.rlhf.run.metrics import _SUMMED, MetricSums, _pair_statistics
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from simple_llama.cluster.distributed import Ranks
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import HeldOut
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import (
     drop_held_out,

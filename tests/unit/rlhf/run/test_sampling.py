@@ -10,7 +10,7 @@ from simple_llama.finetune.chat_format import SimpleLLaMAChat
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.run.sampling import _answers, sample_prompts
 from tiny_job import TINY, make_job
 

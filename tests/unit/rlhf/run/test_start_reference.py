@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Bound
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import HeldOut

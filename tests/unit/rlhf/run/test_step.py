@@ -11,7 +11,8 @@ from benchmarks.ours import PlainLoop
 from plain_cells import alone
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.weights import LoadedModel
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss

@@ -16,8 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.logging import LOGGER
-from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch, TokenizedPair
+from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
+from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.policy import PolicyOutput
 from simple_llama.reinforcement_learning.rlhf.run.health import Facts
 from simple_llama.reinforcement_learning.rlhf.run.records import WARNINGS, RunWriter
