@@ -4,7 +4,7 @@ counts what is left out, and gathers what is faulty."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -176,16 +176,22 @@ def data_files(path: str | Path) -> list[Path]:
     return files
 
 
-def read_records(path: str | Path, faults: Faults | None = None) -> Iterator[Record]:
+def read_records(
+    path: str | Path, faults: Faults | None = None, only: Container[int] | None = None
+) -> Iterator[Record]:
     """Yields the records of one file in order. UTF-8, with or without a byte order mark; blank lines count as lines.
 
-    Raises UserError with file, record and what was found for anything that is no list of objects. Faults of single
-    records go into `faults`, where that is given, and reading goes on while they are not enough.
+    Args:
+        faults: where faults of single records go; reading goes on while they are not enough.
+        only: numbers of the records that are wanted: no other is looked at, and no other line parsed.
+
+    Raises UserError with file, record and what was found for anything that is no list of objects.
     """
     file = str(path)
     if not can_read(file):
         raise UserError(f"{file}: expected a file name that ends with {_kinds()}, found another; {_how_to_read(file)}")
-    return _records(file, _values(file), faults)
+    values = _values(file, only)
+    return _records(file, values if only is None else (one for one in values if one[0] in only), faults)
 
 
 def first_records(path: str | Path) -> Iterator[Record]:
@@ -216,12 +222,12 @@ def _records(file: str, values: Iterable[tuple[int, Any]], faults: Faults | None
             return
 
 
-def _values(file: str) -> Iterator[tuple[int, Any]]:
-    """Number and value of each record, by the kind of file that its name says."""
+def _values(file: str, only: Container[int] | None) -> Iterator[tuple[int, Any]]:
+    """Number and value of each record, by the kind of file that its name says; of lines those that are wanted."""
     name = file.lower()
     if name.endswith(TABLE_SUFFIXES):
         return table_rows(file)
-    return _json_list(file) if _is_list(name) else _json_lines(file)
+    return _json_list(file) if _is_list(name) else _numbered_lines(file, _lines(file), 1, only)
 
 
 def _is_list(file: str) -> bool:
@@ -270,14 +276,13 @@ def _how_to_read(name: str) -> str:
     return f"unpack it with {unpacker}" if unpacker else "write it as .jsonl, one JSON object a line"
 
 
-def _json_lines(file: str) -> Iterator[tuple[int, Any]]:
+def _numbered_lines(
+    file: str, lines: Iterable[bytes], first: int, only: Container[int] | None = None
+) -> Iterator[tuple[int, Any]]:
     """Number and value of each line that is not blank; the UserError in its place where it has none."""
-    return _numbered_lines(file, _lines(file), 1)
-
-
-def _numbered_lines(file: str, lines: Iterable[bytes], first: int) -> Iterator[tuple[int, Any]]:
-    """The same of some lines."""
     for number, line in enumerate(lines, first):
+        if only is not None and number not in only:
+            continue
         origin = f"{file}:{number}"
         try:
             text = _decoded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, origin).strip()

@@ -91,12 +91,12 @@ class PairReader:
         return Reading(self.config, self.chat.default_system, formats).said()
 
     def again(self, file: str, numbers: set[int]) -> Iterator[tuple[Conversation, TokenizedPair]]:
-        """The pairs of these records of a file, which is read to the last one."""
+        """The pairs of these records of a file, which is read to the last one; no other line is parsed."""
         reading = Reading(self.config, self.chat.default_system)
         count, faults = KeptCount(), reading.faults()
         gathered = faults if faults.are_dropped else None
-        found = (record for record in read_records(file, gathered) if record.number in numbers)
-        conversations = reading.conversations(islice(found, len(numbers)), count, Tally(), gathered)
+        found = islice(read_records(file, gathered, numbers), len(numbers))
+        conversations = reading.conversations(found, count, Tally(), gathered)
         yield from self._tokenized(conversations, Speller(self.spelling), count, faults)
 
     def _tokenized(
