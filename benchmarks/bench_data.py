@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,11 +75,12 @@ def main(bench: Bench) -> None:
 def _measured(bench: Bench) -> dict[str, str]:
     """A row of the table."""
     found: dict[str, str] = {}
-    for task in ("json", "cold", "warm", "append", "walk") if bench.json else ("tokens", "warm", "walk"):
+    for task in ("json", "cold", "warm", "walk") if bench.json else ("tokens", "warm", "walk"):
         found |= _child(bench, task)
     if bench.json and bench.kills:
+        shutil.copytree(Path(bench.folder, "cache"), Path(bench.folder, "uncut"))
         found |= _killed(bench, float(found["first start (s)"]))
-    return found
+    return found | (_child(bench, "append") if bench.json else {})
 
 
 def _child(bench: Bench, task: str) -> dict[str, str]:
@@ -90,23 +92,33 @@ def _child(bench: Bench, task: str) -> dict[str, str]:
 
 
 def _killed(bench: Bench, seconds: float) -> dict[str, str]:
-    """Kills starts that tokenize, each at another moment, then compares what is there with what one start made."""
-    whole, cut = Path(bench.folder, "cache"), Path(bench.folder, "cut")
+    """Kills starts that tokenize, each at another moment, each going on with what those before it left; compares what
+    is there at the end, and whenever one was not killed, with what one start made, and begins anew then."""
+    cut = Path(bench.folder, "cut")
     command = [sys.executable, "-m", "benchmarks.bench_data", "--json", "--sizes", str(bench.sizes[0])]
     command += [f"--folder={bench.folder}", "--task=cut"]
-    rng, alive = random.Random(0), 0
-    for _ in range(bench.kills):
+    rng, killed, same = random.Random(0), 0, True
+    while killed < bench.kills:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=rng.uniform(0.2, 0.9) * seconds)
+            process.wait(timeout=rng.uniform(0.1, 0.6) * seconds)
+            same = same and _are_equal(bench)
+            shutil.rmtree(cut)
         except subprocess.TimeoutExpired:
-            alive += 1
+            killed += 1
             process.send_signal(signal.SIGKILL)
             process.wait()
     subprocess.run(command, check=True, capture_output=True)
-    files = [{p.name: p.read_bytes() for p in folder.rglob("*.arr")} for folder in (whole, cut)]
-    same = all(files[0].get(name) == content for name, content in files[1].items())
-    return {"kills": f"{alive} of {bench.kills}", "files equal": "yes" if same and files[1] else "no"}
+    return {"kills": f"{killed}", "files equal": "yes" if same and _are_equal(bench) else "no"}
+
+
+def _are_equal(bench: Bench) -> bool:
+    """Whether starts that were killed left the shards that one start made, all of them, and no other."""
+    whole, cut = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.arr")}
+        for folder in (Path(bench.folder, "uncut"), Path(bench.folder, "cut"))
+    )
+    return bool(whole) and whole == cut
 
 
 # === Tasks of the processes ===
