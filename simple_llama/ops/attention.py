@@ -32,6 +32,7 @@ ATTENTION_VERSION = "1"
 
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 _VARLEN_MAX_WIDTH = 256  # widest head that the flash kernels have
+_MOST_WIDE_KEYS = 512  # of blocks of bf16 that a CPU computes in fp32
 
 
 class Block(NamedTuple):
@@ -148,14 +149,23 @@ def _attend_by_block(
     outputs = []
     trunk_k, trunk_v = k_TGK[:0], v_TGV[:0]
     for (_, rows, _, prefix), q, k, v in parts:
-        mask = None
         if prefix:  # then the block before the branches was [prefix | branch 0]
             k, v = torch.cat((trunk_k[:prefix], k)), torch.cat((trunk_v[:prefix], v))
-            mask = layout.mask(rows, prefix, q)
         else:
             trunk_k, trunk_v = k, v
-        outputs.append(attend_suffix(q, k, v, scale, mask))
+        if is_widened(v.dtype, v.device.type, prefix + rows):
+            q, k, v = q.float(), k.float(), v.float()
+        outputs.append(attend_suffix(q, k, v, scale, layout.mask(rows, prefix, q) if prefix else None))
     return torch.cat(outputs).to(dtype)
+
+
+def is_widened(dtype: torch.dtype, device_type: str, keys: int) -> bool:
+    """Whether a block with so many keys is computed in fp32 rather than in its bf16: on a CPU, up to some hundred keys.
+
+    There torch's kernel (2.13) is faster in fp32, since in bf16 it makes thousands of small calls; and exact in more
+    digits. A sequence's length alone decides, so that its log-probs do not depend on what else is packed.
+    """
+    return dtype == torch.bfloat16 and device_type == "cpu" and keys <= _MOST_WIDE_KEYS
 
 
 def attend_suffix(

@@ -96,6 +96,23 @@ def test_bf16_is_near_fp32(monkeypatch: pytest.MonkeyPatch, fast: bool):
         assert torch.allclose(ours, theirs, atol=0.06)
 
 
+def test_what_is_computed_in_fp32_hangs_on_a_sequence_alone(monkeypatch: pytest.MonkeyPatch):
+    """Of bf16 with bf16 units, blocks of up to 12 keys: whatever else is packed, the same bits; the nearer to fp32 the
+    more of them are wide."""
+    monkeypatch.setattr("simple_llama.ops.linear.cpu_emulates_bf16", lambda: False)
+    errors = []
+    for most in (0, 12, 99):
+        monkeypatch.setattr(attention, "_MOST_WIDE_KEYS", most)
+        layout = PackedLayout(((5, (3, 6)), (20, ()), (5, (30, 7))))
+        q, k, v = _rows(layout, torch.bfloat16, value=K)
+        whole = attend(q, k, v, layout, 0.7)
+        alone = attend(q[:14], k[:14], v[:14], PackedLayout(((5, (3, 6)),)), 0.7)
+        assert torch.equal(whole[:14], alone)
+        exact = attend(q.float(), k.float(), v.float(), layout, 0.7)
+        errors.append((whole.float() - exact).abs().mean().item())
+    assert errors[0] > errors[1] > errors[2]
+
+
 def _repeated(run):
     """`run` on keys and values repeated to one a query head: key head 0 for the first H / G query heads, and so on."""
 

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from simple_llama.cluster.distributed import Ranks
+from simple_llama.ops.attention import is_widened
 from simple_llama.ops.logprob import CHUNK_ROWS
 from simple_llama.ops.machine import has_fast_bf16, resident_bytes
 from simple_llama.pretraining.architecture import Architecture
@@ -148,7 +149,8 @@ def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
 
     A row and layer without recomputation: 7 vectors of the width, 3 more of bf16 for what the norms keep in fp32, the
     output of the QKV matrix, rotated queries and keys, the output of attention twice, 4 hidden vectors of SwiGLU; and
-    the keys and values of each branch behind its prefix. As torch's saved_tensors_hooks count them.
+    the keys and values of each branch behind its prefix. As torch's saved_tensors_hooks count them. What attention
+    computes in fp32 it keeps so: queries, keys and values once, in place of the output of the QKV matrix beside them.
     """
     shape, item, rows = model.architecture, model.dtype.itemsize, len(batch.tokens_T)
     queries, values = shape.heads * shape.key_width, shape.heads * shape.value_width
@@ -156,8 +158,12 @@ def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     norms = 7 if item == 4 else 10
     of_row = norms * shape.width + 2 * (queries + keys) + key_values + 2 * values + 4 * shape.hidden_width
     of_row += shape.lora.rank * len(shape.lora.targets) if shape.lora else 0
-    branches = sum(block.prefix + block.rows for block in batch.layout.blocks if block.prefix)
-    of_layer = item * (rows * of_row + branches * (keys + key_values))
+    of_layer = item * rows * of_row
+    for block in batch.layout.blocks:
+        seen = block.prefix + block.rows
+        twice = is_widened(model.dtype, engine.device, seen)
+        of_layer += item * block.rows * (key_values + values) * twice
+        of_layer += item * seen * (keys + key_values) * (1 + twice) * bool(block.prefix)
     moving = item * rows * (3 * shape.hidden_width + 4 * shape.width)
     between = rows * shape.width * item * shape.layers
     return moving + (between + of_layer if engine.recompute else of_layer * shape.layers)
