@@ -131,8 +131,8 @@ class PlainLoop:
         self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool, pull: Pull | None = None
     ) -> PolicyOutput:
         """Adds `weight` times the gradient of the batch's summed loss to the fp32 gradients."""
-        out = self.policy(batch, ref_logps_B2, pull)
-        (out.loss * weight).backward()
+        out = self.policy(batch, ref_logps_B2, pull, weight)
+        out.loss.backward()
         for name, parameter in self.weights.items():
             gradient, master = parameter.grad, self.masters[name]
             assert gradient is not None

@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -44,6 +43,7 @@ _Grads = tuple[torch.Tensor | None, ...]  # one an argument of forward
 
 # Rows of logits that exist at once. Fewer rows make the GEMMs memory-bound (each chunk reads and writes all of dW).
 CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+WIDENED_ROWS = 4096  # of the vocabulary matrix, at a time
 
 
 def part_loss(
@@ -55,10 +55,12 @@ def part_loss(
     chunk_rows: int | None = None,
     kernels: RowKernels | None = None,
     squares: bool = False,
+    factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum of losses, each of the log-prob sums of one group's parts, in three GEMMs.
+    """`factor` times the sum of losses, each of the log-prob sums of one group's parts, in three GEMMs.
 
-    Each chunk's gradient is formed in the forward pass, so backward only scales it and needs no weight.
+    Each chunk's gradient is formed in the forward pass, so backward only scales it and needs no weight; on a CPU it
+    does not even that where the result is what is differentiated.
 
     Args:
         hidden_ND: rows that predict the scored tokens; fp32, bf16 or fp64, same dtype as the weight.
@@ -68,18 +70,19 @@ def part_loss(
         chunk_rows: about how many rows of logits exist at once (a chunk holds whole groups).
         kernels: row kernels; None takes the fastest that this installation has.
         squares: whether the sums have those of log sum p^2 behind them.
+        factor: of the sum and its gradient; a step's other factors belong here, where they cost nothing.
 
     Returns:
-        The sum (scalar, differentiable in hidden and weight), the losses that it is of and sums_PC (both detached),
-        all fp32.
+        The sum (scalar, differentiable in hidden and weight), the losses that it is of, without the factor, and sums_PC
+        (both detached), all fp32.
     """
     chunk_rows = chunk_rows or _chunk_rows(hidden_ND)
     kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return _PartLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, kernels, squares)
+        return _PartLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, kernels, squares, factor)
     sums_PC = part_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, kernels, squares)
     losses = loss_fn(sums_PC, slice(0, len(counts)))
-    return losses.sum(), losses.detach(), sums_PC
+    return factor * losses.sum(), losses.detach(), sums_PC
 
 
 def part_logps(
@@ -204,6 +207,7 @@ class _PartLoss(torch.autograd.Function):
         chunk_rows: int,
         kernels: RowKernels,
         squares: bool,
+        factor: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gemms = _Gemms(hidden_ND, weight_VD)
         gradients = _Gradients(gemms, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
@@ -220,7 +224,8 @@ class _PartLoss(torch.autograd.Function):
             if squares:
                 sums_pC = torch.cat([sums_pC, _part_sums(kernels.log_squares(buffer_nV, state_n), lengths_p)], dim=1)
             chunk_losses, coefs_pC = _differentiate(loss_fn, sums_pC, chunk.groups)
-            coefs_n = torch.repeat_interleave(coefs_pC[:, 0], lengths_p, output_size=len(targets_n))
+            coefs_p = factor * coefs_pC[:, 0]
+            coefs_n = torch.repeat_interleave(coefs_p, lengths_p, output_size=len(targets_n))
             gradient_nV = kernels.gradient_(buffer_nV, targets_n, state_n, coefs_n, gemms.gradient_dtype)
             gradients.add_(gradient_nV, chunk.rows)
             losses.append(chunk_losses)
@@ -229,16 +234,19 @@ class _PartLoss(torch.autograd.Function):
         ctx.dtype, ctx.scaled = hidden_ND.dtype, kernels.scaled
         every_loss, sums_PC = torch.cat(losses), torch.cat(sums)
         ctx.mark_non_differentiable(every_loss, sums_PC)
-        return every_loss.sum(), every_loss, sums_PC
+        return factor * every_loss.sum(), every_loss, sums_PC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> _Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_loss, *_ = grad_outputs
-        hidden_ND, weight_VD = (
-            None if gradient is None else ctx.scaled(gradient, grad_loss, ctx.dtype) for gradient in ctx.saved_tensors
-        )
-        return hidden_ND, weight_VD, None, None, None, None, None, None
+        as_it_is = grad_loss.device.type == "cpu" and grad_loss.item() == 1  # reading it would make a GPU's host wait
+
+        def scaled(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient.to(ctx.dtype) if as_it_is else ctx.scaled(gradient, grad_loss, ctx.dtype)
+
+        hidden_ND, weight_VD = (None if gradient is None else scaled(gradient) for gradient in ctx.saved_tensors)
+        return hidden_ND, weight_VD, *(None for _ in range(7))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -289,8 +297,9 @@ class _TokenLogps(torch.autograd.Function):
 class _Gemms:
     """The GEMMs of one call. Their results are fp32 (fp64 for fp64 inputs), whatever the operands are held in.
 
-    bf16 on CUDA: bf16 operands, fp32 results. bf16 on the CPU: logits from widened operands, the weight once and the
-    rows chunk by chunk; gradients from bf16 operands where the CPU has bf16 units and from the widened ones elsewhere.
+    bf16 on CUDA: bf16 operands, fp32 results. bf16 on the CPU: logits from widened operands. Where it has bf16 units,
+    gradients from those in bf16, and the weight is widened some rows at a time, which its cache still has when they are
+    multiplied; elsewhere gradients from widened operands, the weight widened once.
     """
 
     def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor):
@@ -300,7 +309,7 @@ class _Gemms:
         self.mixed = narrow and weight_VD.is_cuda
         self.fast_bf16 = narrow and not self.mixed and has_fast_bf16(weight_VD.device)
         self.gradient_dtype = weight_VD.dtype if self.mixed or self.fast_bf16 else self.wide_dtype
-        if not self.mixed:
+        if not (self.mixed or self.fast_bf16):
             self.wide_VD = weight_VD.to(self.wide_dtype)
         self.wide_nD = hidden_ND[:0]  # the rows of the chunk whose logits came last
 
@@ -315,8 +324,13 @@ class _Gemms:
         if self.mixed:
             return torch.mm(self.hidden_ND[rows], self.weight_VD.T, out_dtype=self.wide_dtype, out=out_nV)
         self.wide_nD = self.hidden_ND[rows].to(self.wide_dtype)
-        with bf16_valued_gemms() if self.fast_bf16 else nullcontext():
+        if not self.fast_bf16:
             return torch.mm(self.wide_nD, self.wide_VD.T, out=out_nV)
+        with bf16_valued_gemms():
+            for start in range(0, len(self.weight_VD), WIDENED_ROWS):
+                some = slice(start, start + WIDENED_ROWS)
+                torch.mm(self.wide_nD, self.weight_VD[some].to(self.wide_dtype).T, out=out_nV[:, some])
+        return out_nV
 
     def hidden_gradient_(self, gradient_nV: torch.Tensor, out_nD: torch.Tensor) -> None:
         """out = gradient weight."""
@@ -327,33 +341,37 @@ class _Gemms:
         else:
             torch.mm(gradient_nV, self.wide_VD, out=out_nD)
 
-    def add_weight_gradient_(self, gradient_nV: torch.Tensor, rows: slice, out_VD: torch.Tensor, beta: int) -> None:
-        """out = beta * out + gradient^T hidden[rows], the rows of the last logits; beta 0 ignores what stood in out."""
-        if self.mixed:
-            torch.addmm(out_VD, gradient_nV.T, self.hidden_ND[rows], beta=beta, out_dtype=self.wide_dtype, out=out_VD)
-        elif self.fast_bf16:
+    def weight_gradient(self, gradient_nV: torch.Tensor, rows: slice, before_VD: torch.Tensor | None) -> torch.Tensor:
+        """gradient^T hidden[rows], the rows of the last logits, added to what came before, which may be overwritten.
+
+        With bf16 units the first one is in bf16, as its GEMM gives it: most micro-batches have no second.
+        """
+        if self.fast_bf16:
             product_VD = gradient_nV.T @ self.hidden_ND[rows]
-            out_VD.add_(product_VD) if beta else out_VD.copy_(product_VD)
-        else:
-            torch.addmm(out_VD, gradient_nV.T, self.wide_nD, beta=beta, out=out_VD)
+            return product_VD if before_VD is None else before_VD.to(self.wide_dtype).add_(product_VD)
+        beta = 0 if before_VD is None else 1  # 0 ignores what stands in the result
+        out_VD = torch.empty_like(self.weight_VD, dtype=self.wide_dtype) if before_VD is None else before_VD
+        if self.mixed:
+            rows_nD = self.hidden_ND[rows]
+            return torch.addmm(out_VD, gradient_nV.T, rows_nD, beta=beta, out_dtype=self.wide_dtype, out=out_VD)
+        return torch.addmm(out_VD, gradient_nV.T, self.wide_nD, beta=beta, out=out_VD)
 
 
 class _Gradients:
-    """fp32 gradients of the hidden rows and the weight, each None where it is not needed."""
+    """Gradients of the hidden rows (fp32) and the weight, each None where it is not needed."""
 
     def __init__(self, gemms: _Gemms, hidden: bool, weight: bool):
         self.gemms = gemms
         self.hidden_ND = torch.empty_like(gemms.hidden_ND, dtype=gemms.wide_dtype) if hidden else None
-        self.weight_VD = torch.empty_like(gemms.weight_VD, dtype=gemms.wide_dtype) if weight else None
-        self.chunks = 0
+        self.weight_VD: torch.Tensor | None = None
+        self._of_weight = weight
 
     def add_(self, gradient_nV: torch.Tensor, rows: slice) -> None:
         """Takes in the gradient of the logits of these rows."""
         if self.hidden_ND is not None:
             self.gemms.hidden_gradient_(gradient_nV, self.hidden_ND[rows])
-        if self.weight_VD is not None:
-            self.gemms.add_weight_gradient_(gradient_nV, rows, self.weight_VD, beta=min(self.chunks, 1))
-        self.chunks += 1
+        if self._of_weight:
+            self.weight_VD = self.gemms.weight_gradient(gradient_nV, rows, self.weight_VD)
 
 
 class _Chunk(NamedTuple):

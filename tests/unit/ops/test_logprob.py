@@ -165,6 +165,7 @@ def test_bf16_inputs(monkeypatch: pytest.MonkeyPatch, fast_bf16: bool) -> None:
     up to 1); gradients carry at most the rounding of G and of the result to bf16 (2^-9 each, some added up).
     """
     monkeypatch.setattr(logprob, "has_fast_bf16", lambda _device: fast_bf16)
+    monkeypatch.setattr(logprob, "WIDENED_ROWS", 100)  # the last rows of the weight are 57
     counts = ((60, 64), (61, 1))
     hidden, weight, targets = problem(counts, 64, 257, torch.bfloat16, scale=0.25)
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
@@ -180,6 +181,31 @@ def test_bf16_inputs(monkeypatch: pytest.MonkeyPatch, fast_bf16: bool) -> None:
         for fused, exact in zip(gradients(value, hidden, weight), expected, strict=True):
             assert fused.dtype == torch.bfloat16
             assert (fused.double() - exact).norm() <= 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize(("factor", "outer"), [(0.3, 1.0), (0.3, 2.5), (1.0, 2.5)])
+def test_a_factor_belongs_to_the_sum_and_its_gradient(
+    monkeypatch: pytest.MonkeyPatch, factor: float, outer: float
+) -> None:
+    """Given as `factor` or multiplied afterwards, the same; not the losses beside the sum. A gradient of 1 on a CPU is
+    multiplied by nothing."""
+    hidden, weight, targets = problem(COUNTS, 5, 9)
+    plain, losses, _ = pair_loss(hidden, weight, targets, COUNTS, margin_loss, chunk_rows=8)
+    expected = gradients(factor * outer * plain, hidden, weight)
+    scaled = []
+    kernels = logprob.TORCH_KERNELS._replace(scaled=lambda *args: scaled.append(1) or TORCH_KERNELS.scaled(*args))
+
+    def loss_of(sums_p1: torch.Tensor, pairs: slice) -> torch.Tensor:
+        return margin_loss(logprob.by_pairs(sums_p1, 2), pairs)
+
+    loss, same, _ = logprob.part_loss(hidden, weight, targets, COUNTS, loss_of, 8, kernels, factor=factor)
+    assert torch.equal(losses, same) and torch.allclose(loss, factor * plain)
+    for found, theirs in zip(gradients(outer * loss, hidden, weight), expected, strict=True):
+        assert torch.allclose(found, theirs, rtol=1e-12)
+    assert len(scaled) == (0 if outer == 1 else 2)
+    with torch.no_grad():
+        loss, same, _ = logprob.part_loss(hidden, weight, targets, COUNTS, loss_of, 8, factor=factor)
+    assert torch.equal(losses, same) and torch.allclose(loss, factor * plain)
 
 
 def test_bf16_gradient_adds_up_in_fp32() -> None:
@@ -253,7 +279,7 @@ def test_frozen_side_costs_no_gemm(monkeypatch: pytest.MonkeyPatch, frozen: str)
     def forbidden(*_args: object, **_kwargs: object) -> None:
         raise AssertionError(f"the gradient of the frozen {frozen} was computed")
 
-    method = {"hidden": "hidden_gradient_", "weight": "add_weight_gradient_"}[frozen]
+    method = {"hidden": "hidden_gradient_", "weight": "weight_gradient"}[frozen]
     monkeypatch.setattr(logprob._Gemms, method, forbidden)
     hidden, weight, targets = problem(COUNTS, 5, 9)
     free = weight if frozen == "hidden" else hidden

@@ -131,8 +131,8 @@ class Engine:
         if self.reduce_once:  # the flags of DeepSpeed's coalesce_grad_reduction (0.19.8): no reduction while they stand
             self.engine.inside_no_sync_ctxt = self.optimizer._coalesce_grad_reduction = not last
         with self.communication.counting():
-            out = self.engine(batch, ref_logps_B2, pull)
-            self.engine.backward(out.loss * weight, scale_wrt_gas=False)
+            out = self.engine(batch, ref_logps_B2, pull, weight)
+            self.engine.backward(out.loss, scale_wrt_gas=False)
         return out
 
     def accumulate_locally(self) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.ops.attention import is_widened
-from simple_llama.ops.logprob import CHUNK_ROWS
+from simple_llama.ops.logprob import CHUNK_ROWS, WIDENED_ROWS
 from simple_llama.ops.machine import has_fast_bf16, resident_bytes
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
@@ -170,13 +170,17 @@ def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
 
 
 def _head(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
-    """Bytes of the head: a chunk of logits, the gradient of the vocabulary matrix, and where that is bf16 on a CPU its
-    wider copy. Without a gradient that copy alone."""
+    """Bytes of the head: a chunk of logits, the gradient of the vocabulary matrix, in fp32 or where one chunk is all
+    and the CPU has bf16 units in bf16; of bf16 on a CPU a wider copy of that matrix, or of a part of it."""
     scored, item, shape = len(batch.targets_N), model.dtype.itemsize, model.architecture
     chunk, matrix = min(scored, CHUNK_ROWS[engine.device]), shape.vocab_size * shape.width
-    gradient = matrix if model.head else 0
-    wide = 4 * matrix + 2 * gradient if item == 2 and engine.device == "cpu" else 0
-    return 4 * chunk * shape.vocab_size + 4 * gradient + wide + scored * shape.width * (4 + item)
+    gradient, wide = 4 * matrix, 0
+    if item == 2 and engine.device == "cpu":
+        fast = has_fast_bf16("cpu")
+        wide = 4 * (min(WIDENED_ROWS, shape.vocab_size) * shape.width if fast else matrix)
+        gradient = 2 * matrix if fast and chunk == scored else 6 * matrix  # a chunk's product beside their sum
+    gradient *= bool(model.head)
+    return 4 * chunk * shape.vocab_size + gradient + wide + scored * shape.width * (4 + item)
 
 
 def step_extra(masters: Sequence[int], largest: int, offloads: bool) -> int:

@@ -147,8 +147,8 @@ def require_rankings(loss_fn: PreferenceLoss, pairs: PairSet, compared: str) -> 
 class PolicyOutput(NamedTuple):
     """What a training forward gives; all fp32, and detached but for the loss."""
 
-    loss: torch.Tensor  # scalar: sum of the pairs' losses, differentiable
-    losses_B: torch.Tensor
+    loss: torch.Tensor  # scalar: sum of the pairs' losses times the factor that was given, differentiable
+    losses_B: torch.Tensor  # without the factor
     logps_B2: torch.Tensor  # log-prob sums of chosen and rejected
     rewards_B2: torch.Tensor  # implicit rewards of chosen and rejected
     sums_BS: torch.Tensor | None = None  # all sums that the loss reads, as `pair_logps`
@@ -164,14 +164,17 @@ class DPOPolicy(nn.Module):
         self.model = model
         self.loss_fn = loss_fn
 
-    def forward(self, batch: PairBatch, ref_logps_B2: torch.Tensor, pull: Pull | None = None) -> PolicyOutput:
-        """Sum over the batch's pairs of the preference loss, by the three-GEMM head.
+    def forward(
+        self, batch: PairBatch, ref_logps_B2: torch.Tensor, pull: Pull | None = None, factor: float = 1.0
+    ) -> PolicyOutput:
+        """Sum over the batch's pairs of the preference loss, times a factor, by the three-GEMM head.
 
         Args:
             batch: B packed pairs on the model's device.
             ref_logps_B2: fp32 log-prob sums of the frozen reference, (chosen, rejected), behind them those over the
                 common length where the loss reads these; no numbers without a reference.
             pull: of these pairs, where the loss couples those of the whole step.
+            factor: of the sum, and so of the gradient.
         """
         assert pull or not (self.loss_fn.couples and torch.is_grad_enabled())
         asked = self.loss_fn.asks
@@ -186,7 +189,7 @@ class DPOPolicy(nn.Module):
         hidden_ND = _scored_hidden(self.model, batch)
         weight_VD, counts = self.model.head_weight, _part_counts(batch, asked)
         loss, losses_B, parts_PC = logprob.part_loss(
-            hidden_ND, weight_VD, batch.targets_N, counts, loss_of, squares=asked.squares
+            hidden_ND, weight_VD, batch.targets_N, counts, loss_of, squares=asked.squares, factor=factor
         )
         sums_BS = _sums(parts_PC, asked, batch)
         with torch.no_grad():
