@@ -29,7 +29,7 @@ import tyro
 
 from benchmarks import train_report
 from benchmarks.agreement import check_agreement
-from benchmarks.measure import RESULTS, gemm_flops, interleaved, peak_gib, profile_shares, record
+from benchmarks.measure import MOST_AGAIN, RESULTS, gemm_flops, interleaved, peak_gib, profile_shares, record
 from benchmarks.ours import EngineTrainer, PlainTrainer, Trainer, micro_batches, new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, SteppedPeer, TrlSettings
 from benchmarks.train_report import MixResult
@@ -146,7 +146,8 @@ def measure_mix(
     batch_size, each = batch_sizes(bench, make_pairs(mix, 256, vocab, bench.seed, bench.data))
     parts = {"shared": bench.accumulate} | dict.fromkeys(("whole", "padded"), bench.accumulate * batch_size // each)
     per_step = batch_size * bench.accumulate
-    count = bench.rounds + 3  # with a warm-up, one for memory and one that is profiled at the end
+    # with a warm-up, those that are made again, one for memory and one that is profiled at the end
+    count = bench.rounds + MOST_AGAIN + 3
     pairs = make_pairs(mix, per_step * count, vocab, bench.seed, bench.data)
     steps = [pairs[i * per_step : (i + 1) * per_step] for i in range(count)]
     fill_stores(start, ours, pairs, batch_size, device)
@@ -167,7 +168,8 @@ def measure_mix(
     profile = profile_shares(ways["ours bf16"], device)
     for peer in peers.values():
         peer.close()
-    flops = {name: step_flops(ours["bf16"], name, steps[1:-2], parts[name]) for name in PACKS}
+    counted = [steps[1 + number] for number in seconds.rounds]
+    flops = {name: step_flops(ours["bf16"], name, counted, parts[name]) for name in PACKS}
     return MixResult(mix, per_step, batch_size, each, mean_lengths(pairs), seconds, memory, flops, attention, profile)
 
 

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,29 +19,65 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.quiet import CoreWatch, Share, own_cpu
 from simple_llama.common.paths import root_path
 from simple_llama.ops.machine import synchronize
 
 Way = Callable[[], object]
+MOST_AGAIN = 3  # rounds that are made again because the machine was not quiet
 RESULTS = root_path("benchmarks", "RESULTS.md")
 PACKAGES = ("torch", "deepspeed", "triton", "trl", "transformers", "accelerate", "liger-kernel")
 
 
-def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call of each way: rounds of one call a way, so that a drift of the machine meets all alike.
+class Timed(dict[str, list[float]]):
+    """Seconds of each call, by way, of the rounds that count."""
 
-    A round more than `repeats` is made; the first one warms up and is not counted.
+    def __init__(
+        self, seconds: Mapping[str, list[float]], cpu: Mapping[str, list[float]], rounds: Sequence[int], noise: str
+    ):
+        """Args: cpu: CPU seconds of the same calls. rounds: which ones count, from 0. noise: of others, in words."""
+        super().__init__(seconds)
+        self.cpu, self.rounds, self.noise = cpu, rounds, noise
+
+    def in_words(self) -> str:
+        """CPU seconds of each way, and how quiet the machine was."""
+        cpu = ", ".join(f"{name} {middle:.2f}" for name, middle in medians(self.cpu).items())
+        return f"CPU seconds a call: {cpu}; {self.noise}"
+
+
+def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> Timed:
+    """Times each call of each way: rounds of one call a way, so that a drift of the machine meets all alike.
+
+    A round more than `repeats` is made; the first one warms up and is not counted. A round in which others had much of
+    the cores is said and made again, up to MOST_AGAIN of them; what is left of such rounds counts where it is most.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(repeats + 1):
-        for name, way in ways.items():
-            synchronize(device)
-            start = time.perf_counter()
-            way()
-            synchronize(device)
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    rounds: list[tuple[Share, dict[str, tuple[float, float]]]] = []
+    _round(ways, device)
+    while len(rounds) < repeats + MOST_AGAIN and sum(share.is_quiet for share, _ in rounds) < repeats:
+        watch = CoreWatch()
+        times = _round(ways, device)
+        rounds.append((watch.share(), times))
+        said = ", ".join(f"{name} {seconds:.3f} s (CPU {cpu:.2f})" for name, (seconds, cpu) in times.items())
+        wrong = "" if rounds[-1][0].is_quiet else "; not quiet"
+        print(f"round {len(rounds)}: {said}; {rounds[-1][0]}{wrong}", file=sys.stderr, flush=True)
+    quiet = [number for number, (share, _) in enumerate(rounds) if share.is_quiet]
+    counted = quiet if quiet and 2 * len(quiet) >= repeats else range(len(rounds))
+    seconds, cpu = ({name: [rounds[n][1][name][which] for n in counted] for name in ways} for which in (0, 1))
+    loudest = max((share for share, _ in rounds), key=lambda share: share.others + share.steal)
+    kept = f"{len(quiet)} of {len(rounds)} rounds were quiet" + ("" if counted is quiet else ", NOT QUIET: all count")
+    return Timed(seconds, cpu, counted, f"{kept}; at most {loudest}")
+
+
+def _round(ways: Mapping[str, Way], device: torch.device) -> dict[str, tuple[float, float]]:
+    """Seconds and CPU seconds of a call of each way."""
+    found = {}
+    for name, way in ways.items():
+        synchronize(device)
+        start, cpu = time.perf_counter(), own_cpu()
+        way()
+        synchronize(device)
+        found[name] = time.perf_counter() - start, own_cpu() - cpu
+    return found
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.measure import medians, table
+from benchmarks.measure import Timed, medians, table
 from simple_llama.ops.machine import peak_flops
 
 # TRL's best time over ours, by mix
@@ -29,7 +29,7 @@ class MixResult:
     batch_size: int  # pairs a micro-batch of ours
     peer_batch_size: int  # of TRL, and of ours whole and padded
     lengths: tuple[float, float, float]  # mean tokens of prompts, chosen and rejected answers
-    seconds: dict[str, list[float]]  # of a step, by way
+    seconds: Timed  # of a step, by way
     memory_gib: dict[str, float]  # of a step, beyond what is there before
     flops: dict[str, list[float]]  # of a step that is packed so
     attention: dict[str, str]  # of TRL, by setting: the faster one, and both times
@@ -120,6 +120,7 @@ def facts(result: MixResult, device: torch.device) -> list[str]:
         lines.append(f"- MFU {mfu:.3f} of the data sheet's {peak_flops(device, torch.bfloat16) / 1e12:.0f} TFLOP/s")
     lines.append(f"- without DeepSpeed a step is {100 * result.overhead():.1f} % shorter")
     lines.append(f"- a step of ours in bf16 is: {result.profile}")
+    lines.append(f"- {result.seconds.in_words()}")
     return lines
 
 

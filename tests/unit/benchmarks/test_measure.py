@@ -1,11 +1,17 @@
-"""Memory of processes."""
+"""Memory of processes, and rounds that others disturb."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-from benchmarks.measure import PeakMemory
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.measure import PeakMemory, interleaved
+from benchmarks.quiet import CoreWatch, Share
 
 CHILD = "import sys; held = bytearray(100 << 20); held[::4096] = b'1' * len(held[::4096]); sys.stdin.read()"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {CHILD!r}])"
@@ -23,3 +29,40 @@ def test_the_memory_of_a_childs_child_is_seen() -> None:
             assert child.stdin
             child.stdin.close()
     assert 0.1 < memory.peak_gib < 0.2
+
+
+@pytest.mark.parametrize(
+    ("others", "counted", "words"),
+    [
+        ([0.0, 0.2, 0.01, 0.0], [0, 2, 3], "3 of 4 rounds were quiet; at most others 20.0%"),
+        ([0.0, 0.2, 0.3, 0.2, 0.0, 0.2], [0, 4], "2 of 6 rounds were quiet; at most"),
+        ([0.2] * 6, [0, 1, 2, 3, 4, 5], "0 of 6 rounds were quiet, NOT QUIET: all count"),
+    ],
+)
+def test_a_round_that_others_disturb_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, others: list[float], counted: list[int], words: str
+) -> None:
+    """Three rounds are wanted, and at most three made again; disturbed ones count only where most are."""
+    shares = iter(Share(0.0, share, 0.0, 1.0) for share in others)
+    monkeypatch.setattr(measure.CoreWatch, "share", lambda self: next(shares))
+    calls: list[int] = []
+    timed = interleaved({"a": lambda: calls.append(1)}, 3, torch.device("cpu"))
+    assert list(timed.rounds) == counted and len(timed["a"]) == len(timed.cpu["a"]) == len(counted)
+    assert len(calls) == 1 + len(others)  # with a warm-up
+    assert words in timed.in_words() and "CPU seconds a call: a 0.00" in timed.in_words()
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat")
+def test_what_others_do_is_seen_and_what_this_process_does_is_not() -> None:
+    """A child that is busy half a second is another's work while it lives, and this process's own once it has ended."""
+    watch = CoreWatch()
+    busy = "import time; end = time.perf_counter() + 0.5\nwhile time.perf_counter() < end: pass\nprint(flush=True)"
+    busy += "; input()"
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin and child.stdout
+        child.stdout.readline()
+        seen = watch.share()
+        child.stdin.close()
+        child.wait()
+    assert seen.others > 0.1 and not seen.is_quiet
+    assert watch.share().cpu >= seen.cpu + 0.4
