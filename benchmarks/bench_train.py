@@ -37,7 +37,7 @@ from benchmarks.workload import HH_DATA, PACKS, make_pairs, mixes_at_hand, pairs
 from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
-from simple_llama.ops.machine import keep_freed_memory, peak_memory_gb, synchronize
+from simple_llama.ops.machine import peak_memory_gb, synchronize
 from simple_llama.pretraining.weights import WeightsFile, build_model
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
@@ -81,8 +81,6 @@ def main(bench: BenchTrain) -> None:
     """Agreement, then every mix, then the record."""
     started = time.perf_counter()
     ranks = init_ranks(bench.device)
-    if ranks.device.type == "cpu":
-        keep_freed_memory()  # as the launch scripts do
     torch.set_num_threads(bench.threads)  # init_ranks takes all cores
     start = start_model(bench.shape, bench.model_path, bench.seed)
     default = ("hh", "uf-71-169", "uf-200-300") if bench.device == "cuda" else ("hh", "short", "long")

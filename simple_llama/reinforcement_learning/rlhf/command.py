@@ -22,7 +22,7 @@ from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, fail_t
 from simple_llama.cluster.supervisor import FINISHED
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
-from simple_llama.ops.machine import keep_freed_memory, prepare_gemms
+from simple_llama.ops.machine import prepare_gemms
 from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig, DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
@@ -56,8 +56,6 @@ def run_any(work: Callable[[SomeConfig, Ranks], object], parse: Callable[[], Som
     try:
         config = _parse(parse)
         ranks = init_ranks(config.device, config.start_timeout_s)
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
         stopping.install(
             ranks.world_size
         )  # not before: while torch waits for the others in C++, a handler in Python would wait too

@@ -18,6 +18,7 @@ import torch
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
+from simple_llama.ops.machine import keep_freed_memory
 from simple_llama.pretraining.layers import adapters_off
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import Loaded, empty_model, fill
@@ -58,6 +59,8 @@ class Engine:
             keep_buckets = config.reduce_once or ranks.device.type == "cuda"
             self.ds_config = without_communication(self.ds_config, keep_buckets)
         self.stage = zero_stage(self.ds_config)
+        if ranks.device.type == "cpu" and ranks.world_size == 1 and not self.offloads:
+            keep_freed_memory()  # between the buckets of several ranks it would lie in pieces: up to half as much again
         trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             decay_groups(trainable, config.weight_decay),
