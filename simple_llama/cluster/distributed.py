@@ -95,7 +95,7 @@ def init_ranks(device: str = "auto", timeout_s: float = 600.0) -> Ranks:
     torch_device = device_of(device, local_rank, local_world_size)
     _join(rank, world_size, world_size == local_world_size, torch_device, timeout_s)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads it even where a group exists already
-    place = socket.gethostname(), boot_id() or socket.gethostname(), own_cores()
+    place = socket.gethostname(), boot_id() or socket.gethostname(), _own_cores()
     hosts, machines, cores = zip(*messages.gather(place, tuple[str, str, list[int]]), strict=True)
     if local_world_size is None:
         local_world_size = Counter(hosts)[socket.gethostname()]
@@ -281,7 +281,7 @@ def device_of(wanted: str, local_rank: int = 0, local_world_size: int | None = 1
     return torch.device("cuda", local_rank)
 
 
-def own_cores() -> list[int]:
+def _own_cores() -> list[int]:
     """The cores that this process may run on."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models
@@ -43,19 +43,32 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-@contextlib.contextmanager
-def one_thread_a_call() -> Iterator[None]:
-    """While it lasts, a tokenizer does a batch in the thread that calls it, in place of threads of its own: for callers
-    with a thread for each core. They work without a pause then, and all of them while one waits for Python."""
-    before = os.environ.get(_PARALLEL)
-    os.environ[_PARALLEL] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_PARALLEL, None)
-        else:
-            os.environ[_PARALLEL] = before
+class _OneThreadACall:
+    """While someone is within, a tokenizer does a batch in the thread that calls it, in place of threads of its own.
+
+    For callers with a thread for each core, which work without a pause then, also while one of them waits for Python.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._within = threading.Lock(), 0
+        self._before: str | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                self._before = os.environ.get(_PARALLEL)
+            self._within += 1
+            os.environ[_PARALLEL] = "false"
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                os.environ.pop(_PARALLEL)
+                os.environ.update({} if self._before is None else {_PARALLEL: self._before})
+
+
+one_thread_a_call = _OneThreadACall()
 
 
 def parse_tokenizer(data: bytes, source: str | Path) -> Tokenizer:

@@ -26,8 +26,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from simple_llama.ops.linear import emulates_bf16
+from simple_llama.ops.machine import cpu_emulates_bf16
 
-# Part of a reference's identity: raise it when the numbers that attention gives change beyond rounding.
+# Part of a reference's identity: raise it when the numbers that attention gives change beyond rounding, which is what
+# a CPU with bf16 units and one without differ by, too.
 ATTENTION_VERSION = "1"
 
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
@@ -160,12 +162,15 @@ def _attend_by_block(
 
 
 def is_widened(dtype: torch.dtype, device_type: str, keys: int) -> bool:
-    """Whether a block with so many keys is computed in fp32 rather than in its bf16: on a CPU, up to some hundred keys.
+    """Whether a block with so many keys is computed in fp32 rather than in its bf16: on a CPU, up to some hundred keys,
+    or all where it emulates bf16.
 
     There torch's kernel (2.13) is faster in fp32, since in bf16 it makes thousands of small calls; and exact in more
-    digits. A sequence's length alone decides, so that its log-probs do not depend on what else is packed.
+    digits. A segment alone decides, whatever else is packed: a prefix is computed with the first of its branches.
     """
-    return dtype == torch.bfloat16 and device_type == "cpu" and keys <= _MOST_WIDE_KEYS
+    if dtype != torch.bfloat16 or device_type != "cpu":
+        return False
+    return keys <= _MOST_WIDE_KEYS or cpu_emulates_bf16()
 
 
 def attend_suffix(

@@ -342,13 +342,17 @@ class _Gemms:
             torch.mm(gradient_nV, self.wide_VD, out=out_nD)
 
     def weight_gradient(self, gradient_nV: torch.Tensor, rows: slice, before_VD: torch.Tensor | None) -> torch.Tensor:
-        """gradient^T hidden[rows], the rows of the last logits, added to what came before, which may be overwritten.
+        """gradient^T hidden[rows], the rows of the last logits, added to what came before, which is overwritten.
 
         With bf16 units the first one is in bf16, as its GEMM gives it: most micro-batches have no second.
         """
         if self.fast_bf16:
             product_VD = gradient_nV.T @ self.hidden_ND[rows]
-            return product_VD if before_VD is None else before_VD.to(self.wide_dtype).add_(product_VD)
+            if before_VD is None:
+                return product_VD
+            for sums, some in zip(before_VD.split(WIDENED_ROWS), product_VD.split(WIDENED_ROWS), strict=True):
+                sums.add_(some)  # in parts: torch widens what it adds first
+            return before_VD
         beta = 0 if before_VD is None else 1  # 0 ignores what stands in the result
         out_VD = torch.empty_like(self.weight_VD, dtype=self.wide_dtype) if before_VD is None else before_VD
         if self.mixed:
@@ -371,6 +375,8 @@ class _Gradients:
         if self.hidden_ND is not None:
             self.gemms.hidden_gradient_(gradient_nV, self.hidden_ND[rows])
         if self._of_weight:
+            if self.weight_VD is not None:
+                self.weight_VD = self.weight_VD.to(self.gemms.wide_dtype)  # before there is a product beside it
             self.weight_VD = self.gemms.weight_gradient(gradient_nV, rows, self.weight_VD)
 
 

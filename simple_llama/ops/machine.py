@@ -152,9 +152,9 @@ def release(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Lets malloc keep freed memory of any size until `trim_heap` (glibc, man 3 mallopt; nothing elsewhere).
 
-    For who takes and frees the same sizes again and again, as a step does: what malloc gave back to the system in
-    between comes back as pages that the kernel clears one by one when they are first touched, a tenth of a step. Sizes
-    that change would leave more and more between them.
+    A step takes about as much as the one before it has freed. What malloc gave back to the system in between comes back
+    as pages that the kernel clears one by one when they are first touched: a tenth of a step. Memory stays level where
+    activations and whole gradients alone come and go (bench_growth); with the buckets of several ranks it did not.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)

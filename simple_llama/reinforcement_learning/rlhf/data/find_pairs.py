@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, 
 from simple_llama.reinforcement_learning.rlhf.data.merge_blocks import BlockPairs, merge
 from simple_llama.reinforcement_learning.rlhf.data.pair_reader import PairReader, ReadPairs
 from simple_llama.reinforcement_learning.rlhf.data.readers import Formats
+from simple_llama.reinforcement_learning.rlhf.data.reading import ReadingConfig
 from simple_llama.reinforcement_learning.rlhf.data.sources import Sources
 from simple_llama.reinforcement_learning.rlhf.data.token_files import narrow
 from simple_llama.reinforcement_learning.rlhf.data.token_shards import FoundPairs, ReadBlock, TokenShards, arrays_of
@@ -57,10 +58,14 @@ def find_pairs(reader: PairReader, sources: Sources, val_share: float, cache: To
 
 def make_share(reader: PairReader, sources: Sources, cache: TokenCache, rank: int, ranks: int) -> None:
     """Makes the missing shards among a rank's share of the blocks of large data, so that all ranks together make all.
-    Where a record is faulty it ends: who then finds the pairs says so. UserError where the disk takes no more."""
+
+    Where a record is faulty it ends, as at a shard that only reading all would show to be damaged: whoever then finds
+    the pairs says so, or makes the rest. UserError where the disk takes no more.
+    """
     if not is_large(sources):
         return
-    shards = TokenShards(cache.folder, _options(reader), cache.verify)
+    cache = cache._replace(verify=False)  # all is read once, by those who find the pairs
+    shards = TokenShards(cache.folder, _options(reader))
     with contextlib.suppress(UncutFile), watchdog.patience(_BEAT):
         for block, known in list(_blocks(reader, sources, cache, shards))[rank::ranks]:
             if _block_pairs(reader, sources, shards, block, known) is None:
@@ -104,7 +109,7 @@ def _options(reader: PairReader) -> dict[str, Any]:
         "unknown": chat.unknown_id,
         "spelled": reader.spelling.is_used,
         "scoring": list(reader.scoring),
-        "reading": asdict(reader.config),
+        "reading": {field.name: getattr(reader.config, field.name) for field in fields(ReadingConfig)},
         "shorten_to": reader.shorten_to,
         **usable,
     }

@@ -12,9 +12,9 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from simple_llama.cluster.console import progress
-from simple_llama.cluster.distributed import own_cores
 from simple_llama.common.errors import UserError
 from simple_llama.dataset.ascii_text import Spelling
 from simple_llama.dataset.json_records import Faults, KeptCount, Record, Tally, read_records
@@ -30,7 +30,7 @@ from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import Tokeniz
 from simple_llama.reinforcement_learning.rlhf.data.usable_pairs import ForMerge, Usable, keep_usable
 
 _Encode = Callable[[Sequence[Chat]], "Future[list[ScoredChat]]"]
-_THREADS = min(8, len(own_cores()))  # more would wait for Python, which makes pairs of what they made
+_MOST_THREADS = 8  # that tokenize: more would wait for Python, which makes pairs of what they made
 _RECORDS_PER_BATCH = 256  # that a thread tokenizes at a time
 
 
@@ -104,18 +104,20 @@ class PairReader:
     ) -> Iterator[tuple[Conversation, TokenizedPair]]:
         """Adds token ids; leaves out turns of chats that are too long, where that is wanted.
 
-        Ids are made by other threads, a batch each: while the tokenizer works, Python can read and look at pairs.
+        Ids are made by other threads, one for each core of this rank, a batch each: while the tokenizer works, Python
+        can read and look at pairs.
         """
-        with one_thread_a_call(), ThreadPoolExecutor(_THREADS, "tokenizing") as threads:
+        number = min(_MOST_THREADS, torch.get_num_threads())
+        with one_thread_a_call, ThreadPoolExecutor(number, "tokenizing") as threads:
 
             def encode(chats: Sequence[Chat]) -> Future[list[ScoredChat]]:
                 return threads.submit(self.scoring.encode, self.chat, chats)
 
             def again(c: Conversation) -> TokenizedPair | None:
-                found = _tokenize([c], encode, Speller(self.spelling), KeptCount(), faults)
+                found = _tokenize([c], encode, Speller(self.spelling), KeptCount(), faults, 1)
                 return next((pair for _, pair in found), None)
 
-            found = _tokenize(conversations, encode, speller, count, faults)
+            found = _tokenize(conversations, encode, speller, count, faults, number)
             if self.shorten_to is not None:
                 found = without_oldest_turns(found, self.shorten_to, again, count)
             yield from found
@@ -141,15 +143,21 @@ class _Batch(NamedTuple):
 
 
 def _tokenize(
-    conversations: Iterable[Conversation], encode: _Encode, speller: Speller, count: KeptCount, faults: Faults
+    conversations: Iterable[Conversation],
+    encode: _Encode,
+    speller: Speller,
+    count: KeptCount,
+    faults: Faults,
+    most_ahead: int,
 ) -> Iterator[tuple[Conversation, TokenizedPair]]:
-    """Adds token ids, made in batches of the texts as `speller` has them; counts what the chat format notes."""
+    """Adds token ids, made in batches of the texts as `speller` has them, so many at once; counts what the chat format
+    notes."""
     source, ahead = iter(conversations), deque[_Batch]()
     while said := list(islice(source, _RECORDS_PER_BATCH)):
         spelled = map(speller.spelled, said)
         chats = [Chat(c.system, c.users, answers) for c in spelled for answers in (c.chosen, c.rejected)]
         ahead.append(_Batch(said, chats, encode(_distinct(chats))))
-        if len(ahead) > _THREADS:
+        if len(ahead) > most_ahead:
             yield from _pairs(ahead.popleft(), encode, count, faults)
     for batch in ahead:
         yield from _pairs(batch, encode, count, faults)

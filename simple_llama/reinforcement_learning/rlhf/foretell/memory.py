@@ -147,26 +147,39 @@ def _flowing(model: TrainedModel, engine: Engine) -> int:
 def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     """Bytes that the layers keep for the backward pass, with what one of them needs while it is computed.
 
-    A row and layer without recomputation: 7 vectors of the width, 3 more of bf16 for what the norms keep in fp32, the
-    output of the QKV matrix, rotated queries and keys, the output of attention twice, 4 hidden vectors of SwiGLU; and
-    the keys and values of each branch behind its prefix. As torch's saved_tensors_hooks count them. What attention
-    computes in fp32 it keeps so: queries, keys and values once, in place of the output of the QKV matrix beside them.
+    A row and layer without recomputation: 7 vectors of the width, 3 more of bf16 for what the norms keep in fp32, 4
+    hidden vectors of SwiGLU, and what attention keeps (`_attention`). As torch's saved_tensors_hooks count them.
     """
     shape, item, rows = model.architecture, model.dtype.itemsize, len(batch.tokens_T)
-    queries, values = shape.heads * shape.key_width, shape.heads * shape.value_width
-    keys, key_values = shape.key_heads * shape.key_width, shape.key_heads * shape.value_width
-    norms = 7 if item == 4 else 10
-    of_row = norms * shape.width + 2 * (queries + keys) + key_values + 2 * values + 4 * shape.hidden_width
+    of_row = (7 if item == 4 else 10) * shape.width + 4 * shape.hidden_width
     of_row += shape.lora.rank * len(shape.lora.targets) if shape.lora else 0
-    of_layer = item * rows * of_row
-    for block in batch.layout.blocks:
-        seen = block.prefix + block.rows
-        twice = is_widened(model.dtype, engine.device, seen)
-        of_layer += item * block.rows * (key_values + values) * twice
-        of_layer += item * seen * (keys + key_values) * (1 + twice) * bool(block.prefix)
+    of_layer = item * (rows * of_row + _attention(model, engine, batch))
     moving = item * rows * (3 * shape.hidden_width + 4 * shape.width)
     between = rows * shape.width * item * shape.layers
     return moving + (between + of_layer if engine.recompute else of_layer * shape.layers)
+
+
+def _attention(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
+    """Numbers of the model's dtype that attention keeps in a layer.
+
+    A row's: the output of the QKV matrix, rotated queries and keys, its own output twice; and the keys and values of
+    each branch behind its prefix. A block that is computed in fp32 keeps queries, keys, values and its output so (two
+    numbers of bf16 each), its output in bf16 too, and nothing else; but where another block is not, the output of the
+    QKV matrix and rotated queries and keys stay whole for that one's sake.
+    """
+    shape = model.architecture
+    queries, values = shape.heads * shape.key_width, shape.heads * shape.value_width
+    keys, key_values = shape.key_heads * shape.key_width, shape.key_heads * shape.value_width
+    as_made, found = 2 * (queries + keys) + key_values, 0
+    wide = [is_widened(model.dtype, engine.device, block.prefix + block.rows) for block in batch.layout.blocks]
+    for block, is_wide in zip(batch.layout.blocks, wide, strict=True):
+        others = block.prefix + block.rows if block.prefix else 0  # keys of a branch are a copy
+        if not is_wide:
+            found += block.rows * (as_made + 2 * values) + others * (keys + key_values)
+            continue
+        found += block.rows * (2 * queries + 3 * values) + 2 * (others or block.rows) * (keys + key_values)
+        found += 0 if all(wide) else block.rows * as_made
+    return found
 
 
 def _head(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:

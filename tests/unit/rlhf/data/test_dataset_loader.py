@@ -151,7 +151,7 @@ def test_tokens_do_not_depend_on_the_batch(
     path = written(tmp_path, *(record(f"Question {number}?") for number in range(7)))
     whole = [pair.digest for pair in load(path, tokenizer).train]
     monkeypatch.setattr(pair_reader, "_RECORDS_PER_BATCH", 2)
-    monkeypatch.setattr(pair_reader, "_THREADS", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert [pair.digest for pair in load(path, tokenizer).train] == whole
     assert len(set(whole)) == 7
 

@@ -16,7 +16,7 @@ import torch
 
 from plain_steps import Case, Plain, as_json, difference, plain_steps
 from settings_steps import Steps
-from simple_llama.cluster.distributed import Ranks, own_cores
+from simple_llama.cluster.distributed import Ranks, _own_cores
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.ds_keys import _ALLOWED, _Count
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
@@ -98,7 +98,7 @@ def plain(job: TinyJob, ranks: Ranks) -> Iterator[dict[bool, Plain]]:
     """A plain loop in one process, in fp32 and (True) in bf16: no DeepSpeed, torch's clip and fused AdamW."""
     config = DPOConfig(**settings(job))  # type: ignore[arg-type]
     inputs, threads = load_inputs(config, ranks), torch.get_num_threads()
-    torch.set_num_threads(max(1, len(own_cores()) // 2))  # as many as a rank gets: sums rounded alike
+    torch.set_num_threads(max(1, len(_own_cores()) // 2))  # as many as a rank gets: sums rounded alike
     yield {dtype == torch.bfloat16: plain_steps(config, replace(inputs, dtype=dtype)) for dtype in DTYPES}
     torch.set_num_threads(threads)
 

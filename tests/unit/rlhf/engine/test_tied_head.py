@@ -12,7 +12,7 @@ import torch
 
 from plain_steps import Case, Plain, as_json, difference, plain_steps
 from settings_steps import Steps
-from simple_llama.cluster.distributed import Ranks, own_cores
+from simple_llama.cluster.distributed import Ranks, _own_cores
 from simple_llama.pretraining.weights import LoadedModel, build_model
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
@@ -71,7 +71,7 @@ def plain(job: TinyHFJob, ranks: Ranks) -> Iterator[dict[bool, Plain]]:
     config = DPOConfig(**settings(job))  # type: ignore[arg-type]
     inputs, threads = load_inputs(config, ranks), torch.get_num_threads()
     assert inputs.architecture.tied_head and inputs.architecture.key_heads < inputs.architecture.heads
-    torch.set_num_threads(max(1, len(own_cores()) // 2))  # as many as a rank gets: sums rounded alike
+    torch.set_num_threads(max(1, len(_own_cores()) // 2))  # as many as a rank gets: sums rounded alike
     dtypes = (torch.float32, torch.bfloat16)
     yield {dtype == torch.bfloat16: plain_steps(config, replace(inputs, dtype=dtype)) for dtype in dtypes}
     torch.set_num_threads(threads)
