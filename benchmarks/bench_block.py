@@ -68,11 +68,12 @@ def main(bench: Bench) -> None:
         "bf16, torch's own GEMMs": block_way(bench, torch.bfloat16, plain=True),
     }
     device = torch.device("cpu")
-    seconds = measure.medians(measure.interleaved(ways, bench.rounds, device))
+    timed = measure.interleaved(ways, bench.rounds, device)
+    seconds = measure.medians(timed)
     rows = [[f"{bench.layers} blocks, {bench.rows} rows, width {bench.width}", "ms"]]
     rows += [[name, f"{1e3 * median:.1f}"] for name, median in seconds.items()]
     command = shlex.join(["python", "-m", "benchmarks.bench_block", *sys.argv[1:]])
-    body = f"Forward and backward, medians of {bench.rounds} interleaved rounds.\n\n{measure.table(rows)}"
+    body = f"Forward and backward, medians of interleaved rounds.\n\n{measure.table(rows)}\n\n{timed.in_words()}"
     measure.record("Decoder blocks", command, body, device, bench.results)
 
 

@@ -137,7 +137,9 @@ def main(bench: Bench) -> None:
         with start.reading() as loaded:
             model = build_model(loaded, getattr(torch, dtype), cpu).eval()
         ways = ways_of(model, bench)
-        rows.append(row(dtype, measure.interleaved(ways, bench.rounds, cpu), bench.together))
+        timed = measure.interleaved(ways, bench.rounds, cpu)
+        rows.append(row(dtype, timed, bench.together))
+        shares.append(f"- {dtype}: {timed.in_words()}")
         shares.append(f"- {dtype}, one token: {measure.profile_shares(ways[f'{STEP} 1'], cpu)}")
     body = measure.table(rows) + (
         f"\n\n{start.path.name}, {bench.prompt} tokens before; medians of {bench.rounds} interleaved rounds, ratios "

@@ -102,6 +102,7 @@ def main(bench: BenchReference) -> None:
     rates = {dtype: gemm_flops(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     flops = pass_flops(models["ours bf16"], pairs, batch_size)
     body = [speeds(seconds, memory, len(pairs), flops), "\n".join(notes), facts(bench, seconds, flops, rates, device)]
+    body.append(seconds.in_words())
     body.append(f"peak of the process {peak_memory_gb(device):.2f} GiB, {time.perf_counter() - started:.0f} s")
     command = shlex.join(["python", "-m", "benchmarks.bench_reference", *sys.argv[1:]])
     title = f"The reference pass, {start.path.name}, {bench.pairs} pairs ({bench.mix}), ours in batches of {batch_size}"

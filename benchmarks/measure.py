@@ -49,7 +49,8 @@ def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> 
     """Times each call of each way: rounds of one call a way, so that a drift of the machine meets all alike.
 
     A round more than `repeats` is made; the first one warms up and is not counted. A round in which others had much of
-    the cores is said and made again, up to MOST_AGAIN of them; what is left of such rounds counts where it is most.
+    the cores is said and made again, up to MOST_AGAIN of them. Quiet rounds alone count; all where fewer than half of
+    those that were wanted are quiet, which is said.
     """
     rounds: list[tuple[Share, dict[str, tuple[float, float]]]] = []
     _round(ways, device)

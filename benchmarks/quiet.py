@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOST_OTHERS = 0.05  # of the cores' time that others may have had, other guests of the host among them
+_LEAST_SECONDS = 0.1  # of theirs that can be told from the system's ticks
 _TICKS = 100.0  # a second, as /proc/stat counts (man 5 proc, USER_HZ)
 
 
@@ -19,13 +20,17 @@ class Share:
     others: float  # share of other processes of this machine
     steal: float  # share of other guests of its host
     load: float  # processes that wanted to run, on average over the last minute
+    seconds: float = 1.0  # CPU seconds of all these others
+    is_known: bool = True  # False where the system does not say
 
     @property
     def is_quiet(self) -> bool:
         """Whether times that were taken meanwhile can be compared."""
-        return self.others + self.steal <= MOST_OTHERS
+        return self.others + self.steal <= MOST_OTHERS or self.seconds < _LEAST_SECONDS
 
     def __str__(self) -> str:
+        if not self.is_known:
+            return "what others had is not known"
         return f"others {self.others:.1%} of the cores, steal {self.steal:.1%}, load {self.load:.1f}"
 
 
@@ -40,9 +45,10 @@ class CoreWatch:
         own, counted = own_cpu() - self._own, _counted()
         cores_s = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
         if counted is None or self._counted is None or cores_s <= 0:
-            return Share(own, 0.0, 0.0, 0.0)
+            return Share(own, 0.0, 0.0, 0.0, is_known=False)
         busy, steal = (now - before for now, before in zip(counted, self._counted, strict=True))
-        return Share(own, max(0.0, busy - own) / cores_s, steal / cores_s, os.getloadavg()[0])
+        others = max(0.0, busy - own)
+        return Share(own, others / cores_s, steal / cores_s, os.getloadavg()[0], others + steal)
 
 
 def own_cpu() -> float:

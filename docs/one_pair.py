@@ -63,8 +63,8 @@ class Learner:
         self, batch: PairBatch, ref_logps_B2: torch.Tensor, weight: float, last: bool, pull: Pull | None = None
     ) -> PolicyOutput:
         """Adds `weight` times the gradient of the summed loss."""
-        out = self.policy(batch, ref_logps_B2, pull)
-        (out.loss * weight).backward()
+        out = self.policy(batch, ref_logps_B2, pull, weight)
+        out.loss.backward()
         return out
 
     def step(self, rate: float) -> float:

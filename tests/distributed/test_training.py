@@ -84,7 +84,8 @@ def test_bf16_zero_2_and_zero_3_agree(job):
 
 
 def test_two_ranks_make_tokens_together(job):
-    """Each of the blocks by one rank, both of them some; a second start makes none, and trains on the same pairs."""
+    """Each of the blocks by one rank, both of them some, all of them together; a second start makes none, and finds the
+    same pairs in the store."""
     run_two(PRECOMPUTE, job.settings)
     port, flags = free_port(), (f"--script={PRECOMPUTE}",)
     made = []
@@ -95,6 +96,8 @@ def test_two_ranks_make_tokens_together(job):
         assert "24 of 24 pairs are there" in outputs[0]
         made.append([re.findall(r"made block (\d+)", output) for output in outputs])
     assert all(made[0]) and not set(made[0][0]) & set(made[0][1])
+    facts = json.loads(next((Path(str(job.settings["ref_cache_dir"])) / "tokens" / "files").iterdir()).read_text())
+    assert len(made[0][0] + made[0][1]) == len(facts["blocks"])
     assert made[1] == [[], []]
 
 

@@ -374,3 +374,22 @@ def test_reading_ends_when_faults_are_enough(tmp_path: Path, monkeypatch: pytest
     assert list(read_records(written(tmp_path, "a.jsonl", b"[]\n" * 5 + b"{}"), faults)) == []
     with pytest.raises(UserError, match="^at least 5 faulty records:"):
         faults.end()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
+def test_only_the_records_that_are_wanted(tmp_path: Path, name: str) -> None:
+    """By their numbers; of lines no other is parsed, so that one may be broken, blank or begin with a mark."""
+    rows = [{"n": number} for number in range(1, 6)]
+    lines = ["\ufeff{", json.dumps(rows[1]), "", json.dumps(rows[3]), "["]
+    numbers = {2, 4} if ".jsonl" in name else {2, 4, 9}
+    path = tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
+    else:
+        text = "\n".join(lines).encode()
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    faults = Faults()
+    found = [(record.number, record.fields) for record in read_records(path, faults, numbers)]
+    assert found == [(2, {"n": 2}), (4, {"n": 4})] and not faults.number

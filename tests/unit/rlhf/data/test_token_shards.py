@@ -27,6 +27,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.reading import ReadingConfig
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
 from simple_llama.reinforcement_learning.rlhf.data.sources import Sources
+from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 
 WORDS = ("yes", "no", "it is", "why", "Human: no", "caf\u00e9", "\u2603", "go on and on and on and on and on")
 
@@ -231,6 +232,20 @@ def test_ranks_together_make_the_shards_that_one_makes(
     assert not batches
     found = [{p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.arr")} for name in ("alone", "shared")]
     assert found[0] == found[1]
+
+
+def test_settings_that_change_no_pair_find_the_same_shards(
+    tmp_path: Path, data: Path, tokenizer: Tokenizer, batches: list[int]
+) -> None:
+    """The settings of a whole run are given as those of reading: another rate, name or check of the data makes no token
+    again, another format does."""
+    load(data, tokenizer, tmp_path / "cache", reading=DPOConfig(run_name="one"))
+    batches.clear()
+    for reading in (DPOConfig(max_lr=1e-3, run_name="two"), DPOConfig(verify_data=True), DPOConfig(epochs=7)):
+        load(data, tokenizer, tmp_path / "cache", reading=reading)
+    assert not batches
+    load(data, tokenizer, tmp_path / "cache", reading=DPOConfig(on_bad_record="drop"))
+    assert sum(batches) == 100
 
 
 def test_faults_are_those_of_one_reading(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
