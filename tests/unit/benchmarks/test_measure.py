@@ -43,7 +43,7 @@ def test_the_memory_of_a_childs_child_is_seen() -> None:
 def test_a_round_that_others_disturb_is_made_again(
     monkeypatch: pytest.MonkeyPatch, others: list[float], counted: list[int], words: str
 ) -> None:
-    """Three rounds are wanted, and at most three made again; disturbed ones count only where fewer than two are quiet."""
+    """Three rounds are wanted, and at most three made again; disturbed ones count where fewer than two are quiet."""
     shares = iter(Share(0.0, share, 0.0, 1.0) for share in others)
     monkeypatch.setattr(measure.CoreWatch, "share", lambda self: next(shares))
     calls: list[int] = []
@@ -54,7 +54,7 @@ def test_a_round_that_others_disturb_is_made_again(
 
 
 def test_what_is_quiet() -> None:
-    """Up to a twentieth of the cores' time, or what ticks of a hundredth second cannot tell; so is what is not known."""
+    """Up to a twentieth of the cores' time, or what ticks of 10 ms cannot tell; so is what is not known."""
     assert Share(1.0, 0.03, 0.02, 1.0).is_quiet and not Share(1.0, 0.03, 0.03, 1.0).is_quiet
     assert Share(1.0, 0.5, 0.0, 1.0, seconds=0.05).is_quiet
     assert "not known" in str(Share(1.0, 0.0, 0.0, 0.0, is_known=False))
