@@ -162,8 +162,8 @@ def measure_mix(
         attention[numerics] = faster_attention(peers[numerics], device)
         ways[f"TRL {numerics}"] = peers[numerics].step
     seconds = interleaved(ways, bench.rounds, device)
+    profile = profile_shares(ways["ours bf16"], device)  # before `peak_gib` gives back what a step uses again
     memory = {name: peak_gib(way, device) for name, way in ways.items()}
-    profile = profile_shares(ways["ours bf16"], device)
     for peer in peers.values():
         peer.close()
     counted = [steps[1 + number] for number in seconds.rounds]
