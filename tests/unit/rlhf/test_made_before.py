@@ -38,7 +38,8 @@ def without_spaces(texts: list[str]) -> list[str]:
 
 class Near(NamedTuple):
     """How far the end of a run that is taken up may lie from the recorded one, which two threads of a Zen 5 with bf16
-    units made (torch 2.13.0+cpu). There today's bits are the same; a CPU with other instructions rounds otherwise."""
+    units made (torch 2.13.0+cpu). In fp32 there today's bits are the same; a CPU with other instructions rounds
+    otherwise, and of bf16 attention computes in fp32 since then."""
 
     relative: float  # of a metric or a stored log-prob sum
     metric: float  # of a metric, where that is more
@@ -47,7 +48,9 @@ class Near(NamedTuple):
 
 # A reward is the difference of two sums of up to a hundred nats. From step 2 to the end, weights go some 0.007.
 FP32 = Near(1e-5, 1e-5, 1e-6)  # seen without AVX-512: 2e-6 of a reward, 6e-8 of a weight
-BF16 = Near(2e-3, 2e-2, 3e-3)  # seen without AVX-512: 8e-3 of a gradient's norm, 1.1e-3 of a weight
+# Seen without AVX-512: 8e-3 of a gradient's norm, 1.1e-3 of a weight. The norm in step 3 was 7.712 then and is 7.740
+# now; of the same weights in fp64 it is 7.755.
+BF16 = Near(2e-3, 3e-2, 3e-3)
 # name: (flags beside those of its config.json, tolerances)
 RUNS: dict[str, tuple[tuple[str, ...], Near]] = {
     "stopped": ((), FP32),  # asked to stop in an evaluation: the state says that it is unfinished, and has no .pth
