@@ -190,8 +190,7 @@ def read_records(
     file = str(path)
     if not can_read(file):
         raise UserError(f"{file}: expected a file name that ends with {_kinds()}, found another; {_how_to_read(file)}")
-    values = _values(file, only)
-    return _records(file, values if only is None else (one for one in values if one[0] in only), faults)
+    return _records(file, _values(file, only), faults)
 
 
 def first_records(path: str | Path) -> Iterator[Record]:
@@ -223,11 +222,13 @@ def _records(file: str, values: Iterable[tuple[int, Any]], faults: Faults | None
 
 
 def _values(file: str, only: Container[int] | None) -> Iterator[tuple[int, Any]]:
-    """Number and value of each record, by the kind of file that its name says; of lines those that are wanted."""
+    """Number and value of each record that is wanted, by the kind of file that its name says."""
     name = file.lower()
-    if name.endswith(TABLE_SUFFIXES):
-        return table_rows(file)
-    return _json_list(file) if _is_list(name) else _numbered_lines(file, _lines(file), 1, only)
+    is_table = name.endswith(TABLE_SUFFIXES)
+    if not (is_table or _is_list(name)):
+        return _numbered_lines(file, _lines(file), 1, only)
+    values = table_rows(file) if is_table else _json_list(file)
+    return values if only is None else (one for one in values if one[0] in only)
 
 
 def _is_list(file: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
-from simple_llama.dataset.tokenizer import SPECIAL_TOKENS, decode_text, load_tokenizer, tokenizer_digest, unknown_id
+from simple_llama.dataset.tokenizer import (
+    SPECIAL_TOKENS,
+    decode_text,
+    load_tokenizer,
+    one_thread_a_call,
+    tokenizer_digest,
+    unknown_id,
+)
 from tiny_hf import byte_level_tokenizer
 
 SHIPPED = root_path("simple_llama", "dataset", "bpe_8k.json")
@@ -192,3 +200,20 @@ def test_who_knows_all_bytes() -> None:
     assert unknown_id(Tokenizer(models.Unigram([("a", -1.0), ("<u>", 0.0)], unk_id=1))) == 1
     with pytest.raises(UserError, match="leaves characters out"):
         unknown_id(Tokenizer(models.BPE(characters, [])))
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_one_thread_a_call_leaves_the_environment_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    """Also where two who are within leave in the order in which they came."""
+    name = "TOKENIZERS_PARALLELISM"
+    monkeypatch.delenv(name, raising=False)
+    if before:
+        monkeypatch.setenv(name, before)
+    one_thread_a_call.__enter__()
+    one_thread_a_call.__enter__()
+    one_thread_a_call.__exit__()
+    assert os.environ[name] == "false"
+    one_thread_a_call.__exit__()
+    assert os.environ.get(name) == before

@@ -259,10 +259,6 @@ class PairBuffer:
     def __len__(self) -> int:
         return len(self._keys) // KEY.itemsize
 
-    def __contains__(self, name: bytes) -> bool:
-        """Whether a pair with this digest is there."""
-        return self.position(name) >= 0
-
     def position(self, name: bytes) -> int:
         """The position of the pair with this digest; below 0 where there is none."""
         return self._slots[self._slot(name)]
