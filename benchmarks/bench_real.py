@@ -7,9 +7,10 @@ run does: DeepSpeed ZeRO-2, bf16 with fp32 masters. TRL (benchmarks/requirements
 AdamW too) and under autocast (fp32 weights), on several processes under DDP. References are computed once, by ours in
 bf16, and given to all.
 
-Each way is started by itself, makes a step that is not counted and some that are, and ends: its memory is its own. The
-ways take turns, round after round. A step is all from one update to the next, for one process or several the same
-pairs on the same cores. The losses say that all train on the same thing: the first is ln 2.
+Each way is started by itself, makes a step that is not counted and some that are, and ends: its memory is its own, from
+its start on, with every page that two of its processes share counted once (PSS). The ways take turns, round after
+round; a turn in which others had much of the cores is made again. A step is all from one update to the next, for one
+process or several the same pairs on the same cores. The losses say that all train on the same thing: the first is ln 2.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.measure import RESULTS, record, resident_kib, table
+from benchmarks.measure import MOST_AGAIN, RESULTS, PeakMemory, gemm_flops, record, table
 from benchmarks.ours import EngineTrainer, micro_batches, new_store, reference_pass
 from benchmarks.peers import TrlSettings, train_folder
+from benchmarks.quiet import CoreWatch
 from benchmarks.rank_jobs import run_ranks
 from benchmarks.workload import pack_shared, shares_prompt
 from simple_llama.cluster.distributed import barrier, close_ranks, init_ranks, leave
@@ -64,6 +66,7 @@ class BenchReal:
     max_tokens: int = 512  # pairs with longer chats are left out
     pairs_per_step: int = 16  # of all processes together
     batch_size: int = 8  # pairs a micro-batch of a process
+    rows: int = 0  # of a micro-batch of ours, at most, in place of batch_size pairs; 0: as many as these have
     rate: float = 2e-5  # learning rate, constant
     lora_rank: int = 0  # adapters of this rank beside all layers of a block, in ours and (peft) in TRL; 0: all weights
     lora_alpha: float = 32.0
@@ -98,7 +101,10 @@ class Measured:
 
     seconds: list[float] = field(default_factory=list)  # of each counted step
     losses: list[float] = field(default_factory=list)  # of each step of a turn
-    peak_gib: float = 0.0  # largest resident set, whole process
+    useful: list[float] = field(default_factory=list)  # FLOPs of each counted step, of all processes; ours alone
+    gemm: float = 0.0  # best FLOP/s of bf16 GEMMs, of all processes at once; ours alone
+    peak_gib: float = 0.0  # most memory of all processes of a turn
+    noisy: int = 0  # turns that count and were not quiet
 
 
 def main(bench: BenchReal) -> None:
@@ -111,10 +117,12 @@ def main(bench: BenchReal) -> None:
         run_job(bench, Way(REFERENCE, 1), folder)
         for _ in range(bench.rounds):
             for way in ways:
-                turn = together(run_job(bench, way, folder))
-                print(f"{way}: {', '.join(f'{second:.2f}' for second in turn.seconds)} s", flush=True)
+                turn = quiet_turn(bench, way, folder)
                 found[way].seconds += turn.seconds
+                found[way].useful += turn.useful
                 found[way].losses = turn.losses
+                found[way].noisy += turn.noisy
+                found[way].gemm = max(found[way].gemm, turn.gemm)
                 found[way].peak_gib = max(found[way].peak_gib, turn.peak_gib)
         described = (Path(folder) / "pairs.txt").read_text()
     body = f"{described} {setup(bench)}\n\n{speeds(bench, found)}\n\n{time.perf_counter() - started:.0f} s in all"
@@ -135,6 +143,23 @@ def check(bench: BenchReal) -> None:
 # === Processes ===
 
 
+def quiet_turn(bench: BenchReal, way: Way, folder: str) -> Measured:
+    """A turn of a way in which the machine was left to it; the last one that was made where none was so."""
+    turn = Measured()
+    for _ in range(MOST_AGAIN):
+        watch, memory = CoreWatch(), PeakMemory()
+        with memory:
+            turn = together(run_job(bench, way, folder))
+        share = watch.share()
+        turn.peak_gib, turn.noisy = memory.peak_gib, int(not share.is_quiet)
+        seconds = ", ".join(f"{second:.2f}" for second in turn.seconds)
+        said = f"{seconds} s, {turn.peak_gib:.2f} GiB; {share.cpu:.0f} CPU s, {share}{'; not quiet' * turn.noisy}"
+        print(f"{way}: {said}", flush=True)
+        if not turn.noisy:
+            break
+    return turn
+
+
 def run_job(bench: BenchReal, way: Way, folder: str) -> list[Measured]:
     """A turn of a way: what each of its processes found."""
     path = Path(folder) / "job.json"
@@ -146,10 +171,10 @@ def run_job(bench: BenchReal, way: Way, folder: str) -> list[Measured]:
 
 
 def together(parts: Sequence[Measured]) -> Measured:
-    """All processes of a turn: the slowest of each step, the mean loss, the sum of the peaks."""
+    """All processes of a turn: the slowest of each step, the mean loss, the sum of the rates."""
     seconds = [max(step) for step in zip(*(part.seconds for part in parts), strict=True)]
     losses = [statistics.fmean(step) for step in zip(*(part.losses for part in parts), strict=True)]
-    return Measured(seconds, losses, sum(part.peak_gib for part in parts))
+    return Measured(seconds, losses, parts[0].useful, sum(part.gemm for part in parts))
 
 
 def work(path: Path) -> None:
@@ -165,7 +190,6 @@ def work(path: Path) -> None:
         OURS: lambda: train_ours(bench, way, start, steps, store),
     }
     found = ways.get(way.name, lambda: train_trl(bench, way, steps, store, path.parent))()
-    found.peak_gib = resident_kib("VmHWM") / 2**20
     (path.parent / f"found{os.environ['RANK']}.json").write_text(json.dumps(asdict(found)))
 
 
@@ -235,13 +259,20 @@ def train_ours(
         trainer = EngineTrainer(loaded, config, store, ranks)
     found, ends = Measured(), []
     for step in steps:
+        if bench.rows:
+            rows = sum(pair.rows for pair in step)
+            parts = -(-rows // (way.world * bench.rows))
         mine = [pair for hand in micro_batches(step, way.world * parts)[ranks.rank :: way.world] for pair in hand]
         trainer.step(mine, pack_shared, parts)
         barrier(ranks)
         ends.append(time.perf_counter())
-        found.losses.append(trainer.sums.means()["loss"])
+        means = trainer.sums.means()
+        found.losses.append(means["loss"])
+        found.useful.append(means["useful_flops"])
         trainer.sums.reset()
-    found.seconds = np.diff(ends).tolist()
+    found.seconds, found.useful = np.diff(ends).tolist(), found.useful[1:]
+    barrier(ranks)  # so that all multiply at once, as they did
+    found.gemm = gemm_flops(torch.bfloat16, ranks.device)
     close_ranks()
     return found
 
@@ -271,24 +302,28 @@ def setup(bench: BenchReal) -> str:
     return (
         f"A step has {bench.pairs_per_step} pairs in micro-batches of {bench.batch_size} on {bench.cores} cores; "
         f"{bench.rounds} turns of {bench.steps} steps after one that warms up. {lora}Learning rate {bench.rate:g}, "
-        f"beta {BETA}, references given; TRL with {bench.attention}. "
-        "Peak: resident sets of all processes, whole, added up."
+        f"beta {BETA}, references given; TRL with {bench.attention}. Ours over GEMMs: useful FLOP/s of the median step "
+        "over the best bf16 GEMMs of all processes at once. Peak: of all processes together, from their start on, "
+        "pages that they share once."
     )
 
 
 def speeds(bench: BenchReal, found: Mapping[Way, Measured]) -> str:
-    """Pairs/s from the median step, its spread, ours over each, peak memory, and the losses of the last turn."""
-    head = ["", "pairs/s", "step, median (range)", "ours is faster by", "peak GiB", "loss of each step"]
+    """Pairs/s from the median step, its spread, ours over each by round, peak memory, and the losses of the last
+    turn."""
+    head = ["", "pairs/s", "step, median (range)", "ours is faster by", "over GEMMs", "peak GiB", "loss of each step"]
     rows = [head]
     for way, measured in found.items():
-        step = statistics.median(measured.seconds)
-        mine = statistics.median(found[Way(OURS, way.world)].seconds)
+        step, mine = statistics.median(measured.seconds), found[Way(OURS, way.world)].seconds
+        faster = statistics.median(theirs / ours for theirs, ours in zip(measured.seconds, mine, strict=True))
+        rates = [flops / second for flops, second in zip(measured.useful, measured.seconds, strict=False)]
         rows.append(
             [
-                str(way),
+                str(way) + f" ({measured.noisy} turns NOT QUIET)" * (measured.noisy > 0),
                 f"{bench.pairs_per_step / step:.2f}",
                 f"{step:.2f} s ({min(measured.seconds):.2f}-{max(measured.seconds):.2f})",
-                "-" if way.name == OURS else f"{step / mine:.2f}x",
+                "-" if way.name == OURS else f"{faster:.2f}x",
+                f"{statistics.median(rates) / measured.gemm:.2f}" if rates else "-",
                 f"{measured.peak_gib:.2f}",
                 ", ".join(f"{loss:.4f}" for loss in measured.losses),
             ]

@@ -29,7 +29,7 @@ def gradient(config: DPOConfig, ranks: Ranks) -> torch.Tensor:
         model = _start_model(config, inputs, start, ranks)
         policy = _build_policy(config, model, PreferenceLoss.of(config), start.path)
         engine = Engine(policy, start.state_dict, config, ranks)
-    plan = BatchPlan(pairs.rows, config.seed, ranks.world_size, config.batch_size, config.grad_accum_steps)
+    plan = BatchPlan.of(pairs, config, config.seed, ranks.world_size)
     ref_logps = open_reference(config, inputs, ranks).logps
     accumulate(engine, portions(plan.step(0), ranks.rank, pairs), ref_logps, MetricSums(ranks.device), ranks.device)
     zero = engine.optimizer

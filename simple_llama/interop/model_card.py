@@ -22,6 +22,7 @@ _SETTINGS = {  # of a run, by what they are called here
     "max_lr": "learning rate, at most",
     "batch_size": "pairs a micro-batch on each rank",
     "grad_accum_steps": "micro-batches a step",
+    "rows_per_micro_batch": "tokens of a micro-batch in place of pairs, at most",
     "max_seq_len": "tokens of a chat, at most",
     "seed": "seed",
 }

@@ -20,7 +20,6 @@ _BF16_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e1
 
 # What bounds the compiled GEMMs that a process keeps on a CPU: of oneDNN (either name), of ATen above it.
 _CACHE_BOUNDS = (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"), ("LRU_CACHE_CAPACITY",))
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _PRIMITIVES_KEPT = "128"  # more than the shapes of a micro-batch: as fast as with all of them
 
 
@@ -147,19 +146,6 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
     trim_heap()
     forget_peak(device)
-
-
-def keep_freed_memory() -> None:
-    """Lets malloc keep freed memory of any size until `trim_heap` (glibc, man 3 mallopt; nothing elsewhere).
-
-    A step takes about as much as the one before it has freed. What malloc gave back to the system in between comes back
-    as pages that the kernel clears one by one when they are first touched: a tenth of a step. Memory stays level where
-    activations and whole gradients alone come and go (bench_growth); with the buckets of several ranks it did not.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)  # blocks with a mapping of their own are given back when they are freed
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def trim_heap() -> None:

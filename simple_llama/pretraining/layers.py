@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from simple_llama.ops.elementwise import rms_norm, swiglu
 from simple_llama.ops.linear import Linear, linear
 from simple_llama.pretraining.architecture import Architecture, LoRA
 
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rows of any leading shape."""
-        return self.weight * F.rms_norm(x_TD, self.weight.shape, eps=self.eps)  # computes in fp32 inside
+        return rms_norm(x_TD, self.weight, self.eps)
 
 
 class TiedEmbedding(nn.Embedding):
@@ -94,5 +94,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
-        hidden = F.silu(plus_lora(self, "w1", self.w1(x_TD), x_TD)) * plus_lora(self, "w3", self.w3(x_TD), x_TD)
+        hidden = swiglu(plus_lora(self, "w1", self.w1(x_TD), x_TD), plus_lora(self, "w3", self.w3(x_TD), x_TD))
         return self.dropout(plus_lora(self, "w2", self.w2(hidden), hidden))

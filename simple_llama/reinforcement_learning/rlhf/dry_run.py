@@ -67,7 +67,7 @@ class _Foretold(NamedTuple):
     base: Base  # of the rank that takes most
     rate: float  # FLOP/s of GEMMs, of the slowest rank
     probed: list[Probed]  # of each rank; none without --probe
-    fitting: int | None  # pairs a micro-batch; None where nobody asks
+    fitting: int | None  # a size of micro-batches (`_Job.sized_by`); None where nobody asks
     fit_words: str
 
 
@@ -78,7 +78,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
     """
     job = _Job(config, inputs, ranks)
     foretold = job.foretell()
-    pairs, plan, saved = inputs.data.train, job.plan(config.batch_size), job.saved()
+    pairs, plan, saved = inputs.data.train, job.plan(job.size_set), job.saved()
     warned = job.warnings(saved)
     sections = {
         "config": json.dumps(asdict(replace(config, max_seq_len=inputs.max_seq_len)), indent=2),
@@ -116,15 +116,28 @@ class _Job:
                 store = RefStore.open(config.ref_cache_dir, inputs.reference_id, make=False, mend=False)
                 self.missing = missing_pairs(store, inputs.data.pairs, self.loss_fn.asks.fronts)
 
-    def plan(self, batch_size: int) -> BatchPlan:
-        """Who would train on what, with so many pairs a micro-batch."""
-        config = replace(self.config, batch_size=batch_size)
-        return BatchPlan.of(self.inputs.data.train, config, config.seed, self.ranks.world_size)
+    @property
+    def sized_by(self) -> str:
+        """The setting that says how large a micro-batch is."""
+        return "rows_per_micro_batch" if self.config.rows_per_micro_batch else "batch_size"
+
+    @property
+    def size_set(self) -> int:
+        """What this setting is."""
+        return getattr(self.config, self.sized_by)
+
+    def sized(self, size: int) -> DPOConfig:
+        """The run with micro-batches of another size."""
+        return replace(self.config, **{self.sized_by: size})
+
+    def plan(self, size: int) -> BatchPlan:
+        """Who would train on what, with micro-batches of this size."""
+        return BatchPlan.of(self.inputs.data.train, self.sized(size), self.config.seed, self.ranks.world_size)
 
     @property
     def steps(self) -> tuple[int, int]:
         """Of the whole run, and of an epoch."""
-        an_epoch = self.plan(self.config.batch_size).steps_per_epoch
+        an_epoch = self.plan(self.size_set).steps_per_epoch
         return self.config.total_steps(an_epoch), an_epoch
 
     def saved(self) -> SavedBytes:
@@ -142,14 +155,17 @@ class _Job:
         base = Base(*(int(max(column)) for column in list(zip(*told, strict=True))[:2]))
         rate = min(one[2] for one in told)
         if not config.fit_gb:
-            plan = self.plan(config.batch_size)
+            plan = self.plan(self.size_set)
             return _Foretold(base, rate, probe(config, inputs, plan, base, ranks) if config.probe else [], None, "")
         return self._fit(base, rate)
 
     def _fit(self, base: Base, rate: float) -> _Foretold:
         """The largest batch by arithmetic; with a probe lowered until what is measured fits (collective)."""
         config, inputs, ranks = self.config, self.inputs, self.ranks
-        room, most, scale = config.fit_gb * _GIB, -(-len(inputs.data.train) // ranks.world_size), 1.0
+        room, scale = config.fit_gb * _GIB, 1.0
+        most = -(-len(inputs.data.train) // ranks.world_size)  # all of a rank
+        if config.rows_per_micro_batch:
+            most = -(-int(self.plan(self.size_set).rows_per_step(0).max()) // ranks.world_size)
         probed: list[Probed] = []
         fitting = most
 
@@ -160,7 +176,7 @@ class _Job:
             fitting = largest_that_fits(fits, min(most, fitting))
             if not (fitting and config.probe):
                 break
-            probed = probe(replace(config, batch_size=fitting), inputs, self.plan(fitting), base, ranks)
+            probed = probe(self.sized(fitting), inputs, self.plan(fitting), base, ranks)
             taken = max(one.peak for one in probed)
             if taken <= room or not left:
                 break
@@ -173,42 +189,42 @@ class _Job:
         asked = self.config.fit_gb
         if not fitting:
             least = self.estimate(1, base).sum / _GIB
-            return f"in {asked:g} GiB not even batch_size 1 fits: it takes {least:.3f} GiB (estimate)"
+            return f"in {asked:g} GiB not even {self.sized_by} 1 fits: it takes {least:.3f} GiB (estimate)"
         taken, kind = self.estimate(fitting, base).sum / _GIB, "estimate"
         if probed:
             taken, kind = max(one.peak for one in probed) / _GIB, "probe"
         if taken > asked:
-            return f"in {asked:g} GiB no batch_size was found: {fitting} takes {taken:.3f} GiB ({kind})"
-        all_pairs = ", which are all pairs of a rank" if fitting == most else ""
+            return f"in {asked:g} GiB no {self.sized_by} was found: {fitting} takes {taken:.3f} GiB ({kind})"
+        of_all = "all rows of a rank's step" if self.config.rows_per_micro_batch else "all pairs of a rank"
+        everything = f", which are {of_all}" if fitting == most else ""
         return (
-            f"in {asked:g} GiB fits batch_size {fitting}{all_pairs}: it takes {taken:.3f} GiB ({kind}) and leaves "
-            f"{asked - taken:.3f} GiB; the largest by arithmetic, {'probed' if probed else 'not probed'}"
+            f"in {asked:g} GiB fits {self.sized_by} {fitting}{everything}: it takes {taken:.3f} GiB ({kind}) and "
+            f"leaves {asked - taken:.3f} GiB; the largest by arithmetic, {'probed' if probed else 'not probed'}"
         )
 
     # === Counted ===
 
-    def moments(self, batch_size: int, base: Base) -> list[Moment]:
-        """What is in memory at the fullest moments of a run with so many pairs a micro-batch."""
+    def moments(self, size: int, base: Base) -> list[Moment]:
+        """What is in memory at the fullest moments of a run with micro-batches of this size."""
         config, inputs = self.config, self.inputs
         in_memory = self.reference == "online" and not inputs.without_adapters
         model = TrainedModel(
             self.size, self.trained, inputs.architecture, inputs.dtype, in_memory, head=self.part.head > 0
         )
-        engine = describe_engine(config, full_ds_config(config, self.ranks.world_size), self.ranks)
-        return moments(model, engine, self.largest(batch_size), base)
+        engine = describe_engine(config, self.ranks)
+        return moments(model, engine, self.largest(size), base)
 
-    def largest(self, batch_size: int) -> PairBatch:
+    def largest(self, size: int) -> PairBatch:
         """The largest micro-batch of the first epoch."""
-        return PairBatch.pack([self.inputs.data.train[i] for i in self.plan(batch_size).largest_micro_batch()])
+        return PairBatch.pack([self.inputs.data.train[i] for i in self.plan(size).largest_micro_batch()])
 
-    def estimate(self, batch_size: int, base: Base) -> Moment:
+    def estimate(self, size: int, base: Base) -> Moment:
         """The fullest of these."""
-        return max(self.moments(batch_size, base), key=lambda moment: moment.sum)
+        return max(self.moments(size, base), key=lambda moment: moment.sum)
 
     def memory(self, foretold: _Foretold) -> str:
         """What a rank takes: counted, and probed."""
-        batch_size = self.config.batch_size
-        found, batch = self.moments(batch_size, foretold.base), self.largest(batch_size)
+        found, batch = self.moments(self.size_set, foretold.base), self.largest(self.size_set)
         fullest = max(found, key=lambda moment: moment.sum)
         lines = [f"{name:22} {amount / _GIB:8.3f} GiB" for name, amount in fullest.parts.items() if amount]
         others = ", ".join(f"{one.name} {one.sum / _GIB:.3f}" for one in found if one is not fullest)
@@ -230,7 +246,7 @@ class _Job:
     def time(self, foretold: _Foretold, saved: SavedBytes) -> str:
         """A step, and the whole run."""
         config, inputs, ranks = self.config, self.inputs, self.ranks
-        plan, batch = self.plan(config.batch_size), self.largest(config.batch_size)
+        plan, batch = self.plan(self.size_set), self.largest(self.size_set)
         rows = float(plan.rows_per_step(0)[: max(1, len(plan.rows) // plan.units_per_step)].mean())
         rows /= ranks.world_size  # of a full step, on a rank
         device, weight_bytes = ranks.device, sum(self.size) * inputs.dtype.itemsize
@@ -308,11 +324,12 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
     last = len(plan.rows) - (plan.steps_per_epoch - 1) * plan.units_per_step
     units = "pairs" if pairs.groups is None else "prompts"
     of_last = units if last != 1 else units[:-1]
+    size = f"{plan.batch_size} {units} a micro-batch x {plan.grad_accum_steps} micro-batches x {plan.world_size} ranks"
+    within = f", in micro-batches of at most {plan.most_rows} rows, or those of the longest" if plan.most_rows else ""
     amount = f"{len(pairs)} pairs" + (f" of {len(plan.rows)} prompts" if pairs.groups is not None else "")
     return "\n".join(
         [
-            f"{plan.batch_size} {units} a micro-batch x {plan.grad_accum_steps} micro-batches x {plan.world_size} "
-            f"ranks = {plan.units_per_step} {units} an optimizer step",
+            f"{size} = {plan.units_per_step} {units} an optimizer step{within}",
             f"{amount} = {plan.steps_per_epoch} steps an epoch (the last has {last} {of_last}); "
             f"{config.epochs} epochs = {total} steps{ends}; warm-up over {config.warmup_steps(steps)}",
             f"{packed} packed tokens an epoch; both chats whole would be {whole} ({whole / packed:.2f} times as many)",

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_real
-from benchmarks.bench_real import OURS, BenchReal, Measured, Way, check, make_steps, run_job, speeds, together
+from benchmarks.bench_real import (
+    OURS,
+    BenchReal,
+    Measured,
+    Way,
+    check,
+    make_steps,
+    quiet_turn,
+    run_job,
+    speeds,
+    together,
+)
+from benchmarks.quiet import CoreWatch, Share
 from simple_llama.common.errors import UserError
 from simple_llama.interop.open_start import open_start
 from tiny_hf import TinyHFJob, make_hf_job
@@ -28,24 +40,46 @@ def bench_of(job: TinyHFJob, **changes: Any) -> BenchReal:
 
 
 def test_a_turn_is_as_slow_as_its_slowest_process() -> None:
-    """Times are the largest of each step, losses the mean of equal shares, memory the sum."""
-    found = together([Measured([1.0, 4.0], [0.5, 0.25], 2.0), Measured([3.0, 2.0], [0.75, 0.75], 1.5)])
-    assert found == Measured([3.0, 4.0], [0.625, 0.5], 3.5)
+    """Times are the largest of each step, losses the mean of equal shares, rates the sum; work is counted of all."""
+    useful = [1e12, 2e12]
+    found = together(
+        [Measured([1.0, 4.0], [0.5, 0.25], useful, 2e11), Measured([3.0, 2.0], [0.75, 0.75], useful, 1e11)]
+    )
+    assert found == Measured([3.0, 4.0], [0.625, 0.5], useful, 3e11)
+
+
+def test_a_turn_that_was_not_quiet_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loud turns and a quiet one, which counts; of loud ones alone the third, which says so."""
+    shares = [Share(1.0, 0.5, 0.0, 2.0, seconds=5.0)] * 2 + [Share(1.0, 0.0, 0.0, 1.0, seconds=0.0)]
+    turns: list[Measured] = []
+
+    def job(*_: Any) -> list[Measured]:
+        turns.append(Measured([float(len(turns))]))
+        return [turns[-1]]
+
+    monkeypatch.setattr(bench_real, "run_job", job)
+    for given, noisy in ((shares, 0), (shares[:1] * 3, 1)):
+        turns.clear()
+        left = iter(given)
+        monkeypatch.setattr(CoreWatch, "share", lambda _, left=left: next(left))
+        turn = quiet_turn(BenchReal("model"), Way(OURS, 1), "")
+        assert (turn.seconds, turn.noisy, len(turns)) == ([2.0], noisy, 3)
 
 
 def test_speeds_by_hand() -> None:
-    """16 pairs in a median step of 4 s are 4 pairs/s; TRL's 10 s are 1.6, and 2.5 times as long."""
-    found = {
-        Way(OURS, 2): Measured([3.0, 4.0, 9.0], [0.6931, 0.5], 1.25),
-        Way("autocast", 2): Measured([10.0, 8.0, 12.0], [0.6931, 0.5], 7.0),
-    }
+    """16 pairs in a median step of 4 s are 4 pairs/s; TRL's 10 s are 1.6, by round 3.3, 2 and 1.3 times as long. Of
+    GEMMs at 4e11 FLOP/s ours reaches 0.5, 0.375 and 0.25."""
+    ours = Measured([3.0, 4.0, 9.0], [0.6931, 0.5], [6e11, 6e11, 9e11], 4e11, 1.25)
+    trl = Measured([10.0, 8.0, 12.0], [0.6931, 0.5], peak_gib=7.0, noisy=1)
+    found = {Way(OURS, 2): ours, Way("autocast", 2): trl}
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in speeds(BenchReal("model"), found).splitlines()[2:]
     ]
+    trl_said = "TRL, autocast, 2 processes (1 turns NOT QUIET)"
     assert rows == [
-        ["ours, bf16, 2 processes", "4.00", "4.00 s (3.00-9.00)", "-", "1.25", "0.6931, 0.5000"],
-        ["TRL, autocast, 2 processes", "1.60", "10.00 s (8.00-12.00)", "2.50x", "7.00", "0.6931, 0.5000"],
+        ["ours, bf16, 2 processes", "4.00", "4.00 s (3.00-9.00)", "-", "0.38", "1.25", "0.6931, 0.5000"],
+        [trl_said, "1.60", "10.00 s (8.00-12.00)", "2.00x", "-", "7.00", "0.6931, 0.5000"],
     ]
 
 
@@ -82,6 +116,6 @@ def test_a_process_finds_its_job(job: TinyHFJob, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(bench_real, "run_ranks", stand_in)
     [found] = run_job(bench_of(job), Way(bench_real.REFERENCE, 1), str(tmp_path))
-    assert 0.05 < found.peak_gib < 64 and found.losses == []
+    assert found.losses == []
     assert (tmp_path / "pairs.txt").read_text().startswith("0.0 M weights, 18 pairs of pairs.jsonl: prompt ")
     assert json.loads((tmp_path / "job.json").read_text())["way"] == {"name": "reference", "world": 1}

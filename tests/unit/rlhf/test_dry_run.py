@@ -175,6 +175,10 @@ def test_batch_arithmetic_by_hand(config: DPOConfig) -> None:
         "21 pairs = 2 steps an epoch (the last has 5 pairs); 2 epochs = 4 steps; warm-up over 2\n"
         "126 packed tokens an epoch; both chats whole would be 231 (1.83 times as many)"
     )
+    by_rows = _batch_arithmetic(config, replace(plan, most_rows=40), pairs).splitlines()
+    assert by_rows[0].endswith(
+        "= 16 pairs an optimizer step, in micro-batches of at most 40 rows, or those of the longest"
+    )
 
 
 def test_a_full_last_step_is_said_so(config: DPOConfig) -> None:
@@ -226,14 +230,16 @@ def test_the_largest_batch_for_a_memory(
     sizes: list[int] = []
     monkeypatch.setattr(dry_run._Job, "moments", lambda _, size, base: [Moment("all", {"all": 2**30 + size * 2**28})])
 
-    def words(fit_gb: float, probe: bool = False) -> str:
-        changed = replace(config, fit_gb=fit_gb, dry_run=True, probe=probe)
+    def words(fit_gb: float, probe: bool = False, **changes: int) -> str:
+        changed = replace(config, fit_gb=fit_gb, dry_run=True, probe=probe, **changes)
         [line] = [one for one in describe(changed, inputs, ranks).splitlines() if one.startswith(f"in {fit_gb:g} GiB")]
         return line
 
     assert "in 3 GiB fits batch_size 8: it takes 3.000 GiB (estimate) and leaves 0.000 GiB" in words(3)
     assert f"fits batch_size {len(inputs.data.train)}, which are all pairs of a rank" in words(100)
     assert words(1.2) == "in 1.2 GiB not even batch_size 1 fits: it takes 1.250 GiB (estimate)"
+    assert "fits rows_per_micro_batch 8: it takes 3.000 GiB" in words(3, rows_per_micro_batch=64)
+    assert "which are all rows of a rank's step" in words(1e6, rows_per_micro_batch=64)
 
     def measured(config: DPOConfig, *_: object) -> list[Probed]:
         sizes.append(config.batch_size)

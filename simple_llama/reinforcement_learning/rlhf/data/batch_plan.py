@@ -10,12 +10,13 @@ from typing import Annotated, Literal, NamedTuple, overload
 import numpy as np
 from typing_extensions import Doc
 
-from simple_llama.common.settings import Count, Settings
+from simple_llama.common.settings import Count, CountOrNone, Settings
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.spread_copies import spread_copies
 
 MicroBatch = tuple[int, ...]  # positions of pairs in the data set
 Step = tuple[tuple[MicroBatch, ...], ...]  # [rank][micro-batch]; every rank has the same number of micro-batches
+Item = tuple[tuple[int, ...], int]  # units that are computed together, and their packed rows
 
 _MOST_DEALT = 1 << 18  # pairs that are dealt to find the largest micro-batch: under a second
 
@@ -29,6 +30,13 @@ class BatchConfig(Settings):
         Count, Doc("pairs per micro-batch per rank; prompts where records have more than two answers")
     ] = 16
     grad_accum_steps: Count = 8  # micro-batches per optimizer step
+    rows_per_micro_batch: Annotated[
+        CountOrNone,
+        Doc(
+            "most packed tokens of a micro-batch, or those of the longest pair: it then has as many pairs as these "
+            "allow, and batch_size and grad_accum_steps say only how many pairs a step has; 0: batch_size pairs"
+        ),
+    ] = 0
     group_weight: Annotated[
         Literal["pair", "prompt"],
         Doc("what counts alike in the mean of a step: each pair, or each prompt, whose pairs then share its weight"),
@@ -37,6 +45,11 @@ class BatchConfig(Settings):
         bool,
         Doc("pairs of one prompt that fall into a step are computed together, the prompt once: faster, the same loss"),
     ] = False
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may have several micro-batches on a rank."""
+        return self.grad_accum_steps > 1 or self.rows_per_micro_batch > 0
 
 
 class Prompts(NamedTuple):
@@ -52,9 +65,9 @@ class BatchPlan:
 
     What is dealt are units: pairs, or all the pairs of a record. An epoch is a shuffle of all units, cut into steps of
     `batch_size * grad_accum_steps * world_size` units. The last step of an epoch has what is left. Within a step the
-    units are dealt so that every micro-batch has nearly the same number of packed rows. Where the units of a short step
-    do not go round, some ranks' micro-batches are empty. Copies of a unit are units, each in a step of its own as far
-    as there are as many steps.
+    units are dealt so that every micro-batch has nearly the same number of packed rows: `batch_size` units, or with
+    `most_rows` as many as these allow. Where the units of a short step do not go round, some ranks' micro-batches are
+    empty. Copies of a unit are units, each in a step of its own as far as there are as many steps.
     """
 
     rows: np.ndarray  # (U,) packed rows of each unit
@@ -65,6 +78,7 @@ class BatchPlan:
     starts: np.ndarray | None = None  # (U + 1,) the first pair of each unit, and the number of pairs; None: U pairs
     prompts: Prompts | None = None  # units of one prompt that fall into a step go into one micro-batch, side by side
     copies: np.ndarray | None = None  # (U,) as in `spread_copies`; None: each unit stands in an epoch once
+    most_rows: int = 0  # of a micro-batch, or those of the longest unit of a step; 0: it has `batch_size` units
     _drawn: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)  # the last epoch's shuffle
 
     @classmethod
@@ -77,12 +91,17 @@ class BatchPlan:
             prompts = Prompts(pairs.segments[first], pairs.places["prefix"][first])
         sizes = config.batch_size, config.grad_accum_steps
         copies = None if pairs.copies is None else pairs.copies[pairs.units]
-        return cls(pairs.unit_rows, seed, world_size, *sizes, starts, prompts, copies)
+        return cls(pairs.unit_rows, seed, world_size, *sizes, starts, prompts, copies, config.rows_per_micro_batch)
 
     @property
     def units_per_step(self) -> int:
         """Units of a full optimizer step, over all ranks."""
         return self.batch_size * self.grad_accum_steps * self.world_size
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may have several micro-batches on a rank."""
+        return self.grad_accum_steps > 1 or self.most_rows > 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,25 +129,44 @@ class BatchPlan:
         """Optimizer step `index`, counted from 0 over all epochs."""
         epoch, within = divmod(index, self.steps_per_epoch)
         mine = self.shuffle(epoch)[within * self.units_per_step :][: self.units_per_step]
-        hands = self.world_size * -(-len(mine) // (self.batch_size * self.world_size))
-        units = list(zip(mine.tolist(), self.rows[mine].tolist(), strict=True))
-        dealt = _deal_together(self._items(mine), hands) if self.prompts else deal(units, hands)
-        dealt = [_pairs_of(hand, self.starts) for hand in dealt]
+        dealt = [_pairs_of(hand, self.starts) for hand in self._hands(mine)]
         return tuple(tuple(dealt[rank :: self.world_size]) for rank in range(self.world_size))
 
-    def _items(self, units: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
-        """Units that answer one prompt, and the packed rows that they have together, in the order of the first of
-        each."""
-        assert self.prompts
+    def _hands(self, mine: np.ndarray) -> list[tuple[int, ...]]:
+        """The units of a step in micro-batches, of which each rank has as many."""
+        if self.most_rows:
+            return _deal_rows(self._items(mine), self.most_rows, self.world_size)
+        hands = self.world_size * -(-len(mine) // (self.batch_size * self.world_size))
+        if self.prompts:
+            return _deal_together(self._items(mine), hands)
+        return deal(list(zip(mine.tolist(), self.rows[mine].tolist(), strict=True)), hands)
+
+    def _items(self, units: np.ndarray) -> list[Item]:
+        """Units that are to be computed together, those of one prompt where there are `prompts`, in the order of the
+        first of each."""
+        if not self.prompts:
+            return [((unit,), rows) for unit, rows in zip(units.tolist(), self.rows[units].tolist(), strict=True)]
         together: dict[int, list[int]] = {}
         for unit, prompt in zip(units.tolist(), self.prompts.numbers[units].tolist(), strict=True):
             together.setdefault(prompt, []).append(unit)
-        items = []
+        items = list[Item]()
         for found in together.values():
-            for some in (tuple(found[i : i + self.batch_size]) for i in range(0, len(found), self.batch_size)):
-                shared = int(self.prompts.prefixes[list(some)].min()) * (len(some) - 1)
-                items.append((some, int(self.rows[list(some)].sum()) - shared))
+            some: Item = ((), 0)
+            for unit in found:
+                more = self._together((*some[0], unit))
+                full = more[1] > self.most_rows if self.most_rows else len(more[0]) > self.batch_size
+                if some[0] and full:
+                    items.append(some)
+                    more = self._together((unit,))
+                some = more
+            items.append(some)
         return items
+
+    def _together(self, units: tuple[int, ...]) -> Item:
+        """Units of one prompt, whose common tokens are computed once."""
+        assert self.prompts
+        shared = int(self.prompts.prefixes[list(units)].min()) * (len(units) - 1)
+        return units, int(self.rows[list(units)].sum()) - shared
 
     def rows_per_step(self, epoch: int) -> np.ndarray:
         """Packed rows of each step of an epoch (steps,) int64, over all ranks."""
@@ -163,7 +201,26 @@ def _pairs_of(units: Sequence[int], starts: np.ndarray | None) -> MicroBatch:
     return tuple(pair for unit in units for pair in range(int(starts[unit]), int(starts[unit + 1])))
 
 
-def _deal_together(items: Sequence[tuple[tuple[int, ...], int]], hands: int) -> list[tuple[int, ...]]:
+def _deal_rows(items: Sequence[Item], most_rows: int, world_size: int) -> list[tuple[int, ...]]:
+    """Deals units into as few micro-batches a rank as have at most `most_rows` rows each, or those of the longest item
+    where that is more; the units of an item stay together. Longest first to the hand with the fewest rows, as `deal`.
+    """
+    most = max(most_rows, max(rows for _, rows in items))
+    hands = world_size * max(1, -(-sum(rows for _, rows in items) // (most * world_size)))
+    by_length = sorted(range(len(items)), key=lambda i: (-items[i][1], i))
+    while True:
+        heap = [(0, hand) for hand in range(hands)]
+        dealt: list[list[int]] = [[] for _ in range(hands)]
+        for place in by_length:
+            rows, hand = heapq.heappop(heap)
+            dealt[hand].append(place)
+            heapq.heappush(heap, (rows + items[place][1], hand))
+        if max(rows for rows, _ in heap) <= most:
+            return [tuple(unit for place in sorted(hand) for unit in items[place][0]) for hand in dealt]
+        hands += world_size
+
+
+def _deal_together(items: Sequence[Item], hands: int) -> list[tuple[int, ...]]:
     """Deals `(units, rows)` into `hands` micro-batches, the units of an item into one, of nearly equal rows.
 
     As `deal`, but for the number of units, which is at most one above equal; an item goes apart only where no hand has
@@ -210,13 +267,12 @@ class Share(Sequence[MicroBatch]):
 
     order: np.ndarray  # all units, longest first
     starts: np.ndarray | None  # as in `BatchPlan`
-    batch_size: int
+    edges: Sequence[int]  # where in `order` each micro-batch of all ranks begins, and the last one ends, or later
     rank: int
     world_size: int
 
     def __len__(self) -> int:
-        turn = self.batch_size * self.world_size
-        return (len(self.order) + turn - 1) // turn
+        return (len(self.edges) + self.world_size - 2) // self.world_size
 
     @overload
     def __getitem__(self, index: int) -> MicroBatch: ...
@@ -226,22 +282,35 @@ class Share(Sequence[MicroBatch]):
         turns = range(len(self))[index]  # IndexError beyond the end
         if isinstance(turns, range):
             return [self[turn] for turn in turns]
-        start = (turns * self.world_size + self.rank) * self.batch_size
-        return _pairs_of(self.order[start : start + self.batch_size].tolist(), self.starts)
+        place = turns * self.world_size + self.rank
+        edges = self.edges[place : place + 2]
+        units = self.order[edges[0] : edges[1]] if len(edges) == 2 else self.order[:0]
+        return _pairs_of(units.tolist(), self.starts)
 
 
-def sweep_of(pairs: PairSet, batch_size: int, world_size: int) -> list[Share]:
+def sweep_of(pairs: PairSet, batch_size: int, world_size: int, most_rows: int = 0) -> list[Share]:
     """`sweep` of these pairs, those of a record together."""
     starts = None if pairs.groups is None else np.append(pairs.units, len(pairs))
-    return sweep(pairs.unit_rows, batch_size, world_size, starts)
+    return sweep(pairs.unit_rows, batch_size, world_size, starts, most_rows)
 
 
-def sweep(rows: np.ndarray, batch_size: int, world_size: int, starts: np.ndarray | None = None) -> list[Share]:
+def sweep(
+    rows: np.ndarray, batch_size: int, world_size: int, starts: np.ndarray | None = None, most_rows: int = 0
+) -> list[Share]:
     """One pass over all units without training (reference, evaluation): `[rank] -> micro-batches`, every pair once.
 
     Units of similar length share a micro-batch, and micro-batches go round the ranks, so the ranks end together.
     Every rank gets the same number of micro-batches, the last one of some ranks empty: with partitioned weights a
     forward is a collective.
+
+    Args: most_rows: of a micro-batch, in place of `batch_size` units; 0: as many as these have.
     """
     order = np.argsort(-np.asarray(rows, np.int64), kind="stable")
-    return [Share(order, starts, batch_size, rank, world_size) for rank in range(world_size)]
+    edges: Sequence[int] = range(0, len(order) + batch_size, batch_size)
+    if most_rows:
+        edges = [0]
+        ends = np.cumsum(rows[order], dtype=np.int64)
+        while edges[-1] < len(order):
+            before = ends[edges[-1] - 1] if edges[-1] else 0
+            edges.append(max(edges[-1] + 1, int(np.searchsorted(ends, before + most_rows, side="right"))))
+    return [Share(order, starts, edges, rank, world_size) for rank in range(world_size)]

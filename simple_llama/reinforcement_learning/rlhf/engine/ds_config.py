@@ -50,10 +50,11 @@ class EngineConfig(OptimizerConfig, BatchConfig, PolicyConfig):
 
     def check_rules(self) -> None:
         """UserError for an option without effect."""
-        if self.reduce_once and self.grad_accum_steps == 1:
+        if self.reduce_once and not self.accumulates:
             raise UserError("reduce_once: expected grad_accum_steps above 1, found 1, where it changes nothing")
 
 
+_CPU_BUCKET = 5_000_000  # weights, on a CPU at most
 _OURS = {
     "train_batch_size": "batch_size, grad_accum_steps and the number of ranks",
     "train_micro_batch_size_per_gpu": "batch_size",
@@ -117,30 +118,40 @@ def _check_together(source: str, found: dict[str, Any]) -> None:
 
 def full_ds_config(config: EngineConfig, world_size: int) -> dict[str, Any]:
     """What goes to `deepspeed.initialize`: the user's JSON and DPOConfig's batch and clip, each from one place."""
+    pairs, parts = config.batch_size, config.grad_accum_steps
+    if config.rows_per_micro_batch:
+        pairs, parts = 1, pairs * parts  # the most micro-batches that a step can have; each says where the step ends
     return {
         **read_ds_config(config),
-        "train_micro_batch_size_per_gpu": config.batch_size,
-        "gradient_accumulation_steps": config.grad_accum_steps,
-        "train_batch_size": config.batch_size * config.grad_accum_steps * world_size,
+        "train_micro_batch_size_per_gpu": pairs,
+        "gradient_accumulation_steps": parts,
+        "train_batch_size": pairs * parts * world_size,
         "gradient_clipping": config.max_grad_norm,
         "steps_per_print": 2**31 - 1,  # our own log says it
     }
 
 
-def without_communication(ds_config: dict[str, Any], keep_buckets: bool) -> dict[str, Any]:
-    """ZeRO-2 for a rank that is alone, which sends nothing: no overlap, whose end a GPU's host would wait for.
+def ds_config_here(config: EngineConfig, world_size: int, device_type: str) -> dict[str, Any]:
+    """`full_ds_config` with what ZeRO-2 is better given on these ranks. The shipped settings make the same numbers, bit
+    for bit.
 
-    Without `keep_buckets` no buckets either, and no dtype of communication. With the shipped settings the same numbers
-    bit for bit: a bf16 gradient that is widened, summed over one rank and rounded is itself. On a CPU, fresh buckets
-    for each micro-batch cost more than the whole gradient in the model's dtype that stays in memory instead.
+    Ranks on CPUs: buckets of a few megabytes, whose memory is touched again while it is in a cache, and no more of it.
+    A rank that is alone sends nothing: no overlap, whose end a GPU's host would wait for; on a CPU no buckets either
+    (each gradient is added up where it lies) and no dtype of communication: a bf16 gradient that is widened, summed
+    over one rank and rounded is itself.
     """
-    zero = ds_config["zero_optimization"]
-    if zero_stage(ds_config) != 2 or "offload_optimizer" in zero:
-        return ds_config
-    if keep_buckets:
-        return {**ds_config, "zero_optimization": {**zero, "overlap_comm": False}}
-    alone = {name: value for name, value in ds_config.items() if name != "communication_data_type"}
-    return {**alone, "zero_optimization": {**zero, "contiguous_gradients": False, "overlap_comm": False}}
+    found = full_ds_config(config, world_size)
+    if zero_stage(found) != 2:
+        return found
+    zero, on_cpu = found["zero_optimization"], device_type == "cpu"
+    if on_cpu:
+        zero = {**zero, "reduce_bucket_size": min(_CPU_BUCKET, zero.get("reduce_bucket_size", _CPU_BUCKET))}
+    if world_size == 1 and "offload_optimizer" not in zero:
+        zero = {**zero, "overlap_comm": False}
+        if on_cpu and not config.reduce_once:  # which rounds fp32 sums to bf16 where no dtype of communication is named
+            found = {name: value for name, value in found.items() if name != "communication_data_type"}
+            zero = {**zero, "contiguous_gradients": False}
+    return {**found, "zero_optimization": zero}
 
 
 def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:

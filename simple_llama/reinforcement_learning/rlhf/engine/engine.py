@@ -18,7 +18,6 @@ import torch
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.errors import UserError
-from simple_llama.ops.machine import keep_freed_memory
 from simple_llama.pretraining.layers import adapters_off
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import Loaded, empty_model, fill
@@ -26,10 +25,11 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.engine.communication import CommunicationMeter
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import (
     EngineConfig,
+    ds_config_here,
     full_ds_config,
-    without_communication,
     zero_stage,
 )
+from simple_llama.reinforcement_learning.rlhf.engine.fewer_passes import use_fewer_passes
 from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy, PolicyOutput, evaluating, pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
@@ -54,13 +54,8 @@ class Engine:
         """
         deepspeed = import_deepspeed(ranks.device)
         self.utils, self.gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
-        self.ds_config: dict[str, Any] = full_ds_config(config, ranks.world_size)
-        if ranks.world_size == 1:  # reduce_once rounds its fp32 sums to bf16 where no dtype of communication is named
-            keep_buckets = config.reduce_once or ranks.device.type == "cuda"
-            self.ds_config = without_communication(self.ds_config, keep_buckets)
+        self.ds_config = ds_config_here(config, ranks.world_size, ranks.device.type)
         self.stage = zero_stage(self.ds_config)
-        if ranks.device.type == "cpu" and ranks.world_size == 1 and not self.offloads:
-            keep_freed_memory()  # between the buckets of several ranks it would lie in pieces: up to half as much again
         trainable = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             decay_groups(trainable, config.weight_decay),
@@ -77,6 +72,7 @@ class Engine:
         self.communication = CommunicationMeter(deepspeed.comm.comm.cdb, ranks.device)
         self.trainable = trainable
         self.reduce_once = config.reduce_once
+        self.kept_sums = use_fewer_passes(zero_optimizer, alone=ranks.world_size == 1)
         if self.reduce_once:
             self.accumulate_locally()
         self.make_moments()
@@ -111,6 +107,11 @@ class Engine:
     def offloads(self) -> bool:
         """Whether the optimizer's states, and the gradients for them, lie on the host."""
         return "offload_optimizer" in self.ds_config.get("zero_optimization", {})
+
+    @property
+    def sums_in_one(self) -> bool:
+        """Whether a step's sums of gradients lie in one tensor from the first micro-batch on."""
+        return self.stage == 2 and not self.offloads and self.optimizer.dtype != torch.float32
 
     @property
     def partitioned(self) -> bool:
@@ -201,6 +202,7 @@ class Engine:
 
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """(name, {weight, exp_avg, exp_avg_sq}) of each trained parameter, whole, fp32, one at a time (collective)."""
+        self.kept_sums.clear()  # who takes the state holds it whole
         for name, parameter in self.trainable.items():
             state: dict[str, Any] = {key: self.utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             state["weight"] = self.utils.safe_get_full_fp32_param(parameter)

@@ -26,7 +26,10 @@ class ForetellConfig(Settings):
     fit_gb: Annotated[
         float,
         Bounds(0.0, math.inf, below=True),
-        Doc("with dry_run: say the largest batch_size whose rank takes at most so many GiB; 0: do not look for it"),
+        Doc(
+            "with dry_run: say the largest batch_size, or rows_per_micro_batch where it is set, whose rank takes at "
+            "most so many GiB; 0: do not look for it"
+        ),
     ] = 0.0
 
     def check_rules(self) -> None:

@@ -14,7 +14,7 @@ Shapes: T packed rows, N scored tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ from simple_llama.ops.logprob import CHUNK_ROWS, WIDENED_ROWS
 from simple_llama.ops.machine import has_fast_bf16, resident_bytes
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
-from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, without_communication, zero_stage
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, ds_config_here, zero_stage
 from simple_llama.reinforcement_learning.rlhf.engine.engine import import_deepspeed
 from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize
 
@@ -70,6 +70,10 @@ class Engine(NamedTuple):
     reduce_once: bool = False
     accumulates: bool = True  # several micro-batches a step
 
+    def sums_in_one(self, dtype: torch.dtype) -> bool:
+        """Whether a step's sums of gradients lie in one tensor from the first micro-batch on (fewer_passes.py)."""
+        return self.stage == 2 and dtype != torch.float32 and not self.offloads
+
 
 class Moment(NamedTuple):
     """What is in memory at one of the moments, in bytes by its name."""
@@ -83,10 +87,9 @@ class Moment(NamedTuple):
         return sum(self.parts.values())
 
 
-def describe_engine(config: EngineConfig, ds_config: dict[str, Any], ranks: Ranks) -> Engine:
+def describe_engine(config: EngineConfig, ranks: Ranks) -> Engine:
     """The settings as numbers."""
-    if ranks.world_size == 1:
-        ds_config = without_communication(ds_config, config.reduce_once or ranks.device.type == "cuda")
+    ds_config = ds_config_here(config, ranks.world_size, ranks.device.type)
     zero = ds_config.get("zero_optimization", {})
     return Engine(
         device=ranks.device.type,
@@ -97,7 +100,7 @@ def describe_engine(config: EngineConfig, ds_config: dict[str, Any], ranks: Rank
         offloads="offload_optimizer" in zero,
         recompute=config.activation_checkpointing,
         reduce_once=config.reduce_once,
-        accumulates=config.grad_accum_steps > 1,
+        accumulates=config.accumulates,
     )
 
 
@@ -121,42 +124,49 @@ def moments(model: TrainedModel, engine: Engine, batch: PairBatch, base: Base) -
         "activations": _activations(model, engine, batch),
         "head": _head(model, engine, batch),
     }
-    step = {**steady, "gradients": max(summed, 4 * shard) + step_extra([shard], model.largest, engine.offloads)}
+    extra = step_extra([shard], model.largest, engine.offloads, engine.sums_in_one(model.dtype))
+    step = {**steady, "gradients": max(summed, 4 * shard) + extra}
     save = {**steady, "state that is written": 12 * shard if on_cpu else 0}
     return [Moment("start", start), Moment("passes", passes), Moment("step", step), Moment("save", save)]
 
 
 def _summed(model: TrainedModel, engine: Engine, shard: int) -> int:
     """Bytes of gradients that are kept from one micro-batch to the next."""
+    in_one = engine.sums_in_one(model.dtype)
     if engine.reduce_once:
-        return 4 * model.trained
-    kept = 4 * shard if engine.accumulates or engine.stage == 3 else 0
+        return 4 * model.trained + 4 * shard * in_one
+    kept = 4 * shard if engine.accumulates or engine.stage == 3 or in_one else 0
     return kept + (4 * shard if engine.offloads and engine.device == "cpu" else 0)
 
 
 def _flowing(model: TrainedModel, engine: Engine) -> int:
     """Bytes of gradients and weights on their way in a backward pass, at most."""
-    item = model.dtype.itemsize
+    item, way = model.dtype.itemsize, min(engine.bucket, model.trained)
+    alone = model.largest if model.largest > way else 0  # too large for a bucket
     if not engine.buckets:
-        return item * model.trained
-    way = min(engine.bucket, model.trained)
+        return item * min(way + model.largest, model.trained)
     gathered = min(sum(model.size), engine.bucket) * item if engine.stage == 3 else 0
-    return 2 * way * item + way * 4 + gathered
+    return 2 * way * item + max(way, alone) * 4 + alone * item + gathered
 
 
 def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     """Bytes that the layers keep for the backward pass, with what one of them needs while it is computed.
 
-    A row and layer without recomputation: 7 vectors of the width, 3 more of bf16 for what the norms keep in fp32, 4
-    hidden vectors of SwiGLU, and what attention keeps (`_attention`). As torch's saved_tensors_hooks count them.
+    A row and layer without recomputation: 4 vectors of the width and 3 hidden ones, inputs of norms and of matrices,
+    and what attention keeps (`_attention`). Elsewhere than on a CPU (ops/elementwise.py) 7, 3 more of bf16 for what the
+    norms keep in fp32, and 4. Of all layers once: rotations, and what the last norm is given. As torch's
+    saved_tensors_hooks count them.
     """
     shape, item, rows = model.architecture, model.dtype.itemsize, len(batch.tokens_T)
     of_row = (7 if item == 4 else 10) * shape.width + 4 * shape.hidden_width
+    if engine.device == "cpu":
+        of_row = 4 * shape.width + 3 * shape.hidden_width
     of_row += shape.lora.rank * len(shape.lora.targets) if shape.lora else 0
     of_layer = item * (rows * of_row + _attention(model, engine, batch))
     moving = item * rows * (3 * shape.hidden_width + 4 * shape.width)
+    once = rows * (item * shape.width + 4 * shape.rope_width)
     between = rows * shape.width * item * shape.layers
-    return moving + (between + of_layer if engine.recompute else of_layer * shape.layers)
+    return moving + once + (between + of_layer if engine.recompute else of_layer * shape.layers)
 
 
 def _attention(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
@@ -196,14 +206,17 @@ def _head(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     return 4 * chunk * shape.vocab_size + gradient + wide + scored * shape.width * (4 + item)
 
 
-def step_extra(masters: Sequence[int], largest: int, offloads: bool) -> int:
-    """Bytes that an optimizer step needs beside what is there after the backward passes.
+def step_extra(masters: Sequence[int], largest: int, offloads: bool, sums_in_one: bool) -> int:
+    """Bytes that an optimizer step needs beside what is there after the backward passes: none where the sums of
+    gradients lie in one tensor.
 
-    DeepSpeed flattens the summed gradients of a group beside themselves, and before that takes each one's norm in fp64.
+    Else DeepSpeed flattens those of a group beside themselves, and before that takes each one's norm in fp64.
 
     Args:
         masters: sizes of a rank's flat groups. largest: weights of the largest parameter.
     """
+    if sums_in_one:
+        return 0
     flat = 0 if offloads else 4 * max(masters)
     return max(flat, 8 * min(largest, max(masters)))
 

@@ -85,7 +85,7 @@ def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks, onlin
     """Computes micro-batches; gives the fields of `Probed` after the first. Args: online: whether a step has the
     reference's forward pass in it, which takes as long as the policy's own."""
     pairs, device = inputs.data.train, ranks.device
-    several = plan.grad_accum_steps > 1
+    several = plan.accumulates
     forget_peak(device)
 
     def timed(micro_batch: MicroBatch, last: bool) -> tuple[int, float]:
@@ -122,7 +122,7 @@ def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks, onlin
         peak = peak_bytes(device)
     release(device)  # what malloc keeps of the passes is used again
     masters = sum(engine.masters)
-    extra = step_extra(engine.masters, engine.largest_parameter, engine.offloads)
+    extra = step_extra(engine.masters, engine.largest_parameter, engine.offloads, engine.sums_in_one)
     if device.type == "cpu":  # a save holds masters and moments once more, without the 4 bytes of gradients
         extra = max(extra, 8 * masters)
     step = resident_bytes(device) + extra

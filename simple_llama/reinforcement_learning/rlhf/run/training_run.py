@@ -363,7 +363,8 @@ class TrainingRun:
         """Held-out metrics and sample answers after `step` steps (collective); None without held-out pairs."""
         ranks = self.ranks
         if self.held_out:
-            mine = sweep_of(self.held_out, self.config.batch_size, ranks.world_size)[ranks.rank]
+            sizes = self.config.batch_size, ranks.world_size, self.config.rows_per_micro_batch
+            mine = sweep_of(self.held_out, *sizes)[ranks.rank]
             parts = self.stoppable(mine, f"evaluation at step {step}")
             shown = progress(parts, total=len(mine), desc="evaluate", ranks=ranks)
             ref_logps = self.reference.logps

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -209,6 +211,51 @@ def test_of_many_steps_with_a_longest_pair_one_is_dealt(monkeypatch: pytest.Monk
     plan, dealt = plan_of((5,) * 40), counted(monkeypatch, batch_plan, "deal")
     assert len(plan.largest_micro_batch(8)) == 2
     assert dealt() == 2
+
+
+# === micro-batches by rows ===
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(1, 6000))
+def test_by_rows_a_step_has_the_same_pairs_in_as_few_micro_batches(rows, world, batch, accum, most):
+    """None has more rows than asked for, or than the longest pair of the step; one a rank fewer would not hold them, or
+    is beyond what dealing the longest first finds (4/3 of the best, Graham 1969)."""
+    plan, by_pairs = plan_of(rows, world, batch, accum), plan_of(rows, world, batch, accum)
+    plan = replace(plan, most_rows=most)
+    assert (plan.steps_per_epoch, plan.accumulates) == (by_pairs.steps_per_epoch, True)
+    for index in range(plan.steps_per_epoch):
+        step = plan.step(index)
+        hands = [micro for rank in step for micro in rank]
+        mine = sorted(i for micro in hands for i in micro)
+        assert mine == sorted(i for rank in by_pairs.step(index) for micro in rank for i in micro)
+        assert len({len(rank) for rank in step}) == 1
+        limit = max(most, max(rows[i] for i in mine))
+        assert max(sum(rows[i] for i in micro) for micro in hands) <= limit
+        fewer = len(hands) - world
+        assert not fewer or 4 / 3 * sum(rows[i] for i in mine) > fewer * limit * 3 / 4 - limit * world
+
+
+def test_by_rows_in_numbers() -> None:
+    """Six pairs of 5 rows and one of 12, two ranks: at most 10 rows, or the 12 of the longest."""
+    plan = BatchPlan(np.array([5, 5, 12, 5, 5, 5, 5]), 0, 2, 4, 2, most_rows=10)
+    hands = [sorted(plan.rows[list(micro)].tolist()) for rank in plan.step(0) for micro in rank]
+    assert sorted(hands) == [[5, 5], [5, 5], [5, 5], [12]]
+    assert plan.rows[list(plan.largest_micro_batch())].tolist() == [12]
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.integers(1, 5), st.integers(1, 6000))
+def test_a_sweep_by_rows_takes_every_pair_once(rows, world, most):
+    """Longest first, each micro-batch filled until the next pair would be too much."""
+    shares = sweep(np.array(rows, np.int32), 2, world, most_rows=most)
+    assert len({len(share) for share in shares}) == 1
+    turns = [share[turn] for turn in range(len(shares[0])) for share in shares]
+    assert [i for micro in turns for i in micro] == sorted(range(len(rows)), key=lambda i: (-rows[i], i))
+    for micro, behind in pairwise(turns):
+        taken = sum(rows[i] for i in micro)
+        assert len(micro) <= 1 or taken <= most
+        assert not behind or taken + rows[behind[0]] > most
 
 
 # === passes without training ===

@@ -241,6 +241,13 @@ def test_units_of_one_prompt_fall_together() -> None:
         (hand,) = (hands[number] for number in where)
         places = [place for place, i in enumerate(hand) if prompts[i] == prompt]
         assert places == list(range(places[0], places[0] + 4))  # side by side: one segment
+    pairs = PairSet.of([pair((10 + n, 4), (30,), prompt) for n, prompt in enumerate(prompts)]).by_prompt()
+    for most, expected in ((5, [1, 3]), (6, [4])):  # two common rows, and one more of each pair
+        by_rows = BatchPlan.of(pairs, BatchConfig(batch_size=6, grad_accum_steps=1, rows_per_micro_batch=most), 0, 2)
+        hands = [micro for rank in by_rows.step(0) for micro in rank]
+        for prompt in ((1, 2), (1, 3)):
+            counts = sorted(sum(prompts[i] == prompt for i in hand) for hand in hands)
+            assert [count for count in counts if count] == expected
 
 
 @given(

@@ -13,10 +13,10 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.paths import root_path
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import (
+    ds_config_here,
     full_ds_config,
     model_dtype,
     read_ds_config,
-    without_communication,
     zero_stage,
 )
 from simple_llama.reinforcement_learning.rlhf.engine.ds_keys import _ALLOWED
@@ -235,22 +235,30 @@ def test_batch_arithmetic_and_clip_come_from_the_settings(tmp_path: Path) -> Non
     }
 
 
-def test_one_rank_alone_needs_no_communication() -> None:
-    """ZeRO-2 goes without buckets and a dtype of communication, or only without overlap; others stay as they are."""
-    shipped = {name: read_ds_config(DPOConfig(deepspeed_config=root_path("ds_configs", name))) for name in SHIPPED}
-    zero2 = shipped["zero2_bf16.json"]
-    alone = without_communication(zero2, keep_buckets=False)
-    assert "communication_data_type" not in alone
-    assert alone["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert alone["zero_optimization"] == {
-        **zero2["zero_optimization"],
-        "contiguous_gradients": False,
-        "overlap_comm": False,
-    }
-    buckets = without_communication(zero2, keep_buckets=True)
-    assert buckets == {**zero2, "zero_optimization": {**zero2["zero_optimization"], "overlap_comm": False}}
-    for name in ("zero2_offload.json", "zero3_bf16.json"):
-        assert without_communication(shipped[name], keep_buckets=False) == shipped[name]
+def test_what_ranks_are_better_given() -> None:
+    """ZeRO-2 on a CPU has small buckets, alone neither these nor a dtype of communication; alone on a GPU no overlap.
+    reduce_once, offloading and ZeRO-3 keep what they need; a smaller bucket of the user's stays."""
+
+    def here(name: str, world_size: int, device: str, **settings: Any) -> dict[str, Any]:
+        """What differs from what is set."""
+        config = DPOConfig(deepspeed_config=root_path("ds_configs", name), **settings)
+        set_, found = full_ds_config(config, world_size), ds_config_here(config, world_size, device)
+        gone = {name: None for name in set_ if name not in found}
+        return gone | {
+            key: value
+            for before, after in ((set_["zero_optimization"], found["zero_optimization"]), (set_, found))
+            for key, value in after.items()
+            if key != "zero_optimization" and before.get(key) != value
+        }
+
+    small = {"reduce_bucket_size": 5_000_000}
+    assert here("zero2_bf16.json", 2, "cuda") == {}
+    assert here("zero2_bf16.json", 2, "cpu") == small
+    assert here("zero2_bf16.json", 1, "cuda") == {"overlap_comm": False}
+    alone = {"communication_data_type": None, "contiguous_gradients": False, "overlap_comm": False}
+    assert here("zero2_bf16.json", 1, "cpu") == {**small, **alone}
+    assert here("zero2_bf16.json", 1, "cpu", reduce_once=True) == {**small, "overlap_comm": False}
+    assert here("zero2_offload.json", 1, "cpu") == small and here("zero3_bf16.json", 1, "cpu") == {}
 
 
 def test_dtype_of_the_computing_weights() -> None:

@@ -20,6 +20,7 @@ from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.apply_dpo import train
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine import engine
+from simple_llama.reinforcement_learning.rlhf.engine.ds_config import full_ds_config
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, dealt_model, decay_groups
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from tiny_hf import ARCHITECTURE, make_hf_job
@@ -30,15 +31,16 @@ from tiny_job import ROOT, make_job
 def test_alone_is_bit_for_bit_as_with_buckets(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """Three steps with what `without_communication` leaves out, on a CPU and a GPU: equal losses and weights."""
-    job, original = make_job(tmp_path), engine.without_communication
+    """Three steps with what `ds_config_here` leaves out on a CPU, as on a GPU, and with all that is set: equal losses
+    and weights."""
+    job, original = make_job(tmp_path), engine.ds_config_here
     ways = {
         "alone": original,
-        "no overlap": lambda settings, keep_buckets: original(settings, True),  # a GPU's way
-        "buckets": lambda settings, keep_buckets: settings,
+        "no overlap": lambda config, world_size, device: original(config, world_size, "cuda"),
+        "buckets": lambda config, world_size, device: full_ds_config(config, world_size),
     }
     for run, way in ways.items():
-        monkeypatch.setattr(engine, "without_communication", way)
+        monkeypatch.setattr(engine, "ds_config_here", way)
         settings = {**job.settings, "run_name": run, "reference": "online", "n_samples": 0, "epochs": 1}
         settings["deepspeed_config"] = str(ROOT / "ds_configs" / f"{file}.json")
         config = DPOConfig(**settings)  # type: ignore[arg-type]
@@ -74,8 +76,8 @@ def test_a_check_of_deepspeeds_own_is_one_message(
 ) -> None:
     """A key that reaches DeepSpeed all the same: its assertion, and the file."""
     config = DPOConfig(**{**make_job(tmp_path).settings, "reference": "online"})  # type: ignore[arg-type]
-    full = engine.full_ds_config
-    monkeypatch.setattr(engine, "full_ds_config", lambda *given: {**full(*given), "prescale_gradients": True})
+    here = engine.ds_config_here
+    monkeypatch.setattr(engine, "ds_config_here", lambda *given: {**here(*given), "prescale_gradients": True})
     with pytest.raises(
         UserError, match=r"zero2_fp32\.json: DeepSpeed .*: AssertionError: pre-scale gradients is not yet"
     ):

@@ -1,0 +1,74 @@
+"""RMSNorm and SwiGLU's product, which on a CPU keep for the backward pass only what they are given.
+
+Autograd would keep what is computed on the way, too: rows in fp32 and normalized ones, silu(gate). It is computed again
+instead, in the backward pass, which costs about what writing and reading it did. Elsewhere, and in compiled layers,
+torch's own operators: the specification, whose values these have bit for bit, and whose gradients to rounding.
+
+Shapes: T rows, D width, H hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """weight * x / sqrt(mean(x^2) + eps), the fraction in fp32 and rounded before the weight (arXiv:1910.07467)."""
+    if _keeps_less(x_TD):
+        return _RMSNorm.apply(x_TD, weight_D, eps)
+    return weight_D * F.rms_norm(x_TD, weight_D.shape, eps=eps)
+
+
+def swiglu(gate_TH: torch.Tensor, up_TH: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (arXiv:2002.05202)."""
+    return _SwiGLU.apply(gate_TH, up_TH) if _keeps_less(gate_TH) else F.silu(gate_TH) * up_TH
+
+
+def _keeps_less(rows: torch.Tensor) -> bool:
+    return rows.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and a number of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        scale_T1 = wide_TD.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_TD, weight_D, scale_T1)
+        return weight_D * (wide_TD * scale_T1).to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TD, weight_D, scale_T1 = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        normed_TD = x_TD.to(scale_T1.dtype) * scale_T1
+        grad_x = grad_weight = None
+        if needs_weight:
+            grad_weight = (grad_TD * normed_TD.to(x_TD.dtype)).flatten(0, -2).sum(0)
+        if needs_x:  # (g - n mean(g n)) / rms of g, the gradient of the fraction n
+            grad = (grad_TD * weight_D).to(scale_T1.dtype)
+            mean_T1 = (grad * normed_TD).mean(-1, keepdim=True)
+            grad_x = (grad - normed_TD.mul_(mean_T1)).mul_(scale_T1).to(x_TD.dtype)
+        return grad_x, grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps both factors."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_TH: torch.Tensor, up_TH: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_TH, up_TH)
+        return F.silu(gate_TH).mul_(up_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_TH, up_TH = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad_TH * up_TH, gate_TH)
+        return grad_gate, F.silu(gate_TH).mul_(grad_TH)
