@@ -5,7 +5,7 @@
 The folder's own chat template makes the token ids of both; launch/export.py makes a folder of a .gguf. Ours is what a
 run does: DeepSpeed ZeRO-2, bf16 with fp32 masters. TRL (benchmarks/requirements.txt) computes in bf16 (weights and
 AdamW too) and under autocast (fp32 weights), on several processes under DDP. References are computed once, by ours in
-bf16, and given to all.
+bf16, and given to all; a single process of TRL's makes its own reference pass before, to be timed.
 
 Each way is started by itself, makes a step that is not counted and some that are, and ends: its memory is its own, from
 its start on, with every page that two of its processes share counted once (PSS). The ways take turns, round after
@@ -45,6 +45,7 @@ from simple_llama.interop.adapted_start import adapted
 from simple_llama.interop.open_start import open_start
 from simple_llama.pretraining.start_model import StartModel
 from simple_llama.pretraining.weights import build_model
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
@@ -103,6 +104,7 @@ class Measured:
     losses: list[float] = field(default_factory=list)  # of each step of a turn
     useful: list[float] = field(default_factory=list)  # FLOPs of each counted step, of all processes; ours alone
     gemm: float = 0.0  # best FLOP/s of bf16 GEMMs, of all processes at once; ours alone
+    passed: float = 0.0  # seconds of the reference pass over all pairs; 0: none was made
     peak_gib: float = 0.0  # most memory of all processes of a turn
     noisy: int = 0  # turns that count and were not quiet
 
@@ -114,7 +116,7 @@ def main(bench: BenchReal) -> None:
     ways = [Way(name, world) for world in bench.processes for name in (OURS, *bench.settings)]
     found = {way: Measured() for way in ways}
     with tempfile.TemporaryDirectory() as folder:
-        run_job(bench, Way(REFERENCE, 1), folder)
+        reference = quiet_turn(bench, Way(REFERENCE, 1), folder).passed
         for _ in range(bench.rounds):
             for way in ways:
                 turn = quiet_turn(bench, way, folder)
@@ -123,9 +125,11 @@ def main(bench: BenchReal) -> None:
                 found[way].losses = turn.losses
                 found[way].noisy += turn.noisy
                 found[way].gemm = max(found[way].gemm, turn.gemm)
+                found[way].passed = turn.passed
                 found[way].peak_gib = max(found[way].peak_gib, turn.peak_gib)
         described = (Path(folder) / "pairs.txt").read_text()
-    body = f"{described} {setup(bench)}\n\n{speeds(bench, found)}\n\n{time.perf_counter() - started:.0f} s in all"
+    words = f"{described} {setup(bench)}\n\n{speeds(bench, found)}\n\n{passes(bench, reference, found)}"
+    body = f"{words}\n\n{time.perf_counter() - started:.0f} s in all"
     command = shlex.join(["python", "-m", _MODULE, *sys.argv[1:]])
     record(f"A real model, {Path(bench.model).name}", command, body, torch.device("cpu"), bench.results)
 
@@ -174,7 +178,7 @@ def together(parts: Sequence[Measured]) -> Measured:
     """All processes of a turn: the slowest of each step, the mean loss, the sum of the rates."""
     seconds = [max(step) for step in zip(*(part.seconds for part in parts), strict=True)]
     losses = [statistics.fmean(step) for step in zip(*(part.losses for part in parts), strict=True)]
-    return Measured(seconds, losses, parts[0].useful, sum(part.gemm for part in parts))
+    return Measured(seconds, losses, parts[0].useful, sum(part.gemm for part in parts), parts[0].passed)
 
 
 def work(path: Path) -> None:
@@ -220,7 +224,9 @@ def fill_store(
     pairs = [pair for step in steps for pair in step]
     with start.reading() as loaded:
         model = build_model(loaded, torch.bfloat16, "cpu")
+    started = time.perf_counter()
     reference_pass(model, store, pairs, bench.batch_size, torch.device("cpu"), flush_pairs=len(pairs))
+    passed = time.perf_counter() - started
     weights = sum(parameter.numel() for parameter in model.parameters())
     lengths = [
         statistics.fmean(len(getattr(pair, part)) for pair in pairs) for part in ("prefix", "chosen", "rejected")
@@ -230,7 +236,7 @@ def fill_store(
         f"{weights / 1e6:.1f} M weights, {len(pairs)} pairs of {Path(bench.data).name}: prompt {lengths[0]:.0f}, "
         f"answers {lengths[1]:.0f} and {lengths[2]:.0f} tokens on average, the longest chat {longest}."
     )
-    return Measured()
+    return Measured(passed=passed)
 
 
 def train_ours(
@@ -259,11 +265,7 @@ def train_ours(
         trainer = EngineTrainer(loaded, config, store, ranks)
     found, ends = Measured(), []
     for step in steps:
-        if bench.rows:
-            rows = sum(pair.rows for pair in step)
-            parts = -(-rows // (way.world * bench.rows))
-        mine = [pair for hand in micro_batches(step, way.world * parts)[ranks.rank :: way.world] for pair in hand]
-        trainer.step(mine, pack_shared, parts)
+        trainer.step_of(hands_of(bench, step, way.world)[ranks.rank], pack_shared, way.world / len(step))
         barrier(ranks)
         ends.append(time.perf_counter())
         means = trainer.sums.means()
@@ -277,6 +279,16 @@ def train_ours(
     return found
 
 
+def hands_of(bench: BenchReal, step: list[TokenizedPair], world: int) -> list[list[list[TokenizedPair]]]:
+    """Each rank's micro-batches of a step of ours, dealt as BatchPlan does."""
+    if bench.rows:
+        pairs = -(-len(step) // world)
+        plan = BatchPlan(np.array([pair.rows for pair in step]), 0, world, pairs, 1, most_rows=bench.rows)
+        return [[[step[i] for i in micro] for micro in rank] for rank in plan.step(0)]
+    dealt = micro_batches(step, bench.pairs_per_step // bench.batch_size)
+    return [dealt[rank::world] for rank in range(world)]
+
+
 def train_trl(
     bench: BenchReal, way: Way, steps: Sequence[list[TokenizedPair]], store: RefStore, folder: Path
 ) -> Measured:
@@ -288,9 +300,9 @@ def train_trl(
         way.name, bench.batch_size, parts, BETA, bench.rate, BETAS, CLIP, attention=bench.attention, **lora
     )
     ref_logps_B2 = store.lookup(PairSet.of(pairs).keys)
-    ends, losses = train_folder(bench.model, pairs, ref_logps_B2, settings, str(folder / "trl"))
+    ends, losses, passed = train_folder(bench.model, pairs, ref_logps_B2, settings, str(folder / "trl"))
     means = [statistics.fmean(losses[step * parts : (step + 1) * parts]) for step in range(len(steps))]
-    return Measured(np.diff(ends).tolist(), means)
+    return Measured(np.diff(ends).tolist(), means, passed=passed)
 
 
 # === Tables ===
@@ -300,7 +312,8 @@ def setup(bench: BenchReal) -> str:
     """What is common to all ways, in words."""
     lora = f"Adapters of rank {bench.lora_rank}, alpha {bench.lora_alpha:g}. " if bench.lora_rank else ""
     return (
-        f"A step has {bench.pairs_per_step} pairs in micro-batches of {bench.batch_size} on {bench.cores} cores; "
+        f"A step has {bench.pairs_per_step} pairs in micro-batches of {bench.batch_size}"
+        f"{f' (ours: of at most {bench.rows} rows)' if bench.rows else ''} on {bench.cores} cores; "
         f"{bench.rounds} turns of {bench.steps} steps after one that warms up. {lora}Learning rate {bench.rate:g}, "
         f"beta {BETA}, references given; TRL with {bench.attention}. Ours over GEMMs: useful FLOP/s of the median step "
         "over the best bf16 GEMMs of all processes at once. Peak: of all processes together, from their start on, "
@@ -329,6 +342,16 @@ def speeds(bench: BenchReal, found: Mapping[Way, Measured]) -> str:
             ]
         )
     return table(rows)
+
+
+def passes(bench: BenchReal, ours: float, found: Mapping[Way, Measured]) -> str:
+    """The reference passes of single processes, in words; both in batches of `batch_size` pairs."""
+    pairs = bench.pairs_per_step * (bench.steps + 1)
+    said = [f"{pairs / ours:.2f} pairs/s of ours in bf16"]
+    for way, measured in found.items():
+        if measured.passed:
+            said.append(f"{pairs / measured.passed:.2f} of {way} ({measured.passed / ours:.2f}x our time)")
+    return f"The reference pass of {pairs} pairs, the first one of its process: {', '.join(said)}."
 
 
 if __name__ == "__main__":

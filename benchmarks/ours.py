@@ -38,10 +38,10 @@ def micro_batches(pairs: Pairs, count: int) -> list[list[TokenizedPair]]:
     return [[pairs[i] for i in hand] for hand in hands]
 
 
-def portions(pairs: Pairs, pack: Pack, count: int) -> Iterator[Portion]:
-    """The step of one rank: its pairs in `count` micro-batches, each packed when its turn comes."""
-    for place, part in enumerate(micro_batches(pairs, count)):
-        yield Portion(pack(part), 1 / len(pairs), last=place == count - 1)
+def portions(hands: Sequence[Pairs], pack: Pack, weight: float) -> Iterator[Portion]:
+    """The step of one rank, whose micro-batches these are, each packed when its turn comes. Args: weight: of a pair."""
+    for place, part in enumerate(hands):
+        yield Portion(pack(part), weight, last=place == len(hands) - 1)
 
 
 class Trainer:
@@ -73,7 +73,11 @@ class Trainer:
         Args:
             count: micro-batches to make of them.
         """
-        parts, rate = portions(pairs, pack, count), self.config.max_lr
+        self.step_of(micro_batches(pairs, count), pack, 1 / len(pairs))
+
+    def step_of(self, hands: Sequence[Pairs], pack: Pack, weight: float) -> None:
+        """The same of micro-batches that are dealt already. Args: weight: of each pair, ranks / pairs of all ranks."""
+        parts, rate = portions(hands, pack, weight), self.config.max_lr
         optimizer_step(self.learner, parts, self.ref_logps, rate, self.sums, self.ranks.device)
 
 

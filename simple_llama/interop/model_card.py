@@ -22,7 +22,8 @@ _SETTINGS = {  # of a run, by what they are called here
     "max_lr": "learning rate, at most",
     "batch_size": "pairs a micro-batch on each rank",
     "grad_accum_steps": "micro-batches a step",
-    "rows_per_micro_batch": "tokens of a micro-batch in place of pairs, at most",
+    "pairs_a_step": "pairs a step on each rank",
+    "rows_per_micro_batch": "tokens of a micro-batch, at most",
     "max_seq_len": "tokens of a chat, at most",
     "seed": "seed",
 }
@@ -38,6 +39,9 @@ def model_card(name: str, metadata: Mapping[str, Any], library: str = "transform
         library: that loads it.
     """
     settings = metadata.get("dpo_config") or {}
+    if settings.get("rows_per_micro_batch"):  # then these two say only what a step has
+        pairs = settings.get("batch_size", 0) * settings.get("grad_accum_steps", 0)
+        settings = {**settings, "batch_size": 0, "grad_accum_steps": 0, "pairs_a_step": pairs}
     facts = {
         "start model": _last(settings.get("model_path") or metadata.get("source")),
         "made from": metadata.get("source") if settings else None,

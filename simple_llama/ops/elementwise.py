@@ -18,18 +18,19 @@ from torch.nn import functional as F
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps), the fraction in fp32 and rounded before the weight (arXiv:1910.07467)."""
-    if _keeps_less(x_TD):
+    if _keeps_less(x_TD, weight_D):
         return _RMSNorm.apply(x_TD, weight_D, eps)
     return weight_D * F.rms_norm(x_TD, weight_D.shape, eps=eps)
 
 
 def swiglu(gate_TH: torch.Tensor, up_TH: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (arXiv:2002.05202)."""
-    return _SwiGLU.apply(gate_TH, up_TH) if _keeps_less(gate_TH) else F.silu(gate_TH) * up_TH
+    return _SwiGLU.apply(gate_TH, up_TH) if _keeps_less(gate_TH, up_TH) else F.silu(gate_TH) * up_TH
 
 
-def _keeps_less(rows: torch.Tensor) -> bool:
-    return rows.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _keeps_less(rows: torch.Tensor, factor: torch.Tensor) -> bool:
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return eager and rows.device.type == "cpu" and rows.dtype == factor.dtype
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -50,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         normed_TD = x_TD.to(scale_T1.dtype) * scale_T1
         grad_x = grad_weight = None
         if needs_weight:
-            grad_weight = (grad_TD * normed_TD.to(x_TD.dtype)).flatten(0, -2).sum(0)
+            grad_weight = (grad_TD * normed_TD.to(x_TD.dtype)).reshape(-1, weight_D.numel()).sum(0)
         if needs_x:  # (g - n mean(g n)) / rms of g, the gradient of the fraction n
             grad = (grad_TD * weight_D).to(scale_T1.dtype)
             mean_T1 = (grad * normed_TD).mean(-1, keepdim=True)

@@ -325,7 +325,10 @@ def _batch_arithmetic(config: ScheduleConfig, plan: BatchPlan, pairs: PairSet) -
     units = "pairs" if pairs.groups is None else "prompts"
     of_last = units if last != 1 else units[:-1]
     size = f"{plan.batch_size} {units} a micro-batch x {plan.grad_accum_steps} micro-batches x {plan.world_size} ranks"
-    within = f", in micro-batches of at most {plan.most_rows} rows, or those of the longest" if plan.most_rows else ""
+    within = ""
+    if plan.most_rows:
+        size = f"{plan.batch_size * plan.grad_accum_steps} {units} x {plan.world_size} ranks"
+        within = f", in micro-batches of at most {plan.most_rows} rows, or those of the longest"
     amount = f"{len(pairs)} pairs" + (f" of {len(plan.rows)} prompts" if pairs.groups is not None else "")
     return "\n".join(
         [

@@ -17,7 +17,7 @@ from simple_llama.cluster.distributed import Ranks, broadcast_positions, fail_to
 from simple_llama.common.logging import LOGGER
 from simple_llama.ops.machine import peak_memory_gb
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchConfig, sweep_of
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep_of
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import Entries
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
@@ -38,6 +38,8 @@ class PassConfig(Protocol):
     def ref_flush_pairs(self) -> int: ...
     @property
     def batch_size(self) -> int: ...
+    @property
+    def rows_per_micro_batch(self) -> int: ...
     @property
     def seed(self) -> int: ...
 
@@ -73,8 +75,7 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
     started = time.perf_counter()
     todo = pairs.select(missing)
     several = fronts or todo.groups is not None  # entries of a pair
-    most_rows = config.rows_per_micro_batch if isinstance(config, BatchConfig) else 0
-    mine = sweep_of(todo, config.batch_size, ranks.world_size, most_rows)[ranks.rank]
+    mine = sweep_of(todo, config.batch_size, ranks.world_size, config.rows_per_micro_batch)[ranks.rank]
 
     def batches() -> Iterator[PairBatch]:
         for micro_batch in progress(mine, total=len(mine), desc="reference", ranks=ranks):

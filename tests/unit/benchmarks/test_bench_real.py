@@ -15,7 +15,9 @@ from benchmarks.bench_real import (
     Measured,
     Way,
     check,
+    hands_of,
     make_steps,
+    passes,
     quiet_turn,
     run_job,
     speeds,
@@ -69,7 +71,7 @@ def test_a_turn_that_was_not_quiet_is_made_again(monkeypatch: pytest.MonkeyPatch
 def test_speeds_by_hand() -> None:
     """16 pairs in a median step of 4 s are 4 pairs/s; TRL's 10 s are 1.6, by round 3.3, 2 and 1.3 times as long. Of
     GEMMs at 4e11 FLOP/s ours reaches 0.5, 0.375 and 0.25."""
-    ours = Measured([3.0, 4.0, 9.0], [0.6931, 0.5], [6e11, 6e11, 9e11], 4e11, 1.25)
+    ours = Measured([3.0, 4.0, 9.0], [0.6931, 0.5], [6e11, 6e11, 9e11], 4e11, peak_gib=1.25)
     trl = Measured([10.0, 8.0, 12.0], [0.6931, 0.5], peak_gib=7.0, noisy=1)
     found = {Way(OURS, 2): ours, Way("autocast", 2): trl}
     rows = [
@@ -81,6 +83,15 @@ def test_speeds_by_hand() -> None:
         ["ours, bf16, 2 processes", "4.00", "4.00 s (3.00-9.00)", "-", "0.38", "1.25", "0.6931, 0.5000"],
         [trl_said, "1.60", "10.00 s (8.00-12.00)", "2.00x", "-", "7.00", "0.6931, 0.5000"],
     ]
+
+
+def test_reference_passes_by_hand() -> None:
+    """64 pairs in 8 s and in 32 s; two processes make none."""
+    found = {Way("bf16", 1): Measured(passed=32.0), Way("bf16", 2): Measured()}
+    assert passes(BenchReal("model"), 8.0, found) == (
+        "The reference pass of 64 pairs, the first one of its process: 8.00 pairs/s of ours in bf16, 2.00 of TRL, "
+        "bf16, 1 process (4.00x our time)."
+    )
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
@@ -101,6 +112,18 @@ def test_all_ways_have_the_same_steps(job: TinyHFJob) -> None:
         make_steps(bench_of(job, pairs_per_step=9), start)
 
 
+def test_micro_batches_of_ours(job: TinyHFJob) -> None:
+    """Six pairs in two of three, whichever ranks have them; by rows as many as are allowed, all pairs once."""
+    step = make_steps(bench_of(job), open_start(job.model))[0]
+    for world in (1, 2):
+        hands = hands_of(bench_of(job), step, world)
+        assert len(hands) == world and [len(hand) for rank in hands for hand in rank] == [3, 3]
+    most = 2 * max(pair.rows for pair in step)
+    hands = [hand for rank in hands_of(bench_of(job, rows=most), step, 2) for hand in rank]
+    assert sorted(pair.digest for hand in hands for pair in hand) == sorted(pair.digest for pair in step)
+    assert all(sum(pair.rows for pair in hand) <= most for hand in hands)
+
+
 def test_a_process_finds_its_job(job: TinyHFJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `run_job` writes is what `work` reads, each process having its share of the cores; here one stands in."""
 
@@ -116,6 +139,6 @@ def test_a_process_finds_its_job(job: TinyHFJob, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(bench_real, "run_ranks", stand_in)
     [found] = run_job(bench_of(job), Way(bench_real.REFERENCE, 1), str(tmp_path))
-    assert found.losses == []
+    assert found.losses == [] and found.passed > 0
     assert (tmp_path / "pairs.txt").read_text().startswith("0.0 M weights, 18 pairs of pairs.jsonl: prompt ")
     assert json.loads((tmp_path / "job.json").read_text())["way"] == {"name": "reference", "world": 1}

@@ -176,8 +176,8 @@ def test_batch_arithmetic_by_hand(config: DPOConfig) -> None:
         "126 packed tokens an epoch; both chats whole would be 231 (1.83 times as many)"
     )
     by_rows = _batch_arithmetic(config, replace(plan, most_rows=40), pairs).splitlines()
-    assert by_rows[0].endswith(
-        "= 16 pairs an optimizer step, in micro-batches of at most 40 rows, or those of the longest"
+    assert by_rows[0] == (
+        "8 pairs x 2 ranks = 16 pairs an optimizer step, in micro-batches of at most 40 rows, or those of the longest"
     )
 
 

@@ -95,6 +95,9 @@ class EvaluateConfig(CommandConfig, AnswersConfig, StoreConfig, DataConfig, Chat
         "ds_configs", "zero2_bf16.json"
     )
     batch_size: Count = 16  # pairs that a rank computes at once
+    rows_per_micro_batch: Annotated[
+        CountOrNone, Doc("most packed tokens that a rank computes at once, in place of pairs; 0: batch_size pairs")
+    ] = 0
     beta: Annotated[
         float | None,
         BETA,
@@ -110,7 +113,7 @@ class EvaluateConfig(CommandConfig, AnswersConfig, StoreConfig, DataConfig, Chat
         return InputsConfig(**{**mine, "model_path": path, "max_seq_len": max_seq_len or self.max_seq_len})
 
 
-_FROM_RUN = ("batch_size", "deepspeed_config", "tokenize_path", "ref_cache_dir", "model_path")
+_FROM_RUN = ("batch_size", "rows_per_micro_batch", "deepspeed_config", "tokenize_path", "ref_cache_dir", "model_path")
 
 
 def parse_evaluate(argv: Sequence[str] | None = None, description: str | None = None) -> EvaluateConfig:

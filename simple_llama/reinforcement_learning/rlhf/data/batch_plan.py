@@ -18,6 +18,7 @@ MicroBatch = tuple[int, ...]  # positions of pairs in the data set
 Step = tuple[tuple[MicroBatch, ...], ...]  # [rank][micro-batch]; every rank has the same number of micro-batches
 Item = tuple[tuple[int, ...], int]  # units that are computed together, and their packed rows
 
+_MOST_STARTS = 32  # ways of filling the largest micro-batch that are tried, where rows are bounded
 _MOST_DEALT = 1 << 18  # pairs that are dealt to find the largest micro-batch: under a second
 
 
@@ -179,7 +180,12 @@ class BatchPlan:
         Where the epoch has more than `most_dealt` units, only so many are dealt: the step with the most rows, the
         fullest step with a longest unit, and others spread evenly over the epoch. Dealing makes micro-batches of a
         step nearly equal, so what the rest could add is small.
+
+        With `most_rows` another epoch's step may fill a micro-batch more than any of the first does: as many units of
+        the fullest step as are allowed.
         """
+        if self.most_rows:
+            return self._fullest()
         steps = range(self.steps_per_epoch)
         if len(self.rows) > most_dealt:
             rows = self.rows_per_step(0)
@@ -192,6 +198,23 @@ class BatchPlan:
             of_pair = np.zeros(self.starts[-1], np.int64)
             of_pair[self.starts[:-1]] = self.rows
         return max(micro_batches, key=lambda micro: sum(of_pair[list(micro)].tolist()))
+
+    def _fullest(self) -> MicroBatch:
+        """With `most_rows`: a micro-batch with about as many rows as one can have."""
+        longest, of_steps = int(self.rows.max()), self.rows_per_step(0)
+        fullest = int(of_steps.argmax())
+        most = min(max(self.most_rows, longest), max(longest, -(-int(of_steps[fullest]) // self.world_size)))
+        mine = self.shuffle(0)[fullest * self.units_per_step :][: self.units_per_step]
+        units = mine[np.argsort(-self.rows[mine], kind="stable")].tolist()
+        found = [int(self.rows.argmax())]
+        for start in range(min(len(units), _MOST_STARTS)):
+            taken, rows = list[int](), 0
+            for unit in units[start:]:
+                if rows + self.rows[unit] <= most:
+                    taken.append(unit)
+                    rows += int(self.rows[unit])
+            found = max(found, taken, key=lambda some: self.rows[some].sum())
+        return _pairs_of(found, self.starts)
 
 
 def _pairs_of(units: Sequence[int], starts: np.ndarray | None) -> MicroBatch:
@@ -206,18 +229,26 @@ def _deal_rows(items: Sequence[Item], most_rows: int, world_size: int) -> list[t
     where that is more; the units of an item stay together. Longest first to the hand with the fewest rows, as `deal`.
     """
     most = max(most_rows, max(rows for _, rows in items))
-    hands = world_size * max(1, -(-sum(rows for _, rows in items) // (most * world_size)))
     by_length = sorted(range(len(items)), key=lambda i: (-items[i][1], i))
-    while True:
-        heap = [(0, hand) for hand in range(hands)]
-        dealt: list[list[int]] = [[] for _ in range(hands)]
+
+    def dealt(turns: int) -> list[list[int]] | None:
+        """Places of items, in so many micro-batches a rank; None where one has too many rows."""
+        heap = [(0, hand) for hand in range(turns * world_size)]
+        found: list[list[int]] = [[] for _ in heap]
         for place in by_length:
             rows, hand = heapq.heappop(heap)
-            dealt[hand].append(place)
+            found[hand].append(place)
             heapq.heappush(heap, (rows + items[place][1], hand))
-        if max(rows for rows, _ in heap) <= most:
-            return [tuple(unit for place in sorted(hand) for unit in items[place][0]) for hand in dealt]
-        hands += world_size
+        return found if max(heap)[0] <= most else None
+
+    few = max(1, -(-sum(rows for _, rows in items) // (most * world_size))) - 1  # too few
+    enough, step = few + 1, 1
+    while not dealt(enough):
+        few, enough, step = enough, enough + step, 2 * step
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if dealt(middle) else (middle, enough)
+    return [tuple(unit for place in sorted(hand) for unit in items[place][0]) for hand in dealt(enough) or []]
 
 
 def _deal_together(items: Sequence[Item], hands: int) -> list[tuple[int, ...]]:

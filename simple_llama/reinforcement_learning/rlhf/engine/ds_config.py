@@ -132,8 +132,8 @@ def full_ds_config(config: EngineConfig, world_size: int) -> dict[str, Any]:
 
 
 def ds_config_here(config: EngineConfig, world_size: int, device_type: str) -> dict[str, Any]:
-    """`full_ds_config` with what ZeRO-2 is better given on these ranks. The shipped settings make the same numbers, bit
-    for bit.
+    """`full_ds_config` with what ZeRO-2 is better given on these ranks. The shipped settings make the same numbers: on
+    one or two ranks bit for bit, on more to the order in which a ring adds those of a bucket.
 
     Ranks on CPUs: buckets of a few megabytes, whose memory is touched again while it is in a cache, and no more of it.
     A rank that is alone sends nothing: no overlap, whose end a GPU's host would wait for; on a CPU no buckets either

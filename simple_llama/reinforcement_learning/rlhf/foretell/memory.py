@@ -67,6 +67,7 @@ class Engine(NamedTuple):
     buckets: bool = True  # whether gradients go through them
     offloads: bool = False
     recompute: bool = False
+    compiled: bool = False
     reduce_once: bool = False
     accumulates: bool = True  # several micro-batches a step
 
@@ -99,6 +100,7 @@ def describe_engine(config: EngineConfig, ranks: Ranks) -> Engine:
         buckets=bool(zero.get("contiguous_gradients", True)),
         offloads="offload_optimizer" in zero,
         recompute=config.activation_checkpointing,
+        compiled=config.compile,
         reduce_once=config.reduce_once,
         accumulates=config.accumulates,
     )
@@ -153,13 +155,13 @@ def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     """Bytes that the layers keep for the backward pass, with what one of them needs while it is computed.
 
     A row and layer without recomputation: 4 vectors of the width and 3 hidden ones, inputs of norms and of matrices,
-    and what attention keeps (`_attention`). Elsewhere than on a CPU (ops/elementwise.py) 7, 3 more of bf16 for what the
-    norms keep in fp32, and 4. Of all layers once: rotations, and what the last norm is given. As torch's
-    saved_tensors_hooks count them.
+    and what attention keeps (`_attention`). Elsewhere than on a CPU (ops/elementwise.py), and in compiled layers at
+    most, 7, 3 more of bf16 for what the norms keep in fp32, and 4. Of all layers once: rotations, and what the last
+    norm is given. As torch's saved_tensors_hooks count them.
     """
     shape, item, rows = model.architecture, model.dtype.itemsize, len(batch.tokens_T)
     of_row = (7 if item == 4 else 10) * shape.width + 4 * shape.hidden_width
-    if engine.device == "cpu":
+    if engine.device == "cpu" and not engine.compiled:
         of_row = 4 * shape.width + 3 * shape.hidden_width
     of_row += shape.lora.rank * len(shape.lora.targets) if shape.lora else 0
     of_layer = item * (rows * of_row + _attention(model, engine, batch))

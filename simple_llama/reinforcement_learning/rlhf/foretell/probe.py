@@ -20,6 +20,7 @@ from simple_llama.ops.machine import forget_peak, peak_bytes, release, resident_
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, MicroBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.engine.fewer_passes import block_norms
 from simple_llama.reinforcement_learning.rlhf.foretell.duration import FORWARD, Speed, token_s
 from simple_llama.reinforcement_learning.rlhf.foretell.memory import Base, step_extra
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
@@ -127,7 +128,7 @@ def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks, onlin
         extra = max(extra, 8 * masters)
     step = resident_bytes(device) + extra
     last_s = max(0.0, largest_s - largest_rows * row_s) if several else 0.0
-    update_s = _update_s(masters, ranks, inputs.dtype)
+    update_s = _update_s(masters, ranks, inputs.dtype, engine.sums_in_one)
     return [peak, step, largest_s, row_s, last_s, update_s]
 
 
@@ -138,21 +139,30 @@ def _others(plan: BatchPlan, rank: int) -> Iterator[MicroBatch]:
         yield from (micro_batch or step[0][0] for micro_batch in step[rank])
 
 
-def _update_s(weights: int, ranks: Ranks, dtype: torch.dtype) -> float:
-    """Seconds of an optimizer step on a rank's share of so many weights, by those of a piece of them (collective)."""
+def _update_s(weights: int, ranks: Ranks, dtype: torch.dtype, sums_in_one: bool) -> float:
+    """Seconds of an optimizer step on a rank's share of so many weights, by those of a piece of them (collective).
+
+    Args: sums_in_one: whether their gradients lie in one tensor, and for all steps in the same one.
+    """
     piece = max(1, min(weights, _PIECE))
     masters, gradient = torch.zeros(piece, device=ranks.device), torch.full((piece,), 1e-3, device=ranks.device)
-    computing = torch.zeros(piece, device=ranks.device, dtype=dtype)
+    computing, zeroed = torch.zeros(piece, device=ranks.device, dtype=dtype), torch.zeros(piece, device=ranks.device)
     optimizer = torch.optim.AdamW([masters], lr=0.0, fused=True)
     seconds = 0.0
     for _ in range(3):  # the first two warm up
         barrier(ranks)
         synchronize(ranks.device)
         started = time.perf_counter()
-        gradient.double().norm()
-        masters.grad = gradient.clone().mul_(0.5)
+        if sums_in_one:
+            block_norms(gradient)
+            masters.grad = gradient.mul_(1.0)
+        else:
+            gradient.double().norm()
+            masters.grad = gradient.clone().mul_(0.5)
         optimizer.step()
         computing.copy_(masters)
+        if sums_in_one:
+            zeroed.zero_()
         synchronize(ranks.device)
         seconds = time.perf_counter() - started
     if ranks.world_size > 1:  # an exchange of sums sends twice what the gathering of the new weights does

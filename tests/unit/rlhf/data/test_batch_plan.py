@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -242,6 +243,25 @@ def test_by_rows_in_numbers() -> None:
     hands = [sorted(plan.rows[list(micro)].tolist()) for rank in plan.step(0) for micro in rank]
     assert sorted(hands) == [[5, 5], [5, 5], [5, 5], [12]]
     assert plan.rows[list(plan.largest_micro_batch())].tolist() == [12]
+
+
+def test_by_rows_the_largest_stands_for_all_epochs() -> None:
+    """No micro-batch of four epochs has more rows, and it has no more than is allowed, or than a rank has of a step."""
+    rng = np.random.default_rng(0)
+    for most, world in product((100, 700, 2500, 5000), (1, 2)):
+        plan = BatchPlan(rng.integers(100, 600, 128), 3, world, 4, 4, most_rows=most)
+        largest = int(plan.rows[list(plan.largest_micro_batch())].sum())
+        steps = [plan.step(index) for index in range(4 * plan.steps_per_epoch)]
+        seen = max(int(plan.rows[list(micro)].sum()) for step in steps for rank in step for micro in rank)
+        assert seen <= 1.1 * largest and largest <= max(most, plan.rows.max())
+
+
+def test_by_rows_many_pairs_of_half_the_limit_are_dealt_at_once() -> None:
+    """2,048 pairs of little more than half: each for itself, in less than a second."""
+    plan = BatchPlan(np.random.default_rng(0).integers(270, 513, 2048), 0, 1, 2048, 1, most_rows=512)
+    started = time.perf_counter()
+    [rank] = plan.step(0)
+    assert len(rank) == 2048 and time.perf_counter() - started < 1
 
 
 @settings(max_examples=60, deadline=None)
