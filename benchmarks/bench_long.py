@@ -1,4 +1,4 @@
-"""One step on one pair of two long chats that share nothing, of a real model: seconds, and memory at most.
+"""One step on one pair of two long chats that share one token, of a real model: seconds, and memory at most.
 
     python -m benchmarks.bench_long --model SmolLM2-135M-Instruct
 
@@ -45,6 +45,7 @@ def main(bench: BenchLong) -> None:
     ranks = init_ranks("cpu")
     start = open_start(bench.model)
     drawn = np.random.default_rng(0).integers(10, start.architecture.vocab_size, (2, bench.tokens)).tolist()
+    drawn[1][0] = drawn[0][0]  # what a chat begins with, in both
     pair = TokenizedPair.from_chats(drawn[0], bench.tokens - 1, drawn[1], bench.tokens - 1)
     config = DPOConfig(batch_size=1, grad_accum_steps=1, max_lr=1e-6, min_lr=1e-6)
     seconds, watch = [], CoreWatch()

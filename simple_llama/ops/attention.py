@@ -35,6 +35,7 @@ ATTENTION_VERSION = "1"
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 _VARLEN_MAX_WIDTH = 256  # widest head that the flash kernels have
 _MOST_WIDE_KEYS = 512  # of blocks of bf16 that a CPU computes in fp32
+_MOST_MASKED_ROWS = 1024  # of a branch, behind a prefix, that are computed at once: a mask has rows x keys numbers
 
 
 class Block(NamedTuple):
@@ -157,8 +158,23 @@ def _attend_by_block(
             trunk_k, trunk_v = k, v
         if is_widened(v.dtype, v.device.type, prefix + rows):
             q, k, v = q.float(), k.float(), v.float()
-        outputs.append(attend_suffix(q, k, v, scale, layout.mask(rows, prefix, q) if prefix else None))
+        outputs += _attend_branch(q, k, v, layout, scale) if prefix else [attend_suffix(q, k, v, scale)]
     return torch.cat(outputs).to(dtype)
+
+
+def _attend_branch(
+    q_THK: torch.Tensor, k_SGK: torch.Tensor, v_SGV: torch.Tensor, layout: PackedLayout, scale: float
+) -> list[torch.Tensor]:
+    """`attend_suffix` of a branch behind its prefix, a long one in parts, each of which sees no later keys."""
+    rows, keys = len(q_THK), len(k_SGK)
+    if rows <= _MOST_MASKED_ROWS:
+        return [attend_suffix(q_THK, k_SGK, v_SGV, scale, layout.mask(rows, keys - rows, q_THK))]
+    parts, seen = [], keys - rows
+    for part in q_THK.split(_MOST_MASKED_ROWS):
+        mask = layout.mask(len(part), seen, part)
+        seen += len(part)
+        parts.append(attend_suffix(part, k_SGK[:seen], v_SGV[:seen], scale, mask))
+    return parts
 
 
 def is_widened(dtype: torch.dtype, device_type: str, keys: int) -> bool:

@@ -75,6 +75,19 @@ def test_any_layout_equals_the_definition(segments: list[tuple[int, list[int]]])
         assert torch.allclose(ours, exact, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_long_branches_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]):
+    """Branches of up to four rows in parts of one, two and three: as at once, value and gradients, and no mask is of
+    more rows."""
+    whole = _with_gradients(attend, MIXED, heads=heads)
+    for most in (1, 2, 3):
+        monkeypatch.setattr(attention, "_MOST_MASKED_ROWS", most)
+        layout = PackedLayout(MIXED.segments)
+        for found, expected in zip(_with_gradients(attend, layout, heads=heads), whole, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        assert max(key[0] for key in layout._made) == most
+
+
 def test_rows_outside_get_no_gradient():
     """Rows of branch 1 depend on the prefix and themselves only: branch 0 (rows 3, 4) gets exactly zero."""
     layout = PackedLayout(((3, (2, 4)),))
