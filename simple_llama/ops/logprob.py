@@ -1,6 +1,6 @@
 """Log-probs of targets under a vocabulary matrix, a chunk of logits at a time: the head of a DPO step.
 
-    part_loss     three GEMMs a chunk of whole groups; the loss is differentiated while the chunk's logits still exist
+    part_loss     three GEMMs a chunk of whole groups, four of a very large one; the loss is differentiated in between
     token_logps   four GEMMs; logits are computed again in backward, for any loss downstream
     part_logps    token_logps summed over each part
     pair_loss, pair_logps    the same where each group is a pair: its sums stand in a row
@@ -43,6 +43,7 @@ _Grads = tuple[torch.Tensor | None, ...]  # one an argument of forward
 
 # Rows of logits that exist at once. Fewer rows make the GEMMs memory-bound (each chunk reads and writes all of dW).
 CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+MOST_CHUNKS = 4  # as many times so many rows has a chunk at most whose logits exist at once
 WIDENED_ROWS = 4096  # of the vocabulary matrix, at a time
 
 
@@ -67,7 +68,7 @@ def part_loss(
         targets_N: int64 scored tokens.
         counts: scored tokens of each part of each group; they add up to N.
         loss_fn: (sums_pC, groups: slice) -> losses of these groups, any number each, of its own group's sums only.
-        chunk_rows: about how many rows of logits exist at once (a chunk holds whole groups).
+        chunk_rows: about how many rows of logits exist at once; MOST_CHUNKS times as many where one group has them.
         kernels: row kernels; None takes the fastest that this installation has.
         squares: whether the sums have those of log sum p^2 behind them.
         factor: of the sum and its gradient; a step's other factors belong here, where they cost nothing.
@@ -76,7 +77,7 @@ def part_loss(
         The sum (scalar, differentiable in hidden and weight), the losses that it is of, without the factor, and sums_PC
         (both detached), all fp32.
     """
-    chunk_rows = chunk_rows or _chunk_rows(hidden_ND)
+    chunk_rows = chunk_rows or CHUNK_ROWS[hidden_ND.device.type]
     kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         return _PartLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, kernels, squares, factor)
@@ -152,7 +153,7 @@ def token_logps(
     kernels: RowKernels | None = None,
 ) -> torch.Tensor:
     """Log-prob (N,) of each target, fp32, differentiable by computing the logits again. Arguments as in `pair_loss`."""
-    chunk_rows = chunk_rows or _chunk_rows(hidden_ND)
+    chunk_rows = chunk_rows or CHUNK_ROWS[hidden_ND.device.type]
     kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
     return _TokenLogps.apply(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
 
@@ -167,7 +168,10 @@ def _token_squares(
 ) -> torch.Tensor:
     """log sum p^2 (N,) of each row, fp32, by logits of its own."""
     kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
-    gemms, chunks = _Gemms(hidden_ND, weight_VD), _row_chunks(len(targets_N), chunk_rows or _chunk_rows(hidden_ND))
+    gemms, chunks = (
+        _Gemms(hidden_ND, weight_VD),
+        _row_chunks(len(targets_N), chunk_rows or CHUNK_ROWS[hidden_ND.device.type]),
+    )
     logits_nV = gemms.logits_buffer(chunks)
     squares_N = torch.empty(len(targets_N), dtype=gemms.wide_dtype, device=hidden_ND.device)
     for chunk in chunks:
@@ -175,11 +179,6 @@ def _token_squares(
         _, state_n = kernels.logps_(buffer_nV, targets_N[chunk])
         squares_N[chunk] = kernels.log_squares(buffer_nV, state_n)
     return squares_N
-
-
-def _chunk_rows(hidden_ND: torch.Tensor) -> int:
-    """How many rows of logits exist at once on the device of these."""
-    return CHUNK_ROWS[hidden_ND.device.type]
 
 
 @functools.cache
@@ -212,22 +211,28 @@ class _PartLoss(torch.autograd.Function):
         gemms = _Gemms(hidden_ND, weight_VD)
         gradients = _Gradients(gemms, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         chunks = _group_chunks(counts, chunk_rows)
-        logits_nV = gemms.logits_buffer([chunk.rows for chunk in chunks])
+        logits_nV = gemms.logits_buffer([part for chunk in chunks for part in _parts(chunk.rows, chunk_rows)])
         lengths, edges = _lengths(counts, hidden_ND.device), [0, *accumulate(map(len, counts))]
         losses, sums = [], []
         for chunk in chunks:
-            targets_n = targets_N[chunk.rows]
             lengths_p = lengths[edges[chunk.groups.start] : edges[chunk.groups.stop]]
-            buffer_nV = gemms.logits_(logits_nV, chunk.rows)
-            logps_n, state_n = kernels.logps_(buffer_nV, targets_n)
-            sums_pC = _part_sums(logps_n, lengths_p)
-            if squares:
-                sums_pC = torch.cat([sums_pC, _part_sums(kernels.log_squares(buffer_nV, state_n), lengths_p)], dim=1)
+            parts, values = _parts(chunk.rows, chunk_rows), []
+            for part in parts:
+                buffer_nV = gemms.logits_(logits_nV, part)
+                logps_n, state_n = kernels.logps_(buffer_nV, targets_N[part])
+                values.append((logps_n, *([kernels.log_squares(buffer_nV, state_n)] if squares else [])))
+            sums_pC = torch.cat(
+                [_part_sums(torch.cat(column), lengths_p) for column in zip(*values, strict=True)], dim=1
+            )
             chunk_losses, coefs_pC = _differentiate(loss_fn, sums_pC, chunk.groups)
             coefs_p = factor * coefs_pC[:, 0]
-            coefs_n = torch.repeat_interleave(coefs_p, lengths_p, output_size=len(targets_n))
-            gradient_nV = kernels.gradient_(buffer_nV, targets_n, state_n, coefs_n, gemms.gradient_dtype)
-            gradients.add_(gradient_nV, chunk.rows)
+            coefs_n = torch.repeat_interleave(coefs_p, lengths_p, output_size=chunk.rows.stop - chunk.rows.start)
+            for part, coefs in zip(parts, coefs_n.split([part.stop - part.start for part in parts]), strict=True):
+                if len(parts) > 1:  # what was there is that of another part
+                    buffer_nV = gemms.logits_(logits_nV, part)
+                    _, state_n = kernels.logps_(buffer_nV, targets_N[part])
+                gradient_nV = kernels.gradient_(buffer_nV, targets_N[part], state_n, coefs, gemms.gradient_dtype)
+                gradients.add_(gradient_nV, part)
             losses.append(chunk_losses)
             sums.append(sums_pC)
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD)
@@ -404,6 +409,14 @@ def _group_chunks(counts: Counts, chunk_rows: int) -> list[_Chunk]:
             chunks.append(_Chunk(slice(group, group + 1), slice(start, stop)))
         previous, start = index, stop
     return chunks
+
+
+def _parts(rows: slice, chunk_rows: int) -> list[slice]:
+    """What of a chunk exists at once: all, or of very many rows about `chunk_rows`."""
+    count = rows.stop - rows.start
+    if count <= MOST_CHUNKS * chunk_rows:
+        return [rows]
+    return [slice(rows.start + part.start, rows.start + part.stop) for part in _row_chunks(count, chunk_rows)]
 
 
 def _row_chunks(n_rows: int, chunk_rows: int) -> list[slice]:

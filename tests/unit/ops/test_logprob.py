@@ -272,6 +272,38 @@ def test_losses_are_those_of_the_whole_batch(counts: Counts, chunk_rows: int, se
     assert torch.equal(loss, losses.sum())
 
 
+@pytest.mark.parametrize("squares", [False, True])
+def test_a_group_of_many_rows_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch, squares: bool) -> None:
+    """90 rows in one group, of which eight may exist at once: the values and gradients of all at once, and never more
+    than a part's logits; 32 rows, four times as many as a chunk, still exist at once."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 16).requires_grad_() for n in (90 + 32, 50))
+    targets, counts = torch.randint(50, (90 + 32,)), [(60, 30), (20, 12)]
+    sizes: list[int] = []
+    make = logprob._Gemms.logits_buffer
+
+    def watched(self: logprob._Gemms, chunks: list[slice]) -> torch.Tensor:
+        sizes.append(max(chunk.stop - chunk.start for chunk in chunks))
+        return make(self, chunks)
+
+    monkeypatch.setattr(logprob._Gemms, "logits_buffer", watched)
+    found = []
+    for chunk_rows in (1000, 8):
+        loss, _, sums = logprob.part_loss(
+            hidden,
+            weight,
+            targets,
+            counts,
+            lambda sums, _: (sums * 1e-2).sin().sum()[None],
+            chunk_rows,
+            squares=squares,
+        )
+        found.append([loss.detach(), sums, *torch.autograd.grad(loss, (hidden, weight))])
+    assert sizes == [122, 32]
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_frozen_side_costs_no_gemm(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
     """A frozen weight needs no dW and frozen hidden rows no dh; neither GEMM runs, the other gradient is right."""

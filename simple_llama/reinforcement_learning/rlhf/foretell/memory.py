@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.ops.attention import is_widened
-from simple_llama.ops.logprob import CHUNK_ROWS, WIDENED_ROWS
+from simple_llama.ops.logprob import CHUNK_ROWS, MOST_CHUNKS, WIDENED_ROWS
 from simple_llama.ops.machine import has_fast_bf16, resident_bytes
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
@@ -198,7 +198,8 @@ def _head(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     """Bytes of the head: a chunk of logits, the gradient of the vocabulary matrix, in fp32 or where one chunk is all
     and the CPU has bf16 units in bf16; of bf16 on a CPU a wider copy of that matrix, or of a part of it."""
     scored, item, shape = len(batch.targets_N), model.dtype.itemsize, model.architecture
-    chunk, matrix = min(scored, CHUNK_ROWS[engine.device]), shape.vocab_size * shape.width
+    few, longest = CHUNK_ROWS[engine.device], max(map(sum, batch.answer_counts), default=0)
+    chunk, matrix = max(min(scored, few), min(longest, MOST_CHUNKS * few)), shape.vocab_size * shape.width
     gradient, wide = 4 * matrix, 0
     if item == 2 and engine.device == "cpu":
         fast = has_fast_bf16("cpu")
