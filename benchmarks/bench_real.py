@@ -92,7 +92,7 @@ class Way(NamedTuple):
     world: int
 
     def __str__(self) -> str:
-        trainer = "ours, bf16" if self.name == OURS else f"TRL, {self.name}"
+        trainer = {OURS: "ours, bf16", REFERENCE: "the reference pass"}.get(self.name, f"TRL, {self.name}")
         return f"{trainer}, {self.world} {'process' if self.world == 1 else 'processes'}"
 
 
