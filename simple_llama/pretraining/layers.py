@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
 from simple_llama.ops.elementwise import rms_norm, swiglu
 from simple_llama.ops.linear import Linear, linear
+from simple_llama.ops.remade import remade
 from simple_llama.pretraining.architecture import Architecture, LoRA
 
 
@@ -24,6 +26,12 @@ class RMSNorm(nn.Module):
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rows of any leading shape."""
         return rms_norm(x_TD, self.weight, self.eps)
+
+    def again(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        """What gives this norm of the same rows once more; None where its weight is dealt out by then (ZeRO-3)."""
+        if self.weight.shape != x_TD.shape[-1:]:
+            return None
+        return partial(rms_norm, x_TD.detach(), self.weight.detach(), self.eps)
 
 
 class TiedEmbedding(nn.Embedding):
@@ -94,5 +102,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
-        hidden = swiglu(plus_lora(self, "w1", self.w1(x_TD), x_TD), plus_lora(self, "w3", self.w3(x_TD), x_TD))
-        return self.dropout(plus_lora(self, "w2", self.w2(hidden), hidden))
+        gate, up = plus_lora(self, "w1", self.w1(x_TD), x_TD), plus_lora(self, "w3", self.w3(x_TD), x_TD)
+        hidden = swiglu(gate, up)
+        with remade(hidden, partial(swiglu, gate.detach(), up.detach())):
+            return self.dropout(plus_lora(self, "w2", self.w2(hidden), hidden))

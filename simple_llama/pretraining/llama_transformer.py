@@ -16,6 +16,7 @@ from simple_llama.common.errors import UserError
 from simple_llama.ops.attention import PackedLayout, attend
 from simple_llama.ops.linear import Linear
 from simple_llama.ops.machine import cpu_emulates_bf16
+from simple_llama.ops.remade import keeping_all, remade
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.attention_blocks import MLA, Attend, MHSelfAttention
 from simple_llama.pretraining.kv_cache import KVCache, attend_cached
@@ -36,8 +37,18 @@ class _DecoderBlock(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, by: Rotation, mix: Attend) -> torch.Tensor:
         """Rows (T, D) to rows (T, D)."""
-        h_TD = x_TD + self.attention(self.norm1(x_TD), by, mix)
-        return h_TD + self.ffwd(self.norm2(h_TD))
+        y_TD = self.norm1(x_TD)
+        with remade(y_TD, self.norm1.again(x_TD)):
+            h_TD = x_TD + self.attention(y_TD, by, mix)
+        y_TD = self.norm2(h_TD)
+        with remade(y_TD, self.norm2.again(h_TD)):
+            return h_TD + self.ffwd(y_TD)
+
+
+def _whole(block: nn.Module, *given: object) -> torch.Tensor:
+    """A block as torch's checkpoint needs it: that itself decides what is kept."""
+    with keeping_all():
+        return block(*given)
 
 
 class LLaMaTransformer(nn.Module):
@@ -93,7 +104,7 @@ class LLaMaTransformer(nn.Module):
         for block in self.decoder_blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 keep_rng = self.training and self.architecture.dropout > 0  # the same dropout mask both times
-                x_TD = checkpoint(block, x_TD, by, mix, use_reentrant=False, preserve_rng_state=keep_rng)
+                x_TD = checkpoint(_whole, block, x_TD, by, mix, use_reentrant=False, preserve_rng_state=keep_rng)
             else:
                 x_TD = block(x_TD, by, mix)
         return self.norm(x_TD)

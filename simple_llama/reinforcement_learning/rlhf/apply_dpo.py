@@ -16,6 +16,7 @@ from pathlib import Path
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import progress
 from simple_llama.cluster.distributed import Ranks
+from simple_llama.cluster.start_phases import PHASES
 from simple_llama.common.logging import LOGGER
 from simple_llama.reinforcement_learning.rlhf.command import run_command
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
@@ -57,6 +58,7 @@ def run_steps(run: TrainingRun) -> None:
     """From the start, or from where the saved run was, to the end."""
     if run.at.unfinished:
         finish_step(run, run.at.done)
+    LOGGER.info("start to the first step: %s", PHASES.told())
     left = run.due.left(run.at.done)
     for index in progress(left, total=len(left), desc="train", ranks=run.ranks):
         step, rate = index + 1, run.rate(index)
@@ -105,6 +107,7 @@ def precompute_and_train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Pat
     """The whole job (collective): the reference pass for pairs that the store lacks, then training."""
     if config.reference == "store" and PreferenceLoss.of(config).needs_reference:
         precompute(config, inputs, ranks)
+        PHASES.ended("reference pass")
     return train(config, inputs, ranks)
 
 

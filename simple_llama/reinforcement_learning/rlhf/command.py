@@ -19,6 +19,7 @@ from typing import TypeVar
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import set_up_log
 from simple_llama.cluster.distributed import Ranks, barrier, close_ranks, fail_together, init_ranks, leave
+from simple_llama.cluster.start_phases import PHASES
 from simple_llama.cluster.supervisor import FINISHED
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
@@ -55,7 +56,9 @@ def run_any(work: Callable[[SomeConfig, Ranks], object], parse: Callable[[], Som
     prepare_gemms()
     try:
         config = _parse(parse)
+        PHASES.ended("imports")
         ranks = init_ranks(config.device, config.start_timeout_s)
+        PHASES.ended("joining")
         stopping.install(
             ranks.world_size
         )  # not before: while torch waits for the others in C++, a handler in Python would wait too
@@ -106,6 +109,7 @@ def _read_and_do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPO
         check_folders(config, config.ref_cache_dir)
         check_compiler(config.compile, config.device)
     inputs = load_inputs(config, ranks, ref_cache_dir=config.ref_cache_dir)
+    PHASES.ended("data")
     stopping.agree(ranks, at_once=True)
     if not config.dry_run:
         work(config, inputs, ranks)

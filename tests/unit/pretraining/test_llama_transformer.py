@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.ops.attention import PackedLayout
+from simple_llama.ops.remade import keeping_all
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -220,13 +222,28 @@ def test_activation_checkpointing_changes_nothing(dropout: float):
         assert torch.equal(plain, again)
 
 
+@pytest.mark.parametrize("kind", ["mha", "mla", "mha_lora", "mla_lora"])
+def test_what_is_made_again_changes_nothing(kind: str):
+    """Norms and SwiGLU made again in the backward pass give the gradients of kept ones bit for bit, LoRA's too."""
+
+    def gradients(context: AbstractContextManager[object]) -> tuple[torch.Tensor, ...]:
+        model = _model(kind).bfloat16()
+        with context:
+            loss = model.hidden(_tokens(12), POSITIONS, PAIR).float().square().sum()
+        return torch.autograd.grad(loss, [p for n, p in model.named_parameters() if n != "final_linear.weight"])
+
+    for again, kept in zip(gradients(nullcontext()), gradients(keeping_all()), strict=True):
+        assert torch.equal(again, kept)
+
+
 def test_activation_checkpointing_keeps_less():
     """Of each block only its input is kept: fewer bytes saved for backward."""
 
     def saved(checkpointing: bool) -> int:
         model, sizes = _model(), []
         model.activation_checkpointing = checkpointing
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
+        with hooks, keeping_all():  # or the model's own hooks would take the place of these
             model.hidden(_tokens(12), POSITIONS, PAIR)
         return sum(sizes)
 

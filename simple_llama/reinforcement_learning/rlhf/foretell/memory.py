@@ -154,15 +154,17 @@ def _flowing(model: TrainedModel, engine: Engine) -> int:
 def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     """Bytes that the layers keep for the backward pass, with what one of them needs while it is computed.
 
-    A row and layer without recomputation: 4 vectors of the width and 3 hidden ones, inputs of norms and of matrices,
-    and what attention keeps (`_attention`). Elsewhere than on a CPU (ops/elementwise.py), and in compiled layers at
-    most, 7, 3 more of bf16 for what the norms keep in fp32, and 4. Of all layers once: rotations, and what the last
-    norm is given. As torch's saved_tensors_hooks count them.
+    A row and layer: 2 vectors of the width and 2 hidden ones, inputs of the norms and of SwiGLU, and what attention
+    keeps (`_attention`). With recomputation, in the layer whose turn it is, 2 and 1 more, inputs of matrices, which
+    are made again otherwise (ops/remade.py). Elsewhere than on a CPU, and in compiled layers at most, 7 of the width,
+    3 more of bf16 for what the norms keep in fp32, and 4 hidden ones. Of all layers once: rotations, and what the
+    last norm is given. As torch's saved_tensors_hooks count them.
     """
     shape, item, rows = model.architecture, model.dtype.itemsize, len(batch.tokens_T)
     of_row = (7 if item == 4 else 10) * shape.width + 4 * shape.hidden_width
     if engine.device == "cpu" and not engine.compiled:
-        of_row = 4 * shape.width + 3 * shape.hidden_width
+        of_row = 2 * shape.width + 2 * shape.hidden_width
+        of_row += 2 * shape.width + shape.hidden_width if engine.recompute else 0
     of_row += shape.lora.rank * len(shape.lora.targets) if shape.lora else 0
     of_layer = item * (rows * of_row + _attention(model, engine, batch))
     moving = item * rows * (3 * shape.hidden_width + 4 * shape.width)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simple_llama.cluster.distributed import Ranks, fail_together
+from simple_llama.cluster.start_phases import PHASES
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer, compiled_graphs
@@ -39,10 +40,13 @@ def start_engine(config: EngineConfig, inputs: Inputs, loss_fn: PreferenceLoss, 
             policy = _build_policy(config, model, loss_fn, start.path, inputs.adapters is not None)
         shape, trained = empty_model(start), {name for name, p in model.named_parameters() if p.requires_grad}
         size, part = model_size(shape), trained_part(shape, trained)
+        PHASES.ended("weights")
         engine = Engine(policy, start.state_dict, config, ranks)
+        PHASES.ended("DeepSpeed")
     compile_now(policy.model, inputs.data.train[0], ranks.device, backward=True)
     if config.compile:
         LOGGER.info("compiled the decoder layers: %d graphs", compiled_graphs())
+        PHASES.ended("compiling")
     return Started(engine, size, part)
 
 

@@ -18,6 +18,7 @@ import torch
 from simple_llama.cluster import stopping, watchdog
 from simple_llama.cluster.console import note_on_bar, progress, set_up_log
 from simple_llama.cluster.distributed import Ranks, fail_together, gather_objects, require_same, shared
+from simple_llama.cluster.start_phases import PHASES
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import with_absolute_paths
@@ -131,6 +132,7 @@ class TrainingRun:
         needed, fronts = self.loss_fn.needs_reference, self.loss_fn.asks.fronts
         self.reference = open_reference(config, inputs, ranks, needed, fronts)
         require_same("reference store (digest)", self.reference.content, ranks)
+        PHASES.ended("reference")
         self.bound = Bound.here(inputs.dtype, ranks.device.type)
         with fail_together(ranks):
             values = reference_values(self.reference, inputs.data.pairs, self.bound, saved)
@@ -165,6 +167,7 @@ class TrainingRun:
             ckpt_folder, self.engine, inputs, course, values, config, self.best, steps, check_lock, ranks
         )
         self.at = self.saves.resume(saved, self.due.measures_at(saved.facts.step)) if saved else Position()
+        PHASES.ended("records")
 
     # === Start ===
 
@@ -220,12 +223,14 @@ class TrainingRun:
         else:
             logps = self.engine.logps if self.inputs.starts_as_reference else self.engine.logps_without_adapters
             audit_reference(self.config, self.reference, logps, self.inputs, self.ranks)
+        PHASES.ended("audit")
         found = self.evaluate(0)
         weights = weight_facts(self.engine.own_matrices(self.ranks), self.inputs.dtype, self.ranks.device)
         LOGGER.info("%s", expected_change(self.config, self.total_steps, weights))
         self.writer.scalars(0, weights)
         self.health.see(0, weights)
         self._check_first_loss(found)
+        PHASES.ended("evaluation and samples")
         self.interval.start()
 
     def _check_first_loss(self, found: HeldOut | None) -> None:

@@ -6,13 +6,19 @@ tokens: 6 packed rows, 5 scored; the second branch's 2 rows see 3 + 2 keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.measure import peak_extra_bytes
 from simple_llama.cluster.distributed import Ranks
-from simple_llama.ops import attention, linear, logprob
+from simple_llama.ops import attention, linear, logprob, remade
 from simple_llama.ops.machine import has_fast_bf16
+from simple_llama.ops.remade import keeping_all
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -39,9 +45,9 @@ def test_one_rank_in_bf16_by_hand(monkeypatch: pytest.MonkeyPatch, fast: bool, h
     """10,000 weights: 20,000 bytes, masters and moments 120,000; 40,000 of the mapped file while they are read.
 
     gradients    40,000 of fp32 sums and 20,000 of bf16 on their way, where a bucket would hold all; in a step the sums
-    activations  a row and layer 4 * 32 + 3 * 96 = 416 numbers; of attention, in fp32, a row 2 * 32 + 3 * 32, and
-                 4 keys of the first block and 5 of the second 2 * (32 + 32): 2,496 + 960 + 1,152 = 4,608 numbers, in
-                 two layers of 2 bytes 18,432; on their way 2 * 6 * (3 * 96 + 4 * 32) = 4,992; once 6 rows of
+    activations  a row and layer 2 * 32 + 2 * 96 = 256 numbers; of attention, in fp32, a row 2 * 32 + 3 * 32, and
+                 4 keys of the first block and 5 of the second 2 * (32 + 32): 1,536 + 960 + 1,152 = 3,648 numbers, in
+                 two layers of 2 bytes 14,592; on their way 2 * 6 * (3 * 96 + 4 * 32) = 4,992; once 6 rows of
                  2 * 32 + 4 * 16: 768
     head         5 * 50 logits of 4 bytes; 1,600 * (4 + 4 + 2); 5 rows of 32 * (4 + 2): 1,000 + 16,000 + 960;
                  with bf16 units the gradient of the one chunk is bf16 alone, 1,600 * (4 + 2) in the middle
@@ -51,19 +57,37 @@ def test_one_rank_in_bf16_by_hand(monkeypatch: pytest.MonkeyPatch, fast: bool, h
     held = {"Python, torch and data": 1_000_000, "weights": 20_000, "reference": 0, "masters and moments": 120_000}
     assert found["start"] == {**held, "start file": 40_000}
     steady = {**held, "compiled GEMMs": 50_000}
-    assert found["passes"] == {**steady, "gradients": 60_000, "activations": 24_192, "head": head}
+    assert found["passes"] == {**steady, "gradients": 60_000, "activations": 20_352, "head": head}
     assert found["step"] == {**steady, "gradients": 40_000}
     assert found["save"] == {**steady, "state that is written": 120_000}
 
 
+@contextmanager
+def counting(keep: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Shows `keep` what autograd keeps, within `remade` too, whose hooks stand in the place of others."""
+
+    def hooks(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> saved_tensors_hooks:
+        def seen(tensor: torch.Tensor) -> Any:
+            return keep(tensor) if (packed := pack(tensor)) is tensor else packed
+
+        return saved_tensors_hooks(seen, unpack)
+
+    with pytest.MonkeyPatch.context() as patch, saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(remade, "saved_tensors_hooks", hooks)
+        yield
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("most_wide", [0, 100, 125, 512])
-def test_layers_keep_what_is_counted(monkeypatch: pytest.MonkeyPatch, most_wide: int) -> None:
+def test_layers_keep_what_is_counted(monkeypatch: pytest.MonkeyPatch, most_wide: int, recompute: bool) -> None:
     """What autograd saves of the real layers, weights left out, is what the formula counts, to 2 %: norms' factors,
-    logsumexp and rotations are small. Whether attention computes no block in fp32, some, or all."""
+    logsumexp and rotations are small. Whether attention computes no block in fp32, some, or all; and of one layer
+    that is computed again, in which nothing is made again beside."""
     monkeypatch.setattr(attention, "_MOST_WIDE_KEYS", most_wide)
     for module in (attention, linear):
         monkeypatch.setattr(module, "cpu_emulates_bf16", lambda: False)
-    shape = Architecture.of(TrainingConfig(n_embd=128, n_layers=2, n_heads=4, max_seq_len=512), 100)
+    layers, keeping = (1, keeping_all) if recompute else (2, nullcontext)
+    shape = Architecture.of(TrainingConfig(n_embd=128, n_layers=layers, n_heads=4, max_seq_len=512), 100)
     numbers = list(range(10, 90))
     pairs = [TokenizedPair.from_chats(numbers + [5] * 40, 40, numbers + [6] * 30, 30) for _ in range(3)]
     pairs.append(TokenizedPair.from_chats(numbers[:20] + [5] * 20, 20, numbers[:20] + [6] * 60, 60))
@@ -79,10 +103,12 @@ def test_layers_keep_what_is_counted(monkeypatch: pytest.MonkeyPatch, most_wide:
                 saved[storage.data_ptr()] = storage
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with counting(keep), keeping():
             model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
-        moving = dtype.itemsize * len(batch.tokens_T) * (3 * shape.hidden_width + 4 * shape.width)
-        counted = memory._activations(MODEL._replace(architecture=shape, dtype=dtype), ALONE, batch) - moving
+        beside = 3 * shape.hidden_width + (5 if recompute else 4) * shape.width  # on their way; a layer's input
+        beside *= dtype.itemsize * len(batch.tokens_T)
+        engine = ALONE._replace(recompute=recompute)
+        counted = memory._activations(MODEL._replace(architecture=shape, dtype=dtype), engine, batch) - beside
         assert sum(storage.nbytes() for storage in saved.values()) == pytest.approx(counted, rel=0.02)
 
 
@@ -109,7 +135,8 @@ def test_the_head_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch, chunk: 
 
 
 def test_recomputation_keeps_one_vector_a_layer_and_one_whole_layer() -> None:
-    """6 rows * 32 * 2 layers * 2 bytes = 768, one layer 9,216, and the same 4,992 on their way and 768 once."""
+    """6 rows * 32 * 2 layers * 2 bytes = 768, one layer, of which a row keeps all 4 * 32 + 3 * 96 numbers, 9,216, and
+    the same 4,992 on their way and 768 once."""
     assert parts(ALONE._replace(recompute=True))["passes"]["activations"] == 768 + 9_216 + 4_992 + 768
 
 

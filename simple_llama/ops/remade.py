@@ -1,0 +1,48 @@
+"""Values that the backward pass makes again from what is kept anyway, instead of their being kept beside it.
+
+The input of a matrix product is kept for the gradient of the matrix. Where it comes from kept rows by a pass or two
+(a norm, silu(gate) * up), making it again takes about what writing it once and reading it later did, and no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+_keeping_all = False
+
+
+def remade(made: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> AbstractContextManager[object]:
+    """Within, where autograd would keep `made`, it keeps `make`, which gives the same values bit for bit.
+
+    Of rows on a CPU, outside compiled layers and `keeping_all`; elsewhere, and without `make`, nothing changes.
+    """
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if make is None or _keeping_all or not eager or made.device.type != "cpu":
+        return nullcontext()
+    place, shape = made.data_ptr(), made.shape  # as long as the caller holds it, nothing else lies there
+
+    def pack(tensor: torch.Tensor) -> Any:
+        return make if tensor.data_ptr() == place and tensor.shape == shape and tensor.dtype == made_dtype else tensor
+
+    made_dtype = made.dtype
+    return saved_tensors_hooks(pack, _unpack)
+
+
+def _unpack(kept: Any) -> torch.Tensor:
+    return kept if isinstance(kept, torch.Tensor) else kept()
+
+
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    """Within, `remade` changes nothing: what a layer keeps is looked after by somebody else (torch's checkpoint)."""
+    global _keeping_all
+    before, _keeping_all = _keeping_all, True
+    try:
+        yield
+    finally:
+        _keeping_all = before
