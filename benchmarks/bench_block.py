@@ -1,4 +1,4 @@
-"""Times decoder blocks on this machine, forward and backward: ours, compiled, and with torch's own bf16 GEMMs.
+"""Times decoder blocks on this machine, forward and backward: ours, and with torch's own bf16 GEMMs.
 
 python -m benchmarks.bench_block --threads 2
 """
@@ -36,12 +36,10 @@ class Bench:
     results: str = measure.RESULTS  # file that the results are appended to; empty: only printed
 
 
-def block_way(bench: Bench, dtype: torch.dtype, plain: bool = False, compiled: bool = False) -> Callable[[], None]:
+def block_way(bench: Bench, dtype: torch.dtype, plain: bool = False) -> Callable[[], None]:
     """Decoder blocks; `plain` ones multiply in their own dtype, as torch does by itself."""
     config = TrainingConfig(n_embd=bench.width, n_heads=8, n_layers=bench.layers, max_seq_len=4096)
     model = LLaMaTransformer(Architecture.of(config, 16)).to(dtype)
-    if compiled:
-        model.compile_layers()
     if plain:
         for module in model.modules():
             if isinstance(module, Linear):
@@ -62,9 +60,7 @@ def main(bench: Bench) -> None:
     torch.manual_seed(0)
     ways = {
         "fp32": block_way(bench, torch.float32),
-        "fp32, compiled": block_way(bench, torch.float32, compiled=True),
         "bf16": block_way(bench, torch.bfloat16),
-        "bf16, compiled": block_way(bench, torch.bfloat16, compiled=True),
         "bf16, torch's own GEMMs": block_way(bench, torch.bfloat16, plain=True),
     }
     device = torch.device("cpu")

@@ -81,8 +81,8 @@ computed in fp64 from the reference's sums and the counts. "chats": it reads no 
 first step, whose sums the model makes of each chat alone and padded. A run's held-out loss at step 0 must show it, and
 each run compares its first optimizer step before it changes a weight: log-prob sums with those of the reference and of
 chats alone, each pair's loss with what the loss gives of them in fp64, the weighted loss with their mean. With dropout
-(and with compiled layers in bf16) the sums cannot be foretold, only what the loss makes of them; the log says so. Of
-weighted pairs `first` is times the mean weight.
+the sums cannot be foretold, only what the loss makes of them; the log says so. Of weighted pairs `first` is times the
+mean weight.
 
 `value` and `slope` are the largest differences in fp64 from a textbook that was written apart, from the papers, without
 stable forms (`benchmarks/textbook_losses.py`, slopes by complex steps): 64 random pairs, weighted, for each divergence

@@ -18,12 +18,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import brief, read_bytes, read_json, shown
+from simple_llama.common.logging import LOGGER
 
 WHOLE = 2**31 - 1  # the largest whole number of a setting
 _MOST_TEXT = 1 << 20  # bytes of a file with a setting's text
@@ -84,6 +85,8 @@ PathText = Annotated[str, FilePath()]
 
 class Settings:
     """Base of every owner's settings: values are checked once, whichever way they came."""
+
+    retired: ClassVar[Mapping[str, str]] = {}  # of an owner: settings that it had once, and why they have no effect
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -165,6 +168,11 @@ def known_settings(kind: type[Settings], found: Mapping[str, Any]) -> tuple[dict
     ]
 
 
+def _retired_settings(kind: type[Settings]) -> dict[str, str]:
+    """The settings that `kind` had once, and why they have no effect."""
+    return {name: why for owner in kind.__mro__ for name, why in vars(owner).get("retired", {}).items()}
+
+
 def peek_settings(kind: type[SomeSettings], argv: Sequence[str] | None) -> SomeSettings:
     """What a command line and its `--config` say of the few settings of `kind`; all others are not looked at."""
     args, found, source = _split(argv)
@@ -190,6 +198,7 @@ def parse_settings(
         base: settings of a file that was found otherwise; `base_source` names it in errors.
     """
     args, found, source = _split(argv)
+    args = _without_retired(kind, args)
     below = _typed_settings(kind, base or {}, base_source)
     default = kind(**{**below, **_typed_settings(kind, found, source)})
     return with_texts(tyro.cli(kind, args=args, default=default, description=description), below)
@@ -237,6 +246,18 @@ def _split(argv: Sequence[str] | None) -> tuple[list[str], Any, str]:
     return args, found, files[0]
 
 
+def _without_retired(kind: type[Settings], args: list[str]) -> list[str]:
+    """A command line without the switches that `kind` had once."""
+    retired, kept = _retired_settings(kind), []
+    for arg in args:
+        name = arg.replace("-", "_").removeprefix("__").removeprefix("no_")
+        if arg.startswith("--") and name in retired:
+            LOGGER.warning("%s has no effect: %s", arg, retired[name])
+        else:
+            kept.append(arg)
+    return kept
+
+
 def _take_option(args: list[str], name: str) -> tuple[list[str], list[str]]:
     """Splits `name VALUE`, `name=VALUE` (also with hyphens) out of `args`: (the values, all other arguments)."""
     values, rest, waiting = [], [], iter(args)
@@ -270,6 +291,10 @@ def _typed_settings(kind: type[Settings], found: Any, source: str) -> dict[str, 
     if not isinstance(found, Mapping):
         raise UserError(f"{source}: expected a JSON object of settings, found {type(found).__name__}")
     settings, unknown = known_settings(kind, found)
+    retired = _retired_settings(kind)
+    for name in retired.keys() & {*unknown}:
+        LOGGER.warning("%s: %s has no effect: %s", source, name, retired[name])
+    unknown = [name for name in unknown if name not in retired]
     known, hints = {field.name: field for field in _declared(kind)}, get_type_hints(kind)
     if unknown:
         raise UserError(f"{source}: {_unknown(unknown, list(known))}")

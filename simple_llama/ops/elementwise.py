@@ -1,8 +1,8 @@
 """RMSNorm and SwiGLU's product, which on a CPU keep for the backward pass only what they are given.
 
 Autograd would keep what is computed on the way, too: rows in fp32 and normalized ones, silu(gate). It is computed again
-instead, in the backward pass, which costs about what writing and reading it did. Elsewhere, and in compiled layers,
-torch's own operators: the specification, whose values these have bit for bit, and whose gradients to rounding.
+instead, in the backward pass, which costs about what writing and reading it did. Elsewhere torch's own operators: the
+specification, whose values these have bit for bit, and whose gradients to rounding.
 
 Shapes: T rows, D width, H hidden width.
 """
@@ -29,8 +29,7 @@ def swiglu(gate_TH: torch.Tensor, up_TH: torch.Tensor) -> torch.Tensor:
 
 
 def _keeps_less(rows: torch.Tensor, factor: torch.Tensor) -> bool:
-    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return eager and rows.device.type == "cpu" and rows.dtype == factor.dtype
+    return torch.is_grad_enabled() and rows.device.type == "cpu" and rows.dtype == factor.dtype
 
 
 class _RMSNorm(torch.autograd.Function):

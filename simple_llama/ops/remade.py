@@ -19,10 +19,9 @@ _keeping_all = False
 def remade(made: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> AbstractContextManager[object]:
     """Within, where autograd would keep `made`, it keeps `make`, which gives the same values bit for bit.
 
-    Of rows on a CPU, outside compiled layers and `keeping_all`; elsewhere, and without `make`, nothing changes.
+    Of rows on a CPU, outside `keeping_all`; elsewhere, and without `make`, nothing changes.
     """
-    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if make is None or _keeping_all or not eager or made.device.type != "cpu":
+    if make is None or _keeping_all or not torch.is_grad_enabled() or made.device.type != "cpu":
         return nullcontext()
     place, shape = made.data_ptr(), made.shape  # as long as the caller holds it, nothing else lies there
 

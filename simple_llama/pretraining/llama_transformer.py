@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from simple_llama.common.errors import UserError
 from simple_llama.ops.attention import PackedLayout, attend
 from simple_llama.ops.linear import Linear
-from simple_llama.ops.machine import cpu_emulates_bf16
 from simple_llama.ops.remade import keeping_all, remade
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.attention_blocks import MLA, Attend, MHSelfAttention
@@ -55,7 +54,7 @@ class LLaMaTransformer(nn.Module):
     """Embeddings, decoder blocks, a norm and a vocabulary matrix, which may be the embeddings (`tied_head`).
 
     `activation_checkpointing` (off; set it after construction) computes the blocks again in backward: less memory for
-    about a third more time. `compile_layers` compiles them.
+    about a third more time.
     """
 
     def __init__(self, architecture: Architecture):
@@ -64,7 +63,6 @@ class LLaMaTransformer(nn.Module):
         width, vocab_size, layers = architecture.width, architecture.vocab_size, architecture.layers
         self.architecture = architecture
         self.activation_checkpointing = False
-        self.compiled = False
         self.embeddings = (TiedEmbedding if architecture.tied_head else nn.Embedding)(vocab_size, width)
         self.decoder_blocks = nn.ModuleList(_DecoderBlock(architecture) for _ in range(layers))
         self.norm = RMSNorm(width, architecture.eps)
@@ -98,8 +96,7 @@ class LLaMaTransformer(nn.Module):
         """
         self.check_length(layout.longest)
         by = self._rotation(positions_T)
-        # in compiled layers attention stays a call: what it does depends on the layout of each batch
-        mix = partial(torch.compiler.disable(attend) if self.compiled else attend, layout=layout)
+        mix = partial(attend, layout=layout)
         x_TD = self.embeddings(tokens_T)
         for block in self.decoder_blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -108,16 +105,6 @@ class LLaMaTransformer(nn.Module):
             else:
                 x_TD = block(x_TD, by, mix)
         return self.norm(x_TD)
-
-    def compile_layers(self) -> None:
-        """Compiles the decoder blocks: what stands between the GEMMs is fused. Any number of rows without recompiling.
-
-        Results differ from uncompiled layers by rounding. Needs a C++ compiler on the CPU, a C compiler on CUDA.
-        """
-        torch.compiler.assume_constant_result(cpu_emulates_bf16)
-        for block in self.decoder_blocks:
-            block.compile(dynamic=True)
-        self.compiled = True
 
     def new_cache(self, max_len: int) -> KVCache:
         """An empty cache for one sequence of up to `max_len` tokens (UserError beyond max_seq_len)."""
@@ -148,8 +135,7 @@ class LLaMaTransformer(nn.Module):
         by = self._rotation(torch.cat(places).to(device))
         x_TD = self.embeddings(torch.cat(list(tokens)))
         for layer, block in enumerate(self.decoder_blocks):
-            call = block.forward if self.compiled else block  # a row a sequence: compiling would not pay
-            x_TD = call(x_TD, by, partial(attend_cached, caches=caches, lengths=lengths, layer=layer))
+            x_TD = block(x_TD, by, partial(attend_cached, caches=caches, lengths=lengths, layer=layer))
         for cache, length in zip(caches, lengths, strict=True):
             cache.length += length
         last_B = torch.tensor(lengths, device=device).cumsum(0) - 1
@@ -167,10 +153,3 @@ class LLaMaTransformer(nn.Module):
         """UserError for a sequence of more tokens than the model takes."""
         if tokens > (limit := self.architecture.max_seq_len):
             raise UserError(f"sequence: expected at most the model's max_seq_len = {limit} tokens, found {tokens}")
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process; more of them later means that it compiled again."""
-    from torch._dynamo.utils import counters  # the compiler is imported where it is used
-
-    return counters["stats"]["unique_graphs"]

@@ -82,8 +82,4 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(x_THK: torch.Tensor, by: Rotation) -> torch.Tensor:
     """x with each pair turned by its row's angle, computed in fp32, in the dtype of x."""
-    if torch.compiler.is_compiling():  # the compiler fuses real numbers only
-        x0, x1 = x_THK.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((x0 * by.cos - x1 * by.sin, x0 * by.sin + x1 * by.cos), -1)
-        return turned.flatten(-2).to(x_THK.dtype)
     return _Rotate.apply(x_THK, by.turns)

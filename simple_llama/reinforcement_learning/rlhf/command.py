@@ -26,7 +26,7 @@ from simple_llama.common.logging import LOGGER
 from simple_llama.ops.machine import prepare_gemms
 from simple_llama.reinforcement_learning.rlhf.dpo_config import CommandConfig, DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.dry_run import describe
-from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import check_folders, say_settings
 
 BUG, MISTAKE, INTERRUPTED = 1, 2, 130  # exit status; with watchdog.LOST and stopping.STOPPED these are all
@@ -107,7 +107,6 @@ def _read_and_do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPO
         if config.resume:
             say_settings(config)
         check_folders(config, config.ref_cache_dir)
-        check_compiler(config.compile, config.device)
     inputs = load_inputs(config, ranks, ref_cache_dir=config.ref_cache_dir)
     PHASES.ended("data")
     stopping.agree(ranks, at_once=True)

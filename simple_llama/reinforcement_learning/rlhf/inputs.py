@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -111,17 +109,13 @@ class Inputs:
     dtype: torch.dtype  # of the computing weights
     max_seq_len: int
     reference_id: dict  # what names the reference: weights, tokenizer, numerics
-    compiled: bool = False  # whether the decoder layers are compiled, of the policy and of the reference alike
     given_tokenizer: OwnTokenizer | None = None  # of `tokenize_path`, for exports; None: the model's own
     kept_digest: str | None = None  # of a .pth that was made of a folder: what its exports keep under TOKENIZER_KEY
     other_reference: StartModel | None = None  # where that is not the start model
 
     def build_model(self, start: Loaded, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
         """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory."""
-        model = build_model(start, self.dtype, device, dropout=dropout)
-        if self.compiled:
-            model.compile_layers()
-        return model
+        return build_model(start, self.dtype, device, dropout=dropout)
 
     def build_reference(self, device: torch.device | str) -> LLaMaTransformer:
         """The reference model. Raises UserError where it was not made of what `reference_id` names."""
@@ -292,10 +286,9 @@ def _joined(config: InputsConfig, opened: _Opened, data: RLDatasetLoader) -> Inp
         "head": HEAD_VERSION,
         **reference.numerics,
         **chat.identity,
-        **({"compiled": "True"} if config.compile else {}),  # rounds elsewhere: rewards would not start at 0
     }
     identity = reference_id(reference.digest, digest, numerics)
-    return Inputs(chat, data, start, dtype, max_seq_len, identity, config.compile, given_tokenizer, kept, other)
+    return Inputs(chat, data, start, dtype, max_seq_len, identity, given_tokenizer, kept, other)
 
 
 def _other_reference(config: InputsConfig, opened: _Opened) -> StartModel | None:
@@ -391,14 +384,6 @@ def is_shipped(path: Path) -> bool:
     """Whether a path is the default of `tokenize_path`, in this checkout or in the one where a run was started."""
     default = Path(package_path("dataset", "bpe_8k.json"))
     return path.parts[-3:] == default.parts[-3:]
-
-
-def check_compiler(compiled: bool, device: str) -> None:
-    """Raises UserError where layers are to be compiled for a CPU and no C++ compiler is there ($CXX, or g++)."""
-    compiler = os.environ.get("CXX", "g++")
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if compiled and on_cpu and not shutil.which(compiler):
-        raise UserError(f"compile: expected a C++ compiler, found no {compiler}; install g++ or leave compile out")
 
 
 def versions() -> dict[str, str | None]:

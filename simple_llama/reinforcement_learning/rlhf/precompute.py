@@ -22,7 +22,7 @@ from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import Entries
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
-from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor, Bound
@@ -67,7 +67,6 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
         return 0
     with watchdog.patience("loading the reference model"):
         model = inputs.build_reference(ranks.device)
-        compile_now(model, pairs[0], ranks.device, backward=False)
     if unbound:
         auditor.take_over(store, partial(pair_logps, model))
     if not len(missing):

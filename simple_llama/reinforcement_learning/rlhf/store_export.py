@@ -32,7 +32,7 @@ from simple_llama.reinforcement_learning.rlhf.data.conversation import Conversat
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
-from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, check_compiler, load_inputs
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import resolved
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import open_store
@@ -86,7 +86,6 @@ def _export(config: PairsExportConfig, ranks: Ranks) -> None:
     with fail_together(ranks):
         _require_free(config.output)
         check_folders(config, config.ref_cache_dir)
-        check_compiler(config.compile, config.device)
     inputs = load_inputs(config, ranks)
     with fail_together(ranks):
         scored = pairs_for_trl(inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from itertools import pairwise
 
 import pytest
@@ -218,23 +217,18 @@ def test_varlen_arguments(monkeypatch: pytest.MonkeyPatch, layout: PackedLayout,
         assert torch.allclose(mine, exact, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gather_of_keys_and_its_gradient(compiled: bool):
-    """As `index_select` and its gradient, for up to three branches and empty ones, compiled with any number of rows.
+def test_gather_of_keys_and_its_gradient():
+    """As `index_select` and its gradient, for up to three branches and empty ones.
 
     The rows are copies, so equal bit for bit on any CPU; the gradient's sums may differ in their order.
     """
-    if compiled and not shutil.which("g++"):
-        pytest.skip("compiling for a CPU needs g++")
-    gather = torch.compile(attention._gather_keys, dynamic=True) if compiled else attention._gather_keys
     layouts = [((2, (3, 1)),), ((3, (0, 2, 4, 1)), (0, (2, 3)), (2, (1, 0, 2)), (4, ())), ((1, (1, 1)), (5, (2, 2)))]
     for segments in layouts:
         layout = PackedLayout(segments)
         plan = layout.varlen_plan(torch.device("cpu")).keys
         assert plan is not None
         rows = torch.randn(layout.rows, 2, 3, dtype=torch.float64, requires_grad=True)
-        expected, found = rows.index_select(0, plan.rows_S), gather(rows, plan)
+        expected, found = rows.index_select(0, plan.rows_S), attention._gather_keys(rows, plan)
         assert torch.equal(found, expected)
         grad = torch.randn_like(found)
         (exact,), (ours,) = (torch.autograd.grad(out, rows, grad) for out in (expected, found))

@@ -195,6 +195,7 @@ _REASONS: dict[str, str] = {
     "csv_monitor": _OWN_CURVES,
     "comet": _OWN_CURVES,
     "wandb": _OWN_CURVES,
+    "compile": "compiled layers gained nothing where this was measured, and were compiled anew for new lengths",
     "zero_force_ds_cpu_optimizer": "true is DeepSpeed's own CPU Adam, which is compiled at run time",
     "zero_optimization.zenflow": "AdamW would update most weights late, from gradients of several steps",
     "zero_optimization.zero_quantized_weights": _LOSSY,

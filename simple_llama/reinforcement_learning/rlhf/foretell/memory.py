@@ -67,7 +67,6 @@ class Engine(NamedTuple):
     buckets: bool = True  # whether gradients go through them
     offloads: bool = False
     recompute: bool = False
-    compiled: bool = False
     reduce_once: bool = False
     accumulates: bool = True  # several micro-batches a step
 
@@ -100,7 +99,6 @@ def describe_engine(config: EngineConfig, ranks: Ranks) -> Engine:
         buckets=bool(zero.get("contiguous_gradients", True)),
         offloads="offload_optimizer" in zero,
         recompute=config.activation_checkpointing,
-        compiled=config.compile,
         reduce_once=config.reduce_once,
         accumulates=config.accumulates,
     )
@@ -156,13 +154,13 @@ def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
 
     A row and layer: 2 vectors of the width and 2 hidden ones, inputs of the norms and of SwiGLU, and what attention
     keeps (`_attention`). With recomputation, in the layer whose turn it is, 2 and 1 more, inputs of matrices, which
-    are made again otherwise (ops/remade.py). Elsewhere than on a CPU, and in compiled layers at most, 7 of the width,
-    3 more of bf16 for what the norms keep in fp32, and 4 hidden ones. Of all layers once: rotations, and what the
-    last norm is given. As torch's saved_tensors_hooks count them.
+    are made again otherwise (ops/remade.py). Elsewhere than on a CPU 7 of the width, 3 more of bf16 for what the norms
+    keep in fp32, and 4 hidden ones. Of all layers once: rotations, and what the last norm is given. As torch's
+    saved_tensors_hooks count them.
     """
     shape, item, rows = model.architecture, model.dtype.itemsize, len(batch.tokens_T)
     of_row = (7 if item == 4 else 10) * shape.width + 4 * shape.hidden_width
-    if engine.device == "cpu" and not engine.compiled:
+    if engine.device == "cpu":
         of_row = 2 * shape.width + 2 * shape.hidden_width
         of_row += 2 * shape.width + shape.hidden_width if engine.recompute else 0
     of_row += shape.lora.rank * len(shape.lora.targets) if shape.lora else 0

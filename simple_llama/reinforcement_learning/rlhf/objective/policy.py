@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from simple_llama.pretraining.architecture import LORA_MARK
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
-from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked, Scores
@@ -48,13 +47,7 @@ class PolicyConfig(Settings):
         ),
     ] = "all"
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, about a third slower
-    compile: Annotated[
-        bool,
-        Doc(
-            "compile the decoder layers (torch.compile; on a CPU it needs g++): faster steps after a slower start; "
-            "ZeRO-2; references are kept apart from uncompiled ones"
-        ),
-    ] = False
+    retired: ClassVar = {"compile": "layers are not compiled any more, which never paid"}
 
     def check_rules(self) -> None:
         """UserError for weights that no model has."""
@@ -239,22 +232,6 @@ def pair_logps(model: LLaMaTransformer, batch: PairBatch, asked: Asked = _WHOLE)
         counts = _part_counts(batch, asked)
         parts_PC = logprob.part_logps(hidden_ND, model.head_weight, batch.targets_N, counts, squares=asked.squares)
         return _sums(parts_PC, asked, batch)
-
-
-def compile_now(model: LLaMaTransformer, pair: TokenizedPair, device: torch.device, backward: bool) -> None:
-    """Makes a compiled model's graphs, those with gradient on demand; changes no gradient. Nothing for other models.
-
-    To be called while the watch over stillness is patient: it may take a minute.
-    """
-    if not model.compiled:
-        return
-    batch = PairBatch.pack([pair]).to(device)
-    with torch.no_grad(), evaluating(model):
-        model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
-    if backward:
-        hidden_TD = model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch.autograd.grad(hidden_TD.float().sum(), trained, allow_unused=True)
 
 
 @contextmanager

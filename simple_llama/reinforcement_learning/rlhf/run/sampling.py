@@ -190,7 +190,7 @@ class Samples:
         adapters (collective with ZeRO-3)."""
         model, head = self.engine.model, self.engine.whole_head
         policy_N = spoken_logps(model, spoken, head())
-        if self.reference is not None or not self.inputs.without_adapters or model.compiled:
+        if self.reference is not None or not self.inputs.without_adapters:
             return policy_N, None
         with adapters_off(model):
             return policy_N, spoken_logps(model, spoken, head())

@@ -119,6 +119,20 @@ def meant_by_lack(course: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[s
     return {**loss, **own, "group_weight": BatchConfig().group_weight, "start": start_digest(saved), "adapters": None}
 
 
+def uncompiled(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A state's course as that of a run whose layers are not compiled, which versions before could do.
+
+    Its reference rounds elsewhere: a store of its own keeps the log-probs of before.
+    """
+    reference = saved.get("reference")
+    numerics = reference.get("numerics") if isinstance(reference, Mapping) else None
+    if not (isinstance(reference, Mapping) and isinstance(numerics, Mapping) and "compiled" in numerics):
+        return dict(saved)
+    LOGGER.warning("the run's layers were compiled; from here on they are not: log-probs are rounded elsewhere")
+    kept = {name: value for name, value in numerics.items() if name != "compiled"}
+    return {**saved, "reference": {**reference, "numerics": kept}}
+
+
 def start_digest(found: Mapping[str, Any]) -> Any:
     """Of the model that a run started from, by a state's course or an export's metadata; earlier ones had no other
     reference."""

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.cluster.start_phases import PHASES
 from simple_llama.common.errors import UserError
-from simple_llama.common.logging import LOGGER
-from simple_llama.pretraining.llama_transformer import LLaMaTransformer, compiled_graphs
+from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import Loaded, empty_model
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, read_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, dealt_model
@@ -18,7 +17,6 @@ from simple_llama.reinforcement_learning.rlhf.objective.cost import ModelSize, T
 from simple_llama.reinforcement_learning.rlhf.objective.policy import (
     DPOPolicy,
     PolicyConfig,
-    compile_now,
     trained_names,
 )
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
@@ -33,7 +31,7 @@ class Started(NamedTuple):
 
 
 def start_engine(config: EngineConfig, inputs: Inputs, loss_fn: PreferenceLoss, ranks: Ranks) -> Started:
-    """The policy of the start weights under DeepSpeed, compiled where it is to be (collective)."""
+    """The policy of the start weights under DeepSpeed (collective)."""
     with inputs.start.reading() as start:
         model = _start_model(config, inputs, start, ranks)
         with fail_together(ranks):
@@ -43,10 +41,6 @@ def start_engine(config: EngineConfig, inputs: Inputs, loss_fn: PreferenceLoss, 
         PHASES.ended("weights")
         engine = Engine(policy, start.state_dict, config, ranks)
         PHASES.ended("DeepSpeed")
-    compile_now(policy.model, inputs.data.train[0], ranks.device, backward=True)
-    if config.compile:
-        LOGGER.info("compiled the decoder layers: %d graphs", compiled_graphs())
-        PHASES.ended("compiling")
     return Started(engine, size, part)
 
 

@@ -16,12 +16,11 @@ from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.common.logging import LOGGER
 from simple_llama.ops.machine import release
-from simple_llama.pretraining.layers import adapters_off
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
-from simple_llama.reinforcement_learning.rlhf.objective.policy import compile_now, pair_logps
+from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
@@ -41,7 +40,6 @@ def open_reference(
         return ref_source.Reference(ref_source.without, "online")  # until `through_policy`
     if config.reference == "online":
         frozen = inputs.build_reference(ranks.device).requires_grad_(False)
-        compile_now(frozen, inputs.data.train[0], ranks.device, backward=False)
         return ref_source.Reference(ref_source.from_model(frozen, fronts), "online", model=frozen, fronts=fronts)
     store = ref_source.open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     with fail_together(ranks):
@@ -54,9 +52,6 @@ def through_policy(
 ) -> ref_source.Reference:
     """The reference; an online one that is the policy without its adapters needs no model of its own."""
     online = reference.content == "online" and inputs.without_adapters
-    if online or (inputs.without_adapters and not inputs.starts_as_reference):
-        with adapters_off(engine.model):
-            compile_now(engine.model, inputs.data.train[0], ranks.device, backward=False)
     return replace(reference, logps=engine.logps_without_adapters) if online else reference
 
 
@@ -118,7 +113,6 @@ def audit_other(config: InputsConfig, reference: ref_source.Reference, inputs: I
         return  # the model that would be asked is the reference
     with watchdog.patience("loading the reference model"):
         model = inputs.build_reference(ranks.device)
-        compile_now(model, inputs.data.pairs[0], ranks.device, backward=False)
     LOGGER.info("the reference is %s, not the start model: the audit asks that one", inputs.reference.path)
     audit_reference(config, reference, partial(pair_logps, model, asked=Asked(reference.fronts)), inputs, ranks)
     del model

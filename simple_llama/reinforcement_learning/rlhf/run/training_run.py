@@ -23,7 +23,6 @@ from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import with_absolute_paths
 from simple_llama.ops.machine import peak_flops
-from simple_llama.pretraining.llama_transformer import compiled_graphs
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep_of
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import with_held_out
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
@@ -57,7 +56,14 @@ from simple_llama.reinforcement_learning.rlhf.run.run_folder import (
     write_records,
 )
 from simple_llama.reinforcement_learning.rlhf.run.sampling import Samples
-from simple_llama.reinforcement_learning.rlhf.run.saves import Position, Saves, SavesConfig, course_of, meant_by_lack
+from simple_llama.reinforcement_learning.rlhf.run.saves import (
+    Position,
+    Saves,
+    SavesConfig,
+    course_of,
+    meant_by_lack,
+    uncompiled,
+)
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, about_schedule, with_warmup
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import start_engine
 from simple_llama.reinforcement_learning.rlhf.run.start_reference import (
@@ -289,25 +295,20 @@ class TrainingRun:
     def first_step(self, index: int) -> FirstStep | None:
         """What step `index` (from 0) is compared with where it is the first (collective); None for all others.
 
-        What cannot be foretold is said. Compiled layers in bf16 are another graph with gradients than without, which
-        rounds elsewhere (0.48 nats an answer were seen); the audit, whose graph is the reference pass's, has looked at
-        these.
+        What cannot be foretold is said.
         """
         if index > 0:
             return None
         mine = [micro_batch for micro_batch in self.plan.step(index)[self.ranks.rank] if micro_batch]
-        why = None
-        if self.config.dropout > 0:
-            why = "dropout leaves out other units each time"
-        elif self.config.compile and self.inputs.dtype == torch.bfloat16:
-            why = "compiled layers round otherwise with gradients"
-        at_reference = why is None and self.loss_fn.needs_reference and self.inputs.starts_as_reference
+        drops = self.config.dropout > 0
+        at_reference = not drops and self.loss_fn.needs_reference and self.inputs.starts_as_reference
         store = self.reference.store
         first = FirstStep(self.pairs, mine, self.loss_fn, self.bound, self.ranks, at_reference, store)
-        if why is None:
-            first.compute_anew(self.engine.logps)
-        else:
+        if drops:
+            why = "dropout leaves out other units each time"
             LOGGER.info("step 1: its log-probs cannot be foretold, only what the loss makes of them: %s", why)
+        else:
+            first.compute_anew(self.engine.logps)
         return first
 
     def stoppable(self, items: Iterable[Item], place: str) -> Iterator[Item]:
@@ -353,8 +354,6 @@ class TrainingRun:
         values = self.interval.values(rate, step / self.plan.steps_per_epoch)
         if self.pairs.is_weighted:
             values["pair_weight"] = self.sums.mean_weight()
-        if self.config.compile:
-            values["perf/compiled_graphs"] = compiled_graphs()  # stays level: a rise is a recompilation
         self.writer.scalars(step, values)
         log_line(f"step {step}/{self.total_steps}", values)
         note_on_bar("train", f"loss {values['loss']:.4f}, accuracy {values['rewards/accuracies']:.3f}")
@@ -434,5 +433,6 @@ def _state_to_resume(folder: Path, course: dict[str, Any], total_steps: int, ran
     require_same("state to resume from", {**saved.facts.to_json(), "files": saved.files}, ranks)
     with fail_together(ranks):
         later = meant_by_lack(course, saved.facts.course)
+        saved = saved._replace(facts=replace(saved.facts, course=uncompiled(saved.facts.course)))
         checkpoint.check_same_run(saved, {"adapters": None, **course}, total_steps, later=later)
     return saved

@@ -70,7 +70,6 @@ def changed(settings: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("optimizer", {"type": "AdamW"}, "max_lr, beta1, beta2 and weight_decay"),
         ("scheduler", {}, "schedule, warmup_iterations, max_lr and min_lr"),
         ("activation_checkpointing", {}, "activation_checkpointing"),
-        ("compile", {"deepcompile": True}, "compile"),
         ("steps_per_print", 10, "log_interval"),
         ("tensorboard", {"enabled": False}, "log_dir"),
     ],
@@ -293,10 +292,3 @@ def test_the_shipped_files_are_accepted() -> None:
 def test_sections_of_another_kind_are_refused(tmp_path: Path, change: dict, words: str) -> None:
     """DeepSpeed's second spelling of bf16, sections that are no objects, and stages that are no whole number."""
     assert refusal(tmp_path, {**BF16, **change}) == words
-
-
-def test_compiled_layers_need_stage_2():
-    """ZeRO-3 fetches weights by hooks that compiled layers do not call."""
-    config = DPOConfig(compile=True, deepspeed_config=root_path("ds_configs", "zero3_bf16.json"))
-    with pytest.raises(UserError, match=r"compile: expected ZeRO stage 2, found stage 3 in .*zero3_bf16\.json"):
-        read_ds_config(config)
