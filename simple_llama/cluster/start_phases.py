@@ -14,7 +14,7 @@ _SHOWN_S = 0.05  # a phase of less is left out
 _START_TIME = 19  # place in stat_fields
 
 
-class StartPhases:
+class _StartPhases:
     """Seconds by name of what this process did before its first step, one phase behind the other."""
 
     def __init__(self) -> None:
@@ -50,4 +50,4 @@ def _age_s(pid: int) -> float:
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[_START_TIME]) / os.sysconf("SC_CLK_TCK"))
 
 
-PHASES = StartPhases()  # of this process
+PHASES = _StartPhases()  # of this process

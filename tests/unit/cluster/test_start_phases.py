@@ -10,7 +10,7 @@ import time
 import pytest
 
 from simple_llama.cluster import start_phases
-from simple_llama.cluster.start_phases import StartPhases
+from simple_llama.cluster.start_phases import _StartPhases
 
 
 def test_phases_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_phases_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start_phases, "_age_s", lambda pid: 2.0 if pid == os.getpid() else 7.0)
     monkeypatch.setattr(start_phases, "ancestors", lambda _depth: (8, 9))
     monkeypatch.setattr(start_phases, "command_line", lambda pid: ["sh", "-c", "x"] if pid == 8 else ["deepspeed", "x"])
-    phases = StartPhases()
+    phases = _StartPhases()
     for name, seconds in (("imports", 1.5), ("data", 4.0), ("joining", 0.01), ("data", 2.0)):
         now += seconds
         phases.ended(name)
