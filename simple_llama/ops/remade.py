@@ -23,13 +23,17 @@ def remade(made: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> Abstr
     """
     if make is None or _keeping_all or not torch.is_grad_enabled() or made.device.type != "cpu":
         return nullcontext()
-    place, shape = made.data_ptr(), made.shape  # as long as the caller holds it, nothing else lies there
+    mark = _mark(made)  # as long as the caller holds it, nothing else has this one
 
     def pack(tensor: torch.Tensor) -> Any:
-        return make if tensor.data_ptr() == place and tensor.shape == shape and tensor.dtype == made_dtype else tensor
+        return make if _mark(tensor) == mark else tensor
 
-    made_dtype = made.dtype
     return saved_tensors_hooks(pack, _unpack)
+
+
+def _mark(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's numbers lie, and how they are read."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _unpack(kept: Any) -> torch.Tensor:

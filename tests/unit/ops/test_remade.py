@@ -58,7 +58,8 @@ def test_what_is_made_again_has_no_room() -> None:
 
 
 def test_others_of_the_same_form_are_kept() -> None:
-    """Only the tensor itself is made again: another one, a view of another form, one of before or behind are not."""
+    """Only the tensor itself is made again: another one, a view of another form or turned, one of before or behind are
+    not."""
     x, weight = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     made = 3 * x
 
@@ -67,7 +68,11 @@ def test_others_of_the_same_form_are_kept() -> None:
 
     before = F.linear(made, weight)
     with remade(made, never):
-        other = F.linear(made + 1, weight) + F.linear(made.flatten(), torch.ones(2, 16, requires_grad=True)).sum()
+        other = (
+            F.linear(made + 1, weight)
+            + made.T @ weight
+            + F.linear(made.flatten(), torch.ones(2, 16, requires_grad=True)).sum()
+        )
     behind = F.linear(made, weight)
     (before + other + behind).sum().backward()
     assert x.grad is not None and weight.grad is not None
