@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from simple_llama.common.errors import UserError
 from simple_llama.ops.attention import PackedLayout
@@ -248,6 +249,21 @@ def test_activation_checkpointing_keeps_less():
         return sum(sizes)
 
     assert saved(True) < saved(False) / 5
+
+
+def test_activation_checkpointing_holds_nothing_within_a_block():
+    """What the feed-forward's matrices give is gone after the forward pass: nothing waits to make products again."""
+
+    def held(checkpointing: bool) -> int:
+        model, made = _model(), []
+        model.activation_checkpointing = checkpointing
+        for block in model.decoder_blocks:
+            matrix = block.get_submodule("ffwd.w1")
+            matrix.register_forward_hook(lambda _, __, out: made.append(StorageWeakRef(out.untyped_storage())))
+        out = model.hidden(_tokens(12), POSITIONS, PAIR)
+        return sum(not storage.expired() for storage in made) if out.requires_grad else -1
+
+    assert held(True) == 0 and held(False) == 2
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
