@@ -92,8 +92,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return _measured_gemm_flops(device, dtype, size=1024 if device.type == "cpu" else 8192)
 
 
+@functools.cache
 def _measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int, tries: int = 5) -> float:
-    """Best FLOP/s of `size`^3 GEMMs in `dtype`, or in fp32 where a CPU is faster in it than in bf16."""
+    """Best FLOP/s of `size`^3 GEMMs in `dtype`, or in fp32 where a CPU is faster in it than in bf16. Measured once: a
+    tenth of a second on a CPU, as long as some steps of a small model."""
     dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
     best = 0.0
     for kind in dtypes:

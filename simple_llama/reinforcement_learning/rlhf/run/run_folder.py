@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -335,8 +336,10 @@ def keep_settings(config: FolderConfig, name: str, settings: dict[str, Any]) -> 
             atomic_write_json(folder / _SETTINGS, settings)
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
-    """Versions of what computes, and the project's git revision where there is one."""
+    """Versions of what computes, and the project's git revision where there is one: those at the first call, which are
+    nearer to the code that runs than what a checkout has later."""
     return {"python": platform.python_version(), "machine": platform.platform(), **versions(), "git": _git_revision()}
 
 
