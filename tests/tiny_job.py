@@ -113,7 +113,7 @@ def make_job(folder: Path, pairs: int = 24, **model: object) -> TinyJob:
     (folder / "tokenizer.json").write_bytes(tokenizer_json(train_bpe([" ".join(WORDS)] * 4, 300)))
     write_pairs(folder / "pairs.jsonl", range(pairs))
     torch.manual_seed(7)
-    config = TrainingConfig(batch_size=1, tokens_per_update=512, **{**TINY, **model})
+    config = TrainingConfig(**{"batch_size": 1, "tokens_per_update": 512, **TINY, **model})
     vocab = load_tokenizer(folder / "tokenizer.json").get_vocab_size()
     save_weights(folder / "start.pth", LLaMaTransformer(Architecture.of(config, vocab)).state_dict(), config, {})
     return TinyJob(folder)

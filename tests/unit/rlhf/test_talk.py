@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ FEW = ["--device", "cpu", "--dtype", "float32", "--max_new_tokens", "6"]
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TinyJob:
     """A start model whose next token depends on all before it."""
-    job = make_job(tmp_path_factory.mktemp("talk"))
+    job = make_job(tmp_path_factory.mktemp("talk"), max_seq_len=8192, tokens_per_update=8192)
     loaded = load_weights(job.folder / "start.pth")
     torch.manual_seed(3)
     weights = {k: torch.randn_like(t) * 0.3 if t.dim() == 2 else t for k, t in loaded.state_dict.items()}
@@ -197,8 +198,8 @@ def test_the_tokenizer_of_another_model_is_refused(job: TinyJob) -> None:
 
 
 def test_in_a_terminal_ctrl_c_ends_an_answer_and_eof_the_program(job: TinyJob) -> None:
-    """A pseudo-terminal: an answer that would go on for 490 tokens is cut by Ctrl-C, the program goes on and says what
-    was kept, and Ctrl-D ends it with status 0."""
+    """A pseudo-terminal: an answer that would go on for 8,170 tokens, or seconds, is cut by Ctrl-C, the program goes on
+    and says what was kept, and Ctrl-D ends it with status 0."""
     master, slave = pty.openpty()
     args = [sys.executable, str(ROOT / "launch" / "chat.py"), *flags(job, "--max_new_tokens", "100000")]
     child = subprocess.Popen(args, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
@@ -208,6 +209,7 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_eof_the_program(job: TinyJob) -
     def until(text: bytes) -> None:
         nonlocal shown
         while text not in shown:
+            assert select.select([master], [], [], 60)[0], shown
             shown += os.read(master, 1000)
         shown = shown.partition(text)[2]
 
@@ -224,6 +226,7 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_eof_the_program(job: TinyJob) -
         assert child.wait(20) == 0
     finally:
         child.kill()
+        child.wait()
         os.close(master)
 
 
