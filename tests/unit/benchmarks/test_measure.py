@@ -64,7 +64,7 @@ def test_what_is_quiet() -> None:
 def test_what_others_do_is_seen_and_what_this_process_does_is_not() -> None:
     """A child that is busy half a second is another's work while it lives, and this process's own once it has ended."""
     watch = CoreWatch()
-    busy = "import time; end = time.perf_counter() + 0.5\nwhile time.perf_counter() < end: pass\nprint(flush=True)"
+    busy = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)"
     busy += "; input()"
     with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin and child.stdout

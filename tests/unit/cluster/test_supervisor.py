@@ -21,10 +21,12 @@ SUPERVISE = [sys.executable, str(ROOT / "launch" / "supervise.py")]
 
 
 def start(folder: Path, *command: str, grace_s: float = 0.5) -> subprocess.Popen[str]:
-    """Supervises a command, started in `folder`."""
+    """Supervises a command, started in `folder`; not as a rank, as which DeepSpeed's start in a test before it left
+    this process."""
     return subprocess.Popen(
         [*SUPERVISE, "--grace_s", str(grace_s), *command],
         cwd=folder,
+        env={name: value for name, value in os.environ.items() if name != "LOCAL_RANK"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
