@@ -1,6 +1,6 @@
 # Every target does its own set-up: the first one run makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-tiny test test-gpu test-hosts soak bench bench-gpu check format docs tensorboard clean
+.PHONY: help demo demo-tiny test test-gpu test-hosts soak bench bench-gpu profile-gpu check format docs tensorboard clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,8 +13,13 @@ CHECKED := $(VENV)/.installed-dev
 SMOLLM2 := $(VENV)/.installed-smollm2
 BENCH := .venv-bench
 PEERS := $(BENCH)/.installed
+# Whether $(PYTHON) has all of these itself: then a GPU machine without network installs nothing.
+HAS = $(PYTHON) -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))'
+TEST_NEEDS := torch deepspeed tokenizers tensorboard tyro pytest hypothesis
+BENCH_NEEDS := torch deepspeed tokenizers tensorboard tyro transformers trl
 # With more in sight, the peers' trainer would copy its model to all of them.
-ONE_GPU = CUDA_VISIBLE_DEVICES=$$(echo $${CUDA_VISIBLE_DEVICES:-0} | cut -d, -f1) $(BENCH)/bin/python
+ONE_GPU = CUDA_VISIBLE_DEVICES=$$(echo $${CUDA_VISIBLE_DEVICES:-0} | cut -d, -f1) PYTHONPATH=$(CURDIR):$$PYTHONPATH
+GPU_BENCH = $(ONE_GPU) timeout $(1) $$($(HAS) $(BENCH_NEEDS) && echo $(PYTHON) || echo $(BENCH)/bin/python) -m
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,8 +64,9 @@ test: $(TESTED) ## the tests that need neither a GPU nor root: about eight minut
 	@echo "Running the tests: about eight minutes on two cores. 'make test TESTS=tests/unit' runs the short ones."
 	$(BIN)/python $(if $(TESTS),-m pytest $(TESTS),tests/side_by_side.py)
 
-test-gpu: $(TESTED) ## the tests that need an NVIDIA GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu: ## the tests that need an NVIDIA GPU; with the packages of $(PYTHON) where these are enough
+	@$(HAS) $(TEST_NEEDS) || $(MAKE) $(TESTED)
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $$($(HAS) $(TEST_NEEDS) && echo $(PYTHON) || echo $(BIN)/python) -m pytest -m gpu
 
 test-hosts: $(TESTED) ## two hosts in network namespaces: needs root, iproute2, openssh-server, pdsh
 	$(BIN)/python -m pytest -m hosts
@@ -78,12 +84,15 @@ bench: $(PEERS) ## all benches on this CPU, beside their peers; appends to bench
 	$(BENCH)/bin/python -m benchmarks.bench_pairs
 	$(BENCH)/bin/python -m benchmarks.bench_growth
 
-bench-gpu: $(PEERS) ## the same on an NVIDIA GPU, with models of about a billion weights
-	$(ONE_GPU) -m benchmarks.bench_logprob --device cuda
-	$(ONE_GPU) -m benchmarks.bench_train --device cuda --shape 1.3b --settings bf16 autocast
-	$(ONE_GPU) -m benchmarks.bench_train --device cuda --shape llama-3.2-1b --settings bf16 autocast
-	$(ONE_GPU) -m benchmarks.bench_reference --device cuda --shape 1.3b --pairs 1024 --settings bf16 autocast
-	$(BENCH)/bin/python -m benchmarks.bench_scale --device cuda
+bench-gpu: ## the same on an NVIDIA GPU, a billion weights, each bench cut off when its minutes are over
+	@$(HAS) $(BENCH_NEEDS) || $(MAKE) $(PEERS)
+	-$(call GPU_BENCH,90) benchmarks.bench_logprob --device cuda
+	-$(call GPU_BENCH,180) benchmarks.bench_train --device cuda --shape 1.3b --settings bf16 --rounds 3
+	-$(call GPU_BENCH,90) benchmarks.bench_reference --device cuda --shape 1.3b --pairs 512 --settings bf16
+
+profile-gpu: ## a traced run on one NVIDIA GPU: its kernels by kind, and how long it was idle
+	@$(HAS) $(BENCH_NEEDS) || $(MAKE) $(PEERS)
+	$(call GPU_BENCH,300) benchmarks.profile_gpu
 
 check: $(CHECKED) ## format, lint, types, import floors: half a minute
 	$(BIN)/ruff format --check

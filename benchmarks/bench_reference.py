@@ -77,7 +77,7 @@ def main(bench: BenchReference) -> None:
     started = time.perf_counter()
     device = torch.device(bench.device)
     torch.set_num_threads(bench.threads)
-    start = start_model(bench.shape, bench.model_path, bench.seed)
+    start = start_model(bench.shape, bench.model_path, bench.seed, device)
     if not bench.mix:
         bench = replace(bench, mix="hh" if mixes_at_hand(["hh"], bench.data) else "short")
     pairs = make_pairs(bench.mix, bench.pairs, start.architecture.vocab_size, bench.seed, bench.data)

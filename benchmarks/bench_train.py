@@ -82,7 +82,7 @@ def main(bench: BenchTrain) -> None:
     started = time.perf_counter()
     ranks = init_ranks(bench.device)
     torch.set_num_threads(bench.threads)  # init_ranks takes all cores
-    start = start_model(bench.shape, bench.model_path, bench.seed)
+    start = start_model(bench.shape, bench.model_path, bench.seed, ranks.device)
     default = ("hh", "uf-71-169", "uf-200-300") if bench.device == "cuda" else ("hh", "short", "long")
     mixes = bench.mixes or mixes_at_hand(default, bench.data)
     notes = []

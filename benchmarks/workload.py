@@ -68,8 +68,11 @@ MIXES = {
 }
 
 
-def start_model(shape: str, model_path: str, seed: int) -> WeightsFile:
-    """The weights file at `model_path`, or for "" random weights of a shape, fp32 on the CPU."""
+def start_model(shape: str, model_path: str, seed: int, device: torch.device | str = "cpu") -> WeightsFile:
+    """The weights file at `model_path`, or for "" random weights of a shape, fp32 on the CPU.
+
+    Args: device: where they are drawn: a billion numbers take a CPU a minute.
+    """
     if model_path:
         return load_weights(model_path)
     width, layers, heads, multiple_of, vocab = SHAPES[shape]
@@ -77,9 +80,10 @@ def start_model(shape: str, model_path: str, seed: int) -> WeightsFile:
         n_embd=width, n_layers=layers, n_heads=heads, multiple_of=multiple_of, max_seq_len=HH_MAX_TOKENS
     )
     torch.manual_seed(seed)
-    return WeightsFile(
-        LLaMaTransformer(Architecture.of(config, vocab)).state_dict(), config, {}, Path(f"random-{shape}")
-    )
+    with torch.device(device):
+        drawn = LLaMaTransformer(Architecture.of(config, vocab)).state_dict()
+    weights = {name: tensor.cpu() for name, tensor in drawn.items()}
+    return WeightsFile(weights, config, {}, Path(f"random-{shape}"))
 
 
 def mixes_at_hand(names: Sequence[str], data: str) -> tuple[str, ...]:
