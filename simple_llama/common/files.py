@@ -10,7 +10,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _MOST_JSON_BYTES = 64 << 20  # of a file of settings or facts: far above any hon
 _MOST_SHOWN = 200  # characters of a value shown in one message
 _MOST_NAME = 100  # characters of a name in a list of them
 _NAMES_SHOWN = 6  # names of such a list
+_ASKING = threading.Lock()  # for the process's umask
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -127,6 +129,18 @@ def file_digest(path: str | os.PathLike[str]) -> str:
                 state.update(chunk)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return state.hexdigest()
+
+
+def write_digested(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> str:
+    """Writes the joined chunks to a file; gives its `file_digest`, made of the bytes on their way there. OSError."""
+    state = hashlib.blake2b(digest_size=16)
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            for start in range(0, len(chunk), _READ_BYTES):
+                piece = chunk[start : start + _READ_BYTES]
+                state.update(piece)
+                file.write(piece)
     return state.hexdigest()
 
 
@@ -242,9 +256,18 @@ def publish_folder(temp: Path, final: Path) -> None:
 
 def _share(path: Path) -> None:
     """Lets those read a file whom the process's umask lets; some writers make files for their owner alone."""
-    mask = os.umask(0o077)  # there is no way to ask without setting it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """The process's umask. Where Linux does not say it, it must be set to be asked for: by one thread at a time."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    with _ASKING:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask
 
 
 def _fsync_folder(folder: Path) -> None:

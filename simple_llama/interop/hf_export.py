@@ -26,13 +26,13 @@ from simple_llama.common.files import atomic_folder, json_bytes, read_json
 from simple_llama.interop.hf_names import NameMap, check_mappable, our_shapes, shapes_in, to_theirs
 from simple_llama.interop.hf_tokenizer import PLAIN_CLASS
 from simple_llama.interop.model_card import model_card
+from simple_llama.interop.safetensors_files import file_head
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.named_tensors import NamedTensors
 
 RUN_FILE = "simple_llama_run.json"
 _FORMAT = 1  # of RUN_FILE; a reader refuses others
 _MOST_SHARD_BYTES = 5 * 10**9  # of tensors in a file, as the Hub asks; one tensor may be larger
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' words
 _CARD, _CONFIG, _INDEX = "README.md", "config.json", "model.safetensors.index.json"
 _TOKENIZER, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -266,18 +266,8 @@ def _their_tensors(state_dict: Mapping[str, torch.Tensor], form: ExportForm) -> 
 def _write_shard(
     file: BufferedWriter, shard: _Tensors, tensors: Iterator[tuple[str, torch.Tensor]], path: Path
 ) -> None:
-    """A safetensors file: the header's length in 8 bytes, the header as JSON, the tensors' bytes in its order.
-
-    Format: https://github.com/huggingface/safetensors#format
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in shard.items():
-        begin, end = end, end + tensor.size
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    file.write(len(text).to_bytes(8, "little") + text)
+    """A safetensors file: its head, then the tensors' bytes."""
+    file.write(file_head({name: (tensor.dtype, tensor.shape) for name, tensor in shard.items()}, {"format": "pt"}))
     for name, expected in shard.items():
         _write_next(file, name, expected, tensors, path)
 

@@ -5,9 +5,11 @@ Nothing in a file is trusted: its table has to account for every byte behind it 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,22 @@ _MOST_DIMENSIONS = 8
 _MOST_SHARDS = 1000  # each is held open
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPECTED = "expected a safetensors file"
+
+
+def file_head(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What stands in a file in front of the bytes of these tensors, which follow in this order: the length of the
+    table in 8 bytes, the table as JSON. Format: https://github.com/huggingface/safetensors#format"""
+    words = {dtype: word for word, dtype in _DTYPES.items()}
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        table[name] = {"dtype": words[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return _LENGTH.pack(len(text)) + text
 
 
 class _Entry(NamedTuple):
