@@ -2,7 +2,8 @@
 
     python tests/crash_at.py --crash_script=launch/train_dpo.py --crash_place=latest --crash_when=half --crash_call=1
 
-The process dies before, in the half of, or after the `call`-th call of the place's function that it makes.
+The process dies before, in the half of, or after the `call`-th call of the place's function that it makes; `beside`:
+that call waits, in the thread that writes a save, until the main thread has begun two more micro-batches.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import os
 import runpy
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
+BESIDE_S = 10.0  # for micro-batches beside a save: where the next save or the end waits for it, there come none
 RLHF = "simple_llama.reinforcement_learning.rlhf"
 Half = Callable[..., None]  # does half of what the function with these arguments would do
 
@@ -89,6 +93,11 @@ def replaced(pattern: str) -> dict[str, Spot]:
     }
 
 
+def beside(places: dict[str, Spot], at: str = "before") -> dict[str, Spot]:
+    """The same places, and a death while training goes on beside what is `at` one of them."""
+    return {**places, "beside": places[at]}
+
+
 def around(module: str, name: str, half: Half | None = None) -> dict[str, Spot]:
     """Before and after a function of the trainer, and in the half of it where that can be told."""
     spot = Spot(f"{RLHF}.{module}", name, half=half)
@@ -110,18 +119,22 @@ PLACES: dict[str, dict[str, Spot]] = {
     "metrics": around("run.records", "RunWriter.scalars", half_of_line(lambda writer, *rest: writer.path)),
     "samples": around("run.sampling", "append_samples", half_of_line(lambda folder, *rest: folder / "samples.jsonl")),
     # a save
-    "gather": {"before": Spot(f"{RLHF}.engine.engine", "Engine.full_state")},
-    "state_shard": around("engine.checkpoint", "save_file", half_of_file(1)),
-    "weights": {
-        "before": Spot(f"{RLHF}.run.saves", "Saves._export"),  # their state is there
-        "half": Spot("torch", "save", half=half_of_file(1)),
-        "after": Spot("os", "replace", becomes("dpo_*.pth")),
-    },
-    "state_json": replaced("state.json"),
-    "state_rename": {when: Spot("pathlib", "Path.rename", becomes("step_*")) for when in ("before", "after")},
-    "latest": replaced("latest"),
-    "prune": around("engine.checkpoint", "prune")
-    | {"half": Spot(f"{RLHF}.engine.state_folders", "delete_state", is_old_state, half_of_folder)},
+    "gather": around("engine.state_copy", "StateCopy.take"),
+    "state_shard": beside(around("engine.checkpoint", "write_digested", half_of_file(0))),
+    "weights": beside(
+        {
+            "before": Spot(f"{RLHF}.run.saves", "Saves._export"),  # their state is there
+            "half": Spot("torch", "save", half=half_of_file(1)),
+            "after": Spot("os", "replace", becomes("dpo_*.pth")),
+        }
+    ),
+    "state_json": beside(replaced("state.json")),
+    "state_rename": beside({when: Spot("pathlib", "Path.rename", becomes("step_*")) for when in ("before", "after")}),
+    "latest": beside(replaced("latest")),
+    "prune": beside(
+        around("engine.checkpoint", "prune")
+        | {"half": Spot(f"{RLHF}.engine.state_folders", "delete_state", is_old_state, half_of_folder)}
+    ),
     # everything is done
     "end": {"before": Spot(f"{RLHF}.run.records", "RunWriter.close")},
 }
@@ -142,6 +155,7 @@ def arm(spot: Spot, when: str, call: int) -> None:
     for part in classes:
         owner = getattr(owner, part)
     original, calls = getattr(owner, name), 0
+    micro_batches = counted_micro_batches() if when == "beside" else list[int]()
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -154,9 +168,26 @@ def arm(spot: Spot, when: str, call: int) -> None:
             spot.half(original, *args, **kwargs)
         elif when == "after":
             original(*args, **kwargs)
+        elif when == "beside" and threading.current_thread() is not threading.main_thread():
+            begun, deadline = len(micro_batches), time.monotonic() + BESIDE_S
+            while len(micro_batches) < begun + 2 and time.monotonic() < deadline:
+                time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(owner, name, deadly)
+
+
+def counted_micro_batches() -> list[int]:
+    """As long as the number of micro-batches that this process has begun, from now on."""
+    engine: Any = importlib.import_module(f"{RLHF}.engine.engine").Engine
+    backward, begun = engine.backward, list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        begun.append(len(begun))
+        return backward(*args, **kwargs)
+
+    engine.backward = counted
+    return begun
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import runpy
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.reference.audit import Auditor
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import ShardWriter
@@ -17,7 +21,9 @@ def main() -> None:
     """Takes the two options off the command line, patches, and runs the script."""
     options = dict(arg[2:].split("=", 1) for arg in sys.argv if arg.startswith(("--fault=", "--script=")))
     sys.argv = [options["script"], *(arg for arg in sys.argv[1:] if not arg.startswith(("--fault=", "--script=")))]
-    {"hang": hang_in_step_3, "bug": raise_in_step_3, "slow": slow_pass, "unaudited": no_audit}[options["fault"]]()
+    faults = {"hang": hang_in_step_3, "bug": raise_in_step_3, "slow": slow_pass, "unaudited": no_audit}
+    faults |= {"full": full_disk_for_the_second_state, "slow_disk": slow_disk}
+    faults[options["fault"]]()
     runpy.run_path(options["script"], run_name="__main__")
 
 
@@ -57,6 +63,31 @@ def slow_pass() -> None:
         time.sleep(0.3)
 
     ShardWriter.add = slowly
+
+
+def full_disk_for_the_second_state() -> None:
+    """Its shard finds no room, half a second after the copy was taken."""
+    write, calls = checkpoint.write_digested, []
+
+    def faulty(path: Path, chunks: Any) -> str:
+        calls.append(path)
+        if len(calls) == 2:
+            time.sleep(0.5)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, chunks)
+
+    checkpoint.write_digested = faulty
+
+
+def slow_disk() -> None:
+    """A shard takes two seconds longer."""
+    write = checkpoint.write_digested
+
+    def slowly(path: Path, chunks: Any) -> str:
+        time.sleep(2)
+        return write(path, chunks)
+
+    checkpoint.write_digested = slowly
 
 
 def no_audit() -> None:

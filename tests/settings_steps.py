@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from simple_llama.cluster.distributed import Ranks, close_ranks, init_ranks, leave
+from simple_llama.cluster.distributed import Ranks, close_ranks, gather_objects, init_ranks, leave
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
@@ -48,17 +48,30 @@ def two_steps(config: DPOConfig, inputs: Inputs, ranks: Ranks, twice: bool) -> S
         policy = _build_policy(config, model, PreferenceLoss.of(config), start.path)
         engine = Engine(policy, start.state_dict, config, ranks)
     pairs, plan = inputs.data.train, plan_of(config, inputs, ranks.world_size)
-    norms, saved = [step(engine, portions(plan.step(0), ranks.rank, pairs))], dict(engine.full_state())
+    norms, saved = [step(engine, portions(plan.step(0), ranks.rank, pairs))], full_state(engine, ranks)
     saved = {name: {key: tensor.clone() for key, tensor in tensors.items()} for name, tensors in saved.items()}
     norms.append(step(engine, portions(plan.step(1), ranks.rank, pairs)))
     again = None
     if twice:
         engine.load_full_state(saved.items(), optimizer_steps=1)
         again = step(engine, portions(plan.step(1), ranks.rank, pairs))
-    states = [flat(saved.values()), flat(tensors for _, tensors in engine.full_state())]
+    states = [flat(saved.values()), flat(full_state(engine, ranks).values())]
     logps = engine.logps(PairBatch.pack([pairs[i] for i in range(4)]))
     engine.engine.destroy()
     return Steps(norms, states, logps, again)
+
+
+def full_state(engine: Engine, ranks: Ranks) -> dict[str, State]:
+    """All masters and moments by parameter (collective); what a rank has alone is the same there, and on no other."""
+    found = {name: engine.gathered_state(name) for name in engine.trainable}
+    here = engine.whole_here()
+    for name in here:
+        state = engine.state_here(name)
+        assert state.keys() == found[name].keys()
+        assert all(torch.equal(tensor.cpu(), found[name][key].cpu()) for key, tensor in state.items()), name
+    alone = [name for names in gather_objects(here, ranks, list[str]) for name in names]
+    assert len(alone) == len(set(alone))
+    return found
 
 
 def plan_of(config: DPOConfig, inputs: Inputs, world_size: int) -> BatchPlan:

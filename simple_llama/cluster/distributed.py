@@ -42,7 +42,7 @@ _LATE_S = 5.0  # after the start's timeout, in which torch may say itself what i
 _FLUSH_S = 30.0  # for what was said and is not written yet: the disk may hang, or nobody may read
 _MOST_NAMED = 8  # differing ranks shown in one message
 _MOST_HOSTS = 16  # named in the first line of a run
-_FAILURE = tuple[str, str] | None  # host and reason of a rank that failed
+_FAILURE = tuple[str, str, bool] | None  # host and reason of a rank that failed, and whether by a UserError
 
 SomeError = TypeVar("SomeError", bound=UserError)
 
@@ -192,7 +192,7 @@ def require_same(what: str, value: Any, ranks: Ranks) -> None:
 
 def shared(error: SomeError, ranks: Ranks) -> SomeError:
     """`error`, which every rank raises at this moment: rank 0 says it for all."""
-    error.sharers, error.is_said = ranks.world_size, not ranks.is_main
+    error.sharers, error.is_said, error.everywhere = ranks.world_size, not ranks.is_main, True
     return error
 
 
@@ -208,16 +208,23 @@ def fail_together(ranks: Ranks) -> Iterator[None]:
         yield
     except Exception as error:
         reason = _one_line(error)
-        failures = gather_objects((host, reason), ranks, _FAILURE)
+        failures = gather_objects((host, reason, isinstance(error, UserError)), ranks, _FAILURE)
         if isinstance(error, UserError):
             same = [rank for rank, failure in enumerate(failures) if failure is not None and failure[1] == reason]
             error.sharers, error.is_said = len(same), same[0] != ranks.rank
+            error.everywhere = _all_foreseen(failures)
         raise
-    for rank, failure in enumerate(gather_objects(None, ranks, _FAILURE)):
+    failures = gather_objects(None, ranks, _FAILURE)
+    for rank, failure in enumerate(failures):
         if failure is not None:
             error = UserError(f"rank {rank} on host {failure[0]} failed: {failure[1]}")
-            error.is_said = not ranks.is_main
+            error.is_said, error.everywhere = not ranks.is_main, _all_foreseen(failures)
             raise error
+
+
+def _all_foreseen(failures: Sequence[_FAILURE]) -> bool:
+    """Whether no rank failed by a bug: then each of them raises a UserError."""
+    return all(failure is None or failure[2] for failure in failures)
 
 
 def _flush() -> None:

@@ -141,6 +141,23 @@ def forget_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
+def free_host_bytes() -> int | None:
+    """Memory of this host that processes can still take: what the kernel calls available, or what the control groups
+    (v2) of this process leave, where that is less. None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+    except (OSError, StopIteration):
+        return None
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError, StopIteration):  # no such group, or "max"
+            limit, taken = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+            cached = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, limit - taken + next(int(number) for name, number in cached if name == "inactive_file"))
+    return max(0, free)
+
+
 def release(device: torch.device) -> None:
     """Gives back to the system what is no longer used, and forgets the peak."""
     gc.collect()

@@ -26,6 +26,7 @@ from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import RLDatasetLoader
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
+from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import newest_state
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
 from tiny_job import RankProcess, TinyJob, free_port, make_job, run_ranks, start_rank
 
@@ -194,6 +195,41 @@ def test_a_bug_on_one_rank_is_told_to_the_other(job: TinyJob) -> None:
     assert "Traceback" in pair.outputs[1] and "a bug in step 3" in pair.outputs[1]
     assert "rank 1 on host" in pair.outputs[0] and "failed: RuntimeError: a bug in step 3" in pair.outputs[0]
     assert "Traceback" not in pair.outputs[0]
+
+
+def test_a_full_disk_in_one_ranks_thread_ends_both(job: TinyJob) -> None:
+    """Rank 1 finds no room for its shard of the second save while both train on: both end with its message, nothing of
+    it is left, the first one is whole, and the run goes on from there to the weights of one that nothing stopped."""
+    pair = Pair(job, fault="full", epochs=8, save_interval=2)
+    assert pair.end() == [2, 2], pair.outputs
+    words = "cannot write {}: No space left on device; free space or choose another place"
+    shard = words.format(job.folder / "checkpoints/tiny/state/.step_00000003.tmp/rank_00001.safetensors")
+    assert (
+        f"failed: {shard}" in pair.outputs[0]
+        and f"error (rank 1 on {socket.gethostname()}): {shard}" in pair.outputs[1]
+    )
+    assert not any("Traceback" in output for output in pair.outputs)
+    home = job.folder / "checkpoints" / "tiny"
+    assert (home / "latest").read_text() == "step_00000002\n" and len(list((home / "state").iterdir())) == 1
+    again = Pair(job, "--resume", epochs=8, save_interval=2)
+    assert again.end(120) == [0, 0] and "at step 2\n" in again.outputs[0]
+    assert all(torch.equal(tensor, job.weights("whole")[name]) for name, tensor in job.weights().items())
+
+
+def test_a_slow_disk_of_one_rank_stops_no_steps(job: TinyJob) -> None:
+    """Two seconds for each shard of rank 1, three steps from save to save: when the first state gets its name, steps
+    behind it are made; asked to stop, both wait for the save under way, and the last step has a whole state."""
+    pair = Pair(job, fault="slow_disk", save_interval=3000, n_samples=0, eval_interval=0)
+    home = job.folder / "checkpoints" / "tiny"
+    deadline = time.monotonic() + 120
+    while not (home / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    last = json.loads(whole_lines(job.folder / "runs" / "tiny" / "metrics.jsonl")[-1])["step"]
+    saved = int((home / "latest").read_text().split("_")[1])
+    pair.ranks[0].terminate()
+    assert pair.end() == [STOPPED, STOPPED], pair.outputs
+    assert saved == 3 and last > saved, (saved, last)
+    assert newest_state(home).facts.step >= last and not list((home / "state").glob(".*"))
 
 
 def test_one_wrong_value_on_one_rank_ends_both_before_the_weights_change(job: TinyJob) -> None:

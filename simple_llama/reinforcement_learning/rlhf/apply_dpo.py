@@ -47,6 +47,9 @@ def train(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> Path:
         except stopping.Stopped:
             run.save_stopped()
             raise
+        except Exception as error:
+            run.saves.let_end(error)
+            raise
         finally:
             run.profile.close()
             run.writer.close()
@@ -75,6 +78,7 @@ def run_steps(run: TrainingRun) -> None:
         finish_step(run, step)
         if run.best.ends:
             break
+    run.saves.wait()
 
 
 def finish_step(run: TrainingRun, step: int) -> None:

@@ -14,17 +14,19 @@ A state names its export: where a kill or a full disk left it out, the run that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from simple_llama.cluster import watchdog
+from simple_llama.cluster.background import Job, nothing
 from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together, gather_objects
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import (
@@ -36,10 +38,12 @@ from simple_llama.common.files import (
     json_bytes,
     read_json,
     shown,
+    write_digested,
 )
 from simple_llama.common.logging import LOGGER
 from simple_llama.pretraining.named_tensors import NamedTensors
 from simple_llama.reinforcement_learning.rlhf.engine.engine import MOMENTS, Engine
+from simple_llama.reinforcement_learning.rlhf.engine.state_copy import StateCopy
 from simple_llama.reinforcement_learning.rlhf.engine.state_folders import (
     begin_state,
     delete_state,
@@ -93,43 +97,70 @@ class SavedState(NamedTuple):
 
 def write_state(
     folder: Path,
-    engine: Engine,
+    copy: StateCopy,
     facts: StateFacts,
     keep: int,
     ranks: Ranks,
     before: SavedState | None,
     check_lock: Callable[[], object],
-) -> SavedState:
-    """Writes `folder`/state/step_N and prunes older states, all but `keep` (collective).
+    sums_stay: bool = False,
+) -> Generator[Job, Future[Any], SavedState]:
+    """Writes `folder`/state/step_N and prunes older states, all but `keep`: work for a `Background` (collective).
 
     An error on one rank is an error on all. Each parameter's state is held and written by one rank, in turn: the whole
-    model is in no rank's memory, and `StateWeights` reads it from the disk.
+    model is in no rank's memory, and `StateWeights` reads it from the disk. What is written is a copy of when this
+    begins; a state gets its name when the shards of all ranks are on the disk.
 
     Args:
         before: the newest state that this run has saved or loaded. Where it is of the same step, its shards stay and
             the facts are made anew, so there is no moment without it.
-        check_lock: raises where another run has taken over the folder; called on rank 0.
+        check_lock: raises where another run has taken over the folder; called on rank 0, in its thread.
+        sums_stay: see `StateCopy.take`.
     """
     temp = None
     try:
         if before and before.facts.step == facts.step:
-            place, files = before.folder, before.files
+            saved = SavedState(before.folder, facts, before.files, facts.step)
         else:
             temp, place = _begin(folder, facts.step, ranks)
-            files = _write_shards(temp, engine, ranks)
+            copy.take(sums_stay)
+            shard = temp / f"rank_{ranks.rank:05d}.safetensors"
+            done = yield partial(_write_shard, shard, copy)
+            with fail_together(ranks):
+                written = shard.name, done.result()
+            files = dict(gather_objects(written, ranks, tuple[str, str]))
+            saved = SavedState(place, facts, files, facts.step)
+        done = yield partial(_publish, folder, temp, saved, keep, check_lock) if ranks.is_main else nothing
         with fail_together(ranks):
-            if ranks.is_main:
-                check_lock()
-                atomic_write(((temp or place) / "state.json"), _described(facts, files))
-                if temp:
-                    publish_state(temp, place)
-                atomic_write(folder / "latest", f"{place.name}\n".encode())
-                prune(folder, place, keep)
+            done.result()
     except UserError:
         if ranks.is_main and temp:
             delete_state(temp)  # on a full disk, the room that it takes is needed
         raise
-    return SavedState(place, facts, files, facts.step)
+    return saved
+
+
+def _write_shard(path: Path, copy: StateCopy) -> str:
+    """Writes a rank's share of a state; gives its digest."""
+    with atomic_path(path) as part:
+        return write_digested(part, copy.file_parts())
+
+
+def _publish(folder: Path, temp: Path | None, saved: SavedState, keep: int, check_lock: Callable[[], object]) -> None:
+    """Gives a state whose shards are written its facts and its name, and `latest` the name; prunes.
+
+    Args: temp: where it was written; None: it has its name already.
+    """
+    home = temp or saved.folder
+    for name in saved.files:
+        if not (home / name).is_file():
+            raise UserError(f"{home}: {name} of another rank is missing; ckpt_dir must be a shared disk")
+    check_lock()
+    atomic_write(home / "state.json", _described(saved.facts, saved.files))
+    if temp:
+        publish_state(temp, saved.folder)
+    atomic_write(folder / "latest", f"{saved.folder.name}\n".encode())
+    prune(folder, saved.folder, keep)
 
 
 def _begin(folder: Path, step: int, ranks: Ranks) -> tuple[Path, Path]:
@@ -146,28 +177,6 @@ def _described(facts: StateFacts, files: dict[str, str]) -> bytes:
     """A state.json: the facts, the digests of the files, and the digest of all that."""
     found = {"format": _FORMAT, **facts.to_json(), "files": files}
     return json_bytes({**found, "digest": digest(json_bytes(found)).hex()})
-
-
-def _write_shards(folder: Path, engine: Engine, ranks: Ranks) -> dict[str, str]:
-    """Writes each rank's share of a state (collective). Gives the digests of all by file."""
-    mine = {}
-    for index, (parameter, tensors) in enumerate(engine.full_state()):
-        if index % ranks.world_size == ranks.rank:
-            mine |= {f"{parameter}|{key}": tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    shard = folder / f"rank_{ranks.rank:05d}.safetensors"
-    with fail_together(ranks):
-        try:
-            with atomic_path(shard) as part:
-                save_file(mine, part)
-        except SafetensorError as error:  # how its writer reports a full disk
-            raise UserError(f"cannot write {shard}: {error}; free space or choose another place") from error
-        written = (shard.name, file_digest(shard))
-    digests = dict(gather_objects(written, ranks, tuple[str, str]))
-    with fail_together(ranks):
-        for name in digests if ranks.is_main else ():
-            if not (folder / name).is_file():
-                raise UserError(f"{folder}: {name} of another rank is missing; ckpt_dir must be a shared disk")
-    return digests
 
 
 def newest_state(folder: Path) -> SavedState:

@@ -94,9 +94,14 @@ class Engine:
         return zero.fp32_partitioned_groups_flat if self.partitioned else zero.single_partition_of_fp32_groups
 
     @property
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the trained parameters by name."""
+        return {name: _shape(parameter) for name, parameter in self.trainable.items()}
+
+    @property
     def trained_weights(self) -> int:
         """How many weights are trained."""
-        return sum(math.prod(_shape(parameter)) for parameter in self.trainable.values())
+        return sum(map(math.prod, self.trained_shapes.values()))
 
     @property
     def largest_parameter(self) -> int:
@@ -200,13 +205,31 @@ class Engine:
             left = math.prod(_shape(parameter)) - ranks.rank * piece.numel()  # behind it a piece is padding
             yield piece.detach().flatten()[: max(left, 0)]
 
-    def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """(name, {weight, exp_avg, exp_avg_sq}) of each trained parameter, whole, fp32, one at a time (collective)."""
-        self.kept_sums.clear()  # who takes the state holds it whole
-        for name, parameter in self.trainable.items():
-            state: dict[str, Any] = {key: self.utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            state["weight"] = self.utils.safe_get_full_fp32_param(parameter)
-            yield name, state
+    def make_room(self) -> None:
+        """Gives back the memory of gradients, between two steps."""
+        self.kept_sums.clear()
+
+    def gathered_state(self, name: str) -> dict[str, torch.Tensor]:
+        """{weight, exp_avg, exp_avg_sq} of a trained parameter, whole, fp32, from all ranks (collective): copies."""
+        parameter: Any = self.trainable[name]
+        state: dict[str, Any] = {key: self.utils.safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        return {**state, "weight": self.utils.safe_get_full_fp32_param(parameter)}
+
+    def whole_here(self) -> list[str]:
+        """The trained parameters whose masters and moments lie on this rank alone: with ZeRO-2 nearly all are such."""
+        if self.partitioned:
+            return []
+        places = {name: getattr(parameter, "_hp_mapping", None) for name, parameter in self.trainable.items()}
+        shapes = self.trained_shapes
+        return [
+            name for name, place in places.items() if place and place.hp_fragment.numel() == math.prod(shapes[name])
+        ]
+
+    def state_here(self, name: str) -> dict[str, torch.Tensor]:
+        """The same of one of `whole_here`: the engine's own tensors, which the next step changes."""
+        parameter: Any = self.trainable[name]
+        kinds = {"weight": None, **{key: key for key in MOMENTS}}
+        return {kind: parameter._hp_mapping.get_hp_fragment(key).view(_shape(parameter)) for kind, key in kinds.items()}
 
     def load_full_state(self, state: Iterable[tuple[str, dict[str, torch.Tensor]]], optimizer_steps: int) -> None:
         """Sets master weights, and moments where given, then the computing weights; AdamW's step count too.

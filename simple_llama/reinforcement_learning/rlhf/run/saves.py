@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +15,13 @@ import torch
 from typing_extensions import Doc
 
 from simple_llama.cluster import watchdog
+from simple_llama.cluster.background import Background, Job
 from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together
 from simple_llama.common.errors import UserError
 from simple_llama.common.logging import LOGGER
 from simple_llama.common.settings import Count, CountOrNone, Settings
 from simple_llama.interop.adapted_start import AdaptedStart
-from simple_llama.ops.machine import trim_heap
+from simple_llama.ops.machine import peak_bytes, resident_bytes, trim_heap
 from simple_llama.pretraining.start_model import StartChanged, StartModel
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchConfig
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
@@ -29,9 +32,11 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     write_state,
 )
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
+from simple_llama.reinforcement_learning.rlhf.engine.state_copy import StateCopy
 from simple_llama.reinforcement_learning.rlhf.inputs import TOKENIZER_KEY, Inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig
 from simple_llama.reinforcement_learning.rlhf.run.best import Best
+from simple_llama.reinforcement_learning.rlhf.run.copy_room import copy_rooms
 from simple_llama.reinforcement_learning.rlhf.run.exports import free_path, is_export, prune_exports, weights_name
 from simple_llama.reinforcement_learning.rlhf.run.run_folder import environment
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig
@@ -53,6 +58,7 @@ _SAME_ON_RESUME = (
     "trainable",
     "group_weight",
 )
+_ALONE_S = 20.0  # for what a rank that fails alone is writing: the others wait no longer for it
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,13 @@ class SavesConfig(Settings):
     keep_exports: Annotated[
         CountOrNone, Doc("newest exports kept of those between epochs' ends, which stay, as the best one does; 0: all")
     ] = 0
+    save_in_background: Annotated[
+        bool,
+        Doc(
+            "write checkpoints while training goes on, from a copy of masters and moments: 12 bytes of host memory a "
+            "trained weight, dealt to the ranks; where it does not fit, the run says so and waits for each save"
+        ),
+    ] = True
 
 
 @dataclass
@@ -89,6 +102,12 @@ def count_saves(total_steps: int, steps_per_epoch: int, *intervals: int) -> tupl
     ends_between = all(total_steps % interval for interval in every)
     ends = -(-total_steps // steps_per_epoch)
     return ends, multiples + ends_between - ends
+
+
+def saves_beside(config: SavesConfig, saves: int) -> bool:
+    """Whether a run writes checkpoints while it trains on, if there is room for the copies: the last of its so many
+    saves is waited for."""
+    return config.save_in_background and saves > 1
 
 
 def course_of(settings: dict[str, Any], units_per_step: int, total_steps: int, inputs: Inputs) -> dict[str, Any]:
@@ -143,6 +162,9 @@ def start_digest(found: Mapping[str, Any]) -> Any:
 class Saves:
     """The checkpoint folder of a run, and what every checkpoint says of it.
 
+    A save takes a copy of what is trained. From it threads write the state while training goes on, then from the state
+    its export; `poll` leads them from one to the next. One save at a time: the next one waits, and so does an end.
+
     A state is on disk before its export is begun: where this fails, nothing that was trained is lost, and the run that
     resumes makes it.
     """
@@ -159,12 +181,14 @@ class Saves:
         steps_per_epoch: int,
         check_lock: Callable[[], object],
         ranks: Ranks,
+        beside: bool,
     ):
         """Args:
         course: see `course_of`.
         reference_values: what each state keeps of them; see `KeptValues`.
         settings: all of the run, which go into the metadata of each export.
         check_lock: raises where another run has taken over the folder.
+        beside: whether saves are to go on while training does, see `saves_beside`.
         """
         self.folder, self.engine, self.inputs, self.ranks = folder, engine, inputs, ranks
         self.course, self.settings, self.best, self.steps_per_epoch = course, settings, best, steps_per_epoch
@@ -172,6 +196,7 @@ class Saves:
         self.newest: SavedState | None = None  # of those on disk that this run saved or loaded
         self.newest_path = folder  # of an export, once there is one
         self.refused: list[str] = []  # exports that were due and could not be made; on rank 0
+        self._beside, self._copy, self._background = beside, StateCopy(engine, ranks), Background(ranks)
 
     def resume(self, saved: SavedState, measured: bool) -> Position:
         """Where the saved run was; the engine has its state already. Makes an export that is missing, and best.json
@@ -187,13 +212,15 @@ class Saves:
         if broadcast_object(missing, self.ranks):
             LOGGER.info("%s is missing; it is made from the state", self.newest_path)
             self._save(at, measured, facts.weights)
+            self.wait()
         with fail_together(self.ranks):
             if self.ranks.is_main:
                 self.best.write(self.folder, start)
         return at
 
     def save(self, at: Position, measured: bool) -> None:
-        """Saves the state to resume from and exports the weights (collective).
+        """Saves the state to resume from and exports the weights (collective). Where they are written beside training,
+        this returns when the copy is taken.
 
         Args: measured: whether `at.last_loss` is of this step, and so belongs into the name.
         """
@@ -205,13 +232,15 @@ class Saves:
         start = self.inputs.start
         if not (isinstance(start, AdaptedStart) and start.as_adapters and self.newest):
             return
+        self.wait()
         found = ""
         with watchdog.patience("merging the adapters"), fail_together(self.ranks):
             if self.ranks.is_main:
                 name = self.newest.facts.weights.removesuffix(start.export_suffix) + f"_merged{start.export_suffix}"
                 path = free_path(self.folder, name, at.done, start)
                 weights = StateWeights(self.newest)
-                if is_export(path, at.done, start) or self._export(weights, path, at, measured, start.whole()):
+                whole = start.whole()
+                if is_export(path, at.done, start) or self._export(weights, path, at, measured, self.best, whole):
                     found = path.name
         if found := broadcast_object(found, self.ranks):
             self.newest_path = self.folder / found
@@ -219,9 +248,10 @@ class Saves:
 
     def save_stopped(self, at: Position) -> None:
         """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no export."""
+        self.wait()
         if self.newest is None or self.newest.facts.step != at.done:
             with watchdog.patience(f"saving step {at.done}"):
-                self._write(at, "")
+                self._begin(lambda sums_stay: self._state(at, "", sums_stay), beside=False)
         LOGGER.info("stopped after step %d; --resume goes on from there", at.done)
 
     def check_exported(self) -> None:
@@ -233,29 +263,96 @@ class Saves:
                 "back as it was, then --resume writes the newest"
             )
 
+    # === While training goes on ===
+
+    def poll(self) -> None:
+        """Lets a save under way go on (collective while there is one): its errors come here."""
+        self._background.poll()
+
+    def wait(self) -> None:
+        """Returns when no save is under way (collective)."""
+        if self._background.is_busy:
+            with watchdog.patience("waiting for a save"):
+                self._background.wait()
+
+    def settle(self) -> None:
+        """The same before an error that ends the run on all ranks (collective): what goes wrong here is only said."""
+        try:
+            self.wait()
+        except UserError as error:
+            LOGGER.error("a save under way failed: %s", error)
+
+    def let_end(self, error: Exception) -> None:
+        """Before an error ends the run, lets a save under way come to its end: a good state, so go on from there.
+
+        Of an error that others may not have, only what this rank's thread is writing, for a while: a state whose shards
+        are not all there is none.
+        """
+        if self.ranks.world_size == 1 or (isinstance(error, UserError) and error.everywhere):
+            self.settle()
+        else:
+            self._background.wait_alone(_ALONE_S)
+
+    # === A save ===
+
     def _save(self, at: Position, measured: bool, name: str) -> None:
         """The state, then the export of that name or, where something else has it, of one that tells the step."""
+        self.wait()
         with fail_together(self.ranks):
             name = free_path(self.folder, name, at.done, self.inputs.start).name if self.ranks.is_main else ""
         name = broadcast_object(name, self.ranks)
         self.best.name(at.done, name)
+        at, best = replace(at), copy(self.best)  # as they are now
         with watchdog.patience(f"saving step {at.done}"):
-            saved = self._write(at, name)
-            with fail_together(self.ranks):
-                exported = self.ranks.is_main and self._export(StateWeights(saved), self.folder / name, at, measured)
-        if broadcast_object(exported, self.ranks):
-            self.newest_path = self.folder / name
-            LOGGER.info("saved %s", self.newest_path)
+            self._begin(lambda sums_stay: self._state_and_export(at, measured, name, best, sums_stay), self._fits())
 
-    def _write(self, at: Position, name: str) -> SavedState:
-        """Saves the state after `at.done` steps, which names its export ("": none) (collective)."""
+    def _fits(self) -> bool:
+        """Whether this save goes on beside training (collective). The first one finds out whether its memory is there,
+        beside what the run took at its fullest so far; that it is not is said once."""
+        if self._beside and not self._copy.is_there:
+            host = torch.device("cpu")
+            still = max(0, peak_bytes(host) - resident_bytes(host))
+            refusals = [room.refusal for room in copy_rooms(self._copy.size, still, self.ranks) if room.refusal]
+            for refusal in refusals:
+                LOGGER.warning("%s", refusal)
+            self._beside = not refusals
+        return self._beside
+
+    def _begin(self, save: Callable[[bool], Generator[Job, Future[Any], Any]], beside: bool) -> None:
+        """Begins a save and, unless it goes on beside training, waits for its end (collective).
+
+        Args: save: given whether the sums of gradients keep their memory.
+        """
+        if not beside:
+            trim_heap()  # a state is held whole on its way to the disk: on a CPU it is a run's fullest moment
+        self._background.begin(save(beside))
+        if not beside:
+            self._background.wait()
+            self._copy.drop()
+            trim_heap()
+
+    def _state_and_export(
+        self, at: Position, measured: bool, name: str, best: Best, sums_stay: bool
+    ) -> Generator[Job, Future[Any], None]:
+        """Work for a `Background` (collective)."""
+        saved = yield from self._state(at, name, sums_stay)
+        path = self.folder / name
+        done = yield lambda: self.ranks.is_main and self._export(StateWeights(saved), path, at, measured, best)
+        with fail_together(self.ranks):
+            exported = done.result()
+        if broadcast_object(exported, self.ranks, bool):
+            self.newest_path = path
+            LOGGER.info("saved %s", path)
+
+    def _state(self, at: Position, name: str, sums_stay: bool) -> Generator[Job, Future[Any], SavedState]:
+        """The state after `at.done` steps, which names its export ("": none): work for a `Background` (collective)."""
         loss = None if math.isnan(at.last_loss) else at.last_loss
         values, best = self.reference_values, self.best.to_json()
         facts = StateFacts(at.done, name, loss, at.unfinished, self.course, values, best)
-        keep = self.settings.keep_states
-        trim_heap()  # a state is held whole on its way to the disk: on a CPU it is a run's fullest moment
-        self.newest = write_state(self.folder, self.engine, facts, keep, self.ranks, self.newest, self.check_lock)
-        trim_heap()
+        keep, before = self.settings.keep_states, self.newest
+        self.newest = yield from write_state(
+            self.folder, self._copy, facts, keep, self.ranks, before, self.check_lock, sums_stay
+        )
         return self.newest
 
     def _export(
@@ -264,12 +361,14 @@ class Saves:
         path: Path,
         at: Position,
         measured: bool,
+        best: Best,
         start: StartModel | None = None,
     ) -> bool:
         """Exports, and deletes what `keep_exports` does not keep. Gives False, and says so, where the start
-        checkpoint is needed and is not what it was: what is trained is in the state, so the run may go on.
+        checkpoint is needed and is not what it was: what is trained is in the state, so the run may go on. For rank 0,
+        in any thread.
 
-        Args: start: by whose form, if not by the start model's as it is.
+        Args: best: as it was when the save began. start: by whose form, if not by the start model's as it is.
         """
         start = start or self.inputs.start
         metadata = {
@@ -299,9 +398,9 @@ class Saves:
             )
             return False
         self.refused.clear()  # the checkpoint is back, and this is the newest
-        self.best.write(self.folder, self.inputs.start)
+        best.write(self.folder, self.inputs.start)
         keep = self.settings.keep_exports
-        prune_exports(self.folder, keep, self.steps_per_epoch, at.done, self.inputs.start, self.best.weights)
+        prune_exports(self.folder, keep, self.steps_per_epoch, at.done, self.inputs.start, best.weights)
         return True
 
     def last_good(self) -> str:

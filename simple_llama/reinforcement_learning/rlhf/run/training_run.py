@@ -62,6 +62,7 @@ from simple_llama.reinforcement_learning.rlhf.run.saves import (
     SavesConfig,
     course_of,
     meant_by_lack,
+    saves_beside,
     uncompiled,
 )
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, about_schedule, with_warmup
@@ -169,9 +170,8 @@ class TrainingRun:
         facts = facts_of(config, inputs.data, self.total_steps, self.loss_fn.scale)
         with fail_together(ranks):
             self.health = HealthWatch(log_folder, facts, self.writer, ranks)
-        self.saves = Saves(
-            ckpt_folder, self.engine, inputs, course, values, config, self.best, steps, check_lock, ranks
-        )
+        own, beside = (self.best, steps, check_lock, ranks), saves_beside(config, room.ends + room.between)
+        self.saves = Saves(ckpt_folder, self.engine, inputs, course, values, config, *own, beside)
         self.at = self.saves.resume(saved, self.due.measures_at(saved.facts.step)) if saved else Position()
         PHASES.ended("records")
 
@@ -316,6 +316,7 @@ class TrainingRun:
         for item in items:
             watchdog.beat(place)
             stopping.agree(self.ranks)
+            self.saves.poll()
             yield item
 
     @contextlib.contextmanager
@@ -324,6 +325,7 @@ class TrainingRun:
         try:
             yield
         except NotFinite as found:
+            self.saves.settle()
             if found.losses is None:
                 problem = NotFinite(f"step {index + 1}: {found}; {self.saves.last_good()}")
                 raise shared(problem, self.ranks) from found
@@ -397,7 +399,7 @@ class TrainingRun:
         return None
 
     def save(self) -> None:
-        """A checkpoint of where the run stands (collective)."""
+        """A checkpoint of where the run stands, begun if not made (collective)."""
         self.saves.save(self.at, self.due.measures_at(self.at.done))
         self.flush()
 

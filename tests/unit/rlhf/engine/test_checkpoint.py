@@ -5,7 +5,9 @@ A state made here holds one parameter, `norm`, with weight [1, 2], first moment 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from simple_llama.cluster.background import Background
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import file_digest
@@ -31,6 +33,7 @@ from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     newest_state,
     write_state,
 )
+from simple_llama.reinforcement_learning.rlhf.engine.state_copy import StateCopy
 from simple_llama.reinforcement_learning.rlhf.engine.state_folders import states
 
 SHARD = "rank_00000.safetensors"
@@ -64,7 +67,19 @@ def save(
 ) -> SavedState:
     """Saves `parameters` (default: `norm`, counting up from 1)."""
     engine = engine_of(**(parameters or {"norm": parameter(1.0)}))
-    return write_state(run, engine, of, keep, ranks, before, lambda: None)
+    return written(write_state(run, StateCopy(engine, ranks), of, keep, ranks, before, lambda: None), ranks)
+
+
+def written(stages: Any, ranks: Ranks) -> SavedState:
+    """What such work gives at its end."""
+    found, background = list[SavedState](), Background(ranks)
+
+    def noted() -> Any:
+        found.append((yield from stages))
+
+    background.begin(noted())
+    background.wait()
+    return found[0]
 
 
 def make_state(run: Path, step: int, **changes: Any) -> Path:
@@ -221,7 +236,9 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
 
 def engine_of(**parameters: dict[str, torch.Tensor]) -> Any:
     """What a save reads of an engine."""
-    return SimpleNamespace(full_state=lambda: iter(parameters.items()))
+    shapes = {name: tuple(tensors["weight"].shape) for name, tensors in parameters.items()}
+    dealt = {"whole_here": list, "gathered_state": parameters.get, "make_room": lambda: None}
+    return SimpleNamespace(trained_shapes=shapes, **dealt)
 
 
 def test_what_a_save_writes_is_read_back(tmp_path: Path, ranks: Ranks) -> None:
@@ -318,8 +335,9 @@ def test_another_run_that_took_the_folder_over_keeps_its_states(tmp_path: Path, 
     def taken() -> None:
         raise UserError("taken over")
 
+    copy = StateCopy(engine_of(norm=parameter(1.0)), ranks)
     with pytest.raises(UserError, match="taken over"):
-        write_state(tmp_path, engine_of(norm=parameter(1.0)), facts(2), 1, ranks, None, taken)
+        written(write_state(tmp_path, copy, facts(2), 1, ranks, None, taken), ranks)
     assert newest_state(tmp_path).facts.step == 1 and (tmp_path / "latest").read_text() == "step_00000001\n"
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_00000001"]
 
@@ -327,13 +345,13 @@ def test_another_run_that_took_the_folder_over_keeps_its_states(tmp_path: Path, 
 def test_a_disk_that_is_full_for_a_shard_is_a_user_error(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """safetensors has an error of its own for it."""
+    """Half of it is written when the disk says so: nothing of the state stays, and its room is free."""
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(path: Path, chunks: object) -> str:
         Path(path).write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_digested", full)
     with pytest.raises(
         UserError, match=r"cannot write .*rank_00000.safetensors: .*No space left on device.*free space"
     ):

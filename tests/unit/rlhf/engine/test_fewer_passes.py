@@ -13,6 +13,7 @@ from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.engine import engine
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
 from simple_llama.reinforcement_learning.rlhf.engine.fewer_passes import block_norms, use_fewer_passes
+from simple_llama.reinforcement_learning.rlhf.engine.state_copy import StateCopy
 from simple_llama.reinforcement_learning.rlhf.inputs import load_inputs
 from tiny_job import ROOT, make_job
 
@@ -55,27 +56,30 @@ def test_a_run_is_deepspeeds_own(
 def test_sums_stay_where_they_are_until_a_state_is_taken(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One tensor for the steps of a run, none while somebody holds the whole state."""
+    """One tensor for the steps of a run: none while a state is taken whose save is waited for, and it stays beside
+    other saves."""
     places: list[int] = []
-    kept: list[int] = []
-    full_state, step = Engine.full_state, Engine.step
+    kept: list[tuple[bool, int, int]] = []
+    take, step = StateCopy.take, Engine.step
 
     def watched_step(self: Engine, rate: float) -> float:
         (sums,) = self.optimizer.averaged_gradients.values()
         places.append(sums.flat_partition.data_ptr())
         return step(self, rate)
 
-    def watched_state(self: Engine):
-        kept.append(len(self.kept_sums))
-        for count, item in enumerate(full_state(self)):
-            assert count or not self.kept_sums
-            yield item
+    def watched_take(self: StateCopy, sums_stay: bool) -> None:
+        before = len(self._engine.kept_sums)
+        take(self, sums_stay)
+        kept.append((sums_stay, before, len(self._engine.kept_sums)))
 
     monkeypatch.setattr(Engine, "step", watched_step)
-    monkeypatch.setattr(Engine, "full_state", watched_state)
+    monkeypatch.setattr(StateCopy, "take", watched_take)
     job = make_job(tmp_path)
     settings = {**job.settings, "deepspeed_config": str(ROOT / "ds_configs" / "zero2_bf16.json"), "n_samples": 0}
-    config = DPOConfig(**settings, reference="online")  # type: ignore[arg-type]
-    train(config, load_inputs(config, ranks), ranks)
-    assert len(places) == 6 and len(set(places[:3])) == 1  # an epoch has three steps, and a save behind it
-    assert kept and all(count == 1 for count in kept)
+    for beside in (False, True):
+        more = {"reference": "online", "save_in_background": beside, "run_name": f"beside{beside}"}
+        config = DPOConfig(**{**settings, **more})  # type: ignore[arg-type]
+        train(config, load_inputs(config, ranks), ranks)
+    assert len(places) == 12 and len(set(places[:3])) == 1  # an epoch has three steps, and a save behind it
+    assert len(set(places[6:])) == 1
+    assert kept == [(False, 1, 0)] * 2 + [(True, 1, 1)] * 2

@@ -244,6 +244,7 @@ def test_keep_exports_keeps_the_newest_and_the_ends_of_epochs(
     def save_and_copy(*args: Any) -> None:
         save(*args)
         if args[0].done == 1:
+            run.saves.wait()
             shutil.copy(folder / "dpo_0.5E_512MSQ.pth", folder / "dpo_mine.pth")
 
     monkeypatch.setattr(run.saves, "save", save_and_copy)
