@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from simple_llama.cluster.distributed import Ranks, barrier, fail_together, gather_objects
 from simple_llama.finetune.chat_format import about_system
-from simple_llama.ops.machine import peak_flops, release
+from simple_llama.ops.machine import peak_flops, release, resident_bytes
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig
@@ -44,10 +44,11 @@ from simple_llama.reinforcement_learning.rlhf.objective.policy import (
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.reference.ref_source import missing_pairs
 from simple_llama.reinforcement_learning.rlhf.reference.ref_store import RefStore
+from simple_llama.reinforcement_learning.rlhf.run.copy_room import copy_rooms
 from simple_llama.reinforcement_learning.rlhf.run.health import warnings_of
 from simple_llama.reinforcement_learning.rlhf.run.run_facts import weight_facts
 from simple_llama.reinforcement_learning.rlhf.run.sampling import ANSWERS_OF_KL, sample_prompts
-from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves
+from simple_llama.reinforcement_learning.rlhf.run.saves import count_saves, saves_beside
 from simple_llama.reinforcement_learning.rlhf.run.schedule import ScheduleConfig, about_schedule
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import (
     SavedBytes,
@@ -79,7 +80,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
     job = _Job(config, inputs, ranks)
     foretold = job.foretell()
     pairs, plan, saved = inputs.data.train, job.plan(job.size_set), job.saved()
-    warned = job.warnings(saved)
+    warned, copies = job.warnings(saved), job.copies(foretold.base)
     sections = {
         "config": json.dumps(asdict(replace(config, max_seq_len=inputs.max_seq_len)), indent=2),
         "DeepSpeed": json.dumps(full_ds_config(config, ranks.world_size), indent=2),
@@ -90,7 +91,7 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
         "loss": _about_loss(job.loss_fn, inputs),
         "memory per rank": job.memory(foretold),
         "time": job.time(foretold, saved),
-        "checkpoints": _checkpoints(saved, inputs),
+        "checkpoints": f"{_checkpoints(saved, inputs)}\n{copies}",
         "warnings": "\n".join(warned) or "none",
         "first pair (scored tokens in [[ ]])": _show_pair(inputs.chat.tokenizer, pairs[0]),
     }
@@ -144,6 +145,12 @@ class _Job:
         """The room of the checkpoints."""
         return saved_bytes(self.config, *self.steps, sum(self.size), self.trained, self.inputs.start)
 
+    @cached_property
+    def beside(self) -> bool:
+        """Whether the run writes its saves while it trains on."""
+        saved = self.saved()
+        return saves_beside(self.config, saved.ends + saved.between)
+
     # === Measured ===
 
     def foretell(self) -> _Foretold:
@@ -156,7 +163,8 @@ class _Job:
         rate = min(one[2] for one in told)
         if not config.fit_gb:
             plan = self.plan(self.size_set)
-            return _Foretold(base, rate, probe(config, inputs, plan, base, ranks) if config.probe else [], None, "")
+            found = probe(config, inputs, plan, base, ranks, self.beside) if config.probe else []
+            return _Foretold(base, rate, found, None, "")
         return self._fit(base, rate)
 
     def _fit(self, base: Base, rate: float) -> _Foretold:
@@ -176,7 +184,7 @@ class _Job:
             fitting = largest_that_fits(fits, min(most, fitting))
             if not (fitting and config.probe):
                 break
-            probed = probe(self.sized(fitting), inputs, self.plan(fitting), base, ranks)
+            probed = probe(self.sized(fitting), inputs, self.plan(fitting), base, ranks, self.beside)
             taken = max(one.peak for one in probed)
             if taken <= room or not left:
                 break
@@ -211,7 +219,7 @@ class _Job:
         model = TrainedModel(
             self.size, self.trained, inputs.architecture, inputs.dtype, in_memory, head=self.part.head > 0
         )
-        engine = describe_engine(config, self.ranks)
+        engine = describe_engine(config, self.ranks)._replace(copies=self.beside)
         return moments(model, engine, self.largest(size), base)
 
     def largest(self, size: int) -> PairBatch:
@@ -241,6 +249,22 @@ class _Job:
         lines.append(
             f"{weights:,} weights; largest micro-batch {len(batch.tokens_T)} rows, {len(batch.targets_N)} scored"
         )
+        return "\n".join(lines)
+
+    def copies(self, base: Base) -> str:
+        """Whether saves are written beside training, the host memory that this takes, and whether it is there
+        (collective)."""
+        if not self.beside:
+            why = "the only one is the last" if self.config.save_in_background else "save_in_background is off"
+            return f"each save is waited for: {why}"
+        fullest, on_cpu = self.estimate(self.size_set, base), self.ranks.device.type == "cpu"
+        share = -(-self.trained // self.ranks.world_size)
+        offloaded = 16 * share if describe_engine(self.config, self.ranks).offloads else 0
+        still = fullest.sum - 12 * share - resident_bytes(self.ranks.device) if on_cpu else offloaded
+        lines = ["saves are written while training goes on, the last one is waited for"]
+        for room in copy_rooms(12 * share, max(0, still), self.ranks):
+            taken = f"copies of masters and moments take {room.copies / _GIB:.3f} GiB of host memory"
+            lines.append(room.refusal or f"host {room.host}, {room.ranks} ranks: {taken}, which is there (estimate)")
         return "\n".join(lines)
 
     def time(self, foretold: _Foretold, saved: SavedBytes) -> str:
@@ -276,6 +300,7 @@ class _Job:
             sample_tokens=config.sample_tokens,
             saves=saved.ends + saved.between,
             save_bytes=saved.state + saved.export,
+            copied=saved.state if self.beside else 0,
         )
         return duration.told(work, speed, kind)
 

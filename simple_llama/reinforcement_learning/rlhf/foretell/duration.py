@@ -12,6 +12,7 @@ from simple_llama.ops.machine import synchronize
 # Of the rate of plain GEMMs, what whole steps reach: on CPUs with bf16 units each packed length needs new code.
 _SHARE = {"cpu": 0.25, "cuda": 0.4}
 _DISK = 0.3e9  # bytes a second that a disk takes
+_COPY = 1e9  # bytes a second of a state that is copied, from all ranks
 _PIECE = 1 << 24  # bytes whose reading is timed
 _TOGETHER = 2.0  # a token of each of several answers at once, in tokens of one
 FORWARD = 1 / 3  # of the time of a forward and a backward pass
@@ -38,6 +39,7 @@ class Work(NamedTuple):
     sample_tokens: int  # of one answer
     saves: int
     save_bytes: int  # of one
+    copied: int = 0  # bytes of a state, where saves are written beside the steps; 0: each is waited for
 
 
 class _Hours(NamedTuple):
@@ -85,23 +87,27 @@ def _hours(work: Work, speed: Speed) -> _Hours:
     samples_s = work.prompt_rows * row_s + round_s if work.prompt_rows else 0.0
     if work.spoken_rows:  # the policy reads the prompts, then it and the reference all rows
         samples_s += 3 * work.spoken_rows * row_s + round_s
+    saves_s = work.saves * work.save_bytes / _DISK
+    if work.copied:  # the last one is waited for
+        saves_s = saves_s / work.saves + (work.saves - 1) * work.copied / _COPY
     return _Hours(
         reference_s=work.missing_rows * row_s,
         training_s=work.steps * speed.step_s,
         evaluations_s=work.evaluations * work.held_out_rows * row_s,
         samples_s=work.evaluations * samples_s,
-        saves_s=work.saves * work.save_bytes / _DISK,
+        saves_s=saves_s,
     )
 
 
 def told(work: Work, speed: Speed, kind: str) -> str:
     """The lines of a dry run. Args: kind: "estimate" or "probe"."""
     found = _hours(work, speed)
+    beside = f"; all but the last beside the steps, from copies at {_COPY / 1e9:g} GB a second" if work.copied else ""
     lines = [
         f"a step {speed.step_s:.3f} s ({kind}: {speed.source})",
         f"{work.steps} steps {_time(found.training_s)}; {work.evaluations} evaluations {_time(found.evaluations_s)}, "
         f"their sample answers {_time(found.samples_s)}; {work.saves} saves {_time(found.saves_s)} "
-        f"(at {_DISK / 1e9:g} GB a second, stated)",
+        f"(at {_DISK / 1e9:g} GB a second, stated{beside})",
     ]
     if work.missing_rows:
         lines.append(f"before them a reference pass {_time(found.reference_s)}")

@@ -3,7 +3,10 @@
     start    the weights are read and dealt into DeepSpeed's flat buffers
     passes   forward and backward of the largest micro-batch, gradients of the ones before it added up
     step     the gradients flat beside themselves, for AdamW
-    save     masters and moments once more, parameter by parameter, on the host
+    save     masters and moments once more, as they are written
+
+Where saves are written while training goes on, what they are written from stands beside passes and step on a CPU too;
+beside a GPU it is host memory, which is not counted here.
 
 What Python, torch, DeepSpeed and the data take is measured of this process (`measure_base`), the rest is counted, by
 the accounting of the ZeRO paper (arXiv:1910.02054, Sec. 3.1) with the buffers that DeepSpeed 0.19.8 makes. An estimate.
@@ -69,6 +72,7 @@ class Engine(NamedTuple):
     recompute: bool = False
     reduce_once: bool = False
     accumulates: bool = True  # several micro-batches a step
+    copies: bool = False  # whether saves are written beside the passes
 
     def sums_in_one(self, dtype: torch.dtype) -> bool:
         """Whether a step's sums of gradients lie in one tensor from the first micro-batch on (fewer_passes.py)."""
@@ -118,14 +122,16 @@ def moments(model: TrainedModel, engine: Engine, batch: PairBatch, base: Base) -
     start = {**ground, **held, "start file": weights * model.mapped if on_cpu else 0}
     steady = {**ground, "compiled GEMMs": base.compiled, **held}
     summed = _summed(model, engine, shard)
+    beside = {"copy for a save": 12 * shard} if on_cpu and engine.copies else {}
     passes = {
         **steady,
+        **beside,
         "gradients": summed + _flowing(model, engine),
         "activations": _activations(model, engine, batch),
         "head": _head(model, engine, batch),
     }
     extra = step_extra([shard], model.largest, engine.offloads, engine.sums_in_one(model.dtype))
-    step = {**steady, "gradients": max(summed, 4 * shard) + extra}
+    step = {**steady, **beside, "gradients": max(summed, 4 * shard) + extra}
     save = {**steady, "state that is written": 12 * shard if on_cpu else 0}
     return [Moment("start", start), Moment("passes", passes), Moment("step", step), Moment("save", save)]
 

@@ -65,10 +65,14 @@ class Probed(NamedTuple):
         return Speed(self.step_s(rows), self.row_s * share, token_s(weight_bytes, device), source)
 
 
-def probe(config: RunConfig, inputs: Inputs, plan: BatchPlan, base: Base, ranks: Ranks) -> list[Probed]:
+def probe(
+    config: RunConfig, inputs: Inputs, plan: BatchPlan, base: Base, ranks: Ranks, copies: bool = False
+) -> list[Probed]:
     """Probes on all ranks (collective); gives what each found, on every rank.
 
-    Args: base: of this process, whose GEMMs are made: a run has not yet made them at its start.
+    Args:
+        base: of this process, whose GEMMs are made: a run has not yet made them at its start.
+        copies: whether the run's saves are written beside its passes.
     """
     with watchdog.patience("probing"):
         loss_fn = PreferenceLoss.of(config)
@@ -76,15 +80,18 @@ def probe(config: RunConfig, inputs: Inputs, plan: BatchPlan, base: Base, ranks:
         frozen = open_reference(config, inputs, ranks) if in_memory else None
         engine = start_engine(config, inputs, loss_fn, ranks).engine
         start = max(0, peak_bytes(ranks.device) - base.compiled)
-        found = _passes(engine, inputs, plan, ranks, frozen is not None)
+        found = _passes(engine, inputs, plan, ranks, frozen is not None, copies)
         del frozen
     told = gather_objects([start, *found], ranks, list[float])
     return [Probed(int(one[0]), int(one[1]), int(one[2]), *one[3:]) for one in told]
 
 
-def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks, online: bool) -> list[float]:
-    """Computes micro-batches; gives the fields of `Probed` after the first. Args: online: whether a step has the
-    reference's forward pass in it, which takes as long as the policy's own."""
+def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks, online: bool, copies: bool) -> list[float]:
+    """Computes micro-batches; gives the fields of `Probed` after the first.
+
+    Args: online: whether a step has the reference's forward pass in it, which takes as long as the policy's own.
+    copies: see `probe`.
+    """
     pairs, device = inputs.data.train, ranks.device
     several = plan.accumulates
     forget_peak(device)
@@ -124,9 +131,10 @@ def _passes(engine: Engine, inputs: Inputs, plan: BatchPlan, ranks: Ranks, onlin
     release(device)  # what malloc keeps of the passes is used again
     masters = sum(engine.masters)
     extra = step_extra(engine.masters, engine.largest_parameter, engine.offloads, engine.sums_in_one)
-    if device.type == "cpu":  # a save holds masters and moments once more, without the 4 bytes of gradients
+    copy = 12 * masters if copies and device.type == "cpu" else 0
+    if device.type == "cpu" and not copies:  # a save then holds as much, without the 4 bytes of gradients
         extra = max(extra, 8 * masters)
-    step = resident_bytes(device) + extra
+    peak, step = peak + copy, resident_bytes(device) + copy + extra
     last_s = max(0.0, largest_s - largest_rows * row_s) if several else 0.0
     update_s = _update_s(masters, ranks, inputs.dtype, engine.sums_in_one)
     return [peak, step, largest_s, row_s, last_s, update_s]

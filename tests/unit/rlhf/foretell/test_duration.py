@@ -32,6 +32,11 @@ def test_the_parts_of_a_run_by_hand() -> None:
     assert lines[1].startswith("1000 steps 1.11 h; 5 evaluations 2.0 s, their sample answers 14.3 s; 3 saves 6.0 s")
     assert lines[2] == "before them a reference pass 6.0 s"
     assert lines[3].startswith("in all 1.119 h")
+    beside = WORK._replace(copied=500_000_000)  # one save of 2 s, two copies of 0.5 s
+    assert _hours(beside, SPEED).saves_s == pytest.approx(3.0)
+    assert "3 saves 3.0 s (at 0.3 GB a second, stated; all but the last beside the steps" in told(
+        beside, SPEED, "probe"
+    )
     assert _hours(WORK._replace(prompt_rows=0.0), SPEED).samples_s == 0
     assert _hours(WORK._replace(spoken_rows=100.0), SPEED).samples_s == pytest.approx(14.3 + 27.8)
 

@@ -147,6 +147,16 @@ def test_ranks_share_states_and_with_stage_3_weights(stage: int, weights: int) -
     assert (found["weights"], found["masters and moments"]) == (weights, 30_000)
 
 
+@pytest.mark.parametrize(("engine", "copy"), [(ALONE, 120_000), (Engine("cpu", 4, 2), 30_000)])
+def test_what_saves_are_written_from_stands_beside_passes_and_step(engine: Engine, copy: int) -> None:
+    """12 bytes of 10,000 weights, or of a quarter; no other part changes, nor the save itself. Not on a GPU."""
+    before, found = parts(engine), parts(engine._replace(copies=True))
+    for name in ("passes", "step"):
+        assert found[name] == {**before[name], "copy for a save": copy}
+    assert (found["start"], found["save"]) == (before["start"], before["save"])
+    assert parts(Engine("cuda", 1, 2, copies=True)) == parts(Engine("cuda", 1, 2))
+
+
 def test_a_frozen_reference_and_few_trained_weights() -> None:
     """The reference is 20,000 bytes more; 1,200 trained weights have 14,400 of states."""
     found = parts(ALONE, MODEL._replace(online=True, trained=1_200))["step"]
