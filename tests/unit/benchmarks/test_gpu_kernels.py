@@ -97,7 +97,7 @@ def test_a_trace_of_a_cpu_has_no_kernels(tmp_path: Path) -> None:
     """What a run on a CPU writes is read, and said to be of no GPU."""
     profile = StepProfile(ProfileConfig(profile_steps=(1, 1)), tmp_path, Ranks(0, 1, 0, 1, torch.device("cpu")), 0, 1)
     profile.begin(1)
-    torch.ones(4, 4) @ torch.ones(4, 4)
+    torch.mm(torch.ones(4, 4), torch.ones(4, 4))
     profile.end(1)
     [path] = (tmp_path / "profile").iterdir()
     with pytest.raises(UserError, match="expected steps on a GPU, found 0 kernels in 1 steps"):
