@@ -112,6 +112,8 @@ class TemplateRenderer:
             )
         except OSError as error:
             raise _no_start(error.strerror or str(error)) from error
+        except MemoryError as error:  # of Popen's own, before the system refuses
+            raise _no_start("no memory") from error
         self._process, self._end = process, weakref.finalize(self, _end, process, os.getpid())
         if "error" in (said := self._receive()):
             raise _no_start(said["error"])
