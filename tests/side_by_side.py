@@ -1,46 +1,100 @@
-"""All tests that need neither a GPU nor root: those of one process in two halves at once, then those of several ranks.
+"""All tests that need neither a GPU nor root, by three pytests at once that share the files out among themselves.
 
 python tests/side_by_side.py    what `make test` runs
 
-Each half is a pytest of its own on half of the cores, where it does as much as with all of them: of models as small as
-these a second thread mostly waits. No list says which tests there are: a half is some folders, or all but those.
+Two have half of the cores each, where tests of one process do as much as with all of them: of models as small as these
+a second thread mostly waits. The third has all cores, and begins with tests/distributed, whose ranks wait for each
+other and for timeouts half of the time. No list says which tests there are, or how long they take: whoever is done with
+a file takes the next that nobody has. All go forward, as one pytest does: some tests of a floor need a process in which
+those of higher floors have not run yet.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
-from tiny_job import ROOT
+import pytest
 
-UNIT, RANKS = "tests/unit/rlhf", "tests/distributed"
-FIRST = [f"{UNIT}/engine", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / UNIT).glob("test_*.py"))]
-SECOND = ["tests", *(f"--ignore={path}" for path in (RANKS, *FIRST))]
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = str(ROOT / "tests" / "distributed")
+RANKS_FIRST, RANKS_LAST = "--ranks-first", "--ranks-last"  # the next argument is a file with the list of what is left
 
 
-def ended(*runs: Sequence[str]) -> int:
-    """Runs pytest with these arguments, each list in a process of its own with its share of the cores, all at once.
+class Share:
+    """A plugin of pytest: of all that is collected, the tests in files that no other process takes."""
 
-    The first one's output is seen as it comes, that of the others when they have ended. Returns the first status that
-    is not 0.
-    """
+    def __init__(self, ranks_first: bool, rest: str):
+        """`rest` is the file with the list of those that are left, empty at first."""
+        self._ranks_first, self._rest = ranks_first, rest
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """What pytest does with a list that is known beforehand, which is all that it says of errors in collecting."""
+        if session.testsfailed or session.config.option.collectonly:
+            return None
+        tests = self._taken(session.items)
+        test = next(tests, None)
+        while test:
+            following = next(tests, None)  # what both use stays set up
+            test.config.hook.pytest_runtest_protocol(item=test, nextitem=following)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+            test = following
+        return True
+
+    def _taken(self, tests: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
+        """The tests of one file after the other, until none is left."""
+        by_file: dict[str, list[pytest.Item]] = {}
+        for test in tests:
+            by_file.setdefault(str(test.path), []).append(test)
+        while path := self._take(list(by_file)):
+            yield from by_file[path]
+
+    def _take(self, paths: list[str]) -> str | None:
+        """The next file, of all `paths` where nobody has taken one yet; None where all are taken."""
+        with open(self._rest, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed, or its process ends
+            text = file.read()
+            left = json.loads(text) if text else paths
+            liked = [path for path in left if path.startswith(RANKS) == self._ranks_first]
+            taken = next(iter(liked or left), None)
+            file.seek(0)
+            file.truncate()
+            json.dump([path for path in left if path != taken], file)
+        return taken
+
+
+def ended(arguments: Sequence[str]) -> int:
+    """Runs the three with these arguments of pytest. The output of the one with all cores is seen as it comes, that of
+    the others when they have ended. Returns the first status that is not 0."""
     cores = sorted(os.sched_getaffinity(0))
+    shares = [(RANKS_FIRST, cores), *((RANKS_LAST, cores[half::2] or cores) for half in range(2))]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # a thread that spins takes another one's core
     with ExitStack() as files:
-        outputs = [None, *(files.enter_context(tempfile.TemporaryFile()) for _ in runs[1:])]
+        if environment.pop("PYTHONDONTWRITEBYTECODE", ""):  # hundreds of processes would compile the same modules
+            environment["PYTHONPYCACHEPREFIX"] = files.enter_context(tempfile.TemporaryDirectory())
+        rest = files.enter_context(tempfile.NamedTemporaryFile())
+        outputs = [None, *(files.enter_context(tempfile.TemporaryFile()) for _ in shares[1:])]
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", "pytest", *arguments],
+                [sys.executable, __file__, order, rest.name, *arguments],
                 cwd=ROOT,
+                env=environment,
                 stdout=output,
                 stderr=output,
-                preexec_fn=partial(os.sched_setaffinity, 0, cores[place :: len(runs)] or cores),
+                preexec_fn=partial(os.sched_setaffinity, 0, own),
             )
-            for place, (arguments, output) in enumerate(zip(runs, outputs, strict=True))
+            for (order, own), output in zip(shares, outputs, strict=True)
         ]
         statuses = []
         for process, output in zip(started, outputs, strict=True):
@@ -53,9 +107,11 @@ def ended(*runs: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """The halves, and if they are green the rest."""
-    arguments = sys.argv[1:]
-    return ended([*FIRST, *arguments], [*SECOND, *arguments]) or ended([RANKS, *arguments])
+    """The three, or in one of them its share."""
+    if sys.argv[1:2] not in ([RANKS_FIRST], [RANKS_LAST]):
+        return ended(sys.argv[1:])
+    order, rest, *arguments = sys.argv[1:]
+    return pytest.main(arguments, plugins=[Share(order == RANKS_FIRST, rest)])
 
 
 if __name__ == "__main__":
