@@ -27,6 +27,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = str(ROOT / "tests" / "distributed")
 RANKS_FIRST, RANKS_LAST = "--ranks-first", "--ranks-last"  # the next argument is a file with the list of what is left
+_NICER = 3  # those of one process: tests of several ranks are fewer, and would be the last to end
 
 
 class Share:
@@ -78,7 +79,7 @@ def ended(arguments: Sequence[str]) -> int:
     """Runs the three with these arguments of pytest. The output of the one with all cores is seen as it comes, that of
     the others when they have ended. Returns the first status that is not 0."""
     cores = sorted(os.sched_getaffinity(0))
-    shares = [(RANKS_FIRST, cores), *((RANKS_LAST, cores[half::2] or cores) for half in range(2))]
+    shares = [(RANKS_FIRST, cores, 0), *((RANKS_LAST, cores[half::2] or cores, _NICER) for half in range(2))]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # a thread that spins takes another one's core
     with ExitStack() as files:
         if environment.pop("PYTHONDONTWRITEBYTECODE", ""):  # hundreds of processes would compile the same modules
@@ -92,9 +93,9 @@ def ended(arguments: Sequence[str]) -> int:
                 env=environment,
                 stdout=output,
                 stderr=output,
-                preexec_fn=partial(os.sched_setaffinity, 0, own),
+                preexec_fn=partial(_settle, own, nicer),
             )
-            for (order, own), output in zip(shares, outputs, strict=True)
+            for (order, own, nicer), output in zip(shares, outputs, strict=True)
         ]
         statuses = []
         for process, output in zip(started, outputs, strict=True):
@@ -104,6 +105,12 @@ def ended(arguments: Sequence[str]) -> int:
                 sys.stdout.buffer.write(output.read())
                 sys.stdout.flush()
     return next((status for status in statuses if status), 0)
+
+
+def _settle(cores: Sequence[int], nicer: int) -> None:
+    """Of a process that begins: where it runs, and how much it lets others go before it."""
+    os.sched_setaffinity(0, cores)
+    os.nice(nicer)
 
 
 def main() -> int:

@@ -178,7 +178,8 @@ def test_who_takes_the_whole_config():
 def test_each_setting_has_one_owner():
     """A field is declared by one class, and DPOConfig has those of all owners in the order in which data flows."""
     owners = [owner for owner in DPOConfig.__mro__ if dataclasses.is_dataclass(owner)]
-    declared = [name for owner in owners for name in vars(owner).get("__annotations__", {})]
+    annotated = [name for owner in owners for name in vars(owner).get("__annotations__", {})]
+    declared = [name for name in annotated if name != "retired"]  # what an owner had once is no field
     assert len(declared) == len(set(declared)) == len(fields(DPOConfig))
     assert [owner.__name__ for owner in reversed(owners)] == [
         "ModelConfig",
