@@ -60,8 +60,8 @@ demo: $(INSTALLED) ## tune SmolLM2-135M-Instruct on shipped pairs, on two CPU co
 demo-tiny: $(INSTALLED) ## the same job with a small model that is made here, without any download: about a minute
 	$(BIN)/python -m benchmarks.demo --tiny
 
-test: $(TESTED) ## the tests that need neither a GPU nor root: about eight minutes on two cores
-	@echo "Running the tests: about eight minutes on two cores. 'make test TESTS=tests/unit' runs the short ones."
+test: $(TESTED) ## the tests that need neither a GPU nor root: about six minutes on two cores
+	@echo "Running the tests: about six minutes on two cores. 'make test TESTS=tests/unit' runs the short ones."
 	$(BIN)/python $(if $(TESTS),-m pytest $(TESTS),tests/side_by_side.py)
 
 test-gpu: ## the tests that need an NVIDIA GPU; with the packages of $(PYTHON) where these are enough
