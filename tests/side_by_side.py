@@ -98,12 +98,16 @@ def ended(arguments: Sequence[str]) -> int:
             for (order, own, nicer), output in zip(shares, outputs, strict=True)
         ]
         statuses = []
-        for process, output in zip(started, outputs, strict=True):
-            statuses.append(process.wait())
-            if output:
-                output.seek(0)
-                sys.stdout.buffer.write(output.read())
-                sys.stdout.flush()
+        try:
+            for process, output in zip(started, outputs, strict=True):
+                statuses.append(process.wait())
+                if output:
+                    output.seek(0)
+                    sys.stdout.buffer.write(output.read())
+                    sys.stdout.flush()
+        finally:
+            for process in started:  # none is left where this one is interrupted
+                process.terminate()
     return next((status for status in statuses if status), 0)
 
 

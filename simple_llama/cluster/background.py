@@ -104,3 +104,5 @@ def _do(job: Job, future: Future[Any]) -> None:
         future.set_result(job())
     except Exception as error:  # noqa: BLE001 - raised where the result is asked for
         future.set_exception(error)
+    except BaseException as error:  # noqa: BLE001 - a panic of a library in Rust, say: a bug, not a wish to leave
+        future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))

@@ -99,7 +99,8 @@ class MergedLoRA(NamedTensors):
         if lora is None or name not in lora.targets:
             return None
         a_DR, b_RO = (self._tensors[f"{place}{name}{LORA_MARK}lora_{half}"].float() for half in "ab")
-        return (lora.scale * (a_DR @ b_RO)).T
+        # in fp64: beside an export in a thread, training may have fp32 products computed in bf16 (`bf16_valued_gemms`)
+        return (lora.scale * (a_DR.double() @ b_RO.double())).float().T
 
 
 def check_mergeable(architecture: Architecture) -> None:

@@ -26,7 +26,10 @@ def remade(made: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> Abstr
     mark = _mark(made)  # as long as the caller holds it, nothing else has this one
 
     def pack(tensor: torch.Tensor) -> Any:
-        return make if _mark(tensor) == mark else tensor
+        if _mark(tensor) == mark:
+            return make
+        # what an operator saves of its own output must not hold the operator: that would be a circle
+        return tensor if tensor.is_leaf else tensor.detach()
 
     return saved_tensors_hooks(pack, _unpack)
 

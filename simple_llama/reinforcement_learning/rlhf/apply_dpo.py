@@ -78,7 +78,7 @@ def run_steps(run: TrainingRun) -> None:
         finish_step(run, step)
         if run.best.ends:
             break
-    run.saves.wait()
+    run.saves.end()
 
 
 def finish_step(run: TrainingRun, step: int) -> None:

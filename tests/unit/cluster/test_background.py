@@ -94,3 +94,19 @@ def test_a_rank_that_ends_alone_waits_for_its_own_job_a_while() -> None:
     threading.Timer(0.1, word.set).start()
     background.wait_alone(30)
     assert word.is_set() and background.is_busy and done == []
+
+
+def test_a_panic_in_a_thread_is_an_error_here() -> None:
+    """A library's, which is no Exception: the work ends, and says what it was."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic() -> None:
+        raise PanicException("out of range")
+
+    background = Background(ALONE)
+    background.begin(noting([], panic))
+    with pytest.raises(RuntimeError, match="PanicException: out of range"):
+        background.wait()
+    assert not background.is_busy

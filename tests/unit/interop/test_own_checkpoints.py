@@ -18,6 +18,7 @@ from simple_llama.common.paths import package_path
 from simple_llama.dataset.tokenizer import load_tokenizer
 from simple_llama.finetune.chat_format import Chat, SimpleLLaMAChat
 from simple_llama.interop.own_checkpoints import MergedLoRA, UntiedHead, tokenizer_for_others, training_config
+from simple_llama.ops.machine import bf16_valued_gemms
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -59,6 +60,17 @@ def test_merged_updates_are_the_same_function(targets: tuple[str, ...], key_head
     assert changed == {"out.weight" for name in targets if name == "o"} | {
         "qkv_linear.weight" for name in targets if name != "o"
     }
+
+
+def test_merging_does_not_round_where_training_may() -> None:
+    """Beside an export in a thread, the head of a step may have all fp32 products of the process computed in bf16: the
+    merged tensors stay the same, bit for bit."""
+    config = TrainingConfig(**SIZES, batch_size=1, tokens_per_update=64, use_lora=True, lora_rank=3, lora_alpha=5)
+    architecture = Architecture.of(config, 11)
+    merged = MergedLoRA(random_model(architecture).state_dict(), architecture)
+    expected = dict(merged)
+    with bf16_valued_gemms():
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
 
 
 def test_updates_of_latent_attention_are_refused() -> None:

@@ -57,6 +57,18 @@ def test_what_is_made_again_has_no_room() -> None:
     assert held(keeping_all)
 
 
+def test_what_is_kept_of_an_output_does_not_hold_it() -> None:
+    """exp keeps its own output: within, too, all of that is gone with the last name, without a backward pass."""
+    x = torch.randn(5, requires_grad=True)
+    with remade(torch.ones(3), lambda: torch.ones(3)):
+        out = x.exp()
+    storage = StorageWeakRef(out.untyped_storage())
+    (grad,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    assert torch.equal(grad, out)
+    del out, grad
+    assert storage.expired()
+
+
 def test_others_of_the_same_form_are_kept() -> None:
     """Only the tensor itself is made again: another one, a view of another form or turned, one of before or behind are
     not."""

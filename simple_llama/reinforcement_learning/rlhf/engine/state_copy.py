@@ -37,6 +37,7 @@ class StateCopy:
         mine = self._here.union(self._dealt[ranks.rank :: ranks.world_size])
         self._mine = {name: shape for name, shape in engine.trained_shapes.items() if name in mine}
         self._values: torch.Tensor | None = None  # fp32; kept from one `take` to the next
+        self._is_pinned = False
 
     @property
     def size(self) -> int:
@@ -56,7 +57,8 @@ class StateCopy:
         if not sums_stay:
             self._engine.make_room()
         if self._values is None:
-            self._values = _host_tensor(self.size // 4, self._ranks.device)
+            self._values = torch.empty(self.size // 4)
+            self._is_pinned = self._ranks.device.type == "cuda" and self.size > 0 and _pin(self._values)
         places, at = dict[str, int](), 0
         for name, shape in self._mine.items():
             places[name], at = at, at + len(_KINDS) * math.prod(shape)
@@ -78,9 +80,9 @@ class StateCopy:
 
     def drop(self) -> None:
         """Gives its memory back."""
-        if self._values is not None and self._ranks.device.type == "cuda":
+        if self._values is not None and self._is_pinned:
             _cuda_runtime().cudaHostUnregister(self._values.data_ptr())
-        self._values = None
+        self._values, self._is_pinned = None, False
 
     def file_parts(self) -> Iterator[bytes | memoryview]:
         """The bytes of a safetensors file of it."""
@@ -90,12 +92,12 @@ class StateCopy:
         yield self._values.view(torch.uint8).numpy().data
 
 
-def _host_tensor(count: int, device: torch.device) -> torch.Tensor:
-    """So many fp32 values; for CUDA, pinned. torch's own pinned memory comes in powers of two: up to twice as much."""
-    values = torch.empty(count)
-    if device.type == "cuda" and count:
-        _cuda_runtime().cudaHostRegister(values.data_ptr(), values.nbytes, 0)  # where it fails, copies are slower
-    return values
+def _pin(values: torch.Tensor) -> bool:
+    """Whether a host tensor's pages could be pinned; where not, copies are slower.
+
+    torch's own pinned memory comes in powers of two: up to twice as much.
+    """
+    return int(_cuda_runtime().cudaHostRegister(values.data_ptr(), values.nbytes, 0)) == 0
 
 
 def _cuda_runtime() -> Any:

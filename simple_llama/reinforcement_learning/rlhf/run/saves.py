@@ -247,8 +247,9 @@ class Saves:
             LOGGER.info("saved %s", self.newest_path)
 
     def save_stopped(self, at: Position) -> None:
-        """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no export."""
-        self.wait()
+        """Saves the last whole step of a run that is to stop, unless it is on disk (collective); no export. A save that
+        fails meanwhile is only said: what it was to write is saved here."""
+        self.settle()
         if self.newest is None or self.newest.facts.step != at.done:
             with watchdog.patience(f"saving step {at.done}"):
                 self._begin(lambda sums_stay: self._state(at, "", sums_stay), beside=False)
@@ -275,12 +276,17 @@ class Saves:
             with watchdog.patience("waiting for a save"):
                 self._background.wait()
 
+    def end(self) -> None:
+        """The same after the last one (collective), whose copy is needed no more."""
+        self.wait()
+        self._copy.drop()
+
     def settle(self) -> None:
         """The same before an error that ends the run on all ranks (collective): what goes wrong here is only said."""
         try:
             self.wait()
-        except UserError as error:
-            LOGGER.error("a save under way failed: %s", error)
+        except Exception as error:  # noqa: BLE001 - another error ends the run, on all ranks alike
+            LOGGER.error("a save under way failed: %s: %s", type(error).__name__, error)
 
     def let_end(self, error: Exception) -> None:
         """Before an error ends the run, lets a save under way come to its end: a good state, so go on from there.
@@ -291,7 +297,8 @@ class Saves:
         if self.ranks.world_size == 1 or (isinstance(error, UserError) and error.everywhere):
             self.settle()
         else:
-            self._background.wait_alone(_ALONE_S)
+            with watchdog.patience("waiting for a save"):
+                self._background.wait_alone(_ALONE_S)
 
     # === A save ===
 

@@ -68,7 +68,7 @@ def counting(keep: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
 
     def hooks(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> saved_tensors_hooks:
         def seen(tensor: torch.Tensor) -> Any:
-            return keep(tensor) if (packed := pack(tensor)) is tensor else packed
+            return keep(packed) if isinstance(packed := pack(tensor), torch.Tensor) else packed
 
         return saved_tensors_hooks(seen, unpack)
 

@@ -178,6 +178,30 @@ def test_a_request_to_stop_lets_a_save_end(job: TinyJob, ranks: Ranks, monkeypat
     assert exported == {newest_state_of(job, "stopped", step) for step in (1, 2)}
 
 
+def test_a_request_to_stop_outlives_a_save_that_fails(
+    job: TinyJob, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Asked for while step 2's shard is written, for which there is no room 0.3 s later: that is said, the run ends as
+    one that was asked to, and the last whole step is saved."""
+    disk = Disk(monkeypatch, seconds=0.3, full_at=2)
+    write = disk.write
+
+    def ask(path: Path, chunks: Any) -> str:
+        if disk.writes == 1:
+            stopping.request("SIGTERM")
+        return write(path, chunks)
+
+    monkeypatch.setattr(checkpoint, "write_digested", ask)
+    try:
+        with pytest.raises(stopping.Stopped):
+            run_job(job, ranks, "outlived")
+    finally:
+        stopping.install()
+        stopping.uninstall()
+    assert disk.writes == 3 and newest_step(job, "outlived") >= 2 and temps(job, "outlived") == []
+    assert "a save under way failed: UserError: cannot write" in caplog.text
+
+
 def newest_state_of(job: TinyJob, name: str, step: int) -> str:
     """The export that the state of a step names."""
     folder = job.folder / "checkpoints" / name / "state" / f"step_{step:08d}"
