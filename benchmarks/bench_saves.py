@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,7 @@ def main(bench: Bench) -> None:
     body = measure.table([head, *(row(name, found) for name, found in runs.items())])
     about = f"{Path(bench.model).name}, {bench.deepspeed}, {bench.ranks} ranks; seconds, medians over saves and runs"
     command = shlex.join(["python", "-m", _MODULE, *sys.argv[1:]])
-    counts = asdict(bench)
-    every = f"a save every {counts['interval']} steps, {counts['saves']} a run, {counts['rounds']} runs a way"
+    every = f"a save every {bench.interval} steps, {bench.saves} a run, {bench.rounds} runs a way"
     notes = f"{about}; {every}; others meanwhile: {watch.share()}"
     measure.record("The wait for a save", command, f"{notes}\n\n{body}", torch.device("cpu"), bench.results)
 

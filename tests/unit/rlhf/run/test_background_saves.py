@@ -154,24 +154,28 @@ def test_a_disk_that_is_full_for_a_save_ends_the_run(
     assert 6 + 5 + 2 <= disk.begun < 6 + 5 + 6
 
 
-def test_a_request_to_stop_lets_a_save_end(job: TinyJob, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for when step 2's shard is begun, which takes 0.3 s: it gets its name and its export, and of step 3, where
-    that is done by then, a state is saved too."""
-    disk = Disk(monkeypatch, seconds=0.3)
-    write = disk.write
+def run_and_stop(job: TinyJob, ranks: Ranks, name: str, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is asked to stop when its second shard is begun, and does."""
 
     def ask(path: Path, chunks: Any) -> str:
         if disk.writes == 1:
             stopping.request("SIGTERM")
-        return write(path, chunks)
+        return disk.write(path, chunks)
 
     monkeypatch.setattr(checkpoint, "write_digested", ask)
     try:
         with pytest.raises(stopping.Stopped):
-            run_job(job, ranks, "stopped")
+            run_job(job, ranks, name)
     finally:
         stopping.install()
         stopping.uninstall()
+
+
+def test_a_request_to_stop_lets_a_save_end(job: TinyJob, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for when step 2's shard is begun, which takes 0.3 s: it gets its name and its export, and of step 3, where
+    that is done by then, a state is saved too."""
+    disk = Disk(monkeypatch, seconds=0.3)
+    run_and_stop(job, ranks, "stopped", disk, monkeypatch)
     steps = {name.split("/")[0] for name in states(job, "stopped")}
     assert {"step_00000001", "step_00000002"} <= steps and temps(job, "stopped") == []
     exported = {p.name for p in (job.folder / "checkpoints" / "stopped").glob("*.pth")}
@@ -184,20 +188,7 @@ def test_a_request_to_stop_outlives_a_save_that_fails(
     """Asked for while step 2's shard is written, for which there is no room 0.3 s later: that is said, the run ends as
     one that was asked to, and the last whole step is saved."""
     disk = Disk(monkeypatch, seconds=0.3, full_at=2)
-    write = disk.write
-
-    def ask(path: Path, chunks: Any) -> str:
-        if disk.writes == 1:
-            stopping.request("SIGTERM")
-        return write(path, chunks)
-
-    monkeypatch.setattr(checkpoint, "write_digested", ask)
-    try:
-        with pytest.raises(stopping.Stopped):
-            run_job(job, ranks, "outlived")
-    finally:
-        stopping.install()
-        stopping.uninstall()
+    run_and_stop(job, ranks, "outlived", disk, monkeypatch)
     assert disk.writes == 3 and newest_step(job, "outlived") >= 2 and temps(job, "outlived") == []
     assert "a save under way failed: UserError: cannot write" in caplog.text
 
