@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from simple_llama.ops import logprob
-from simple_llama.ops.logprob import CHUNK_ROWS, Counts
+from simple_llama.ops.logprob_chunks import Counts, rows_at_once
 
 BETA = 0.1
 NLL = "torch sum"  # the one way with another loss
@@ -108,8 +108,9 @@ def ours(problem: Problem) -> Outcome:
         problem.targets_N,
         problem.counts,
         lambda logps_b2, _: dpo_losses(logps_b2),
+        factor=1 / len(problem.counts),
     )
-    return _differentiated(loss / len(problem.counts), problem, logps_B2)
+    return _differentiated(loss, problem, logps_B2)
 
 
 def ours_recomputed(problem: Problem) -> Outcome:
@@ -202,7 +203,8 @@ def _torch_loss(problem: Problem, reduction: str, chunk_rows: int | None) -> tor
 
 
 def _our_rows(problem: Problem) -> int:
-    return min(CHUNK_ROWS[problem.hidden_ND.device.type], len(problem.targets_N))
+    rows = rows_at_once(problem.hidden_ND.device.type, len(problem.weight_VD))
+    return min(rows, len(problem.targets_N))
 
 
 def dpo_losses(logps_B2: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Log-probs of targets under a vocabulary matrix, a chunk of logits at a time: the head of a DPO step.
 
-    part_loss     three GEMMs a chunk of whole groups, four of a very large one; the loss is differentiated in between
+    part_loss     three GEMMs a chunk of whole groups, four of a very large one; the loss is differentiated amid them
     token_logps   four GEMMs; logits are computed again in backward, for any loss downstream
     part_logps    token_logps summed over each part
     pair_loss, pair_logps    the same where each group is a pair: its sums stand in a row
@@ -11,8 +11,8 @@ asked for, sums of log sum p^2 (p of all tokens, no gradient) stand behind those
 Logits, sums, losses and coefficients are fp32 for bf16 and fp32 inputs, fp64 for fp64 inputs: a bf16 logit is off by
 up to 0.03 at |z| = 16, and a bf16 sum near 300 has spacing 2.
 
-This file has the chunks and the GEMMs. What happens to a chunk's logits between the GEMMs is the row kernels' work:
-`logprob_torch` specifies them and runs anywhere, `logprob_triton` has them for CUDA.
+This file has a CPU's GEMMs; `logprob_cuda` has a GPU's way, which is another one, and `logprob_chunks` which rows exist
+at once. What happens to a chunk's logits between the GEMMs stands in `logprob_torch`, for GPUs in `logprob_triton`.
 
 Shapes: P parts, C sums of a part (1, or 2 with squares), B pairs, K parts of a pair (2: chosen, rejected), S sums of a
 pair (K C: first the K log-prob sums), N scored tokens, D width, V vocabulary; lower case p, b, n: those of one chunk.
@@ -20,31 +20,23 @@ pair (K C: first the K log-prob sums), N scored tokens, D width, V vocabulary; l
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from simple_llama.ops.logprob_torch import TORCH_KERNELS, RowKernels
+from simple_llama.ops import logprob_cuda
+from simple_llama.ops.logprob_chunks import Counts, LossFn, at_once, group_chunks, row_chunks, rows_at_once
+from simple_llama.ops.logprob_torch import gradient_, log_squares, logps_, part_sums, scaled
 from simple_llama.ops.machine import bf16_valued_gemms, has_fast_bf16
 
 # Part of the name of a reference store. Change it with anything that changes a log-prob by more than rounding noise.
 HEAD_VERSION = "fp32-logits-1"
 
-# Scored tokens of each part of each group, of a pair as (chosen, rejected), on the host: no sync to read them. A part
-# may be empty.
-Counts = Sequence[tuple[int, ...]]
-LossFn = Callable[[torch.Tensor, slice], torch.Tensor]  # (sums, which groups) -> losses, as many as these groups have
-_Grads = tuple[torch.Tensor | None, ...]  # one an argument of forward
-
-# Rows of logits that exist at once. Fewer rows make the GEMMs memory-bound (each chunk reads and writes all of dW).
-CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
-MOST_CHUNKS = 4  # as many times so many rows has a chunk at most whose logits exist at once
 WIDENED_ROWS = 4096  # of the vocabulary matrix, at a time
+_Grads = tuple[torch.Tensor | None, ...]  # one an argument of forward
 
 
 def part_loss(
@@ -54,22 +46,21 @@ def part_loss(
     counts: Counts,
     loss_fn: LossFn,
     chunk_rows: int | None = None,
-    kernels: RowKernels | None = None,
     squares: bool = False,
     factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`factor` times the sum of losses, each of the log-prob sums of one group's parts, in three GEMMs.
 
-    Each chunk's gradient is formed in the forward pass, so backward only scales it and needs no weight; on a CPU it
-    does not even that where the result is what is differentiated.
+    Each chunk's gradient is formed in the forward pass, so backward only scales it and needs no weight; it does
+    not even that where the result is what is differentiated. On a GPU it can be asked for the gradient once.
 
     Args:
         hidden_ND: rows that predict the scored tokens; fp32, bf16 or fp64, same dtype as the weight.
         targets_N: int64 scored tokens.
         counts: scored tokens of each part of each group; they add up to N.
         loss_fn: (sums_pC, groups: slice) -> losses of these groups, any number each, of its own group's sums only.
-        chunk_rows: about how many rows of logits exist at once; MOST_CHUNKS times as many where one group has them.
-        kernels: row kernels; None takes the fastest that this installation has.
+        chunk_rows: about how many rows of logits exist at once, None for `rows_at_once`; on a CPU MOST_CHUNKS times as
+            many where one group has them.
         squares: whether the sums have those of log sum p^2 behind them.
         factor: of the sum and its gradient; a step's other factors belong here, where they cost nothing.
 
@@ -77,11 +68,12 @@ def part_loss(
         The sum (scalar, differentiable in hidden and weight), the losses that it is of, without the factor, and sums_PC
         (both detached), all fp32.
     """
-    chunk_rows = chunk_rows or CHUNK_ROWS[hidden_ND.device.type]
-    kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
-    if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return _PartLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, chunk_rows, kernels, squares, factor)
-    sums_PC = part_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, kernels, squares)
+    if _is_differentiated(hidden_ND, weight_VD):
+        rows = chunk_rows or rows_at_once(hidden_ND.device.type, len(weight_VD))
+        if hidden_ND.is_cuda:
+            return logprob_cuda.part_loss(hidden_ND, weight_VD, targets_N, counts, loss_fn, rows, squares, factor)
+        return _PartLoss.apply(hidden_ND, weight_VD, targets_N, counts, loss_fn, rows, squares, factor)
+    sums_PC = part_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, squares)
     losses = loss_fn(sums_PC, slice(0, len(counts)))
     return factor * losses.sum(), losses.detach(), sums_PC
 
@@ -92,16 +84,19 @@ def part_logps(
     targets_N: torch.Tensor,
     counts: Counts,
     chunk_rows: int | None = None,
-    kernels: RowKernels | None = None,
     squares: bool = False,
 ) -> torch.Tensor:
     """Log-prob sums (P, C) of the parts, fp32, differentiable but for squares. Arguments as in `part_loss`."""
-    lengths = _lengths(counts, hidden_ND.device)
-    sums_P1 = _part_sums(token_logps(hidden_ND, weight_VD, targets_N, chunk_rows, kernels), lengths)
+    if hidden_ND.is_cuda:
+        return logprob_cuda.part_logps(
+            hidden_ND, weight_VD, targets_N, counts, chunk_rows or rows_at_once("cuda", len(weight_VD)), squares
+        )
+    lengths = _lengths(counts)
+    sums_P1 = part_sums(token_logps(hidden_ND, weight_VD, targets_N, chunk_rows), lengths)
     if not squares:
         return sums_P1
-    squares_N = _token_squares(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
-    return torch.cat([sums_P1, _part_sums(squares_N, lengths)], dim=1)
+    squares_N = _token_squares(hidden_ND, weight_VD, targets_N, chunk_rows)
+    return torch.cat([sums_P1, part_sums(squares_N, lengths)], dim=1)
 
 
 def pair_loss(
@@ -111,8 +106,8 @@ def pair_loss(
     counts: Counts,
     loss_fn: LossFn,
     chunk_rows: int | None = None,
-    kernels: RowKernels | None = None,
     squares: bool = False,
+    factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`part_loss` of pairs of K parts each: `loss_fn` is given (sums_bS, pairs: slice), and gives losses_b. Returns the
     sum, losses_B and sums_BS."""
@@ -121,7 +116,7 @@ def pair_loss(
     def loss_of(sums_pC: torch.Tensor, pairs: slice) -> torch.Tensor:
         return loss_fn(by_pairs(sums_pC, parts), pairs)
 
-    loss, losses_B, sums_PC = part_loss(hidden_ND, weight_VD, targets_N, counts, loss_of, chunk_rows, kernels, squares)
+    loss, losses_B, sums_PC = part_loss(hidden_ND, weight_VD, targets_N, counts, loss_of, chunk_rows, squares, factor)
     return loss, losses_B, by_pairs(sums_PC, parts)
 
 
@@ -131,12 +126,11 @@ def pair_logps(
     targets_N: torch.Tensor,
     counts: Counts,
     chunk_rows: int | None = None,
-    kernels: RowKernels | None = None,
     squares: bool = False,
 ) -> torch.Tensor:
     """Sums (B, S) of pairs, for K = 2 those of the chosen and rejected answers, fp32, differentiable but for squares.
     Arguments as in `part_loss`."""
-    sums_PC = part_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, kernels, squares)
+    sums_PC = part_logps(hidden_ND, weight_VD, targets_N, counts, chunk_rows, squares)
     return by_pairs(sums_PC, len(counts[0]))
 
 
@@ -150,46 +144,32 @@ def token_logps(
     weight_VD: torch.Tensor,
     targets_N: torch.Tensor,
     chunk_rows: int | None = None,
-    kernels: RowKernels | None = None,
 ) -> torch.Tensor:
     """Log-prob (N,) of each target, fp32, differentiable by computing the logits again. Arguments as in `pair_loss`."""
-    chunk_rows = chunk_rows or CHUNK_ROWS[hidden_ND.device.type]
-    kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
-    return _TokenLogps.apply(hidden_ND, weight_VD, targets_N, chunk_rows, kernels)
+    rows = chunk_rows or rows_at_once(hidden_ND.device.type, len(weight_VD))
+    if hidden_ND.is_cuda:
+        return logprob_cuda.token_logps(hidden_ND, weight_VD, targets_N, rows)
+    return _TokenLogps.apply(hidden_ND, weight_VD, targets_N, rows)
+
+
+def _is_differentiated(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
 
 
 @torch.no_grad()
 def _token_squares(
-    hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    targets_N: torch.Tensor,
-    chunk_rows: int | None,
-    kernels: RowKernels | None,
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, chunk_rows: int | None
 ) -> torch.Tensor:
     """log sum p^2 (N,) of each row, fp32, by logits of its own."""
-    kernels = kernels or _fastest_kernels(hidden_ND.device.type, hidden_ND.dtype)
-    gemms, chunks = (
-        _Gemms(hidden_ND, weight_VD),
-        _row_chunks(len(targets_N), chunk_rows or CHUNK_ROWS[hidden_ND.device.type]),
-    )
+    gemms = _Gemms(hidden_ND, weight_VD)
+    chunks = row_chunks(len(targets_N), chunk_rows or rows_at_once("cpu", len(weight_VD)))
     logits_nV = gemms.logits_buffer(chunks)
-    squares_N = torch.empty(len(targets_N), dtype=gemms.wide_dtype, device=hidden_ND.device)
+    squares_N = torch.empty(len(targets_N), dtype=gemms.wide_dtype)
     for chunk in chunks:
         buffer_nV = gemms.logits_(logits_nV, chunk)
-        _, state_n = kernels.logps_(buffer_nV, targets_N[chunk])
-        squares_N[chunk] = kernels.log_squares(buffer_nV, state_n)
+        _, sum_n = logps_(buffer_nV, targets_N[chunk])
+        squares_N[chunk] = log_squares(buffer_nV, sum_n)
     return squares_N
-
-
-@functools.cache
-def _fastest_kernels(device_type: str, dtype: torch.dtype) -> RowKernels:
-    """The fastest row kernels that this installation has for a device and dtype (Triton's compute in fp32)."""
-    if device_type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton"):
-        from simple_llama.ops.logprob_triton import TRITON_KERNELS, has_driver
-
-        if has_driver():
-            return TRITON_KERNELS
-    return TORCH_KERNELS
 
 
 class _PartLoss(torch.autograd.Function):
@@ -204,25 +184,24 @@ class _PartLoss(torch.autograd.Function):
         counts: Counts,
         loss_fn: LossFn,
         chunk_rows: int,
-        kernels: RowKernels,
         squares: bool,
         factor: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gemms = _Gemms(hidden_ND, weight_VD)
         gradients = _Gradients(gemms, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        chunks = _group_chunks(counts, chunk_rows)
-        logits_nV = gemms.logits_buffer([part for chunk in chunks for part in _parts(chunk.rows, chunk_rows)])
-        lengths, edges = _lengths(counts, hidden_ND.device), [0, *accumulate(map(len, counts))]
+        chunks = group_chunks(counts, chunk_rows)
+        logits_nV = gemms.logits_buffer([part for chunk in chunks for part in at_once(chunk.rows, chunk_rows)])
+        lengths, edges = _lengths(counts), [0, *accumulate(map(len, counts))]
         losses, sums = [], []
         for chunk in chunks:
             lengths_p = lengths[edges[chunk.groups.start] : edges[chunk.groups.stop]]
-            parts, values = _parts(chunk.rows, chunk_rows), []
+            parts, values = at_once(chunk.rows, chunk_rows), []
             for part in parts:
                 buffer_nV = gemms.logits_(logits_nV, part)
-                logps_n, state_n = kernels.logps_(buffer_nV, targets_N[part])
-                values.append((logps_n, *([kernels.log_squares(buffer_nV, state_n)] if squares else [])))
+                logps_n, sum_n = logps_(buffer_nV, targets_N[part])
+                values.append((logps_n, *([log_squares(buffer_nV, sum_n)] if squares else [])))
             sums_pC = torch.cat(
-                [_part_sums(torch.cat(column), lengths_p) for column in zip(*values, strict=True)], dim=1
+                [part_sums(torch.cat(column), lengths_p) for column in zip(*values, strict=True)], dim=1
             )
             chunk_losses, coefs_pC = _differentiate(loss_fn, sums_pC, chunk.groups)
             coefs_p = factor * coefs_pC[:, 0]
@@ -230,13 +209,13 @@ class _PartLoss(torch.autograd.Function):
             for part, coefs in zip(parts, coefs_n.split([part.stop - part.start for part in parts]), strict=True):
                 if len(parts) > 1:  # what was there is that of another part
                     buffer_nV = gemms.logits_(logits_nV, part)
-                    _, state_n = kernels.logps_(buffer_nV, targets_N[part])
-                gradient_nV = kernels.gradient_(buffer_nV, targets_N[part], state_n, coefs, gemms.gradient_dtype)
+                    _, sum_n = logps_(buffer_nV, targets_N[part])
+                gradient_nV = gradient_(buffer_nV, targets_N[part], sum_n, coefs, gemms.gradient_dtype)
                 gradients.add_(gradient_nV, part)
             losses.append(chunk_losses)
             sums.append(sums_pC)
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD)
-        ctx.dtype, ctx.scaled = hidden_ND.dtype, kernels.scaled
+        ctx.dtype = hidden_ND.dtype
         every_loss, sums_PC = torch.cat(losses), torch.cat(sums)
         ctx.mark_non_differentiable(every_loss, sums_PC)
         return factor * every_loss.sum(), every_loss, sums_PC
@@ -245,13 +224,13 @@ class _PartLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> _Grads:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_loss, *_ = grad_outputs
-        as_it_is = grad_loss.device.type == "cpu" and grad_loss.item() == 1  # reading it would make a GPU's host wait
+        as_it_is = grad_loss.item() == 1
 
-        def scaled(gradient: torch.Tensor) -> torch.Tensor:
-            return gradient.to(ctx.dtype) if as_it_is else ctx.scaled(gradient, grad_loss, ctx.dtype)
+        def times(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient.to(ctx.dtype) if as_it_is else scaled(gradient, grad_loss, ctx.dtype)
 
-        hidden_ND, weight_VD = (None if gradient is None else scaled(gradient) for gradient in ctx.saved_tensors)
-        return hidden_ND, weight_VD, *(None for _ in range(7))
+        hidden_ND, weight_VD = (None if gradient is None else times(gradient) for gradient in ctx.saved_tensors)
+        return hidden_ND, weight_VD, *(None for _ in range(6))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -264,16 +243,15 @@ class _TokenLogps(torch.autograd.Function):
         weight_VD: torch.Tensor,
         targets_N: torch.Tensor,
         chunk_rows: int,
-        kernels: RowKernels,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        ctx.chunk_rows, ctx.kernels = chunk_rows, kernels
+        ctx.chunk_rows = chunk_rows
         gemms = _Gemms(hidden_ND, weight_VD)
-        chunks = _row_chunks(len(targets_N), chunk_rows)
+        chunks = row_chunks(len(targets_N), chunk_rows)
         logits_nV = gemms.logits_buffer(chunks)
         logps_N = torch.empty(len(targets_N), dtype=gemms.wide_dtype, device=hidden_ND.device)
         for chunk in chunks:
-            logps_N[chunk], _ = kernels.logps_(gemms.logits_(logits_nV, chunk), targets_N[chunk])
+            logps_N[chunk], _ = logps_(gemms.logits_(logits_nV, chunk), targets_N[chunk])
         return logps_N
 
     @staticmethod
@@ -283,38 +261,35 @@ class _TokenLogps(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N = ctx.saved_tensors
         gemms = _Gemms(hidden_ND, weight_VD)
         gradients = _Gradients(gemms, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        chunks = _row_chunks(len(targets_N), ctx.chunk_rows)
+        chunks = row_chunks(len(targets_N), ctx.chunk_rows)
         logits_nV = gemms.logits_buffer(chunks)
         for chunk in chunks:
             buffer_nV = gemms.logits_(logits_nV, chunk)
-            _, state_n = ctx.kernels.logps_(buffer_nV, targets_N[chunk])
-            gradient_nV = ctx.kernels.gradient_(
-                buffer_nV, targets_N[chunk], state_n, coefs_N[chunk], gemms.gradient_dtype
-            )
+            _, sum_n = logps_(buffer_nV, targets_N[chunk])
+            gradient_nV = gradient_(buffer_nV, targets_N[chunk], sum_n, coefs_N[chunk], gemms.gradient_dtype)
             gradients.add_(gradient_nV, chunk)
         hidden_grad_ND, weight_grad_VD = (
             None if gradient is None else gradient.to(hidden_ND.dtype)
             for gradient in (gradients.hidden_ND, gradients.weight_VD)
         )
-        return hidden_grad_ND, weight_grad_VD, None, None, None
+        return hidden_grad_ND, weight_grad_VD, None, None
 
 
 class _Gemms:
     """The GEMMs of one call. Their results are fp32 (fp64 for fp64 inputs), whatever the operands are held in.
 
-    bf16 on CUDA: bf16 operands, fp32 results. bf16 on the CPU: logits from widened operands. Where it has bf16 units,
-    gradients from those in bf16, and the weight is widened some rows at a time, which its cache still has when they are
-    multiplied; elsewhere gradients from widened operands, the weight widened once.
+    bf16: logits from widened operands. Where a CPU has bf16 units, gradients from those in bf16, and the weight is
+    widened some rows at a time, which its cache still has when they are multiplied; elsewhere gradients from widened
+    operands, the weight widened once.
     """
 
     def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor):
         self.hidden_ND, self.weight_VD = hidden_ND, weight_VD
         self.wide_dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         narrow = weight_VD.dtype != self.wide_dtype
-        self.mixed = narrow and weight_VD.is_cuda
-        self.fast_bf16 = narrow and not self.mixed and has_fast_bf16(weight_VD.device)
-        self.gradient_dtype = weight_VD.dtype if self.mixed or self.fast_bf16 else self.wide_dtype
-        if not (self.mixed or self.fast_bf16):
+        self.fast_bf16 = narrow and has_fast_bf16(weight_VD.device)
+        self.gradient_dtype = weight_VD.dtype if self.fast_bf16 else self.wide_dtype
+        if not self.fast_bf16:
             self.wide_VD = weight_VD.to(self.wide_dtype)
         self.wide_nD = hidden_ND[:0]  # the rows of the chunk whose logits came last
 
@@ -326,8 +301,6 @@ class _Gemms:
     def logits_(self, buffer_nV: torch.Tensor, rows: slice) -> torch.Tensor:
         """Writes hidden[rows] weight^T into the first rows of the buffer and gives these."""
         out_nV = buffer_nV[: rows.stop - rows.start]
-        if self.mixed:
-            return torch.mm(self.hidden_ND[rows], self.weight_VD.T, out_dtype=self.wide_dtype, out=out_nV)
         self.wide_nD = self.hidden_ND[rows].to(self.wide_dtype)
         if not self.fast_bf16:
             return torch.mm(self.wide_nD, self.wide_VD.T, out=out_nV)
@@ -339,9 +312,7 @@ class _Gemms:
 
     def hidden_gradient_(self, gradient_nV: torch.Tensor, out_nD: torch.Tensor) -> None:
         """out = gradient weight."""
-        if self.mixed:
-            torch.mm(gradient_nV, self.weight_VD, out_dtype=self.wide_dtype, out=out_nD)
-        elif self.fast_bf16:
+        if self.fast_bf16:
             out_nD.copy_(gradient_nV @ self.weight_VD)
         else:
             torch.mm(gradient_nV, self.wide_VD, out=out_nD)
@@ -360,9 +331,6 @@ class _Gemms:
             return before_VD
         beta = 0 if before_VD is None else 1  # 0 ignores what stands in the result
         out_VD = torch.empty_like(self.weight_VD, dtype=self.wide_dtype) if before_VD is None else before_VD
-        if self.mixed:
-            rows_nD = self.hidden_ND[rows]
-            return torch.addmm(out_VD, gradient_nV.T, rows_nD, beta=beta, out_dtype=self.wide_dtype, out=out_VD)
         return torch.addmm(out_VD, gradient_nV.T, self.wide_nD, beta=beta, out=out_VD)
 
 
@@ -385,60 +353,9 @@ class _Gradients:
             self.weight_VD = self.gemms.weight_gradient(gradient_nV, rows, self.weight_VD)
 
 
-class _Chunk(NamedTuple):
-    groups: slice
-    rows: slice
-
-
-def _group_chunks(counts: Counts, chunk_rows: int) -> list[_Chunk]:
-    """Whole groups in about equal chunks: a group belongs to the chunk that its middle row falls into.
-
-    A chunk has at most chunk_rows rows and the halves of its first and last group that stick out.
-    """
-    total = sum(map(sum, counts))
-    n_chunks = -(-total // chunk_rows)
-    chunks: list[_Chunk] = []
-    previous, start = -1, 0
-    for group, parts in enumerate(counts):
-        stop = start + sum(parts)
-        index = (start + stop) * n_chunks // (2 * total)
-        if index == previous:
-            last = chunks.pop()
-            chunks.append(_Chunk(slice(last.groups.start, group + 1), slice(last.rows.start, stop)))
-        else:
-            chunks.append(_Chunk(slice(group, group + 1), slice(start, stop)))
-        previous, start = index, stop
-    return chunks
-
-
-def _parts(rows: slice, chunk_rows: int) -> list[slice]:
-    """What of a chunk exists at once: all, or of very many rows about `chunk_rows`."""
-    count = rows.stop - rows.start
-    if count <= MOST_CHUNKS * chunk_rows:
-        return [rows]
-    return [slice(rows.start + part.start, rows.start + part.stop) for part in _row_chunks(count, chunk_rows)]
-
-
-def _row_chunks(n_rows: int, chunk_rows: int) -> list[slice]:
-    """Rows in about equal chunks of at most chunk_rows."""
-    n_chunks = -(-n_rows // chunk_rows)
-    edges = [n_rows * i // n_chunks for i in range(n_chunks)] + [n_rows]
-    return [slice(start, stop) for start, stop in pairwise(edges)]
-
-
-def _lengths(counts: Counts, device: torch.device) -> torch.Tensor:
-    """Scored tokens of each part (P,), group after group, on `device` without a host sync."""
-    lengths = torch.tensor([part for parts in counts for part in parts], dtype=torch.int64)
-    if device.type == "cuda":
-        return lengths.pin_memory().to(device, non_blocking=True)
-    return lengths
-
-
-def _part_sums(values_n: torch.Tensor, lengths_p: torch.Tensor) -> torch.Tensor:
-    """Sums (p, 1) over each part, rounded once: they depend on no other part and on no order of adding."""
-    # unsafe=True skips a check of the lengths that would wait for the device
-    sums_p = torch.segment_reduce(values_n.double(), "sum", lengths=lengths_p, unsafe=True)
-    return sums_p.to(values_n.dtype)[:, None]
+def _lengths(counts: Counts) -> torch.Tensor:
+    """Scored tokens of each part (P,), group after group."""
+    return torch.tensor([part for parts in counts for part in parts], dtype=torch.int64)
 
 
 def _differentiate(loss_fn: LossFn, sums_pC: torch.Tensor, groups: slice) -> tuple[torch.Tensor, torch.Tensor]:

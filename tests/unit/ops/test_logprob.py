@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simple_llama.ops import logprob, machine
+from simple_llama.ops import logprob, logprob_torch, machine
 from simple_llama.ops.logprob import pair_logps, pair_loss, token_logps
-from simple_llama.ops.logprob_torch import TORCH_KERNELS
 
 Counts = tuple[tuple[int, int], ...]
 COUNTS: Counts = ((3, 2), (1, 1), (4, 7), (2, 5))  # 25 rows; a one-token pair; a pair longer than a chunk of 8 rows
@@ -148,8 +147,8 @@ def test_each_pair_sum_is_its_own() -> None:
     On any CPU, with any number of threads: torch adds up each segment by itself, here in fp64.
     """
     logps_N = -300 * torch.rand(25, generator=torch.Generator().manual_seed(0))
-    sums = logprob.by_pairs(logprob._part_sums(logps_N, logprob._lengths(COUNTS, torch.device("cpu"))), 2)
-    alone = logprob.by_pairs(logprob._part_sums(logps_N[7:18], torch.tensor([4, 7])), 2)
+    sums = logprob.by_pairs(logprob_torch.part_sums(logps_N, logprob._lengths(COUNTS)), 2)
+    alone = logprob.by_pairs(logprob_torch.part_sums(logps_N[7:18], torch.tensor([4, 7])), 2)
     assert torch.equal(sums[2:3], alone)
     assert sums[2].tolist() == [
         logps_N[7:11].double().sum().float().item(),
@@ -193,18 +192,14 @@ def test_a_factor_belongs_to_the_sum_and_its_gradient(
     plain, losses, _ = pair_loss(hidden, weight, targets, COUNTS, margin_loss, chunk_rows=8)
     expected = gradients(factor * outer * plain, hidden, weight)
     scaled = []
-    kernels = logprob.TORCH_KERNELS._replace(scaled=lambda *args: scaled.append(1) or TORCH_KERNELS.scaled(*args))
-
-    def loss_of(sums_p1: torch.Tensor, pairs: slice) -> torch.Tensor:
-        return margin_loss(logprob.by_pairs(sums_p1, 2), pairs)
-
-    loss, same, _ = logprob.part_loss(hidden, weight, targets, COUNTS, loss_of, 8, kernels, factor=factor)
+    monkeypatch.setattr(logprob, "scaled", lambda *args: scaled.append(1) or logprob_torch.scaled(*args))
+    loss, same, _ = pair_loss(hidden, weight, targets, COUNTS, margin_loss, 8, factor=factor)
     assert torch.equal(losses, same) and torch.allclose(loss, factor * plain)
     for found, theirs in zip(gradients(outer * loss, hidden, weight), expected, strict=True):
         assert torch.allclose(found, theirs, rtol=1e-12)
     assert len(scaled) == (0 if outer == 1 else 2)
     with torch.no_grad():
-        loss, same, _ = logprob.part_loss(hidden, weight, targets, COUNTS, loss_of, 8, factor=factor)
+        loss, same, _ = pair_loss(hidden, weight, targets, COUNTS, margin_loss, 8, factor=factor)
     assert torch.equal(losses, same) and torch.allclose(loss, factor * plain)
 
 
@@ -390,23 +385,6 @@ def test_sums_of_parts_and_of_squares() -> None:
         torch.testing.assert_close(plain, loss.detach())
 
 
-@settings(deadline=None)
-@given(
-    counts=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=40).map(tuple),
-    chunk_rows=st.integers(1, 200),
-)
-def test_chunks_hold_whole_pairs(counts: Counts, chunk_rows: int) -> None:
-    """Chunks tile the pairs and rows in order; their rows stay below chunk_rows plus half the first and last pair."""
-    chunks = logprob._group_chunks(counts, chunk_rows)
-    sizes = [sum(pair) for pair in counts]
-    assert [p for chunk in chunks for p in range(chunk.groups.start, chunk.groups.stop)] == list(range(len(counts)))
-    assert [r for chunk in chunks for r in range(chunk.rows.start, chunk.rows.stop)] == list(range(sum(sizes)))
-    for chunk in chunks:
-        inside = sizes[chunk.groups]
-        assert chunk.rows.stop - chunk.rows.start == sum(inside)
-        assert len(inside) == 1 or sum(inside) <= chunk_rows + (inside[0] + inside[-1]) / 2
-
-
 def test_one_logits_buffer_for_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every chunk's logits are written to the same memory, no larger than the largest chunk."""
     hidden, weight, targets = problem(COUNTS, 5, 9)
@@ -442,9 +420,3 @@ def test_bf16_valued_gemms_is_exact_and_restores(fp32_setting: Any) -> None:
     with pytest.raises(KeyError), machine.bf16_valued_gemms():
         raise KeyError
     assert fp32_setting.fp32_precision == "ieee"
-
-
-def test_a_cpu_and_fp64_get_torch_kernels() -> None:
-    """The Triton kernels are for CUDA and compute in fp32."""
-    assert logprob._fastest_kernels("cpu", torch.float32) is TORCH_KERNELS
-    assert logprob._fastest_kernels("cuda", torch.float64) is TORCH_KERNELS

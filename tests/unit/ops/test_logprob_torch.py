@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from simple_llama.ops.logprob_torch import TORCH_KERNELS
+from simple_llama.ops.logprob_torch import TORCH_KERNELS, gradient_, log_squares, logps_, scaled
 
 
 def _run(logits_nV: torch.Tensor, targets: list[int], coefs: list[float], dtype: torch.dtype):
     """Log-probs and gradient of a buffer, and that gradient's place in the buffer (bytes from its start)."""
     targets_n = torch.tensor(targets)
-    logps_n, state_n = TORCH_KERNELS.logps_(logits_nV, targets_n)
-    gradient_nV = TORCH_KERNELS.gradient_(logits_nV, targets_n, state_n, torch.tensor(coefs), dtype)
+    logps_n, state_n = logps_(logits_nV, targets_n)
+    gradient_nV = gradient_(logits_nV, targets_n, state_n, torch.tensor(coefs), dtype)
     return logps_n, gradient_nV, gradient_nV.data_ptr() - logits_nV.data_ptr()
 
 
@@ -32,9 +32,9 @@ def test_log_squares_by_hand() -> None:
     """p = (1/4, 3/4): 10/16; one logit 1e4 above the other: 1; both equal: 1/2. The buffer is still the gradient's."""
     logits = torch.tensor([[0.0, math.log(3)], [1e4, 0.0], [-1e4, -1e4]])
     targets = torch.tensor([1, 0, 0])
-    _, state = TORCH_KERNELS.logps_(logits, targets)
+    _, state = logps_(logits, targets)
     before = logits.clone()
-    found = TORCH_KERNELS.log_squares(logits, state)
+    found = log_squares(logits, state)
     torch.testing.assert_close(found, torch.tensor([10 / 16, 1.0, 0.5]).log(), atol=1e-7, rtol=1e-6)
     assert torch.equal(logits, before)
 
@@ -69,6 +69,44 @@ def test_bf16_gradient_lies_in_the_buffer(rows: int, vocabulary: int) -> None:
 def test_scaled_by_hand(dtype: torch.dtype) -> None:
     """1 + 2^-7 times 3 is 3 + 3/128: bf16, with spacing 1/64 from 2 on, rounds that tie to 3 + 1/32 (even)."""
     gradient = torch.tensor([1 + 2**-7])
-    found = TORCH_KERNELS.scaled(gradient, torch.tensor(3.0), dtype)
+    found = scaled(gradient, torch.tensor(3.0), dtype)
     assert found.dtype == dtype and gradient.item() == 1 + 2**-7
     assert found.item() == (3.0234375 if dtype == torch.float32 else 3.03125)
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_coefficients_by_hand(dtype: torch.dtype, squares: bool) -> None:
+    """p = (1/4, 3/4): log-probs and 10/16, and onehot - softmax where a gradient is asked for, written beside."""
+    logits = torch.tensor([[0.0, math.log(3)]] * 2)
+    out = torch.full((2, 4), 7.0, dtype=dtype)
+    values = TORCH_KERNELS.rows_(logits.clone(), torch.tensor([1, 0]), out[:, :2], squares)
+    logps = [-0.2876820725, -1.3862943611]
+    expected = [logps] + ([[math.log(10 / 16)] * 2] if squares else [])
+    torch.testing.assert_close(values, torch.tensor(expected))
+    expected = torch.tensor([[-0.25, 0.25, 7, 7], [0.75, -0.75, 7, 7]], dtype=dtype)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(TORCH_KERNELS.rows_(logits, torch.tensor([1, 0]), None, squares), values)
+
+
+def test_part_sums_by_hand() -> None:
+    """1 + 2, nothing, 3, of two kinds of values. 2^24 + 1 - 2^24 is 1 in fp64, and 0 in fp32."""
+    values = torch.tensor([[2.0**24, 1.0, -(2.0**24), 3.0], [1.0, 2.0, 3.0, 4.0]])
+    found = TORCH_KERNELS.part_sums(values, torch.tensor([0, 3, 3, 4]))
+    assert found.tolist() == [[1.0, 6.0], [0.0, 0.0], [3.0, 4.0]]
+
+
+def test_weighted_by_hand() -> None:
+    """1 + 2^-7 times 3 is 3 + 3/128, as above; a row is multiplied by its own coefficient."""
+    out = torch.zeros(2, 1, dtype=torch.bfloat16)
+    TORCH_KERNELS.weighted([(torch.tensor([[1 + 2**-7], [2.0]]).bfloat16(), out)], torch.tensor([3.0, -0.5]))
+    assert out.tolist() == [[3.03125], [-1.0]]
+
+
+def test_scaled_in_place_by_hand() -> None:
+    """Of the dtype asked for, the gradient itself is multiplied; else it stays."""
+    gradient = torch.tensor([2.0])
+    (narrow,) = TORCH_KERNELS.scaled_([gradient], torch.tensor(3.0), torch.bfloat16)
+    assert narrow.item() == 6 and narrow.dtype == torch.bfloat16 and gradient.item() == 2
+    (same,) = TORCH_KERNELS.scaled_([gradient], torch.tensor(3.0), torch.float32)
+    assert same is gradient and gradient.item() == 6

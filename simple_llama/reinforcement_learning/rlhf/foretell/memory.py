@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.ops.attention import is_widened
-from simple_llama.ops.logprob import CHUNK_ROWS, MOST_CHUNKS, WIDENED_ROWS
+from simple_llama.ops.logprob import WIDENED_ROWS
+from simple_llama.ops.logprob_chunks import MOST_CHUNKS, rows_at_once
 from simple_llama.ops.machine import has_fast_bf16, resident_bytes
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
@@ -201,18 +202,37 @@ def _attention(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
 
 
 def _head(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
-    """Bytes of the head: a chunk of logits, the gradient of the vocabulary matrix, in fp32 or where one chunk is all
-    and the CPU has bf16 units in bf16; of bf16 on a CPU a wider copy of that matrix, or of a part of it."""
+    """Bytes of the head on a CPU: a chunk of logits, the gradient of the vocabulary matrix, in fp32 or where one chunk
+    is all and the CPU has bf16 units in bf16; of bf16 a wider copy of that matrix, or of a part of it."""
     scored, item, shape = len(batch.targets_N), model.dtype.itemsize, model.architecture
-    few, longest = CHUNK_ROWS[engine.device], max(map(sum, batch.answer_counts), default=0)
+    few, longest = rows_at_once(engine.device, shape.vocab_size), max(map(sum, batch.answer_counts), default=0)
+    if engine.device != "cpu":
+        return _gpu_head(model, scored, few)
     chunk, matrix = max(min(scored, few), min(longest, MOST_CHUNKS * few)), shape.vocab_size * shape.width
     gradient, wide = 4 * matrix, 0
-    if item == 2 and engine.device == "cpu":
+    if item == 2:
         fast = has_fast_bf16("cpu")
         wide = 4 * (min(WIDENED_ROWS, shape.vocab_size) * shape.width if fast else matrix)
         gradient = 2 * matrix if fast and chunk == scored else 6 * matrix  # a chunk's product beside their sum
     gradient *= bool(model.head)
     return 4 * chunk * shape.vocab_size + gradient + wide + scored * shape.width * (4 + item)
+
+
+def _gpu_head(model: TrainedModel, scored: int, few: int) -> int:
+    """Bytes of the head on a GPU, of `scored` rows of which `few` have logits at once (ops/logprob_cuda.py).
+
+    A chunk's gradients of logits stand beside its fp32 logits, then beside the gradient of the vocabulary matrix. Where
+    one chunk is all, that one is in the model's dtype; else in fp32 from the first chunk on, and at last beside itself
+    in that dtype. Of the hidden rows the gradient, and of a chunk's first that in fp32, then the rows weighted.
+    """
+    shape, item = model.architecture, model.dtype.itemsize
+    chunks = max(1, -(-scored // (MOST_CHUNKS * few)))
+    alone, chunk, matrix = chunks == 1, -(-scored // chunks), shape.vocab_size * shape.width * bool(model.head)
+    of_chunk, gradient = item * chunk * shape.vocab_size, (item if alone else 4) * matrix
+    making = 4 * min(few, chunk) * shape.vocab_size + of_chunk + (0 if alone else gradient)
+    adding = of_chunk + gradient + max(4, item) * chunk * shape.width
+    casting = 0 if alone or item == 4 else gradient + item * matrix
+    return max(making, adding, casting) + item * scored * shape.width
 
 
 def step_extra(masters: Sequence[int], largest: int, offloads: bool, sums_in_one: bool) -> int:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.measure import peak_extra_bytes
 from simple_llama.cluster.distributed import Ranks
-from simple_llama.ops import attention, linear, logprob, remade
+from simple_llama.ops import attention, linear, logprob, logprob_chunks, remade
 from simple_llama.ops.machine import has_fast_bf16
 from simple_llama.ops.remade import keeping_all
 from simple_llama.pretraining.architecture import Architecture
@@ -116,8 +116,8 @@ def test_layers_keep_what_is_counted(monkeypatch: pytest.MonkeyPatch, most_wide:
 @pytest.mark.parametrize("chunk", [512, 100])
 def test_the_head_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """The most that exists at once of a real call, in one chunk and in four, of a matrix that is widened in parts."""
+    monkeypatch.setattr(logprob_chunks, "_CPU_ROWS", chunk)
     for module in (memory, logprob):
-        monkeypatch.setattr(module, "CHUNK_ROWS", {"cpu": chunk})
         monkeypatch.setattr(module, "WIDENED_ROWS", 1024)
     shape = Architecture.of(TrainingConfig(n_embd=128, n_layers=1, n_heads=4, max_seq_len=512), 8192)
     batch = PairBatch.pack([TokenizedPair.from_chats([1, 2, 3], 1, [1, 2, 4], 1) for _ in range(200)])
@@ -183,6 +183,22 @@ def test_a_gpu_counts_what_its_allocator_gives() -> None:
     for device, gradients in (("cuda", 60_000), ("cpu", 100_000)):
         found = parts(Engine(device, 1, 2, buckets=False, offloads=True))["passes"]
         assert found["gradients"] == gradients
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "mib"),
+    [(4096, 4096, 2068), (8192, 2048, 2537), (5000, 4096, 3093)],  # as tests/unit/ops/test_logprob_cuda.py counts them
+)
+def test_a_gpus_head_takes_what_its_tensors_do(rows: int, width: int, mib: float) -> None:
+    """In one chunk, and in two of 4,096 and of 2,500 rows, of 128,256 tokens; 3 % for logits that are fewer than may
+    be. With a frozen head no gradient of the matrix: 1,002 MiB less. By hand, of the pair of 5 rows above: 5 * 50
+    numbers of bf16, the gradient of 1,600, 5 rows of 32 in fp32, and in bf16."""
+    assert parts(ALONE._replace(device="cuda"))["passes"]["head"] == 500 + 3200 + 640 + 320
+    model = MODEL._replace(architecture=Architecture.of(TrainingConfig(n_embd=width, n_heads=16), 128_256))
+    assert memory._gpu_head(model, rows, 1024) / 2**20 == pytest.approx(mib, rel=0.03)
+    if rows == 4096:  # at their making then, with 501 of logits, 32 of hidden rows
+        frozen = memory._gpu_head(model._replace(head=False), rows, 1024) / 2**20
+        assert frozen == pytest.approx(1002 + 501 + 32, abs=1)
 
 
 def test_what_a_step_adds_by_hand() -> None:

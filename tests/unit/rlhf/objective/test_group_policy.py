@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.ops import logprob
+from simple_llama.ops import logprob_chunks
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
@@ -79,7 +79,7 @@ def test_grouped_is_pair_by_pair(
     model: LLaMaTransformer, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], chunk_rows: int
 ) -> None:
     """Losses, sums and gradients, fp32 1e-5, of records of 4, 2, 8 and 3 answers; also with chunks of few records."""
-    monkeypatch.setitem(logprob.CHUNK_ROWS, "cpu", chunk_rows)
+    monkeypatch.setattr(logprob_chunks, "_CPU_ROWS", chunk_rows)
     pairs, loss_fn = ranked_pairs(1, (4, 2, 8, 3)), PreferenceLoss(**options)
     both = []
     for batch in (PairBatch.pack(pairs), apart(pairs)):
