@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,3 +368,38 @@ def test_memory_by_the_sizes(
         )
         gradients(loss, hidden, weight)
     assert memory.most / 2**20 == pytest.approx(mib, abs=1)
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_a_gpus_tensors_are_given_to_it(monkeypatch: pytest.MonkeyPatch, squares: bool) -> None:
+    """Each function of the head hands on all that it was given, with a GPU's rows or those asked for, and computes
+    nothing itself."""
+    hidden, weight, targets = problem(COUNTS, 5, 9)
+    asked: list[int] = []
+
+    def given_over(name: str) -> None:
+        its_own: Callable[..., Any] = getattr(logprob_cuda, name)
+
+        def call(there: Any, weight_VD: torch.Tensor, targets_N: torch.Tensor, *rest: Any) -> Any:
+            assert there is on_gpu and weight_VD is weight and targets_N is targets
+            asked.append(rest[0] if name == "token_logps" else rest[{"part_loss": 2, "part_logps": 1}[name]])
+            return its_own(hidden, weight_VD, targets_N, *rest)
+
+        monkeypatch.setattr(logprob_cuda, name, call)
+
+    for name in ("part_loss", "part_logps", "token_logps"):
+        given_over(name)
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), requires_grad=True)
+    both = []
+    for rows_ND in (on_gpu, hidden):
+        loss, losses, sums = logprob.part_loss(
+            rows_ND, weight, targets, COUNTS, margin_loss, squares=squares, factor=0.3
+        )
+        token = logprob.token_logps(rows_ND, weight, targets, 7)
+        apart = logprob.part_logps(rows_ND, weight, targets, COUNTS, 7, squares)
+        with torch.no_grad():
+            plain, *_ = logprob.part_loss(rows_ND, weight, targets, COUNTS, margin_loss, 6, squares, 0.3)
+        both.append((loss, losses, sums, token, apart, plain))
+    for found, expected in zip(*both, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert asked == [rows_at_once("cuda", 9), 7, 7, 6]
