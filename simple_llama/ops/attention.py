@@ -25,6 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from simple_llama.ops.elementwise import fused_kernels
 from simple_llama.ops.linear import emulates_bf16
 from simple_llama.ops.machine import cpu_emulates_bf16
 
@@ -51,8 +52,7 @@ class KeyPlan(NamedTuple):
     """Which row of the stream each key is, and the way back: int64 tensors on one device."""
 
     rows_S: torch.Tensor  # row of the stream for each key
-    own_T: torch.Tensor  # key that is a row's own, in its own block
-    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  # (rows, their keys) of the copies for branch 1, 2, ...
+    places_TC: torch.Tensor  # keys that each row is: its own, in its own block, then copies for branches, or -1
 
 
 class VarlenPlan(NamedTuple):
@@ -229,7 +229,7 @@ def _attend_varlen(
     value_width = v_TGV.shape[-1]
     k_SGK, v_SGV = k_TGK, v_TGV
     if plan.keys is not None:
-        k_SGK, v_SGV = _gather_keys(k_TGK, plan.keys), _gather_keys(v_TGV, plan.keys)
+        k_SGK, v_SGV = (_GatherKeys.apply(rows, plan.keys) for rows in (k_TGK, v_TGV))
     # one width for all three, a multiple of 8: zeros add nothing to q k^T and give zero columns of the output
     width = -(-max(q_THK.shape[-1], value_width) // 8) * 8
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_THK, k_SGK, v_SGV))
@@ -254,30 +254,31 @@ class _GatherKeys(torch.autograd.Function):
     """Rows (T, G, K) to keys (S, G, K).
 
     The backward pass of `index_select` adds every element by an atomic operation; here each row takes its own key's
-    gradient, and a prefix's rows add those of their copies, each once: no atomics, and the same result at each call.
+    gradient and those of its copies, one after the other: no atomics, and the same result at each call.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows_TGK: torch.Tensor, rows_S: torch.Tensor, own_T: torch.Tensor, *copies: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(own_T, *copies)
-        return rows_TGK.index_select(0, rows_S)
+    def forward(ctx: Any, rows_TGK: torch.Tensor, plan: KeyPlan) -> torch.Tensor:
+        ctx.save_for_backward(plan.places_TC)
+        kernels = fused_kernels(rows_TGK)
+        return kernels.gathered(rows_TGK, plan.rows_S) if kernels else rows_TGK.index_select(0, plan.rows_S)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SGK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        own_T, *copies = ctx.saved_tensors
-        grad_TGK = grad_SGK.index_select(0, own_T)
-        for rows, keys in zip(copies[::2], copies[1::2], strict=True):
-            both = grad_TGK.index_select(0, rows) + grad_SGK.index_select(0, keys)
-            grad_TGK.index_copy_(0, rows, both)  # no row twice in one branch
-        return grad_TGK, None, None, *(None for _ in copies)
+    def backward(ctx: Any, grad_SGK: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places_TC,) = ctx.saved_tensors
+        kernels = fused_kernels(grad_SGK)
+        return kernels.added_places(grad_SGK, places_TC) if kernels else _added_places(grad_SGK, places_TC), None
 
 
-def _gather_keys(rows_TGK: torch.Tensor, plan: KeyPlan) -> torch.Tensor:
-    """The keys (or values) of all blocks one after the other: (S, G, K) from the stream's rows (T, G, K)."""
-    return _GatherKeys.apply(rows_TGK, plan.rows_S, plan.own_T, *(x for copy in plan.copies for x in copy))
+def _added_places(grad_SGK: torch.Tensor, places_TC: torch.Tensor) -> torch.Tensor:
+    """The gradient (T, G, K) of rows that are keys: of each the sum of grad[places], rounded after each addition."""
+    own_T, *copies = places_TC.unbind(1)
+    grad_TGK = grad_SGK.index_select(0, own_T)
+    for place_T in copies:
+        more = grad_SGK.index_select(0, place_T.clamp_min(0))
+        grad_TGK += more.masked_fill_((place_T < 0)[:, None, None], 0)
+    return grad_TGK
 
 
 def _varlen_plan(blocks: Sequence[Block], device: torch.device) -> VarlenPlan:
@@ -296,24 +297,20 @@ def _varlen_plan(blocks: Sequence[Block], device: torch.device) -> VarlenPlan:
 def _key_plan(blocks: Sequence[Block], device: torch.device) -> KeyPlan:
     """The rows that a layout's blocks have as keys, and each row's places among them."""
     pieces: list[torch.Tensor] = []
-    own: list[torch.Tensor] = []
-    branches: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # (rows, keys) of each branch 1, of each branch 2, ...
+    rows = blocks[-1].start + blocks[-1].rows
+    columns = [torch.full((rows,), -1)]  # of places: own ones, those of branch 1, of branch 2, ...
     key, branch = 0, 0
     for block in blocks:
-        prefix = torch.arange(block.prefix_start, block.prefix_start + block.prefix)
-        pieces += [prefix, torch.arange(block.start, block.start + block.rows)]
-        if block.prefix:
-            if branch == len(branches):
-                branches.append([])
-            branches[branch].append((prefix, torch.arange(key, key + block.prefix)))
+        prefix = slice(block.prefix_start, block.prefix_start + block.prefix)
+        own = slice(block.start, block.start + block.rows)
+        pieces += [torch.arange(part.start, part.stop) for part in (prefix, own)]
         branch = branch + 1 if block.prefix else 0
-        own.append(torch.arange(key + block.prefix, key + block.prefix + block.rows))
+        if branch == len(columns):
+            columns.append(torch.full((rows,), -1))
+        columns[branch][prefix] = torch.arange(key, key + block.prefix)
+        columns[0][own] = torch.arange(key + block.prefix, key + block.prefix + block.rows)
         key += block.prefix + block.rows
-    copies = tuple(
-        (_send(torch.cat([rows for rows, _ in parts]), device), _send(torch.cat([keys for _, keys in parts]), device))
-        for parts in branches
-    )
-    return KeyPlan(_send(torch.cat(pieces), device), _send(torch.cat(own), device), copies)
+    return KeyPlan(_send(torch.cat(pieces), device), _send(torch.stack(columns, dim=1), device))
 
 
 def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

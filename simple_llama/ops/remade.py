@@ -19,19 +19,37 @@ _keeping_all = False
 def remade(made: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> AbstractContextManager[object]:
     """Within, where autograd would keep `made`, it keeps `make`, which gives the same values bit for bit.
 
-    Of rows on a CPU, outside `keeping_all`; elsewhere, and without `make`, nothing changes.
+    Of rows on a CPU or a GPU, outside `keeping_all`; elsewhere, and without `make`, nothing changes.
     """
-    if make is None or _keeping_all or not torch.is_grad_enabled() or made.device.type != "cpu":
+    if make is None or _keeping_all or not torch.is_grad_enabled() or made.device.type not in ("cpu", "cuda"):
         return nullcontext()
     mark = _mark(made)  # as long as the caller holds it, nothing else has this one
+    again = _Again(make)
 
     def pack(tensor: torch.Tensor) -> Any:
         if _mark(tensor) == mark:
-            return make
+            again.uses += 1
+            return again
         # what an operator saves of its own output must not hold the operator: that would be a circle
         return tensor if tensor.is_leaf else tensor.detach()
 
     return saved_tensors_hooks(pack, _unpack)
+
+
+class _Again:
+    """What stands in a tensor's place in the graph: made once for all uses of it, which come close together."""
+
+    def __init__(self, make: Callable[[], torch.Tensor]):
+        self.uses = 0
+        self._make, self._left = make, 0
+        self._made: torch.Tensor | None = None
+
+    def take(self) -> torch.Tensor:
+        """The values, held until the last use has them."""
+        made, self._left = (self._make(), self.uses) if self._made is None else (self._made, self._left)
+        self._left -= 1
+        self._made = made if self._left else None
+        return made
 
 
 def _mark(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -40,7 +58,7 @@ def _mark(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _unpack(kept: Any) -> torch.Tensor:
-    return kept if isinstance(kept, torch.Tensor) else kept()
+    return kept.take() if isinstance(kept, _Again) else kept
 
 
 @contextmanager

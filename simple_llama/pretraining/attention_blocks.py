@@ -3,8 +3,8 @@
 Each makes queries, keys and values of packed rows and leaves the rest to `mix`, so that one layer serves packed
 pairs, plain sequences and generation with a cache.
 
-Shapes: T packed rows, D width, H query heads, G key heads, K query/key width of a head, V value width of a head, A the
-values of all query heads (H * V).
+Shapes: T packed rows, D width, H query heads, G key heads, each of which serves R of them, K query/key width of a head,
+V value width of a head, A the values of all query heads (H * V).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class MHSelfAttention(nn.Module):
         """Rows (T, D) to rows (T, D)."""
         rows = x_TD.shape[0]
         q, k_TGK, v_TGV = self.qkv_linear(x_TD).view(rows, self.key_heads, -1).split(self.parts, dim=-1)
-        q_THK = q.reshape(rows, self.heads, -1)
-        q_THK = rotate(self.q_norm(plus_lora(self, "q", q_THK, x_TD)), by)
+        q_TGRK = q.unflatten(-1, (-1, k_TGK.shape[-1]))
+        q_THK = rotate(self.q_norm(plus_lora(self, "q", q_TGRK, x_TD)), by).flatten(1, 2)
         k_TGK = rotate(self.k_norm(plus_lora(self, "k", k_TGK, x_TD)), by)
         v_TGV = plus_lora(self, "v", v_TGV, x_TD)
         y_TA = mix(q_THK, k_TGK, v_TGV, scale=self.scale).reshape(rows, -1)

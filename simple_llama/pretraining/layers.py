@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from simple_llama.ops.elementwise import rms_norm, swiglu
+from simple_llama.ops.elementwise import add_norm, rms_norm, swiglu
 from simple_llama.ops.linear import Linear, linear
 from simple_llama.ops.remade import remade
 from simple_llama.pretraining.architecture import Architecture, LoRA
@@ -32,6 +32,18 @@ class RMSNorm(nn.Module):
         if self.weight.shape != x_TD.shape[-1:]:
             return None
         return partial(rms_norm, x_TD.detach(), self.weight.detach(), self.eps)
+
+
+class AddNorm(RMSNorm):
+    """RMSNorm of a stream behind the addition of an update to it."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x_TD: torch.Tensor, update_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + update, or x where there is none yet, and its norm."""
+        if update_TD is None:
+            return x_TD, rms_norm(x_TD, self.weight, self.eps)
+        return add_norm(x_TD, update_TD, self.weight, self.eps)
 
 
 class TiedEmbedding(nn.Embedding):

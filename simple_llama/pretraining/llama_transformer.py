@@ -19,7 +19,7 @@ from simple_llama.ops.remade import keeping_all, remade
 from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.attention_blocks import MLA, Attend, MHSelfAttention
 from simple_llama.pretraining.kv_cache import KVCache, attend_cached
-from simple_llama.pretraining.layers import FeedForward, RMSNorm, TiedEmbedding
+from simple_llama.pretraining.layers import AddNorm, FeedForward, TiedEmbedding
 from simple_llama.pretraining.rotary import Rotation, rotation
 
 
@@ -31,23 +31,27 @@ class _DecoderBlock(nn.Module):
         latent = architecture.latent
         self.attention = MLA(architecture, latent) if latent else MHSelfAttention(architecture)
         self.ffwd = FeedForward(architecture)
-        self.norm1 = RMSNorm(architecture.width, architecture.eps)
-        self.norm2 = RMSNorm(architecture.width, architecture.eps)
+        self.norm1 = AddNorm(architecture.width, architecture.eps)
+        self.norm2 = AddNorm(architecture.width, architecture.eps)
 
-    def forward(self, x_TD: torch.Tensor, by: Rotation, mix: Attend) -> torch.Tensor:
-        """Rows (T, D) to rows (T, D)."""
-        y_TD = self.norm1(x_TD)
+    def forward(
+        self, x_TD: torch.Tensor, update_TD: torch.Tensor | None, by: Rotation, mix: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream and the last block's update of it, which is added first (none to embeddings), to the stream and
+        this block's own: rows (T, D). So a norm and the addition before it are one pass."""
+        x_TD, y_TD = self.norm1(x_TD, update_TD)
         with remade(y_TD, self.norm1.again(x_TD)):
-            h_TD = x_TD + self.attention(y_TD, by, mix)
-        y_TD = self.norm2(h_TD)
-        with remade(y_TD, self.norm2.again(h_TD)):
-            return h_TD + self.ffwd(y_TD)
+            update_TD = self.attention(y_TD, by, mix)
+        x_TD, y_TD = self.norm2(x_TD, update_TD)
+        with remade(y_TD, self.norm2.again(x_TD)):
+            return x_TD, self.ffwd(y_TD)
 
 
-def _whole(block: nn.Module, *given: object) -> torch.Tensor:
-    """A block as torch's checkpoint needs it: that itself decides what is kept."""
+def _whole(block: nn.Module, x_TD: torch.Tensor, by: Rotation, mix: Attend) -> torch.Tensor:
+    """A block as torch's checkpoint needs it: one stream between two, and that itself decides what is kept."""
     with keeping_all():
-        return block(*given)
+        x_TD, update_TD = block(x_TD, None, by, mix)
+        return x_TD + update_TD
 
 
 class LLaMaTransformer(nn.Module):
@@ -65,7 +69,7 @@ class LLaMaTransformer(nn.Module):
         self.activation_checkpointing = False
         self.embeddings = (TiedEmbedding if architecture.tied_head else nn.Embedding)(vocab_size, width)
         self.decoder_blocks = nn.ModuleList(_DecoderBlock(architecture) for _ in range(layers))
-        self.norm = RMSNorm(width, architecture.eps)
+        self.norm = AddNorm(width, architecture.eps)
         self.final_linear = None if architecture.tied_head else Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.embeddings.weight, std=0.02)
         for name, parameter in self.decoder_blocks.named_parameters():
@@ -97,14 +101,14 @@ class LLaMaTransformer(nn.Module):
         self.check_length(layout.longest)
         by = self._rotation(positions_T)
         mix = partial(attend, layout=layout)
-        x_TD = self.embeddings(tokens_T)
+        x_TD, update_TD = self.embeddings(tokens_T), None
         for block in self.decoder_blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 keep_rng = self.training and self.architecture.dropout > 0  # the same dropout mask both times
                 x_TD = checkpoint(_whole, block, x_TD, by, mix, use_reentrant=False, preserve_rng_state=keep_rng)
             else:
-                x_TD = block(x_TD, by, mix)
-        return self.norm(x_TD)
+                x_TD, update_TD = block(x_TD, update_TD, by, mix)
+        return self.norm(x_TD, update_TD)[1]
 
     def new_cache(self, max_len: int) -> KVCache:
         """An empty cache for one sequence of up to `max_len` tokens (UserError beyond max_seq_len)."""
@@ -133,13 +137,16 @@ class LLaMaTransformer(nn.Module):
         device = tokens[0].device
         places = [torch.arange(c.length, c.length + length) for c, length in zip(caches, lengths, strict=True)]
         by = self._rotation(torch.cat(places).to(device))
-        x_TD = self.embeddings(torch.cat(list(tokens)))
+        x_TD, update_TD = self.embeddings(torch.cat(list(tokens))), None
         for layer, block in enumerate(self.decoder_blocks):
-            x_TD = block(x_TD, by, partial(attend_cached, caches=caches, lengths=lengths, layer=layer))
+            x_TD, update_TD = block(
+                x_TD, update_TD, by, partial(attend_cached, caches=caches, lengths=lengths, layer=layer)
+            )
         for cache, length in zip(caches, lengths, strict=True):
             cache.length += length
         last_B = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return self._head(self.norm(x_TD[last_B]))
+        _, y_TD = self.norm(x_TD, update_TD)
+        return self._head(y_TD[last_B])
 
     @property
     def _head(self) -> nn.Embedding | Linear:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from simple_llama.ops.elementwise import fused_kernels
+
 
 @dataclass(frozen=True)
 class LinearScaling:
@@ -67,19 +69,23 @@ class _Rotate(torch.autograd.Function):
     """A pair times a complex number: one pass. Keeps only the angles; the gradient is the rotation backwards."""
 
     @staticmethod
-    def forward(ctx: Any, x_THK: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(turns)
         # a copy of its own: a slice of a wider row may start where no complex number can
-        wide_THK = torch.empty(x_THK.shape, dtype=torch.float32, device=x_THK.device).copy_(x_THK)
-        torch.view_as_complex(wide_THK.unflatten(-1, (-1, 2))).mul_(turns)
-        return wide_THK.to(x_THK.dtype)
+        wide = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
+        torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns)
+        return wide.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_THK: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (turns,) = ctx.saved_tensors
-        return _Rotate.apply(grad_THK, turns.conj()), None
+        return _Rotate.apply(grad, turns.conj()), None
 
 
-def rotate(x_THK: torch.Tensor, by: Rotation) -> torch.Tensor:
-    """x with each pair turned by its row's angle, computed in fp32, in the dtype of x."""
-    return _Rotate.apply(x_THK, by.turns)
+def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:
+    """Heads (T, H, K), or by groups (T, G, R, K), with each pair turned by its row's angle, computed in fp32, in the
+    dtype of x. What is given is contiguous."""
+    kernels = fused_kernels(x)
+    if kernels:
+        return kernels.rotate(x, by.cos, by.sin)
+    return _Rotate.apply(x, by.turns if x.dim() == 3 else by.turns.unsqueeze(1))

@@ -228,7 +228,7 @@ def test_gather_of_keys_and_its_gradient():
         plan = layout.varlen_plan(torch.device("cpu")).keys
         assert plan is not None
         rows = torch.randn(layout.rows, 2, 3, dtype=torch.float64, requires_grad=True)
-        expected, found = rows.index_select(0, plan.rows_S), attention._gather_keys(rows, plan)
+        expected, found = rows.index_select(0, plan.rows_S), attention._GatherKeys.apply(rows, plan)
         assert torch.equal(found, expected)
         grad = torch.randn_like(found)
         (exact,), (ours,) = (torch.autograd.grad(out, rows, grad) for out in (expected, found))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch.nn import functional as F
 
+from kept_bytes import kept_bytes
 from simple_llama.ops.elementwise import rms_norm, swiglu
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -18,23 +17,6 @@ EPS = 1e-5
 def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The specification."""
     return weight * F.rms_norm(x, weight.shape, eps=EPS)
-
-
-def saved_bytes(call: Callable[[], torch.Tensor], but: tuple[torch.Tensor, ...]) -> int:
-    """Bytes of what autograd keeps of a call, those of `but` aside."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in but}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = call()
-    assert out.requires_grad
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,7 +76,7 @@ def test_only_what_they_are_given_is_kept() -> None:
     """A norm keeps 4 bytes a row beside its rows, which torch's keeps three times; SwiGLU nothing but its factors."""
     x, weight = torch.randn(64, 32).bfloat16().requires_grad_(), torch.ones(32).bfloat16().requires_grad_()
     up = torch.randn(64, 32).bfloat16().requires_grad_()
-    assert saved_bytes(lambda: rms_norm(x, weight, EPS), (x, weight)) == 64 * 4
-    assert saved_bytes(lambda: plain_norm(x, weight), (x, weight)) > 64 * 32 * 4
-    assert saved_bytes(lambda: swiglu(x, up), (x, up)) == 0
-    assert saved_bytes(lambda: F.silu(x) * up, (x, up)) == 64 * 32 * 2
+    assert kept_bytes(lambda: rms_norm(x, weight, EPS), (x, weight)) == 64 * 4
+    assert kept_bytes(lambda: plain_norm(x, weight), (x, weight)) > 64 * 32 * 4
+    assert kept_bytes(lambda: swiglu(x, up), (x, up)) == 0
+    assert kept_bytes(lambda: F.silu(x) * up, (x, up)) == 64 * 32 * 2

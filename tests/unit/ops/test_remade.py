@@ -57,6 +57,27 @@ def test_what_is_made_again_has_no_room() -> None:
     assert held(keeping_all)
 
 
+def test_two_uses_are_served_by_one_making() -> None:
+    """Of a graph that is gone through twice, by one each time; behind the last use nothing holds it."""
+    x, weights = torch.randn(5, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
+    made: list[StorageWeakRef] = []
+
+    def make() -> torch.Tensor:
+        again = 2 * x.detach()
+        made.append(StorageWeakRef(again.untyped_storage()))
+        return again
+
+    doubled = 2 * x
+    with remade(doubled, make):
+        out = F.linear(doubled, weights[0]) * F.linear(doubled, weights[1])
+    expected = torch.autograd.grad(((2 * x) @ weights[0].T * ((2 * x) @ weights[1].T)).sum(), (x, weights))
+    for times in (1, 2):
+        found = torch.autograd.grad(out.sum(), (x, weights), retain_graph=True)
+        assert len(made) == times and all(storage.expired() for storage in made)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_what_is_kept_of_an_output_does_not_hold_it() -> None:
     """exp keeps its own output: within, too, all of that is gone with the last name, without a backward pass."""
     x = torch.randn(5, requires_grad=True)

@@ -274,7 +274,7 @@ def test_dropout_after_attention_and_feed_forward(kind: str):
     for name in ("attention", "ffwd"):
         block.get_submodule(name).register_forward_hook(lambda _, __, out: zeros.append((out == 0).float().mean()))
     by = rotation(torch.arange(20), 8 if kind == "mha" else 4, 10_000)
-    block(torch.randn(20, 32), by, lambda q_THK, k_THK, v_THV, *, scale: v_THV)
+    block(torch.randn(20, 32), None, by, lambda q_THK, k_THK, v_THV, *, scale: v_THV)
     assert zeros == [pytest.approx(0.5, abs=0.1)] * 2
 
 

@@ -161,15 +161,12 @@ def _activations(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
 
     A row and layer: 2 vectors of the width and 2 hidden ones, inputs of the norms and of SwiGLU, and what attention
     keeps (`_attention`). With recomputation, in the layer whose turn it is, 2 and 1 more, inputs of matrices, which
-    are made again otherwise (ops/remade.py). Elsewhere than on a CPU 7 of the width, 3 more of bf16 for what the norms
-    keep in fp32, and 4 hidden ones. Of all layers once: rotations, and what the last norm is given. As torch's
-    saved_tensors_hooks count them.
+    are made again otherwise (ops/remade.py). Of all layers once: rotations, and what the last norm is given. As torch's
+    saved_tensors_hooks count them; on a GPU where Triton is.
     """
     shape, item, rows = model.architecture, model.dtype.itemsize, len(batch.tokens_T)
-    of_row = (7 if item == 4 else 10) * shape.width + 4 * shape.hidden_width
-    if engine.device == "cpu":
-        of_row = 2 * shape.width + 2 * shape.hidden_width
-        of_row += 2 * shape.width + shape.hidden_width if engine.recompute else 0
+    of_row = 2 * shape.width + 2 * shape.hidden_width
+    of_row += 2 * shape.width + shape.hidden_width if engine.recompute else 0
     of_row += shape.lora.rank * len(shape.lora.targets) if shape.lora else 0
     of_layer = item * (rows * of_row + _attention(model, engine, batch))
     moving = item * rows * (3 * shape.hidden_width + 4 * shape.width)
@@ -185,11 +182,18 @@ def _attention(model: TrainedModel, engine: Engine, batch: PairBatch) -> int:
     each branch behind its prefix. A block that is computed in fp32 keeps queries, keys, values and its output so (two
     numbers of bf16 each), its output in bf16 too, and nothing else; but where another block is not, the output of the
     QKV matrix and rotated queries and keys stay whole for that one's sake.
+
+    A GPU's kernel of half precision keeps queries and its output, keys and values of all blocks where prefixes are
+    shared, and else rotated keys, and values as the matrix made them.
     """
     shape = model.architecture
     queries, values = shape.heads * shape.key_width, shape.heads * shape.value_width
     keys, key_values = shape.key_heads * shape.key_width, shape.key_heads * shape.value_width
     as_made, found = 2 * (queries + keys) + key_values, 0
+    if engine.device == "cuda" and model.dtype != torch.float32:
+        shared = any(block.prefix for block in batch.layout.blocks)
+        seen = sum(block.prefix + block.rows for block in batch.layout.blocks) * (keys + key_values)
+        return len(batch.tokens_T) * (queries + values + (0 if shared else queries + keys)) + seen
     wide = [is_widened(model.dtype, engine.device, block.prefix + block.rows) for block in batch.layout.blocks]
     for block, is_wide in zip(batch.layout.blocks, wide, strict=True):
         others = block.prefix + block.rows if block.prefix else 0  # keys of a branch are a copy

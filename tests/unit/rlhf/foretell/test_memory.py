@@ -6,17 +6,15 @@ tokens: 6 packed rows, 5 scored; the second branch's 2 rows see 3 + 2 keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.measure import peak_extra_bytes
+from kept_bytes import kept_bytes
 from simple_llama.cluster.distributed import Ranks
-from simple_llama.ops import attention, linear, logprob, logprob_chunks, remade
+from simple_llama.ops import attention, linear, logprob, logprob_chunks
 from simple_llama.ops.machine import has_fast_bf16
 from simple_llama.ops.remade import keeping_all
 from simple_llama.pretraining.architecture import Architecture
@@ -62,21 +60,6 @@ def test_one_rank_in_bf16_by_hand(monkeypatch: pytest.MonkeyPatch, fast: bool, h
     assert found["save"] == {**steady, "state that is written": 120_000}
 
 
-@contextmanager
-def counting(keep: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Shows `keep` what autograd keeps, within `remade` too, whose hooks stand in the place of others."""
-
-    def hooks(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> saved_tensors_hooks:
-        def seen(tensor: torch.Tensor) -> Any:
-            return keep(packed) if isinstance(packed := pack(tensor), torch.Tensor) else packed
-
-        return saved_tensors_hooks(seen, unpack)
-
-    with pytest.MonkeyPatch.context() as patch, saved_tensors_hooks(keep, lambda tensor: tensor):
-        patch.setattr(remade, "saved_tensors_hooks", hooks)
-        yield
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("most_wide", [0, 100, 125, 512])
 def test_layers_keep_what_is_counted(monkeypatch: pytest.MonkeyPatch, most_wide: int, recompute: bool) -> None:
@@ -94,22 +77,13 @@ def test_layers_keep_what_is_counted(monkeypatch: pytest.MonkeyPatch, most_wide:
     batch = PairBatch.pack(pairs)
     for dtype in (torch.bfloat16, torch.float32):
         model = LLaMaTransformer(shape).to(dtype)
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor, saved: dict = saved, own: set = own) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage
-            return tensor
-
-        with counting(keep), keeping():
-            model.hidden(batch.tokens_T, batch.positions_T, batch.layout)
+        with keeping():
+            kept = kept_bytes(lambda: model.hidden(batch.tokens_T, batch.positions_T, batch.layout), model.parameters())  # noqa: B023
         beside = 3 * shape.hidden_width + (5 if recompute else 4) * shape.width  # on their way; a layer's input
         beside *= dtype.itemsize * len(batch.tokens_T)
         engine = ALONE._replace(recompute=recompute)
         counted = memory._activations(MODEL._replace(architecture=shape, dtype=dtype), engine, batch) - beside
-        assert sum(storage.nbytes() for storage in saved.values()) == pytest.approx(counted, rel=0.02)
+        assert kept == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.skipif(not has_fast_bf16("cpu"), reason="a CPU without bf16 units")
