@@ -1,0 +1,60 @@
+"""The bench of what stands between matrix products, on a few rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks import bench_layers
+from benchmarks.bench_layers import Bench, error, main, pieces, plain_rotate, run
+
+SMALL = Bench(device="cpu", rounds=1, calls=1, rows=64, width=32, hidden=48, head_width=8, pairs=4, compiled=False)
+
+
+def test_every_way_is_its_definition() -> None:
+    """In bf16, to two of its roundings of the largest number; and a wrong one is seen."""
+    for piece in pieces(SMALL):
+        exact = run(piece.plain, tuple(x.float() for x in piece.operands))
+        for call in piece.ways.values():
+            assert error(run(call, piece.operands), exact) < 2**-6, piece.name
+        assert error(run(lambda *x: piece.plain(*(2 * part for part in x)), piece.operands), exact) > 0.1  # noqa: B023
+
+
+def test_rotation_by_hand() -> None:
+    """(1, 0) by a right angle is (0, 1)."""
+    zero, one = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    assert plain_rotate(torch.tensor([[[1.0, 0.0]]]), zero, one).tolist() == [[[0.0, 1.0]]]
+
+
+def test_rows_come_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is printed as soon as it is measured, and all are in the section."""
+    results = tmp_path / "results.md"
+    main(Bench(**{**vars(SMALL), "results": str(results)}))
+    said = capsys.readouterr().out
+    for name in ("addition and norm | ours |", "SwiGLU | torch |", "attention | ours |"):
+        assert name in said
+        assert " ".join(name.split("|")[0].split()) in results.read_text()
+
+
+def test_another_flash_is_active_within_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the calls of its own way, backward passes too."""
+    active: list[str] = []
+    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", active.append)
+    monkeypatch.setattr("torch.nn.attention.restore_flash_attention_impl", active.clear)
+    with bench_layers._activated("FA3"):
+        assert active == ["FA3"]
+    assert not active
+
+
+def test_liger_is_given_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is installed: addition and norm in this order, rounding as Llama does."""
+    pytest.importorskip("liger_kernel")
+    seen: list[tuple] = []
+    kernel = "liger_kernel.ops.fused_add_rms_norm.LigerFusedAddRMSNormFunction.apply"
+    monkeypatch.setattr(kernel, lambda *given: seen.append(given) or (F.silu(given[0]), given[1]))
+    x, update, weight = torch.ones(2, 3), torch.zeros(2, 3), torch.ones(3)
+    total, _ = bench_layers._liger()["Liger norm"](x, update, weight)
+    assert total is update and seen[0][3:] == (1e-5, 0.0, "llama", False)
