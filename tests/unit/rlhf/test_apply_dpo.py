@@ -28,7 +28,7 @@ from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import P
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
 from simple_llama.reinforcement_learning.rlhf.precompute import precompute
 from simple_llama.reinforcement_learning.rlhf.reference import ref_source
-from simple_llama.reinforcement_learning.rlhf.run import training_run
+from simple_llama.reinforcement_learning.rlhf.run import step, training_run
 from simple_llama.reinforcement_learning.rlhf.run.evaluate import evaluate
 from simple_llama.reinforcement_learning.rlhf.run.statistics import effective_count, preferred
 from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, optimizer_step
@@ -499,9 +499,9 @@ def test_another_loss_than_foretold_stops_the_first_step(job, ranks, monkeypatch
             UserError, match=r"step 1: the loss of \d pairs is not what it must be .*pairs\.jsonl:\d+ \("
         ):
             run_job(job, ranks, loss_type="orpo", run_name="orpo")
-    parts = training_run.portions
+    parts = step.portions
     monkeypatch.setattr(
-        training_run, "portions", lambda *args: (part._replace(weight=2 * part.weight) for part in parts(*args))
+        step, "portions", lambda *args: (part._replace(weight=2 * part.weight) for part in parts(*args))
     )
     with pytest.raises(UserError, match=r"step 1: the weighted loss is 1\.38629, expected 0\.693147"):
         run_job(job, ranks, run_name="twice")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import all_reduce_sum
 from simple_llama.common.errors import UserError
-from simple_llama.reinforcement_learning.rlhf.data.batch_plan import Step
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, Step
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.objective.coupling import Pull, of_all_ranks, pull_of
@@ -78,6 +79,27 @@ def portions(step: Step, rank: int, pairs: PairSet) -> Iterator[Portion]:
         # Where a short step's pairs do not go round, a rank computes any pair, with weight 0.
         batch = PairBatch.pack([pairs[i] for i in micro_batch or step[0][0]])
         yield Portion(batch, len(step) / total if micro_batch else 0.0, place == len(step[rank]) - 1)
+
+
+class PackedAhead:
+    """A rank's micro-batches, step after step. The first one of the step behind it in the epoch is packed at the end of
+    each, while a GPU still computes, which would stand still for it otherwise."""
+
+    def __init__(self, plan: BatchPlan, rank: int, pairs: PairSet, device: torch.device):
+        self._plan, self._rank, self._pairs, self._device = plan, rank, pairs, device
+        self._ahead: dict[int, Iterator[Portion]] = {}
+
+    def of(self, index: int) -> Iterator[Portion]:
+        """Those of step `index` (from 0)."""
+        yield from self._ahead.pop(index, None) or self._portions(index)
+        if (index + 1) % self._plan.steps_per_epoch:  # another epoch's shuffle would take the place of this one's
+            coming = self._portions(index + 1)
+            first = next(coming)
+            first.batch.layout.to(self._device)  # its index tensors are made and on their way
+            self._ahead = {index + 1: chain([first], coming)}
+
+    def _portions(self, index: int) -> Iterator[Portion]:
+        return portions(self._plan.step(index), self._rank, self._pairs)
 
 
 def optimizer_step(

@@ -76,7 +76,7 @@ from simple_llama.reinforcement_learning.rlhf.run.start_reference import (
     through_policy,
 )
 from simple_llama.reinforcement_learning.rlhf.run.start_warnings import expected_change, saved_bytes, start_warnings
-from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, Portion, portions
+from simple_llama.reinforcement_learning.rlhf.run.step import NotFinite, PackedAhead, Portion
 from simple_llama.reinforcement_learning.rlhf.run.trackers import (
     TENSORBOARD,
     TrackerConfig,
@@ -129,6 +129,7 @@ class TrainingRun:
         self.pairs, self.held_out = inputs.data.train, inputs.data.validation
         self.plan = BatchPlan.of(self.pairs, config, config.seed, ranks.world_size)
         self.total_steps = config.total_steps(self.plan.steps_per_epoch)
+        self.packed = PackedAhead(self.plan, ranks.rank, self.pairs, ranks.device)
         self.loss_fn = PreferenceLoss.of(config)
         require_gaps(self.loss_fn, inputs.data.pairs)
         require_rankings(self.loss_fn, inputs.data.pairs, config.pairs)
@@ -288,8 +289,7 @@ class TrainingRun:
         if self.config.dropout > 0:  # a resumed run must drop the same units
             torch.manual_seed(self.config.seed + 1_000_003 * index + self.ranks.rank)
         self.sums.begin_step()
-        parts = portions(self.plan.step(index), self.ranks.rank, self.pairs)
-        yield from self.stoppable(parts, f"step {index + 1}")
+        yield from self.stoppable(self.packed.of(index), f"step {index + 1}")
         watchdog.started()
 
     def first_step(self, index: int) -> FirstStep | None:

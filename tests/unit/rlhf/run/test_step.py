@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from benchmarks.ours import PlainLoop
 from plain_cells import alone
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.pretraining.weights import LoadedModel
+from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.data.tokenized_pair import TokenizedPair
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig
 from simple_llama.reinforcement_learning.rlhf.objective.policy import DPOPolicy
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Scores
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
-from simple_llama.reinforcement_learning.rlhf.run.step import Portion, accumulate
+from simple_llama.reinforcement_learning.rlhf.run.step import PackedAhead, Portion, accumulate, portions
 from tiny_model import VOCAB, tiny_model
 
 CPU = torch.device("cpu")
@@ -50,3 +53,25 @@ def test_coupled_pairs_in_any_micro_batches(ranks: Ranks, loss_type: str) -> Non
         torch.testing.assert_close(torch.cat(found), losses_N.detach(), atol=1e-5, rtol=0)
         gradient = torch.cat([master.grad.flatten() for master in loop.masters.values() if master.grad is not None])
         assert (gradient - right).norm() <= 1e-5 * right.norm()
+
+
+def test_the_next_step_of_an_epoch_is_packed_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 pairs, steps of 2 x 4: when a step's last micro-batch is asked for more, the next one's first is packed, but
+    for another epoch's; all are those of the plan, whichever step is asked for."""
+    pairs = PairSet.of([TokenizedPair.from_chats([1, n, 3], 1, [1, n, 4], 1) for n in range(5, 29)])
+    plan = BatchPlan.of(pairs, DPOConfig(batch_size=4, grad_accum_steps=2), seed=0, world_size=1)
+    pack, packed = PairBatch.pack, list[int]()
+    monkeypatch.setattr(PairBatch, "pack", lambda some: packed.append(len(packed)) or pack(some))
+    ahead = PackedAhead(plan, 0, pairs, CPU)
+
+    def numbers(parts: Iterable[Portion]) -> list[list[int]]:
+        return [[int(pair.prefix[1]) for pair in part.batch.pairs] for part in parts]
+
+    made = []
+    for index in (0, 1, 2, 3, 5, 4):  # three steps an epoch
+        before = len(packed)
+        found = numbers(ahead.of(index))
+        made.append(len(packed) - before)
+        assert found == numbers(portions(plan.step(index), 0, pairs))
+    assert plan.steps_per_epoch == 3
+    assert made == [2 + 1, 1 + 1, 1, 2 + 1, 2, 1 + 1]
