@@ -30,7 +30,8 @@ _MOST_PROGRAMS = 1024  # that add up gradients of one weight: more than a GPU ru
 _WIDEST = 8192  # row that a program holds at once without spilling registers
 
 
-@triton.jit
+# where one row or a multiple of 16 is compiled apart, most batches would meet both
+@triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(
     x_ptr, x_stride, update_ptr, update_stride, weight_ptr, sum_ptr, y_ptr, rows, width, eps,
     ADDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -52,7 +53,7 @@ def _norm_kernel(
     tl.store(y_ptr + row * width + column, y.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])
 def _norm_gradient_kernel(
     x_ptr, x_stride, weight_ptr, grad_ptr, onward_ptr, out_ptr, of_weight_ptr, rows, width, eps, programs,
     PASSES_ON: tl.constexpr, OF_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -9,6 +9,7 @@ Shapes: n rows of one chunk, p parts of it, V vocabulary, D width, C values of a
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from collections.abc import Sequence
 
@@ -205,14 +206,15 @@ def _triton_scaled_(gradients: Sequence[torch.Tensor], factor: torch.Tensor, dty
     return outs
 
 
+@functools.cache
 def has_driver() -> bool:
     """Whether Triton reaches the GPU. On first use it compiles a module for that: with a C compiler, or not at all."""
     try:
         triton.runtime.driver.active.get_current_target()
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         LOGGER.warning(
-            "the log-prob head runs in plain torch, slower and with more memory: Triton cannot start (%s). It needs a "
-            "C compiler and Python's headers, gcc and python3-dev say",
+            "the log-prob head and the layers run in plain torch, slower and with more memory: Triton cannot start "
+            "(%s). It needs a C compiler and Python's headers, gcc and python3-dev say",
             error,
         )
         return False

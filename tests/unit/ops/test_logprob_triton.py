@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from simple_llama.ops import logprob_cuda
+from simple_llama.ops import elementwise, logprob_cuda
 from simple_llama.ops.logprob_torch import TORCH_KERNELS
 
 CHECKS = Path(__file__).with_name("interpreted_logprob_triton.py")
@@ -40,10 +40,13 @@ def test_a_gpu_without_a_compiler_gets_torch_kernels(
 
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=fail))
     monkeypatch.setattr(logprob_triton, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
-    logprob_cuda._fastest_kernels.cache_clear()
+    for cached in (logprob_cuda._fastest_kernels, elementwise._kernels, logprob_triton.has_driver):
+        cached.cache_clear()
     assert logprob_cuda._fastest_kernels("cuda", torch.bfloat16) is TORCH_KERNELS
-    assert "Triton cannot start" in caplog.text and str(error) in caplog.text
-    logprob_cuda._fastest_kernels.cache_clear()
+    assert elementwise._kernels("cuda") is None
+    assert caplog.text.count("Triton cannot start") == 1 and str(error) in caplog.text
+    for cached in (logprob_cuda._fastest_kernels, elementwise._kernels, logprob_triton.has_driver):
+        cached.cache_clear()
 
 
 def test_a_cpu_and_fp64_get_torch_kernels() -> None:
