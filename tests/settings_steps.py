@@ -1,4 +1,5 @@
 """A rank that makes two optimizer steps under each of many DeepSpeed files; plain_steps.py has what they are held to.
+In bf16 under ZeRO-2 a third, whose gradient is not finite on one rank alone, changes no weight of any; a fourth does.
 
 Started like a launch script. `<ckpt_dir>/cases.json` has (name, DeepSpeed file, changed settings, `twice`) of each;
 rank 0 leaves what came out in `<ckpt_dir>/steps.pt`: the fields of a `Steps` by name.
@@ -18,6 +19,7 @@ import torch
 from simple_llama.cluster.distributed import Ranks, close_ranks, gather_objects, init_ranks, leave
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
+from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
 from simple_llama.reinforcement_learning.rlhf.dpo_config import DPOConfig, parse_config
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import model_dtype, read_ds_config
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine
@@ -25,7 +27,13 @@ from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, load_inputs
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.run.metrics import MetricSums
 from simple_llama.reinforcement_learning.rlhf.run.start_engine import _build_policy, _start_model
-from simple_llama.reinforcement_learning.rlhf.run.step import Learner, Portion, optimizer_step, portions
+from simple_llama.reinforcement_learning.rlhf.run.step import (
+    Learner,
+    Portion,
+    accumulate,
+    optimizer_step,
+    portions,
+)
 
 RATE = 1e-3
 State = dict[str, torch.Tensor]  # weight, exp_avg and exp_avg_sq, each of all parameters in one, fp32
@@ -57,8 +65,23 @@ def two_steps(config: DPOConfig, inputs: Inputs, ranks: Ranks, twice: bool) -> S
         again = step(engine, portions(plan.step(1), ranks.rank, pairs))
     states = [flat(saved.values()), flat(full_state(engine, ranks).values())]
     logps = engine.logps(PairBatch.pack([pairs[i] for i in range(4)]))
+    if engine.sums_in_one:
+        no_step_at_infinity(engine, plan, pairs, ranks)
     engine.engine.destroy()
     return Steps(norms, states, logps, again)
+
+
+def no_step_at_infinity(engine: Engine, plan: BatchPlan, pairs: PairSet, ranks: Ranks) -> None:
+    """A value of the last rank's share of the gradient is infinite: no rank changes a weight, and each does in the step
+    after it (collective)."""
+    for spoiled in (True, False):
+        parts, sums = portions(plan.step(1), ranks.rank, pairs), MetricSums(ranks.device)
+        accumulate(engine, parts, lambda batch: torch.zeros(len(batch), 2), sums, ranks.device)
+        if spoiled and ranks.rank == ranks.world_size - 1:
+            engine.optimizer.averaged_gradients[0].flat_partition[0] = torch.inf
+        before = [flat.detach().clone() for flat in engine._flats]
+        assert (engine.step(RATE) == torch.inf) == spoiled
+        assert {torch.equal(flat, was) for flat, was in zip(engine._flats, before, strict=True)} == {spoiled}
 
 
 def full_state(engine: Engine, ranks: Ranks) -> dict[str, State]:

@@ -6,7 +6,7 @@ Bytes are those a rank sends by a ring of n ranks, the least that moves the data
     all_gather, reduce_scatter, all_to_all             S (n - 1) / n
     reduce, broadcast (mean over the ranks)            S (n - 1) / n
 
-So one rank alone sends 0, though DeepSpeed calls its collectives there too. Headers are not counted, nor are our own
+So one rank alone sends 0, whatever collectives DeepSpeed calls there. Headers are not counted, nor are our own
 collectives in cluster/distributed.py: a few numbers a micro-batch, and a few hundred bytes when metrics are written.
 """
 

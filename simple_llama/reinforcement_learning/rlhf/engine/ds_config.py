@@ -130,21 +130,17 @@ def ds_config_here(config: EngineConfig, world_size: int, device_type: str) -> d
     one or two ranks bit for bit, on more to the order in which a ring adds those of a bucket.
 
     Ranks on CPUs: buckets of a few megabytes, whose memory is touched again while it is in a cache, and no more of it.
-    A rank that is alone sends nothing: no overlap, whose end a GPU's host would wait for; on a CPU no buckets either
-    (each gradient is added up where it lies) and no dtype of communication: a bf16 gradient that is widened, summed
-    over one rank and rounded is itself.
+    A rank that is alone sends nothing, so `fewer_passes` adds each gradient up where its sum lies: no buckets, and no
+    overlap, whose end a GPU's host would wait for.
     """
     found = full_ds_config(config, world_size)
     if zero_stage(found) != 2:
         return found
-    zero, on_cpu = found["zero_optimization"], device_type == "cpu"
-    if on_cpu:
+    zero = found["zero_optimization"]
+    if device_type == "cpu":
         zero = {**zero, "reduce_bucket_size": min(_CPU_BUCKET, zero.get("reduce_bucket_size", _CPU_BUCKET))}
     if world_size == 1 and "offload_optimizer" not in zero:
-        zero = {**zero, "overlap_comm": False}
-        if on_cpu and not config.reduce_once:  # which rounds fp32 sums to bf16 where no dtype of communication is named
-            found = {name: value for name, value in found.items() if name != "communication_data_type"}
-            zero = {**zero, "contiguous_gradients": False}
+        zero = {**zero, "overlap_comm": False, "contiguous_gradients": False}
     return {**found, "zero_optimization": zero}
 
 

@@ -72,7 +72,7 @@ class Engine:
         self.communication = CommunicationMeter(deepspeed.comm.comm.cdb, ranks.device)
         self.trainable = trainable
         self.reduce_once = config.reduce_once
-        self.kept_sums = use_fewer_passes(zero_optimizer, alone=ranks.world_size == 1)
+        self.kept_sums = use_fewer_passes(zero_optimizer, deepspeed.comm.all_reduce if ranks.world_size > 1 else None)
         if self.reduce_once:
             self.accumulate_locally()
         self.make_moments()

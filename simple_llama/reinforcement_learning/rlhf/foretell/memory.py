@@ -151,6 +151,8 @@ def _flowing(model: TrainedModel, engine: Engine) -> int:
     item, way = model.dtype.itemsize, min(engine.bucket, model.trained)
     alone = model.largest if model.largest > way else 0  # too large for a bucket
     if not engine.buckets:
+        if engine.world_size == 1 and not engine.offloads:  # each is forgotten once it is added up; in fp32 none is
+            return item * (model.largest if item == 2 else model.trained)
         return item * min(way + model.largest, model.trained)
     gathered = min(sum(model.size), engine.bucket) * item if engine.stage == 3 else 0
     return 2 * way * item + max(way, alone) * 4 + alone * item + gathered

@@ -169,7 +169,7 @@ def _update_s(weights: int, ranks: Ranks, dtype: torch.dtype, sums_in_one: bool)
             masters.grad = gradient.clone().mul_(0.5)
         optimizer.step()
         computing.copy_(masters)
-        if sums_in_one:
+        if sums_in_one and ranks.world_size > 1:
             zeroed.zero_()
         synchronize(ranks.device)
         seconds = time.perf_counter() - started

@@ -235,8 +235,8 @@ def test_batch_arithmetic_and_clip_come_from_the_settings(tmp_path: Path) -> Non
 
 
 def test_what_ranks_are_better_given() -> None:
-    """ZeRO-2 on a CPU has small buckets, alone neither these nor a dtype of communication; alone on a GPU no overlap.
-    reduce_once, offloading and ZeRO-3 keep what they need; a smaller bucket of the user's stays."""
+    """ZeRO-2 on CPUs has small buckets; alone, on any device, neither buckets nor overlap. Several GPUs,
+    offloading and ZeRO-3 keep what is set."""
 
     def here(name: str, world_size: int, device: str, **settings: Any) -> dict[str, Any]:
         """What differs from what is set."""
@@ -253,10 +253,11 @@ def test_what_ranks_are_better_given() -> None:
     small = {"reduce_bucket_size": 5_000_000}
     assert here("zero2_bf16.json", 2, "cuda") == {}
     assert here("zero2_bf16.json", 2, "cpu") == small
-    assert here("zero2_bf16.json", 1, "cuda") == {"overlap_comm": False}
-    alone = {"communication_data_type": None, "contiguous_gradients": False, "overlap_comm": False}
-    assert here("zero2_bf16.json", 1, "cpu") == {**small, **alone}
-    assert here("zero2_bf16.json", 1, "cpu", reduce_once=True) == {**small, "overlap_comm": False}
+    alone = {"contiguous_gradients": False, "overlap_comm": False}
+    for once in (False, True):
+        assert here("zero2_bf16.json", 1, "cuda", reduce_once=once) == alone
+        assert here("zero2_bf16.json", 1, "cpu", reduce_once=once) == {**small, **alone}
+    assert here("zero2_offload.json", 1, "cuda") == {}
     assert here("zero2_offload.json", 1, "cpu") == small and here("zero3_bf16.json", 1, "cpu") == {}
 
 
