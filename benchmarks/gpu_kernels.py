@@ -22,9 +22,10 @@ import tyro
 from benchmarks.measure import table
 from simple_llama.common.errors import UserError
 
+COLLECTIVES = "collectives"
 # lower case; kernels of one kind may lie in several libraries
 KINDS = {
-    "collectives": r"nccl",
+    COLLECTIVES: r"nccl",
     "attention": r"flash|fmha|attention",
     "GEMMs": r"gemm|cutlass|nvjet|xmma|cublas|splitk",
     "log-prob head's rows": r"_logps_kernel|_squares_kernel|_gradient_kernel|_scale_kernel",
@@ -98,8 +99,32 @@ def busy_us(kernels: Iterable[Kernel]) -> float:
     return busy
 
 
+class Overlap(NamedTuple):
+    """Of a trace's collectives, in which ranks exchange something or wait for each other."""
+
+    collectives_us: float  # how long at least one ran
+    hidden_us: float  # of that, while a kernel that computes ran beside it
+
+    @property
+    def share(self) -> float:
+        """Of the collectives' time that cost none; 0 where there are none."""
+        return self.hidden_us / self.collectives_us if self.collectives_us else 0.0
+
+
+def overlap(kernels: Iterable[Kernel]) -> Overlap:
+    """How much of the collectives' time the computation hides. Copies and fills are no computation."""
+    by_kind: dict[bool, list[Kernel]] = {True: [], False: []}
+    for kernel in kernels:
+        if not kernel.name.startswith(("Memcpy", "Memset")):
+            by_kind[kind_of(kernel.name) == COLLECTIVES].append(kernel)
+    sent, computed = by_kind[True], by_kind[False]
+    alone = busy_us(sent)
+    return Overlap(alone, alone + busy_us(computed) - busy_us([*sent, *computed]))
+
+
 def report(trace: Trace) -> str:
-    """The table, and in a line the share of the time from the first kernel to the last in which none ran."""
+    """The table, and in a line the share of the time from the first kernel to the last in which none ran; where there
+    are collectives, how much of their time is beside computation."""
     steps, kinds = trace.steps, [*KINDS, REST]
     spent, launched = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0)
     for kernel in trace.kernels:
@@ -115,6 +140,10 @@ def report(trace: Trace) -> str:
     busy, count = busy_us(trace.kernels), len(trace.kernels)
     words = f"{steps} steps, {span / steps / 1e3:.1f} ms each from first kernel to last; the GPU was busy in "
     words += f"{busy / span:.1%}, idle in {1 - busy / span:.1%}; {count / steps:,.0f} kernels a step."
+    if launched[COLLECTIVES]:
+        exchange = overlap(trace.kernels)
+        words += f" A collective ran for {exchange.collectives_us / steps / 1e3:.2f} ms a step, "
+        words += f"{exchange.share:.1%} of it beside computation."
     return f"{table(rows)}\n\n{words}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_kernels import Kernel, busy_us, kind_of, read_trace, report
+from benchmarks.gpu_kernels import Kernel, Overlap, busy_us, kind_of, overlap, read_trace, report
 from simple_llama.cluster.distributed import Ranks
 from simple_llama.common.errors import UserError
 from simple_llama.reinforcement_learning.rlhf.run.profiling import ProfileConfig, StepProfile
@@ -63,6 +63,30 @@ def test_busy_time_counts_once() -> None:
     """One within another, two that touch, one apart: 0 to 10, 10 to 12, 20 to 21."""
     spans = [(0, 10), (2, 5), (10, 12), (20, 21)]
     assert busy_us([Kernel("k", *span) for span in spans]) == 13
+
+
+def test_what_of_the_exchange_is_hidden() -> None:
+    """Collectives from 10 to 40 and 50 to 60, 40 us; two kernels beside each other from 0 to 20 and one from 35 to 52
+    hide 10 + 5 + 2 of them, and a copy from 20 to 30 hides none."""
+    spans = [("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 10, 40), ("ncclDevKernel_AllGather", 50, 60)]
+    spans += [
+        ("nvjet_tst", 0, 20),
+        ("silu", 5, 15),
+        ("nvjet_tst", 35, 52),
+        ("Memcpy HtoD (Pageable -> Device)", 20, 30),
+    ]
+    found = overlap(Kernel(*span) for span in spans)
+    assert found == Overlap(40, 17) and found.share == 17 / 40
+    assert overlap([Kernel("nvjet_tst", 0, 20)]) == Overlap(0, 0) and overlap([]).share == 0
+
+
+def test_a_trace_of_several_ranks_says_so(tmp_path: Path) -> None:
+    """A collective from 45 to 65 us of two steps beside the GEMM until 50 and the element-wise kernel until 70; one
+    from 120 to 140 beside nothing: 40 us, half of them hidden."""
+    more = [event("ncclDevKernel_AllReduce", 45, 20), event("ncclDevKernel_AllReduce", 120, 20)]
+    path = written(tmp_path / "t.json", {"traceEvents": EVENTS + more}, packed=False)
+    end = "A collective ran for 0.02 ms a step, 50.0% of it beside computation."
+    assert report(read_trace(path)).splitlines()[-1].endswith(end)
 
 
 @pytest.mark.parametrize(
