@@ -57,9 +57,14 @@ class AdaptedStart:
         self.numerics: Mapping[str, str] = base.numerics
         self.slides, self.own_tokenizer = base.slides, base.own_tokenizer
         self.export_suffix, self.export_dtype = base.export_suffix, base.export_dtype
-        self.digest = base.digest
-        if not adapters.are_zero:
-            self.digest = digest(json_bytes({"base": base.digest, "adapters": adapters.digest})).hex()
+        self._digest = "" if adapters.are_zero else adapters.digest
+
+    @property
+    def digest(self) -> str:
+        """The base's where the adapters change nothing, else of both."""
+        if not self._digest:
+            return self.base.digest
+        return digest(json_bytes({"base": self.base.digest, "adapters": self._digest})).hex()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -88,8 +93,7 @@ class AdaptedStart:
 
     def merged(self, trained: Mapping[str, torch.Tensor]) -> MergedLoRA:
         """The whole model, the updates (the trained ones, if there are) in its weights. StartChanged."""
-        base = self.base
-        tensors = base.merged({}) if isinstance(base, StartFile) else base.load().state_dict
+        tensors = self.base.load().state_dict
         return MergedLoRA(_over(trained or self.adapters.tensors, tensors), self.architecture)
 
     def export(

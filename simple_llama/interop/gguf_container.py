@@ -22,7 +22,7 @@ import torch
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
 from simple_llama.dataset.packed_files import optional_package
-from simple_llama.interop.held_file import HeldFile
+from simple_llama.pretraining.held_file import HeldFile
 from simple_llama.pretraining.named_tensors import NamedTensors
 
 _EXPECTED = "expected a GGUF file"

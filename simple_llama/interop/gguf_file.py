@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from simple_llama.interop.hf_export import ExportForm, TrainedOver, export_metad
 from simple_llama.interop.hf_names import LLAMA
 from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.beside import Beside
 from simple_llama.pretraining.weights import LoadedModel, weights_digest
 
 
@@ -28,8 +30,9 @@ class GGUFFile:
     export_suffix = ""
     export_dtype = torch.float32
 
-    def __init__(self, path: str | os.PathLike[str]):
-        """Opens and digests the file. UserError for a model that is not whole, not sound or not of the known family."""
+    def __init__(self, path: str | os.PathLike[str], beside: bool = False):
+        """Opens and digests the file; `beside`: in a thread. UserError for a model that is not whole, not sound or not
+        of the known family."""
         self.path = Path(path)
         self._container = GGUFContainer(self.path)
         self._config = read_gguf_config(self._container)
@@ -39,7 +42,14 @@ class GGUFFile:
         self.numerics: Mapping[str, str] = self._config.numerics
         self._tensors = OurTensors(self._container, self.architecture, self._config.names)
         self.names = list(self._tensors)
-        self.digest = weights_digest(self._tensors)
+        self._digest = Beside(partial(weights_digest, self._tensors))
+        if not beside:
+            self._digest.result()
+
+    @property
+    def digest(self) -> str:
+        """Of names, dtypes, shapes and values. Waits for it; StartChanged where it was never made of one file."""
+        return self._digest.result()
 
     def load(self) -> LoadedModel:
         """The model; each tensor is read, compared with the first read and dequantized when it is asked for.

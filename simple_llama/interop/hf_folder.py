@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from simple_llama.interop.hf_tokenizer import TOKENIZER_FILES, load_hf_tokenizer
 from simple_llama.interop.our_tensors import OurTensors
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights, weights_there
 from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.beside import Beside
 from simple_llama.pretraining.weights import LoadedModel, weights_digest
 
 _CONFIG = "config.json"
@@ -38,8 +40,9 @@ class HFFolder:
 
     export_suffix = ""
 
-    def __init__(self, path: str | os.PathLike[str]):
-        """Opens and digests the folder. UserError for a model that is not whole, not sound or not of a known family."""
+    def __init__(self, path: str | os.PathLike[str], beside: bool = False):
+        """Opens and digests the folder; `beside`: in a thread. UserError for a model that is not whole, not sound or
+        not of a known family."""
         self.path = Path(path)
         there = _which(self.path)
         self.files = dict(_small_files(self.path))  # by name, as they were found
@@ -56,7 +59,14 @@ class HFFolder:
         _check_fit(self._files, self.config, self.path)
         self._tensors = OurTensors(self._files, self.architecture, self.config.names)
         self.names = list(self._tensors)
-        self.digest = weights_digest(self._tensors)
+        self._digest = Beside(partial(weights_digest, self._tensors))
+        if not beside:
+            self._digest.result()
+
+    @property
+    def digest(self) -> str:
+        """Of names, dtypes, shapes and values. Waits for it; StartChanged where it was never made of one folder."""
+        return self._digest.result()
 
     @property
     def architecture(self) -> Architecture:

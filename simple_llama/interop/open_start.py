@@ -24,14 +24,17 @@ from simple_llama.pretraining.weights import find_weights, load_lora_adapters, l
 _HF_FILES = ("config.json", "adapter_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def open_start(path: str | os.PathLike[str]) -> StartModel:
+def open_start(path: str | os.PathLike[str], beside: bool = False) -> StartModel:
     """The model at `path`: a `.pth` or `.gguf`, or a Hugging Face folder; in a run's folder, its newest export.
 
     Adapters alone are one with the base that they name. UserError for none.
+
+    Args:
+        beside: digests the model in a thread while others do their work; whoever asks for the digest waits for it.
     """
     path = Path(path)
     if path.suffix == ".gguf" and path.exists() and not path.is_dir():
-        return GGUFFile(path)
+        return GGUFFile(path, beside)
     if path.suffix in (".safetensors", ".json") and path.is_file():
         raise UserError(
             f"{path}: expected the folder of a Hugging Face model, found a file; give its folder, with config.json "
@@ -42,12 +45,12 @@ def open_start(path: str | os.PathLike[str]) -> StartModel:
         found = listed(sorted(f"snapshots/{each.name}" for each in snapshots.iterdir()))
         raise UserError(f"{path}: expected one version of a model, found the folder of all; give one of {found}")
     if folder := _hf_folder(path):
-        return _over_its_base(folder) if is_peft_folder(folder) else HFFolder(folder)
+        return _over_its_base(folder, beside) if is_peft_folder(folder) else HFFolder(folder, beside)
     file = find_weights(path)
-    return _over_its_base(file) if load_lora_adapters(file) else StartFile(file)
+    return _over_its_base(file, beside) if load_lora_adapters(file) else StartFile(file, beside)
 
 
-def _over_its_base(path: Path) -> AdaptedStart:
+def _over_its_base(path: Path, beside: bool) -> AdaptedStart:
     """Adapters with the base that they name. UserError where that is not here."""
     name = base_name(path)
     there = [place for place in (Path(name), path.parent / name) if name and place.exists()]
@@ -58,7 +61,7 @@ def _over_its_base(path: Path) -> AdaptedStart:
             f"{said}: give the base as --model_path and these as --adapter_path, or write the base's path into "
             "base_model_name_or_path of their adapter_config.json"
         )
-    return with_adapters(open_start(there[0]), path, path)
+    return with_adapters(open_start(there[0], beside), path, path)
 
 
 def open_start_of(settings: Mapping[str, Any], model_path: str | os.PathLike[str]) -> StartModel:

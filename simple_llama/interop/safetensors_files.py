@@ -17,7 +17,7 @@ import torch
 
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import listed, parse_json, read_json, shown
-from simple_llama.interop.held_file import HeldFile
+from simple_llama.pretraining.held_file import HeldFile
 from simple_llama.pretraining.named_tensors import NamedTensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

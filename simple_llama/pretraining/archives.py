@@ -9,7 +9,7 @@ import sys
 import zipfile
 import zlib
 from io import BufferedReader
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,24 +28,32 @@ _COUNT = struct.Struct("<q")  # elements of a storage in that format
 _ALIGNED = 16  # bytes of the largest number
 
 
-def read_archive(file: BufferedReader, mapped: bool = True) -> Any:
+class Place(NamedTuple):
+    """Where a storage's bytes lie in a file."""
+
+    start: int
+    size: int  # bytes
+    swapped: torch.dtype | None  # of its elements, where their bytes are in the other order than this machine's
+
+
+def read_archive(file: BufferedReader, places: dict[int, Place] | None = None) -> Any:
     """The object in a file of torch.save; its tensors are mapped: the ranks of a machine share one copy in the page
-    cache, and the file may be closed or lose its name. Not `mapped`, they are read: a file that somebody cuts then
-    cannot end the process (SIGBUS).
+    cache, and the file may be closed or lose its name. One that somebody cuts ends the process where a tensor is looked
+    into (SIGBUS).
 
     Can run no code, and allocates little before a file is refused (`pickles`). Raises UserError for a file that holds
     what no checkpoint needs, any other error for one that is damaged.
+
+    Args:
+        places: is given the place of each storage, by the address of its memory.
     """
     size = os.fstat(file.fileno()).st_size
     if not size:
         raise UserError("it is empty")
-    if mapped:  # a private copy: nothing writes to it, but torch warns of memory that cannot be written
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    else:
-        data = mmap.mmap(-1, size)
-        file.seek(0)
-        file.readinto(data)
-    return _Zip(file, data).read() if data[: len(_ZIP)] == _ZIP else _read_old(data)
+    # a private copy: nothing writes to it, but torch warns of memory that cannot be written
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    places = {} if places is None else places
+    return _Zip(file, data).read(places) if data[: len(_ZIP)] == _ZIP else _read_old(data, places)
 
 
 def archive_facts(file: BufferedReader) -> tuple[str, list[str]]:
@@ -76,6 +84,7 @@ class _Zip:
         entries share their name or their bytes."""
         self.data = data
         self.storages: dict[str, torch.Tensor] = {}
+        self.swapped: dict[str, torch.dtype] = {}  # those in the other order of bytes
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
         self.entries = {entry.filename: entry for entry in entries}
@@ -88,15 +97,18 @@ class _Zip:
             raise UserError("expected one data.pkl and no name twice in its zip archive, found others")
         self.folder = tables[0].removesuffix("data.pkl")
 
-    def read(self) -> Any:
-        """The object, with tensors on the mapped file."""
+    def read(self, places: dict[int, Place]) -> Any:
+        """The object, with tensors on the mapped file; `places` as of `read_archive`."""
         entry = self.entries[f"{self.folder}data.pkl"]
         if entry.file_size > MOST_BYTES:
             raise UserError(f"its data.pkl has {entry.file_size:,} bytes, expected at most {MOST_BYTES:,}")
         table = self.bytes_of("data.pkl")
         if entry.CRC not in (_NO_CHECKSUM, zlib.crc32(table)):
             raise UserError("its data.pkl does not have the checksum that it should have")
-        return unpickle(table, 0, self.storage_of)[0]
+        found = unpickle(table, 0, self.storage_of)[0]
+        for key, raw in self.storages.items():
+            _note(places, raw, Place(*self.place(f"data/{key}"), self.swapped.get(key)))
+        return found
 
     def storage_of(self, dtype: torch.dtype, key: str, size: int) -> torch.Tensor:
         """Bytes of a storage."""
@@ -104,6 +116,7 @@ class _Zip:
             self.storages[key] = raw = _mapped(self.data, *self.place(f"data/{key}"))
             if f"{self.folder}byteorder" in self.entries and self.bytes_of("byteorder") != sys.byteorder.encode():
                 raw.untyped_storage().byteswap(dtype)
+                self.swapped[key] = dtype
         return _first(self.storages[key], size)
 
     def bytes_of(self, name: str) -> bytes:
@@ -122,7 +135,7 @@ class _Zip:
         return start, entry.file_size
 
 
-def _read_old(data: mmap.mmap) -> Any:
+def _read_old(data: mmap.mmap, places: dict[int, Place]) -> Any:
     """The object in a file of torch's format before zip files: five pickles, then each storage with its length."""
     sizes: dict[str, int] = {}  # bytes of an element
     storages: dict[str, torch.Tensor] = {}
@@ -150,6 +163,7 @@ def _read_old(data: mmap.mmap) -> Any:
         if not 0 <= size <= len(data) - start:
             raise UserError("a storage in it is longer than the file")
         storages[key], at = _mapped(data, start, size), start + size
+        _note(places, storages[key], Place(start, size, None))
     return unpickle(data[ends[3] : ends[4]], 0, stored)[0]
 
 
@@ -159,6 +173,12 @@ def _mapped(data: mmap.mmap, start: int, size: int) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
     raw = torch.frombuffer(data, dtype=torch.uint8, count=size, offset=start)
     return raw if start % _ALIGNED == 0 else raw.clone()
+
+
+def _note(places: dict[int, Place], raw: torch.Tensor, place: Place) -> None:
+    """Notes where a storage lies; of two that begin at one place the longer has both."""
+    address = raw.untyped_storage().data_ptr()
+    places[address] = max(place, places.get(address, place), key=lambda one: one.size)
 
 
 def _first(raw: torch.Tensor, size: int) -> torch.Tensor:

@@ -3,82 +3,111 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from io import BufferedReader
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from simple_llama.common.errors import UserError
-from simple_llama.common.files import open_file
 from simple_llama.dataset.own_tokenizer import OwnTokenizer
+from simple_llama.pretraining.archives import Place
+from simple_llama.pretraining.beside import Beside
 from simple_llama.pretraining.config import identity_fields
-from simple_llama.pretraining.start_model import StartChanged
-from simple_llama.pretraining.weights import WeightsFile, load_weights, save_weights, weights_digest
+from simple_llama.pretraining.held_file import HeldFile
+from simple_llama.pretraining.named_tensors import NamedTensors
+from simple_llama.pretraining.weights import (
+    LoadedModel,
+    empty_model,
+    load_weights,
+    save_weights,
+    weights_digest,
+)
+
+_EXPECTED = "expected a SimpleLLaMA checkpoint"
+
+
+class _Entry(NamedTuple):
+    """A tensor in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int  # of its first number's bytes in the file
+    size: int  # bytes up to its last number's
+    swapped: torch.dtype | None  # as of a Place
+
+
+class _HeldTensors(HeldFile, NamedTensors):
+    """The tensors of a weights file, each read when it is asked for, into memory of its own.
+
+    A tensor that is read again has to have the bytes of the first time: StartChanged otherwise.
+    """
+
+    def __init__(self, path: Path):
+        """Opens the file and reads its table. UserError as of `load_weights`, and where the tensors do not fit the
+        model that its config describes."""
+        super().__init__(path, _EXPECTED)
+        places: dict[int, Place] = {}
+        with self.opened() as file:
+            found = load_weights(path, file, places)
+        empty_model(found)
+        self.config, self.architecture, self.metadata = found.config, found.architecture, found.metadata
+        self._names = self._entries = {
+            name: _entry(tensor, places[tensor.untyped_storage().data_ptr()])
+            for name, tensor in found.state_dict.items()
+        }
+
+    def _make(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        raw = self.tensor_bytes(name, entry.start, entry.size)
+        if entry.swapped:
+            raw.untyped_storage().byteswap(entry.swapped)
+        return raw.view(entry.dtype).as_strided(entry.shape, entry.strides)
 
 
 class StartFile:
-    """A weights file, its descriptor, and what its tensors were when it was read first."""
+    """A weights file, held open, and what it was when it was read first."""
 
     export_suffix, export_dtype, own_tokenizer, slides = ".pth", torch.float32, None, False
 
-    def __init__(self, path: str | os.PathLike[str]):
-        """Opens, reads and digests the file. UserError as of `load_weights`."""
+    def __init__(self, path: str | os.PathLike[str], beside: bool = False):
+        """Opens the file and digests it; `beside`: in a thread. UserError for one that is no sound checkpoint."""
         self.path = Path(path)
-        try:
-            with open_file(path) as file:
-                self._descriptor = os.dup(file.fileno())
-        except OSError as error:
-            raise UserError(f"{path}: expected a SimpleLLaMA checkpoint, found: {error.strerror or error}") from error
-        weakref.finalize(self, os.close, self._descriptor)
-        self._size = os.fstat(self._descriptor).st_size
-        with self._opened() as file:
-            first = load_weights(self.path, file)
-        self.config, self.architecture = first.config, first.architecture
-        self.names = list(first.state_dict)
-        self.numerics = {name: str(value) for name, value in identity_fields(first.config).items()}
-        self.digest = weights_digest(first.state_dict)  # of names, dtypes, shapes and values
+        self._tensors = tensors = _HeldTensors(self.path)
+        self.config, self.architecture, self.metadata = tensors.config, tensors.architecture, tensors.metadata
+        self.names = list(tensors)
+        self.numerics = {name: str(value) for name, value in identity_fields(self.config).items()}
+        self._digest = Beside(partial(weights_digest, tensors))
+        if not beside:
+            self._digest.result()
 
-    def load(self, mapped: bool = True) -> WeightsFile:
-        """What the file holds now, under the config of the first read; for a look at it: its values are not checked.
+    @property
+    def digest(self) -> str:
+        """Of names, dtypes, shapes and values. Waits for it; StartChanged where it was never made of one file."""
+        return self._digest.result()
 
-        Raises StartChanged where it differs openly.
-        """
-        self._check_size()
-        try:
-            with self._opened() as file:
-                loaded = load_weights(self.path, file, mapped)
-        except UserError as error:
-            raise self._changed(str(error)) from error
-        return replace(loaded, config=self.config)
+    def load(self) -> LoadedModel:
+        """The model; each tensor is read, and compared with the first read, when it is asked for. StartChanged."""
+        self._tensors.check_size()
+        return LoadedModel(self._tensors, self.architecture, self.path)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[WeightsFile]:
-        """The file's model while the body uses it, its tensors mapped. Raises StartChanged at the end where what the
-        body used need not have been what was digested: nothing that it made may be used then.
-
-        A file cut during the body may end the process (SIGBUS), so the body is to come before there is something to
-        lose.
-        """
-        loaded = self.load()
-        yield loaded
-        self._check(loaded)
+    def reading(self) -> Iterator[LoadedModel]:
+        """The model while the body uses it: no tensor that it gets is another one than was digested (StartChanged)."""
+        yield self.load()
 
     def merged(self, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The trained tensors by name, and the file's own where a name is not among them, on the CPU.
 
-        The file is not needed where all are. It is read, not mapped: this is for the middle of a run, which must not
-        end where the file is cut. Raises StartChanged.
+        The file is not needed where all are. Raises StartChanged.
         """
-        if trained.keys() >= set(self.names):
-            return {name: trained[name] for name in self.names}
-        loaded = self.load(mapped=False)
-        self._check(loaded)
-        return {name: trained.get(name, tensor) for name, tensor in loaded.state_dict.items()}
+        if not trained.keys() >= set(self.names):
+            self._tensors.check_size()
+        return {name: trained[name] if name in trained else self._tensors[name] for name in self.names}
 
     def export(
         self,
@@ -102,25 +131,10 @@ class StartFile:
         except UserError:
             return {}
 
-    def _opened(self) -> BufferedReader:
-        """The held file, to be closed by the caller."""
-        return os.fdopen(os.dup(self._descriptor), "rb")
 
-    def _check(self, loaded: WeightsFile) -> None:
-        """Raises StartChanged where its tensors are not those of the first read."""
-        self._check_size()  # a mapped file that was cut must not be looked into
-        if weights_digest(loaded.state_dict) != self.digest:
-            raise self._changed("its tensors differ")
-
-    def _check_size(self) -> None:
-        """Raises StartChanged where the file is longer or shorter than it was."""
-        try:
-            size = os.fstat(self._descriptor).st_size
-        except OSError as error:  # on a network file system, after another host deleted it
-            raise self._changed(error.strerror or str(error)) from error
-        if size != self._size:
-            raise self._changed(f"it had {self._size:,} bytes, now {size:,}")
-
-    def _changed(self, how: str) -> StartChanged:
-        """The error, saying how it shows."""
-        return StartChanged(f"{self.path}: the start checkpoint has changed since this run read it first: {how}")
+def _entry(tensor: torch.Tensor, place: Place) -> _Entry:
+    """Where a tensor's numbers lie, of a storage there."""
+    first, shape = int(tensor.storage_offset()) * tensor.itemsize, tuple(tensor.shape)
+    last = sum((length - 1) * stride for length, stride in zip(shape, tensor.stride(), strict=True))
+    size = (last + 1) * tensor.itemsize if math.prod(shape) else 0
+    return _Entry(tensor.dtype, shape, tensor.stride(), place.start + first, size, place.swapped)

@@ -23,7 +23,8 @@ class StartModel(Protocol):
     """A model on disk, held open to the run's end: every read is of the bytes that were digested.
 
     A path may lead to another file at any time. Here the files themselves are held, so it does not matter whether they
-    are renamed, replaced or deleted; one that was cut or overwritten in place is refused at the next read.
+    are renamed, replaced or deleted; one that was cut or overwritten in place is refused at the next read. Where the
+    digest is still being made, whichever read comes first counts: the digest and all others have to agree with it.
     """
 
     @property
@@ -48,7 +49,7 @@ class StartModel(Protocol):
 
     @property
     def digest(self) -> str:
-        """Of names, dtypes, shapes and values."""
+        """Of names, dtypes, shapes and values. Where it is made in a thread, whoever asks waits; StartChanged."""
         ...
 
     @property
@@ -72,15 +73,14 @@ class StartModel(Protocol):
         ...
 
     def load(self) -> Loaded:
-        """What the files hold now, for a look at it: its values are not checked. StartChanged where it differs openly.
+        """The model, whose values are not checked; `state_dict` reads a tensor each time it is asked for it.
 
-        Tensors need not be in memory: `state_dict` may read one each time it is asked for it.
+        StartChanged where the files differ openly, and at a tensor that is another one than at the first read.
         """
         ...
 
     def reading(self) -> AbstractContextManager[Loaded]:
-        """The model while the body uses it. Raises StartChanged at the end where what the body used need not have been
-        what was digested: nothing that it made may be used then."""
+        """The model while the body uses it: no tensor that it gets is another one than was digested (StartChanged)."""
         ...
 
     def export(

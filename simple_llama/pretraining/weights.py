@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import atomic_path, listed, open_file, shown
 from simple_llama.pretraining.architecture import Architecture
-from simple_llama.pretraining.archives import read_archive
+from simple_llama.pretraining.archives import Place, read_archive
+from simple_llama.pretraining.beside import read_ahead
 from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.pickles import OtherTensor
@@ -97,19 +98,21 @@ def find_weights(path: str | os.PathLike[str]) -> Path:
     return max(files, key=lambda file: (files[file].st_mtime_ns, _by_number(file.name)))
 
 
-def load_weights(path: str | os.PathLike[str], file: BufferedReader | None = None, mapped: bool = True) -> WeightsFile:
+def load_weights(
+    path: str | os.PathLike[str], file: BufferedReader | None = None, places: dict[int, Place] | None = None
+) -> WeightsFile:
     """Reads a weights file. It can run no code: only tensors, plain values and TrainingConfig are unpickled.
 
     Args:
         file: `path` opened before; it stays open.
-        mapped: leaves the tensors on disk until they are used.
+        places: as of `read_archive`.
 
     Raises UserError naming the file for anything that is no such checkpoint, before much memory is taken.
     """
     path = Path(path)
     try:
         with nullcontext(file) if file else open_file(path) as opened:
-            found = read_archive(opened, mapped)
+            found = read_archive(opened, places)
     except Exception as error:  # damaged files fail in many ways, all with the same answer
         reason = "it is damaged, or holds more than tensors, plain values and TrainingConfig"
         if isinstance(error, UserError | OSError):
@@ -156,30 +159,46 @@ def load_lora_adapters(path: str | os.PathLike[str]) -> LoraAdapters | None:
 
 
 def build_model(
-    loaded: Loaded, dtype: torch.dtype, device: torch.device | str, dropout: float = 0.0
+    loaded: Loaded,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    dropout: float = 0.0,
+    unread: Collection[str] = (),
 ) -> LLaMaTransformer:
     """The loaded model, with its own copy of the weights in `dtype` on `device`. Draws no random numbers.
+
+    Args: unread: as of `fill`.
 
     Raises UserError as `check_weights` does.
     """
     model = empty_model(loaded, dropout)
-    fill(model, "", loaded, dtype, device)
+    fill(model, "", loaded, dtype, device, unread)
     return model
 
 
-def fill(part: nn.Module, prefix: str, loaded: Loaded, dtype: torch.dtype, device: torch.device | str) -> None:
+def fill(
+    part: nn.Module,
+    prefix: str,
+    loaded: Loaded,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    unread: Collection[str] = (),
+) -> None:
     """Gives a part of an empty model, or all of it, its own copy of its weights in `dtype` on `device`.
 
     Args:
         prefix: what the names of its weights begin with in the whole model.
+        unread: names in the whole model of weights that are 0 for now: whoever sets them checks them.
 
     Raises UserError for weights that are not finite.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for name in part.state_dict():  # of what is read, one tensor is in memory at a time
-        tensors[name] = loaded.state_dict[prefix + name].detach().to(device, dtype, copy=True)
-    _check_finite(loaded.path, dtype, {prefix + name: tensor for name, tensor in tensors.items()})
-    part.load_state_dict(tensors, strict=True, assign=True)
+    empty = {prefix + name: tensor.shape for name, tensor in part.state_dict().items()}
+    tensors = {name: torch.zeros(empty[name], dtype=dtype, device=device) for name in empty if name in unread}
+    for name, tensor in read_ahead(loaded.state_dict, [name for name in empty if name not in unread]):
+        tensors[name] = tensor.detach().to(device, dtype, copy=True)
+        del tensor
+    check_finite(loaded.path, dtype, {name: tensor for name, tensor in tensors.items() if name not in unread})
+    part.load_state_dict({name.removeprefix(prefix): tensors[name] for name in empty}, strict=True, assign=True)
 
 
 def check_weights(loaded: Loaded, dtype: torch.dtype) -> None:
@@ -187,7 +206,7 @@ def check_weights(loaded: Loaded, dtype: torch.dtype) -> None:
     `dtype`. Holds one converted tensor at a time."""
     empty_model(loaded)
     for name in loaded.state_dict:
-        _check_finite(loaded.path, dtype, {name: loaded.state_dict[name].detach().to(dtype)})
+        check_finite(loaded.path, dtype, {name: loaded.state_dict[name].detach().to(dtype)})
 
 
 def save_weights(
@@ -218,11 +237,11 @@ def save_weights(
 def weights_digest(state_dict: Mapping[str, torch.Tensor]) -> str:
     """Hex digest of names, dtypes, shapes and values: independent of the order of the dict and of any file."""
     state = hashlib.blake2b(digest_size=16)
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach()
+    for name, tensor in read_ahead(state_dict, sorted(state_dict)):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for piece in tensor.flatten().split(_DIGESTED):  # no fp32 copy of a whole tensor
+        for piece in tensor.detach().flatten().split(_DIGESTED):  # no fp32 copy of a whole tensor
             state.update(piece.to("cpu", torch.float32).contiguous().numpy().data)
+        del tensor, piece
     return state.hexdigest()
 
 
@@ -313,8 +332,10 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _check_finite(path: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]) -> None:
-    """UserError naming the tensors that hold inf or nan."""
+def check_finite(path: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]) -> None:
+    """UserError naming the tensors, of that file and in that dtype, that hold inf or nan. Waits for a device once."""
+    if not tensors:
+        return
     # both ends of a tensor are nan where a number in it is; isfinite() would take three times the tensor's memory
     finite = torch.stack([torch.stack(tensor.aminmax()).isfinite().all() for tensor in tensors.values()]).tolist()
     if not all(finite):

@@ -98,3 +98,51 @@ def test_what_the_check_finds(tmp_path: Path, line: str, message: str) -> None:
     done = imported([str(tmp_path / "bad.py")], tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+# What a run's start needs of DeepSpeed's ZeRO asks for all of its optimizers, one of which has torch's compiler.
+START = """
+import sys
+import torch
+import simple_llama.reinforcement_learning.rlhf.apply_dpo
+print(*sorted(name for name in sys.argv[1:] if name in sys.modules))
+from simple_llama.reinforcement_learning.rlhf.engine.engine import import_deepspeed
+import_deepspeed(torch.device("cpu"))
+from deepspeed.runtime import compiler
+import deepspeed.runtime.zero.muon.muon_optimizer
+assert compiler.compile() is torch.compile
+compilers = {"torch._inductor.compile_fx", "torch._dynamo.repro.after_dynamo"}
+print(*sorted(compilers & sys.modules.keys()))
+"""
+OF_OTHERS = ("torch._dynamo", "sympy", "triton", "transformers", "pyarrow", "jinja2", "gguf", "pandas", "deepspeed")
+
+
+def test_a_run_imports_what_it_needs() -> None:
+    """No compiler, no table reader, no template engine, no DeepSpeed before the engine is made; then no compiler."""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", START, *OF_OTHERS]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "\n\n", done.stdout
+
+
+def test_no_tensor_without_values_imports_the_compiler() -> None:
+    """An empty model is built and filled with nothing, as a run's start does it."""
+    code = """
+import sys
+import torch
+from simple_llama.pretraining.architecture import Architecture
+from simple_llama.pretraining.config import TrainingConfig
+from simple_llama.pretraining.weights import LoadedModel, build_model
+config = TrainingConfig(n_embd=32, n_layers=1, n_heads=2, multiple_of=16, max_seq_len=64, batch_size=1)
+found = LoadedModel({}, Architecture.of(config, 50), "nowhere")
+class All(set):
+    def __contains__(self, name): return True
+model = build_model(found, torch.bfloat16, "cpu", unread=All())
+assert not any(weight.any() for weight in model.parameters())
+print(*sorted(name for name in ("sympy", "torch._dynamo") if name in sys.modules))
+"""
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout == "\n", done.stdout

@@ -107,7 +107,7 @@ def _read_and_do(work: Callable[[DPOConfig, Inputs, Ranks], object], config: DPO
         if config.resume:
             say_settings(config)
         check_folders(config, config.ref_cache_dir)
-    inputs = load_inputs(config, ranks, ref_cache_dir=config.ref_cache_dir)
+    inputs = load_inputs(config, ranks, ref_cache_dir=config.ref_cache_dir, settled=config.dry_run)
     PHASES.ended("data")
     stopping.agree(ranks, at_once=True)
     if not config.dry_run:

@@ -15,6 +15,7 @@ from simple_llama.cluster.distributed import Ranks, barrier, fail_together, gath
 from simple_llama.finetune.chat_format import about_system
 from simple_llama.ops.machine import peak_flops, release, resident_bytes
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
+from simple_llama.pretraining.weights import check_weights
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
@@ -77,6 +78,9 @@ def describe(config: DPOConfig, inputs: Inputs, ranks: Ranks) -> str:
 
     Without `probe` no model is made: what Python and torch take, and the rate of GEMMs, are measured.
     """
+    with fail_together(ranks):  # the run looks at them where it makes its models
+        for start in filter(None, (inputs.start, inputs.other_reference)):
+            check_weights(start.load(), inputs.dtype)
     job = _Job(config, inputs, ranks)
     foretold = job.foretell()
     pairs, plan, saved = inputs.data.train, job.plan(job.size_set), job.saved()

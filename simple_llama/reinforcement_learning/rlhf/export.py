@@ -23,7 +23,7 @@ from simple_llama.interop.open_start import open_start, open_start_of
 from simple_llama.interop.own_checkpoints import MergedLoRA, UntiedHead, training_config
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
-from simple_llama.pretraining.weights import WeightsFile, check_weights, save_weights
+from simple_llama.pretraining.weights import check_weights, save_weights
 from simple_llama.reinforcement_learning.rlhf.average import MeanWeights, last_epochs
 from simple_llama.reinforcement_learning.rlhf.engine.checkpoint import (
     SavedState,
@@ -123,11 +123,11 @@ def _open_source(config: ExportConfig) -> _Source:
     saved = _state_at(path)
     if saved is None:
         start = open_start(path)
-        loaded = base_of(start).load()
+        base = base_of(start)
         check_weights(start.load(), start.export_dtype)
         metadata = _kept(start.export_metadata(start.path), _OF_A_RUN)
-        if isinstance(loaded, WeightsFile):
-            metadata |= _kept(loaded.metadata, (*(_OF_A_RUN if start is base_of(start) else ()), *_OF_A_CONVERSION))
+        if isinstance(base, StartFile):
+            metadata |= _kept(base.metadata, (*(_OF_A_RUN if start is base else ()), *_OF_A_CONVERSION))
         return _Source(start, {}, {**metadata, **_about(start.path.name)})
     run = saved.folder.parent.parent
     settings = _settings_of(run)
@@ -144,8 +144,8 @@ def _open_source(config: ExportConfig) -> _Source:
         "reference": saved.facts.course["reference"],
         "start": start.digest,
     }
-    loaded = base_of(start).load()
-    if not isinstance(loaded, WeightsFile) or TOKENIZER_KEY in loaded.metadata:
+    base = base_of(start)
+    if not isinstance(base, StartFile) or TOKENIZER_KEY in base.metadata:
         metadata[TOKENIZER_KEY] = saved.facts.course["reference"]["tokenizer"]
     return _Source(start, StateWeights(saved), metadata, is_state=True)
 

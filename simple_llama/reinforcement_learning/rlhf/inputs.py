@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -10,7 +12,9 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from typing_extensions import Doc
 
+from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, broadcast_object, fail_together, require_same
+from simple_llama.cluster.start_phases import PHASES
 from simple_llama.common.errors import UserError
 from simple_llama.common.files import shown
 from simple_llama.common.logging import LOGGER
@@ -31,7 +35,7 @@ from simple_llama.pretraining.architecture import Architecture
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.start_file import StartFile
 from simple_llama.pretraining.start_model import StartModel
-from simple_llama.pretraining.weights import Loaded, WeightsFile, build_model, check_weights
+from simple_llama.pretraining.weights import Loaded, build_model, empty_model
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import DataConfig, RLDatasetLoader, pair_reader
 from simple_llama.reinforcement_learning.rlhf.data.find_pairs import TokenCache, is_large, make_share
 from simple_llama.reinforcement_learning.rlhf.data.scored_tokens import Scoring
@@ -108,14 +112,25 @@ class Inputs:
     start: StartModel  # the model that the policy starts as
     dtype: torch.dtype  # of the computing weights
     max_seq_len: int
-    reference_id: dict  # what names the reference: weights, tokenizer, numerics
+    tokenizer: str  # digest of the chats' tokenizer
+    numerics: dict[str, str]  # what else than weights decides the reference's output
     given_tokenizer: OwnTokenizer | None = None  # of `tokenize_path`, for exports; None: the model's own
     kept_digest: str | None = None  # of a .pth that was made of a folder: what its exports keep under TOKENIZER_KEY
     other_reference: StartModel | None = None  # where that is not the start model
 
-    def build_model(self, start: Loaded, device: torch.device | str, dropout: float = 0.0) -> LLaMaTransformer:
-        """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory."""
-        return build_model(start, self.dtype, device, dropout=dropout)
+    @cached_property
+    def reference_id(self) -> dict:
+        """What names the reference: weights, tokenizer, numerics. Waits for its digest (StartModel)."""
+        return reference_id(self.reference.digest, self.tokenizer, self.numerics)
+
+    def build_model(
+        self, start: Loaded, device: torch.device | str, dropout: float = 0.0, unread: Collection[str] = ()
+    ) -> LLaMaTransformer:
+        """The start model in the computing dtype, from `start.reading()`: its fp32 copy does not stay in memory.
+
+        Args: unread: names of weights that are 0 for now: whoever sets them checks them.
+        """
+        return build_model(start, self.dtype, device, dropout, unread)
 
     def build_reference(self, device: torch.device | str) -> LLaMaTransformer:
         """The reference model. Raises UserError where it was not made of what `reference_id` names."""
@@ -174,13 +189,18 @@ class _Opened(NamedTuple):
     max_seq_len: int
 
 
-def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None, ref_cache_dir: str = "") -> Inputs:
-    """Reads and checks all inputs on every rank, then that all ranks have read the same (collective).
+def load_inputs(
+    config: InputsConfig, ranks: Ranks, known: Inputs | None = None, ref_cache_dir: str = "", settled: bool = True
+) -> Inputs:
+    """Reads and checks all inputs on every rank, then that all ranks have read the same (collective). Weights that are
+    not finite are found where a model is made of them.
 
     Args:
         known: those of another model for the same data settings; the data is not read again where this model's chats
             become tokens as that one's do.
         ref_cache_dir: where tokens of large files are kept, beside the reference stores; empty: nowhere.
+        settled: whether `settle_models` is called too. Otherwise the models are still being digested, and the caller
+            has time for what needs no digest.
 
     Raises UserError with the file and what is wrong, or with the host and rank that differ from rank 0.
     """
@@ -199,17 +219,27 @@ def load_inputs(config: InputsConfig, ranks: Ranks, known: Inputs | None = None,
     require_same("settings", asdict(config), ranks)
     require_same("data set (digest)", inputs.data_digest, ranks)
     require_same("what ends an answer (token ids)", sorted(inputs.chat.stop_ids), ranks)
-    require_same("start model (digest)", inputs.start.digest, ranks)
-    require_same("reference model (digests)", inputs.reference_id, ranks)
+    if settled:
+        settle_models(inputs, ranks)
     return inputs
+
+
+def settle_models(inputs: Inputs, ranks: Ranks) -> None:
+    """Waits for the models' digests, then checks that all ranks have the same ones (collective). Nothing that was made
+    of the weights may be used before. UserError."""
+    with watchdog.patience("digesting the models"), fail_together(ranks):
+        digests = inputs.start.digest, inputs.reference_id
+    PHASES.ended("digest")
+    require_same("start model (digest)", digests[0], ranks)
+    require_same("reference model (digests)", digests[1], ranks)
 
 
 def _open(config: InputsConfig) -> _Opened:
     """The start model and the format of its chats, as this rank sees them."""
     dtype = model_dtype(read_ds_config(config))
-    start = adapted(open_start(config.model_path), config, config.adapter_path)
+    start = adapted(open_start(config.model_path, beside=True), config, config.adapter_path)
     chat, given_tokenizer = chat_format(config, start)
-    check_weights(start.load(), dtype)
+    empty_model(start.load())
     digest, kept = check_tokenizer(chat, config, start)
     architecture = start.architecture
     max_seq_len = config.max_seq_len or architecture.max_seq_len
@@ -287,8 +317,7 @@ def _joined(config: InputsConfig, opened: _Opened, data: RLDatasetLoader) -> Inp
         **reference.numerics,
         **chat.identity,
     }
-    identity = reference_id(reference.digest, digest, numerics)
-    return Inputs(chat, data, start, dtype, max_seq_len, identity, given_tokenizer, kept, other)
+    return Inputs(chat, data, start, dtype, max_seq_len, digest, numerics, given_tokenizer, kept, other)
 
 
 def _other_reference(config: InputsConfig, opened: _Opened) -> StartModel | None:
@@ -298,7 +327,7 @@ def _other_reference(config: InputsConfig, opened: _Opened) -> StartModel | None
     reference = open_start(config.reference_path)
     if (reference.digest, reference.numerics) == (start.digest, start.numerics):
         return None
-    check_weights(reference.load(), model_dtype(read_ds_config(config)))
+    empty_model(reference.load())
     check_tokenizer(opened.chat, config, reference)
     own = reference.own_tokenizer
     chosen = not isinstance(base_of(start), StartFile) and not is_shipped(Path(config.tokenize_path))
@@ -320,7 +349,7 @@ def _reads_alike(known: Inputs, opened: _Opened) -> bool:
     theirs, chat = known.chat, opened.chat
     return (
         known.max_seq_len == opened.max_seq_len
-        and known.reference_id["tokenizer"] == opened.tokenizer
+        and known.tokenizer == opened.tokenizer
         and (type(theirs), dict(theirs.identity)) == (type(chat), dict(chat.identity))
         and theirs.default_system == chat.default_system
     )
@@ -338,8 +367,7 @@ def check_tokenizer(chat: ChatFormat, config: ChatModelConfig, start: StartModel
             "expected the tokenizer that the model was trained with (tokenize_path)"
         )
     digest = tokenizer_digest(chat.tokenizer)
-    loaded = start.load()
-    kept = loaded.metadata.get(TOKENIZER_KEY) if isinstance(loaded, WeightsFile) else None
+    kept = start.metadata.get(TOKENIZER_KEY) if isinstance(start, StartFile) else None
     if kept not in (None, digest):
         raise UserError(
             f"{config.tokenize_path}: expected the tokenizer of the folder that {start.path} was made of (digest "

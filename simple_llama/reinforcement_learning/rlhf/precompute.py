@@ -21,7 +21,7 @@ from simple_llama.reinforcement_learning.rlhf.data.batch_plan import sweep_of
 from simple_llama.reinforcement_learning.rlhf.data.pair_batch import PairBatch
 from simple_llama.reinforcement_learning.rlhf.data.pair_key import Entries
 from simple_llama.reinforcement_learning.rlhf.data.pair_set import PairSet
-from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, settle_models
 from simple_llama.reinforcement_learning.rlhf.objective.policy import pair_logps
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss
 from simple_llama.reinforcement_learning.rlhf.objective.scores import Asked
@@ -55,6 +55,7 @@ def precompute(config: PassConfig, inputs: Inputs, ranks: Ranks, pairs: PairSet 
     fronts = isinstance(config, LossConfig) and PreferenceLoss.of(config).asks.fronts
     stopping.begin()
     pairs = inputs.data.pairs if pairs is None else pairs
+    settle_models(inputs, ranks)
     store = open_store(config.ref_cache_dir, inputs.reference_id, ranks)
     # one rank's word, or two ranks could share out differently
     missing = broadcast_positions(missing_pairs(store, pairs, fronts), len(pairs), ranks)

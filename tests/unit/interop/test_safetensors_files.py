@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from simple_llama.common.errors import UserError
-from simple_llama.interop import held_file
 from simple_llama.interop.safetensors_files import SafetensorsFiles, open_weights
+from simple_llama.pretraining import held_file
 from simple_llama.pretraining.start_model import StartChanged
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

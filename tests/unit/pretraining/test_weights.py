@@ -19,8 +19,8 @@ from simple_llama.pretraining.config import TrainingConfig
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import (
     WeightsFile,
-    _check_finite,
     build_model,
+    check_finite,
     empty_model,
     find_weights,
     load_weights,
@@ -224,10 +224,10 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype,
     for size in (1, 15, 16, 17, 33, 100_003):
         for at in {0, size // 2, size - 1}:
             tensor = torch.linspace(-1, 1, size).to(dtype)
-            _check_finite(Path("some.pth"), dtype, {"a": tensor})
+            check_finite(Path("some.pth"), dtype, {"a": tensor})
             tensor[at] = value
             with pytest.raises(UserError, match="found inf or nan in b$"):
-                _check_finite(Path("some.pth"), dtype, {"a": torch.ones(2), "b": tensor})
+                check_finite(Path("some.pth"), dtype, {"a": torch.ones(2), "b": tensor})
 
 
 def test_architecture_of_a_file(state_dict: dict[str, torch.Tensor]):

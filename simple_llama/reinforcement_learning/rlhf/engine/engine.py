@@ -6,6 +6,7 @@ Shapes: B pairs of a micro-batch.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -17,7 +18,9 @@ import torch
 
 from simple_llama.cluster import watchdog
 from simple_llama.cluster.distributed import Ranks, fail_together
+from simple_llama.cluster.start_phases import PHASES
 from simple_llama.common.errors import UserError
+from simple_llama.pretraining.beside import read_ahead
 from simple_llama.pretraining.layers import adapters_off
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
 from simple_llama.pretraining.weights import Loaded, empty_model, fill
@@ -47,7 +50,8 @@ class Engine:
     def __init__(
         self, policy: DPOPolicy, start_weights: Mapping[str, torch.Tensor], config: EngineConfig, ranks: Ranks
     ):
-        """Wraps `policy` (already in its computing dtype). Needs the process group that `init_ranks` made.
+        """Wraps `policy` (already in its computing dtype), whose trained weights may be any numbers: they are made of
+        the masters. Needs the process group that `init_ranks` made.
 
         Args:
             start_weights: fp32 values of the model's parameters by name, as the checkpoint has them.
@@ -76,7 +80,9 @@ class Engine:
         if self.reduce_once:
             self.accumulate_locally()
         self.make_moments()
-        self.load_full_state(((name, {"weight": start_weights[name]}) for name in trainable), optimizer_steps=0)
+        PHASES.ended("DeepSpeed")
+        read = read_ahead(start_weights, trainable)
+        self.load_full_state(((name, {"weight": tensor}) for name, tensor in read), optimizer_steps=0)
 
     @property
     def model(self) -> LLaMaTransformer:
@@ -352,7 +358,22 @@ def import_deepspeed(device: torch.device) -> Any:
     # Set, not edited: reading this table would call the compiler to find out which ops could be built.
     ops: Any = deepspeed.ops
     ops.__compatible_ops__ = {}
+    _import_muon()
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon as plain functions. ZeRO (0.19.8) imports it for whatever optimizer it is given, and
+    `torch.compile` at its functions, which no run of ours calls, would import torch's compiler: a second or more."""
+    from deepspeed.runtime import compiler
+
+    compiled = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):  # of a version that has it elsewhere
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compiled
 
 
 def _refusal(source: str, error: Exception) -> str:

@@ -52,7 +52,6 @@ class TrainedModel(NamedTuple):
     architecture: Architecture
     dtype: torch.dtype
     online: bool = False  # whether the reference is in memory too
-    mapped: int = 4  # bytes of a weight in the start file, which is mapped while it is read
     head: bool = True  # whether the vocabulary matrix has a gradient
 
     @property
@@ -120,7 +119,7 @@ def moments(model: TrainedModel, engine: Engine, batch: PairBatch, base: Base) -
         "reference": weights * item if model.online else 0,
         "masters and moments": 12 * shard if on_cpu or not engine.offloads else 0,
     }
-    start = {**ground, **held, "start file": weights * model.mapped if on_cpu else 0}
+    start = {**ground, **held, "read": 2 * 4 * model.size.head if on_cpu else 0}  # two tensors
     steady = {**ground, "compiled GEMMs": base.compiled, **held}
     summed = _summed(model, engine, shard)
     beside = {"copy for a save": 12 * shard} if on_cpu and engine.copies else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from simple_llama.cluster.distributed import Ranks, fail_together
 from simple_llama.cluster.start_phases import PHASES
 from simple_llama.common.errors import UserError
 from simple_llama.pretraining.llama_transformer import LLaMaTransformer
-from simple_llama.pretraining.weights import Loaded, empty_model
+from simple_llama.pretraining.weights import Loaded, check_finite, empty_model
 from simple_llama.reinforcement_learning.rlhf.engine.ds_config import EngineConfig, read_ds_config, zero_stage
 from simple_llama.reinforcement_learning.rlhf.engine.engine import Engine, dealt_model
 from simple_llama.reinforcement_learning.rlhf.inputs import Inputs
@@ -33,23 +34,31 @@ class Started(NamedTuple):
 def start_engine(config: EngineConfig, inputs: Inputs, loss_fn: PreferenceLoss, ranks: Ranks) -> Started:
     """The policy of the start weights under DeepSpeed (collective)."""
     with inputs.start.reading() as start:
-        model = _start_model(config, inputs, start, ranks)
+        with fail_together(ranks):
+            shape = empty_model(start)
+            trained = trained_names(shape, config.trainable, start.path, inputs.adapters is not None)
+        model = _start_model(config, inputs, start, ranks, unread=trained)
         with fail_together(ranks):
             policy = _build_policy(config, model, loss_fn, start.path, inputs.adapters is not None)
-        shape, trained = empty_model(start), {name for name, p in model.named_parameters() if p.requires_grad}
         size, part = model_size(shape), trained_part(shape, trained)
         PHASES.ended("weights")
         engine = Engine(policy, start.state_dict, config, ranks)
-        PHASES.ended("DeepSpeed")
+        PHASES.ended("masters")
+        if not engine.partitioned:
+            with fail_together(ranks):
+                check_finite(start.path, inputs.dtype, engine.trainable)
     return Started(engine, size, part)
 
 
-def _start_model(config: EngineConfig, inputs: Inputs, start: Loaded, ranks: Ranks) -> LLaMaTransformer:
-    """The start model in the computing dtype (collective); of ZeRO-3 this rank's share of it."""
+def _start_model(
+    config: EngineConfig, inputs: Inputs, start: Loaded, ranks: Ranks, unread: Collection[str] = ()
+) -> LLaMaTransformer:
+    """The start model in the computing dtype (collective); of ZeRO-3 this rank's share of it. Otherwise weights named
+    in `unread` are 0: the engine reads them once, for the masters, and makes the computing weights of these."""
     if zero_stage(read_ds_config(config)) == 3:
         return dealt_model(start, inputs.dtype, config, ranks)
     with fail_together(ranks):
-        return inputs.build_model(start, ranks.device, dropout=config.dropout)
+        return inputs.build_model(start, ranks.device, config.dropout, unread)
 
 
 def _build_policy(

@@ -26,7 +26,7 @@ from simple_llama.ops.machine import peak_flops
 from simple_llama.reinforcement_learning.rlhf.data.batch_plan import BatchPlan, sweep_of
 from simple_llama.reinforcement_learning.rlhf.data.dataset_loader import with_held_out
 from simple_llama.reinforcement_learning.rlhf.engine import checkpoint
-from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig
+from simple_llama.reinforcement_learning.rlhf.inputs import Inputs, InputsConfig, settle_models
 from simple_llama.reinforcement_learning.rlhf.objective.cost import useful_flops
 from simple_llama.reinforcement_learning.rlhf.objective.policy import require_gaps, require_rankings
 from simple_llama.reinforcement_learning.rlhf.objective.preference_loss import LossConfig, PreferenceLoss, resolved
@@ -134,6 +134,9 @@ class TrainingRun:
         require_gaps(self.loss_fn, inputs.data.pairs)
         require_rankings(self.loss_fn, inputs.data.pairs, config.pairs)
         ckpt_folder, log_folder = folders_of(config, name)
+        # while the model's digest is still being made; behind the audit of another reference: there are never both
+        started = None if inputs.other_reference else start_engine(config, inputs, self.loss_fn, ranks)
+        settle_models(inputs, ranks)
         course = course_of(asdict(config), self.plan.units_per_step, self.total_steps, inputs)
         # before the store is looked into: of another model's nobody should be asked to fill one
         saved = _state_to_resume(ckpt_folder, course, self.total_steps, ranks) if config.resume else None
@@ -147,7 +150,7 @@ class TrainingRun:
             self.profile = StepProfile(config, log_folder, ranks, saved.facts.step if saved else 0, self.total_steps)
         if inputs.other_reference and self.loss_fn.needs_reference and not saved:
             audit_other(config, self.reference, inputs, ranks)
-        self.engine, size, part = start_engine(config, inputs, self.loss_fn, ranks)
+        self.engine, size, part = started or start_engine(config, inputs, self.loss_fn, ranks)
         self.reference = through_policy(self.reference, self.engine, inputs, ranks)
         work = partial(useful_flops, size, inputs.architecture, backward=True, trained=part)
         steps, trained = self.plan.steps_per_epoch, self.engine.trained_weights

@@ -40,7 +40,8 @@ def parts(engine: Engine, model: TrainedModel = MODEL) -> dict[str, dict[str, in
 
 @pytest.mark.parametrize(("fast", "head"), [(False, 17_960), (True, 11_560)])
 def test_one_rank_in_bf16_by_hand(monkeypatch: pytest.MonkeyPatch, fast: bool, head: int) -> None:
-    """10,000 weights: 20,000 bytes, masters and moments 120,000; 40,000 of the mapped file while they are read.
+    """10,000 weights: 20,000 bytes, masters and moments 120,000; two tensors that are read, as large as
+    the head: 12,800.
 
     gradients    40,000 of fp32 sums and 3,200 of bf16, of the largest parameter; in a step the sums
     activations  a row and layer 2 * 32 + 2 * 96 = 256 numbers; of attention, in fp32, a row 2 * 32 + 3 * 32, and
@@ -53,7 +54,7 @@ def test_one_rank_in_bf16_by_hand(monkeypatch: pytest.MonkeyPatch, fast: bool, h
     monkeypatch.setattr(memory, "has_fast_bf16", lambda _device: fast)
     found = parts(ALONE)
     held = {"Python, torch and data": 1_000_000, "weights": 20_000, "reference": 0, "masters and moments": 120_000}
-    assert found["start"] == {**held, "start file": 40_000}
+    assert found["start"] == {**held, "read": 12_800}
     steady = {**held, "compiled GEMMs": 50_000}
     assert found["passes"] == {**steady, "gradients": 43_200, "activations": 20_352, "head": head}
     assert found["step"] == {**steady, "gradients": 40_000}
@@ -156,7 +157,7 @@ def test_alone_no_gradient_waits() -> None:
 def test_a_gpu_counts_what_its_allocator_gives() -> None:
     """No Python, no file; offloaded states, and the gradients for them, are on the host: 40,000 + 20,000 of bf16."""
     found = parts(Engine("cuda", 1, 2, offloads=True))["start"]
-    assert found == {"weights": 20_000, "reference": 0, "masters and moments": 0, "start file": 0}
+    assert found == {"weights": 20_000, "reference": 0, "masters and moments": 0, "read": 0}
     for device, gradients in (("cuda", 60_000), ("cpu", 100_000)):
         found = parts(Engine(device, 1, 2, buckets=False, offloads=True))["passes"]
         assert found["gradients"] == gradients

@@ -184,10 +184,10 @@ def test_a_start_checkpoint_that_changes_before_a_model_is_built_is_refused(
     before = (lora.folder / "start.pth").read_bytes()
     overwrite(lora, other)
     try:
-        with pytest.raises(StartChanged, match="its tensors differ"):
+        with pytest.raises(StartChanged, match="tensor .* differs"):
             precompute(config, inputs, ranks)
         assert not (lora.folder / "ref_cache").exists()
-        with pytest.raises(StartChanged, match="its tensors differ"):
+        with pytest.raises(StartChanged, match="tensor .* differs"):
             TrainingRun(settings_of(lora, run_name="early"), inputs, ranks, "early", lambda: None)
     finally:
         (lora.folder / "start.pth").write_bytes(before)

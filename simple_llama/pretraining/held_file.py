@@ -11,6 +11,7 @@ import hashlib
 import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -37,6 +38,10 @@ class HeldFile:
         weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
         self.digests: dict[str, bytes] = {}  # of the pieces of a tensor, when it was read first
+
+    def opened(self) -> BufferedReader:
+        """The file, to be closed by the caller."""
+        return os.fdopen(os.dup(self._descriptor), "rb")
 
     def read_into(self, memory: memoryview, start: int) -> None:
         """Fills `memory` from `start` on. OSError where the file ends before, too."""
