@@ -23,6 +23,7 @@ import tyro
 
 from benchmarks import head_ways, measure
 from benchmarks.head_ways import Errors, Exact, Outcome, Problem, worst
+from benchmarks.kept import KEPT
 from simple_llama.ops.machine import has_fast_bf16, synchronize
 
 Size = tuple[int, int, int]  # N, D, V
@@ -56,6 +57,7 @@ class Bench:
     sizes: tuple[tuple[int, int, int], ...] = ()  # N D V ... instead of the grid
     answer_tokens: int = 64  # scored tokens of every answer
     limit_s: float = 20.0  # a way whose first call takes longer is left out at that size
+    minutes: float = 0.0  # after which no other measurement begins; 0: all are made
     results: str = measure.RESULTS  # file that the results are appended to; empty: only printed
 
 
@@ -94,27 +96,31 @@ def main(bench: Bench) -> None:
     """Measures, prints and appends the section."""
     device = torch.device(bench.device)
     torch.set_num_threads(bench.threads)
+    command = shlex.join(["python", "-m", "benchmarks.bench_logprob", *sys.argv[1:]])
+    KEPT.begin(command, bench.results, bench.minutes)
     # imports of peers and compilations are no part of a first call at a size
     measure_size(replace(bench, rounds=1, limit_s=math.inf), (2 * bench.answer_tokens, 16, 32), device)
     before = {name: measure.gemm_flops(dtype, device) for name, dtype in DTYPES.items()}
     results: list[Result] = []
     for size in sizes(bench):
-        print(f"N {size[0]}, D {size[1]}, V {size[2]} ...", file=sys.stderr, flush=True)
+        if results and KEPT.is_over():
+            break
+        print(f"N {size[0]}, D {size[1]}, V {size[2]} ...", flush=True)
         results += measure_size(bench, size, device)
     gemms = {name: max(before[name], measure.gemm_flops(dtype, device)) for name, dtype in DTYPES.items()}
     report = Report(input_dtypes(bench), gemms, results, memory_rows(bench, device))
-    command = shlex.join(["python", "-m", "benchmarks.bench_logprob", *sys.argv[1:]])
     measure.record("The log-prob head", command, body(bench, report, device), device, bench.results)
 
 
 def sizes(bench: Bench) -> Sequence[Size]:
-    """The sizes to measure, in the order of their work."""
+    """The sizes to measure, in the order of their work; on a GPU the one that its targets are of comes first."""
     if bench.sizes:
         return bench.sizes
     if bench.device == "cpu" and not bench.full:
         return CPU_PART
     grid = [(rows, width, vocabulary) for rows in ROWS for width in WIDTHS for vocabulary in VOCABULARIES]
-    return sorted(grid, key=lambda size: size[0] * size[1] * size[2])
+    grid.sort(key=lambda size: size[0] * size[1] * size[2])
+    return [HEADLINE, *(size for size in grid if size != HEADLINE)] if bench.device == "cuda" else grid
 
 
 def input_dtypes(bench: Bench) -> list[str]:
@@ -142,9 +148,16 @@ def measure_size(bench: Bench, size: Size, device: torch.device) -> list[Result]
             extra_bytes = 0 if why else measure.peak_extra_bytes(call, device)
             results.append(Result(size, dtype, name, why, None, extra_bytes, errors))
             calls.append(call)
-    kept = {str(i): call for i, call in enumerate(calls) if not results[i].why}
+            KEPT.keep(_title(results[-1]), **({"why": why} if why else {"extra_bytes": extra_bytes, "errors": errors}))
+    kept = {_title(result): call for result, call in zip(results, calls, strict=True) if not result.why}
     seconds = measure.medians(measure.interleaved(kept, bench.rounds, device))
-    return [replace(result, seconds=seconds.get(str(i))) for i, result in enumerate(results)]
+    return [replace(result, seconds=seconds.get(_title(result))) for result in results]
+
+
+def _title(result: Result) -> str:
+    """Of one way at one size, in the lines that are kept."""
+    rows, width, vocabulary = result.size
+    return f"N {rows}, D {width}, V {vocabulary}, {result.dtype}, {result.way}"
 
 
 def is_checkable(size: Size, device: torch.device) -> bool:
@@ -185,6 +198,8 @@ def memory_rows(bench: Bench, device: torch.device) -> list[MemoryRow]:
         rows_list = (rows, 2 * rows)
     found = []
     for rows in rows_list:
+        if KEPT.is_over():
+            break
         given = head_ways.make_problem(rows, width, vocabulary, bench.answer_tokens, device)
         problem = head_ways.held_in(given, DTYPES[input_dtypes(bench)[0]])
         ours, eager = (
@@ -193,6 +208,7 @@ def memory_rows(bench: Bench, device: torch.device) -> list[MemoryRow]:
         found.append(
             MemoryRow((rows, width, vocabulary), ours, eager, problem.hidden_ND.nbytes + problem.weight_VD.nbytes)
         )
+        KEPT.keep(f"extra bytes, N {rows}, D {width}, V {vocabulary}", ours=ours, eager=eager)
     return found
 
 
@@ -200,7 +216,6 @@ def body(bench: Bench, report: Report, device: torch.device) -> str:
     """The section's text: what was done, the targets, the tables."""
     rates = ", ".join(f"{name} {flops / 1e9:,.0f}" for name, flops in report.gemm_flops.items())
     best = max(report.gemm_flops[name] for name in report.dtypes)
-    _, width, vocabulary = report.memory[0].size
     tables = (
         ("Median milliseconds", lambda r: f"{1e3 * r.seconds:,.1f}"),
         ("Time over that of ours with inputs in the same dtype", lambda r: slowdown(report, r)),
@@ -224,9 +239,11 @@ def body(bench: Bench, report: Report, device: torch.device) -> str:
         f"GEMM rates measured in this run, GFLOP/s, the best of before and after: {rates}.",
         measure.table(target_rows(report, device)),
         *(f"{title}:\n\n{grid(report.results, show)}" for title, show in tables),
-        f"Peak extra memory over N at D {width}, V {vocabulary}, {report.dtypes[0]} inputs, MiB:\n\n"
-        + measure.table(memory_table(report.memory)),
     ]
+    if report.memory:
+        _, width, vocabulary = report.memory[0].size
+        title = f"Peak extra memory over N at D {width}, V {vocabulary}, {report.dtypes[0]} inputs, MiB"
+        parts.append(f"{title}:\n\n{measure.table(memory_table(report.memory))}")
     return "\n\n".join(parts)
 
 
@@ -337,6 +354,8 @@ def accuracy_rows(report: Report, most: float = 1e-3) -> list[list[str]]:
 
 def memory_target_rows(memory: Sequence[MemoryRow]) -> list[list[str]]:
     """Whether memory beyond the gradients stays the same over N, and is a fifth of eager's at the largest N."""
+    if not memory:
+        return [["memory beyond the gradients the same for all N", "-", "not measured"]]
     beyond = [row.ours - row.results for row in memory]
     last = memory[-1]
     share = (last.ours - last.results) / (last.eager - last.results)

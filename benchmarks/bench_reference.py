@@ -25,7 +25,8 @@ import torch
 import tyro
 
 from benchmarks.agreement import MOST
-from benchmarks.measure import RESULTS, gemm_flops, interleaved, medians, peak_gib, record, table
+from benchmarks.kept import KEPT
+from benchmarks.measure import RESULTS, gemm_flops, interleaved, medians, peaks_gib, record, table
 from benchmarks.ours import new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, TrlSettings
 from benchmarks.train_report import SAME_DTYPE
@@ -69,12 +70,15 @@ class BenchReference:
     rounds: int = 3  # rounds after one warm-up; each times one pass of every way
     threads: int = 2  # CPU threads
     device: Literal["cpu", "cuda"] = "cpu"  # where all compute
+    minutes: float = 0.0  # after which no other measurement begins; 0: all are made
     results: str = RESULTS  # file to append the outcome to; "": only print
 
 
 def main(bench: BenchReference) -> None:
     """TRL's best way in each of its settings, then the rounds, then the record."""
     started = time.perf_counter()
+    command = shlex.join(["python", "-m", "benchmarks.bench_reference", *sys.argv[1:]])
+    KEPT.begin(command, bench.results, bench.minutes)
     device = torch.device(bench.device)
     torch.set_num_threads(bench.threads)
     start = start_model(bench.shape, bench.model_path, bench.seed, device)
@@ -92,19 +96,18 @@ def main(bench: BenchReference) -> None:
             peer = trl_peer(bench, setting, start, pairs, device, folder)
             attention, size, tried = best_way(bench, peer, device)
             notes.append(f"- TRL {setting}: {attention}, batches of {size}; s for {bench.trial_pairs} pairs: {tried}")
-            print(notes[-1], flush=True)
+            KEPT.keep(f"TRL {setting}", attention=attention, batch_size=size, tried=tried)
             peer.set_attention(attention)
             if setting == "fp32":
                 notes.append(same_log_probs(bench, peer, models["ours fp32"], pairs, device))
             ways[f"TRL {setting}"] = trl_pass(peer, size, len(pairs))
         seconds = interleaved(ways, bench.rounds, device)
-        memory = {name: peak_gib(way, device) for name, way in ways.items()}
+        memory = peaks_gib(ways, device)
     rates = {dtype: gemm_flops(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     flops = pass_flops(models["ours bf16"], pairs, batch_size)
     body = [speeds(seconds, memory, len(pairs), flops), "\n".join(notes), facts(bench, seconds, flops, rates, device)]
     body.append(seconds.in_words())
     body.append(f"peak of the process {peak_memory_gb(device):.2f} GiB, {time.perf_counter() - started:.0f} s")
-    command = shlex.join(["python", "-m", "benchmarks.bench_reference", *sys.argv[1:]])
     title = f"The reference pass, {start.path.name}, {bench.pairs} pairs ({bench.mix}), ours in batches of {batch_size}"
     record(title, command, "\n\n".join(body), device, bench.results)
 

@@ -29,7 +29,8 @@ import tyro
 
 from benchmarks import train_report
 from benchmarks.agreement import check_agreement
-from benchmarks.measure import MOST_AGAIN, RESULTS, gemm_flops, interleaved, peak_gib, profile_shares, record
+from benchmarks.kept import KEPT
+from benchmarks.measure import MOST_AGAIN, RESULTS, gemm_flops, interleaved, peaks_gib, profile_shares, record
 from benchmarks.ours import EngineTrainer, PlainTrainer, Trainer, micro_batches, new_store, reference_pass
 from benchmarks.peers import ATTENTIONS, Peer, SteppedPeer, TrlSettings
 from benchmarks.train_report import MixResult
@@ -74,12 +75,15 @@ class BenchTrain:
     rounds: int = 7  # rounds after one warm-up; each times one step of every trainer
     threads: int = 2  # CPU threads
     device: Literal["cpu", "cuda"] = "cpu"  # where all compute
+    minutes: float = 0.0  # after which no other measurement begins; 0: all are made
     results: str = RESULTS  # file to append the outcome to; "": only print
 
 
 def main(bench: BenchTrain) -> None:
     """Agreement, then every mix, then the record."""
     started = time.perf_counter()
+    command = shlex.join(["python", "-m", "benchmarks.bench_train", *sys.argv[1:]])
+    KEPT.begin(command, bench.results, bench.minutes)
     ranks = init_ranks(bench.device)
     torch.set_num_threads(bench.threads)  # init_ranks takes all cores
     start = start_model(bench.shape, bench.model_path, bench.seed, ranks.device)
@@ -89,10 +93,15 @@ def main(bench: BenchTrain) -> None:
     if bench.settings:
         pairs = make_pairs(mixes[0], bench.agreement_pairs, start.architecture.vocab_size, bench.seed, bench.data)
         notes.append(check_agreement(start, pairs, trl_settings("fp32", len(pairs), 1), ranks.device))
-        print(notes[-1], flush=True)
+        KEPT.keep("agreement", found=notes[-1])
     with tempfile.TemporaryDirectory() as folder:
         ours = our_trainers(bench, start, ranks, folder)
-        results = [measure_mix(bench, mix, start, ours, ranks, folder) for mix in mixes]
+        results: list[MixResult] = []
+        for mix in mixes:
+            if results and KEPT.is_over():
+                notes.append(f"- {mix}: not measured, the bench's time was over")
+            else:
+                results.append(measure_mix(bench, mix, start, ours, ranks, folder))
     rates = {dtype: gemm_flops(dtype, ranks.device) for dtype in (torch.bfloat16, torch.float32)}
     for result in results:
         result.gemm_flops = rates
@@ -100,7 +109,6 @@ def main(bench: BenchTrain) -> None:
         f"peak of the whole process {peak_memory_gb(ranks.device):.2f} GiB, {time.perf_counter() - started:.0f} s"
     )
     body = train_report.body(results, ranks.device) + "\n\n" + "\n".join(notes)
-    command = shlex.join(["python", "-m", "benchmarks.bench_train", *sys.argv[1:]])
     record(f"A training step, {start.path.name}", command, body, ranks.device, bench.results)
     close_ranks()
 
@@ -161,9 +169,12 @@ def measure_mix(
         peers[numerics] = trl_stepped(numerics, start, steps, each, ours, device, folder)
         attention[numerics] = faster_attention(peers[numerics], device)
         ways[f"TRL {numerics}"] = peers[numerics].step
+        KEPT.keep(f"{mix}, TRL {numerics}", attention=attention[numerics])
+    print(f"{mix}: {per_step} pairs a step", flush=True)
     seconds = interleaved(ways, bench.rounds, device)
-    profile = profile_shares(ways["ours bf16"], device)  # before `peak_gib` gives back what a step uses again
-    memory = {name: peak_gib(way, device) for name, way in ways.items()}
+    # before `peaks_gib` gives back what a step uses again
+    profile = "not looked at" if KEPT.is_over() else profile_shares(ways["ours bf16"], device)
+    memory = peaks_gib(ways, device)
     for peer in peers.values():
         peer.close()
     counted = [steps[1 + number] for number in seconds.rounds]

@@ -7,6 +7,7 @@ import ctypes
 import datetime
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kept import KEPT
 from benchmarks.quiet import CoreWatch, Share, own_cpu
 from simple_llama.common.paths import root_path
 from simple_llama.ops.machine import synchronize
@@ -50,17 +52,21 @@ def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> 
 
     A round more than `repeats` is made; the first one warms up and is not counted. A round in which others had much of
     the cores is said and made again, up to MOST_AGAIN of them. Quiet rounds alone count; all where fewer than half of
-    those that were wanted are quiet, which is said.
+    those that were wanted are quiet, which is said. Each time is kept as it comes (`kept.py`); one round is made in any
+    case, and no further one that would not end before the bench's time does.
     """
     rounds: list[tuple[Share, dict[str, tuple[float, float]]]] = []
-    _round(ways, device)
+    _round(ways, device, "warm-up")
+    last_s = 0.0
     while len(rounds) < repeats + MOST_AGAIN and sum(share.is_quiet for share, _ in rounds) < repeats:
-        watch = CoreWatch()
-        times = _round(ways, device)
+        if rounds and KEPT.is_over(last_s):
+            break
+        watch, began = CoreWatch(), time.monotonic()
+        times = _round(ways, device, f"round {len(rounds) + 1}")
         rounds.append((watch.share(), times))
-        said = ", ".join(f"{name} {seconds:.3f} s (CPU {cpu:.2f})" for name, (seconds, cpu) in times.items())
+        last_s = time.monotonic() - began
         wrong = "" if rounds[-1][0].is_quiet else "; not quiet"
-        print(f"round {len(rounds)}: {said}; {rounds[-1][0]}{wrong}", file=sys.stderr, flush=True)
+        print(f"round {len(rounds)}: {rounds[-1][0]}{wrong}", file=sys.stderr, flush=True)
     quiet = [number for number, (share, _) in enumerate(rounds) if share.is_quiet]
     counted = quiet if quiet and 2 * len(quiet) >= repeats else range(len(rounds))
     seconds, cpu = ({name: [rounds[n][1][name][which] for n in counted] for name in ways} for which in (0, 1))
@@ -69,8 +75,8 @@ def interleaved(ways: Mapping[str, Way], repeats: int, device: torch.device) -> 
     return Timed(seconds, cpu, counted, f"{kept}; at most {loudest}")
 
 
-def _round(ways: Mapping[str, Way], device: torch.device) -> dict[str, tuple[float, float]]:
-    """Seconds and CPU seconds of a call of each way."""
+def _round(ways: Mapping[str, Way], device: torch.device, title: str) -> dict[str, tuple[float, float]]:
+    """Seconds and CPU seconds of a call of each way, kept as they come."""
     found = {}
     for name, way in ways.items():
         synchronize(device)
@@ -78,6 +84,7 @@ def _round(ways: Mapping[str, Way], device: torch.device) -> dict[str, tuple[flo
         way()
         synchronize(device)
         found[name] = time.perf_counter() - start, own_cpu() - cpu
+        KEPT.keep(f"{title}, {name}", seconds=found[name][0], cpu_seconds=found[name][1])
     return found
 
 
@@ -140,6 +147,16 @@ def peak_gib(way: Way, device: torch.device) -> float:
     before = resident_kib("VmRSS")
     way()
     return (resident_kib("VmHWM") - before) / 2**20
+
+
+def peaks_gib(ways: Mapping[str, Way], device: torch.device) -> dict[str, float]:
+    """`peak_gib` of each way, kept as it comes; nan where the bench's time was over."""
+    found = dict.fromkeys(ways, math.nan)
+    for name, way in ways.items():
+        if not KEPT.is_over():
+            found[name] = peak_gib(way, device)
+            KEPT.keep(f"memory, {name}", gib=found[name])
+    return found
 
 
 def resident_kib(field: str) -> int:
