@@ -86,9 +86,10 @@ bench: $(PEERS) ## all benches on this CPU, beside their peers; appends to bench
 	$(BENCH)/bin/python -m benchmarks.bench_pairs
 	$(BENCH)/bin/python -m benchmarks.bench_growth
 
-bench-gpu: ## the same on an NVIDIA GPU, a billion weights, in six minutes: what is measured by then is kept
+bench-gpu: ## the same on an NVIDIA GPU, a billion weights, in seven minutes: what is measured by then is kept
 	@$(HAS) $(BENCH_NEEDS) || $(MAKE) $(PEERS)
 	$(call GPU_BENCH,90) benchmarks.bench_logprob --device cuda --minutes 1 || [ $$? = 124 ]
+	$(call GPU_BENCH,60) benchmarks.bench_layers --minutes 0.7 || [ $$? = 124 ]
 	$(call GPU_BENCH,180) benchmarks.bench_train --device cuda --shape 1.3b --settings bf16 --rounds 3 --minutes 2.3 || [ $$? = 124 ]
 	$(call GPU_BENCH,90) benchmarks.bench_reference --device cuda --shape 1.3b --pairs 512 --settings bf16 --minutes 1 || [ $$? = 124 ]
 

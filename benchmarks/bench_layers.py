@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import tyro
 
 from benchmarks import measure
+from benchmarks.kept import KEPT
 from simple_llama.ops import attention, elementwise
 from simple_llama.ops.attention import PackedLayout
 from simple_llama.pretraining.rotary import Rotation, rotate, rotation
@@ -46,6 +47,7 @@ class Bench:
     pairs: int = 64  # whose prompt is half of their rows, each answer a quarter
     gb_per_s: float = 4800.0  # memory rate of the device by data sheet: H200 4,800, H100 3,350, A100 2,039
     compiled: bool = True  # also by torch.compile
+    minutes: float = 0.0  # after so many no other piece is begun; 0: all are
     results: str = measure.RESULTS  # file that the results are appended to; empty: only printed
 
 
@@ -188,7 +190,7 @@ def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     )
 
 
-def measured(piece: Piece, bench: Bench) -> list[str]:
+def measured(piece: Piece, bench: Bench) -> list[tuple[str, ...]]:
     """A row of the table for each way."""
     ways = dict(piece.ways)
     if bench.compiled and piece.passes:
@@ -212,19 +214,23 @@ def measured(piece: Piece, bench: Bench) -> list[str]:
     for name, total in seconds.items():
         each = total / bench.calls
         share = f"{least_s / each:.2f}" if piece.passes else "-"
-        rows.append(f"{piece.name} | {name} | {1e3 * each:.3f} | {share} | {errors[name]:.1e}")
-        print(rows[-1], flush=True)
+        KEPT.keep(f"{piece.name}, {name}", ms=1e3 * each, of_the_memory_rate=share, largest_error=errors[name])
+        rows.append((piece.name, name, f"{1e3 * each:.3f}", share, f"{errors[name]:.1e}"))
     return rows
 
 
 def main(bench: Bench) -> None:
     """Measures, prints each row as it comes, and appends the section."""
     torch.manual_seed(0)
-    head = ["piece", "way", "ms", "of the memory's rate", "largest error"]
-    rows = [row.split(" | ") for piece in pieces(bench) for row in measured(piece, bench)]
     command = shlex.join(["python", "-m", "benchmarks.bench_layers", *sys.argv[1:]])
+    KEPT.begin(command, bench.results, bench.minutes)
+    rows: list[tuple[str, ...]] = [("piece", "way", "ms", "of the memory's rate", "largest error")]
+    for piece in pieces(bench):
+        if KEPT.is_over():
+            break
+        rows += measured(piece, bench)
     body = f"Forward and backward of {bench.rows} rows of width {bench.width} in bf16, {bench.calls} calls in a round, "
-    body += f"medians of interleaved rounds.\n\n{measure.table([head, *rows])}"
+    body += f"medians of interleaved rounds.\n\n{measure.table(rows)}"
     measure.record("Between the products", command, body, torch.device(bench.device), bench.results)
 
 

@@ -30,13 +30,20 @@ def test_rotation_by_hand() -> None:
 
 
 def test_rows_come_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each is printed as soon as it is measured, and all are in the section."""
+    """Each is printed and kept as soon as it is measured, and all are in the section."""
     results = tmp_path / "results.md"
     main(Bench(**{**vars(SMALL), "results": str(results)}))
     said = capsys.readouterr().out
-    for name in ("addition and norm | ours |", "SwiGLU | torch |", "attention | ours |"):
-        assert name in said
-        assert " ".join(name.split("|")[0].split()) in results.read_text()
+    kept, table = results.with_suffix(".partial.jsonl").read_text(), results.read_text()
+    for piece, way in (("addition and norm", "ours"), ("SwiGLU", "torch"), ("attention", "ours")):
+        assert f"{piece}, {way}: ms" in said and f'"{piece}, {way}"' in kept and piece in table
+
+
+def test_no_piece_is_begun_when_time_is_over(tmp_path: Path) -> None:
+    """A microsecond: the table has no row."""
+    results = tmp_path / "results.md"
+    main(Bench(**{**vars(SMALL), "results": str(results), "minutes": 1e-9}))
+    assert "| piece" in results.read_text() and "SwiGLU" not in results.read_text()
 
 
 def test_another_flash_is_active_within_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,7 +129,6 @@ class TrainingRun:
         self.pairs, self.held_out = inputs.data.train, inputs.data.validation
         self.plan = BatchPlan.of(self.pairs, config, config.seed, ranks.world_size)
         self.total_steps = config.total_steps(self.plan.steps_per_epoch)
-        self.packed = PackedAhead(self.plan, ranks.rank, self.pairs, ranks.device)
         self.loss_fn = PreferenceLoss.of(config)
         require_gaps(self.loss_fn, inputs.data.pairs)
         require_rankings(self.loss_fn, inputs.data.pairs, config.pairs)
@@ -287,12 +286,16 @@ class TrainingRun:
         """Learning rate of optimizer step `index` (from 0)."""
         return self.config.rate(index, self.total_steps)
 
+    @cached_property
+    def _packed(self) -> PackedAhead:
+        return PackedAhead(self.plan, self.ranks.rank, self.pairs, self.ranks.device)
+
     def portions(self, index: int) -> Iterator[Portion]:
         """This rank's micro-batches of step `index` (from 0); between two of them the run may stop (collective)."""
         if self.config.dropout > 0:  # a resumed run must drop the same units
             torch.manual_seed(self.config.seed + 1_000_003 * index + self.ranks.rank)
         self.sums.begin_step()
-        yield from self.stoppable(self.packed.of(index), f"step {index + 1}")
+        yield from self.stoppable(self._packed.of(index), f"step {index + 1}")
         watchdog.started()
 
     def first_step(self, index: int) -> FirstStep | None:
