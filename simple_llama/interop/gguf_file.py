@@ -42,9 +42,7 @@ class GGUFFile:
         self.numerics: Mapping[str, str] = self._config.numerics
         self._tensors = OurTensors(self._container, self.architecture, self._config.names)
         self.names = list(self._tensors)
-        self._digest = Beside(partial(weights_digest, self._tensors))
-        if not beside:
-            self._digest.result()
+        self._digest = Beside(partial(weights_digest, self._tensors), at_once=not beside)
 
     @property
     def digest(self) -> str:

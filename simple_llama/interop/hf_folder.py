@@ -59,9 +59,7 @@ class HFFolder:
         _check_fit(self._files, self.config, self.path)
         self._tensors = OurTensors(self._files, self.architecture, self.config.names)
         self.names = list(self._tensors)
-        self._digest = Beside(partial(weights_digest, self._tensors))
-        if not beside:
-            self._digest.result()
+        self._digest = Beside(partial(weights_digest, self._tensors), at_once=not beside)
 
     @property
     def digest(self) -> str:

@@ -18,15 +18,22 @@ Made = TypeVar("Made")
 class Beside(Generic[Made]):
     """What a function gives, made in a thread of its own. A process may end without it."""
 
-    def __init__(self, make: Callable[[], Made]):
+    def __init__(self, make: Callable[[], Made], at_once: bool = False):
+        """`at_once`: it is waited for, and so made in this thread, whose heap has the memory that it takes already."""
         self._made: list[Made] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if at_once:
+            self._run(make)
+            self.result()
+        else:
+            self._thread = threading.Thread(target=self._run, args=(make,), daemon=True)
+            self._thread.start()
 
     def result(self) -> Made:
         """Waits for it. Raises what the function raised, each time."""
-        self._thread.join()
+        if self._thread:
+            self._thread.join()
         if self._error:
             raise self._error
         return self._made[0]

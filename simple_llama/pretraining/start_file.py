@@ -81,9 +81,7 @@ class StartFile:
         self.config, self.architecture, self.metadata = tensors.config, tensors.architecture, tensors.metadata
         self.names = list(tensors)
         self.numerics = {name: str(value) for name, value in identity_fields(self.config).items()}
-        self._digest = Beside(partial(weights_digest, tensors))
-        if not beside:
-            self._digest.result()
+        self._digest = Beside(partial(weights_digest, tensors), at_once=not beside)
 
     @property
     def digest(self) -> str:

@@ -71,3 +71,10 @@ def test_an_error_comes_at_its_tensor() -> None:
         for name, _ in read_ahead(Slow("a!b"), "a!b"):
             found.append(name)
     assert found == ["a"]
+
+
+def test_what_is_waited_for_is_made_in_this_thread() -> None:
+    """There is no other one, whose heap would keep what it took; an error comes at once."""
+    assert Beside(threading.get_ident, at_once=True).result() == threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        Beside(lambda: 1 // 0, at_once=True)

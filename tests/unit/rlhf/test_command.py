@@ -159,7 +159,7 @@ def test_an_error_of_all_ranks_is_said_once(
 ) -> None:
     """One of two ranks, as it ends: what both have is said by rank 0, what one has by itself. Status 2 each."""
 
-    def fail(config: DPOConfig, ranks: Ranks, ref_cache_dir: str) -> None:
+    def fail(config: DPOConfig, ranks: Ranks, ref_cache_dir: str, settled: bool) -> None:
         error = UserError("no such file")
         error.sharers, error.is_said = sharers, is_said
         raise error
