@@ -201,9 +201,13 @@ def measured(piece: Piece, bench: Bench) -> list[tuple[str, ...]]:
     for name, call in ways.items():
         within = piece.within.get(name, nullcontext)
 
-        def several(times: int, call: Call = call, within: Any = within) -> list[torch.Tensor]:
+        operands = tuple(x.clone() for x in piece.operands)  # Liger's SwiGLU writes its gradients there
+
+        def several(
+            times: int, call: Call = call, within: Any = within, operands: tuple[torch.Tensor, ...] = operands
+        ) -> list[torch.Tensor]:
             with within():
-                return [run(call, piece.operands) for _ in range(times)][-1]
+                return [run(call, operands) for _ in range(times)][-1]
 
         errors[name] = error(several(1), exact)
         timed_ways[name] = partial(several, bench.calls)

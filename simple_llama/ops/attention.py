@@ -15,9 +15,10 @@ Shapes: T query rows, S key rows, H query heads, G key heads, K query/key width,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -233,8 +234,7 @@ def _attend_varlen(
     # one width for all three, a multiple of 8: zeros add nothing to q k^T and give zero columns of the output
     width = -(-max(q_THK.shape[-1], value_width) // 8) * 8
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_THK, k_SGK, v_SGV))
-    # torch 2.11 knows no such flag
-    call = partial(varlen_attn, enable_gqa=True) if _is_grouped(q_THK, k_SGK) else varlen_attn
+    call = partial(varlen_attn, enable_gqa=True) if _is_grouped(q, k) and _has_gqa_flag(varlen_attn) else varlen_attn
     out = call(
         q,
         k,
@@ -248,6 +248,12 @@ def _attend_varlen(
     )
     assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary outputs are asked for
     return out[..., :value_width]
+
+
+@cache
+def _has_gqa_flag(varlen_attn: Any) -> bool:
+    """Whether it refuses fewer key heads than query heads without that flag; earlier ones take them, and know none."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class _GatherKeys(torch.autograd.Function):
@@ -310,6 +316,8 @@ def _key_plan(blocks: Sequence[Block], device: torch.device) -> KeyPlan:
         columns[branch][prefix] = torch.arange(key, key + block.prefix)
         columns[0][own] = torch.arange(key + block.prefix, key + block.prefix + block.rows)
         key += block.prefix + block.rows
+    while len(columns).bit_count() > 1:  # a power of two of them: kernels are compiled for each number
+        columns.append(torch.full((rows,), -1))
     return KeyPlan(_send(torch.cat(pieces), device), _send(torch.stack(columns, dim=1), device))
 
 

@@ -73,7 +73,7 @@ def _norm_gradient_kernel(
         x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)[:, None]
-        normed = x * scale
+        normed = tl.where(inside, x * scale, 0.0)  # with an eps of 0 a row that is not there has no scale
         if OF_WEIGHT:
             of_weight += grad * normed.to(dtype).to(tl.float32)
         grad = (grad * weight).to(dtype).to(tl.float32)

@@ -67,7 +67,7 @@ def _in_chunks(counts: Counts, n_chunks: int) -> list[Chunk]:
     previous, start = -1, 0
     for group, parts in enumerate(counts):
         stop = start + sum(parts)
-        index = (start + stop) * n_chunks // (2 * total)
+        index = min((start + stop) * n_chunks // (2 * total), n_chunks - 1)  # the last ones may have no rows
         if index == previous:
             last = chunks.pop()
             chunks.append(Chunk(slice(last.groups.start, group + 1), slice(last.rows.start, stop)))

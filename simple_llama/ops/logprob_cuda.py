@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -229,6 +229,8 @@ class _Rows:
             if gradient_nV is not None:
                 out_nV = gradient_nV[block.start - some.start : block.stop - some.start]
             found.append(self.kernels.rows_(buffer_nV, self.targets_N[block], out_nV, self._squares))
+        if not found:
+            return logits_nV.new_empty(1 + self._squares, 0)
         return _joined(found, dim=1)
 
 
@@ -285,7 +287,9 @@ def _add_product_(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 def _whole_sums() -> Iterator[None]:
     """Within, a bf16 GEMM adds up all in fp32; torch allows it else to add parts of a long sum in bf16."""
     setting = torch.backends.cuda.matmul
-    before = setting.allow_bf16_reduced_precision_reduction
+    before: Any = setting.allow_bf16_reduced_precision_reduction
+    with suppress(AttributeError):  # torch 2.11 may not have that one
+        before = before, setting.allow_bf16_reduced_precision_reduction_split_k
     setting.allow_bf16_reduced_precision_reduction = False
     try:
         yield

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import bench_layers
-from benchmarks.bench_layers import Bench, error, main, pieces, plain_rotate, run
+from benchmarks.bench_layers import Bench, error, main, measured, pieces, plain_rotate, run
 
 SMALL = Bench(device="cpu", rounds=1, calls=1, rows=64, width=32, hidden=48, head_width=8, pairs=4, compiled=False)
 
@@ -65,3 +65,27 @@ def test_liger_is_given_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     x, update, weight = torch.ones(2, 3), torch.zeros(2, 3), torch.ones(3)
     total, _ = bench_layers._liger()["Liger norm"](x, update, weight)
     assert total is update and seen[0][3:] == (1e-5, 0.0, "llama", False)
+
+
+class Overwriting(torch.autograd.Function):
+    """A product whose gradients are written into its factors, as Liger's is."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.factors = gate, up
+        return gate * up
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.factors
+        gate.mul_(0)
+        up.mul_(0)
+        return gate.detach(), up.detach()
+
+
+def test_a_way_that_overwrites_its_operands_leaves_the_others_theirs() -> None:
+    """All have the same numbers."""
+    piece = list(pieces(SMALL))[1]
+    before = [x.clone() for x in piece.operands]
+    measured(piece._replace(ways={"overwriting": Overwriting.apply, **piece.ways}), SMALL)
+    assert all(torch.equal(one, other) for one, other in zip(piece.operands, before, strict=True))

@@ -95,7 +95,8 @@ def test_a_trace_of_several_ranks_says_so(tmp_path: Path) -> None:
         ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "collectives"),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "GEMMs"),
-        ("_logps_kernel", "log-prob head's rows"),
+        ("_rows_kernel", "log-prob head's rows"),
+        ("_norm_gradient_kernel", "layers' fused rows"),
         ("void at::native::indexSelectLargeIndex<c10::BFloat16>", "gathers and scatters"),
         ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copies and dtypes"),
         ("void at::native::reduce_kernel<512, 1, MeanOps>", "reductions"),
@@ -106,6 +107,17 @@ def test_a_trace_of_several_ranks_says_so(tmp_path: Path) -> None:
 def test_kinds(name: str, kind: str) -> None:
     """Names as the libraries have them."""
     assert kind_of(name) == kind
+
+
+def test_each_of_our_kernels_has_its_kind() -> None:
+    """All that both files have."""
+    triton = pytest.importorskip("triton", reason="the kernels need triton")
+    from simple_llama.ops import elementwise_triton, logprob_triton
+
+    for module, kind in ((logprob_triton, "log-prob head's rows"), (elementwise_triton, "layers' fused rows")):
+        names = [name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)]
+        names = [name for name in names if name.endswith("_kernel")]  # others are part of these
+        assert names and {kind_of(name) for name in names} == {kind}
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\x1f\x8b", b'{"traceEvents": []}'])

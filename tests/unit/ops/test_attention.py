@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -193,10 +194,18 @@ def test_suffix_is_the_end_of_the_whole(last: int, heads: tuple[int, int]):
     assert torch.allclose(attend_suffix(q[-last:], k, v, 0.5), whole[-last:], atol=1e-6)
 
 
-def _varlen_by_definition(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **flags):
+def _varlen_of_old(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """The same of a torch that knows no flag for fewer key heads, and takes them."""
+    flag = q.shape[1] != k.shape[1]
+    return _varlen_by_definition(
+        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=flag
+    )
+
+
+def _varlen_by_definition(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch.nn.attention.varlen promises for a causal window, in plain torch: blocks aligned at the last row."""
     assert window_size == (-1, 0)
-    assert flags == ({"enable_gqa": True} if q.shape[1] != k.shape[1] else {})  # it refuses fewer key heads without
+    assert enable_gqa == (q.shape[1] != k.shape[1])  # it refuses fewer key heads without
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     assert q.shape[-1] % 8 == 0
@@ -206,12 +215,19 @@ def _varlen_by_definition(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
     return torch.cat([attend_suffix(q[a:b], k[c:d], v[c:d], scale) for (a, b), (c, d) in spans])
 
 
+@pytest.mark.parametrize("varlen", [_varlen_by_definition, _varlen_of_old], ids=["torch 2.13", "torch 2.11"])
 @pytest.mark.parametrize("heads", [(H, H), (4, 2), (3, 1)], ids=["own keys", "shared keys", "one key head"])
 @pytest.mark.parametrize("value", [2, V])
 @pytest.mark.parametrize("layout", [MIXED, PackedLayout.causal([3, 1, 4])], ids=["branches", "causal"])
-def test_varlen_arguments(monkeypatch: pytest.MonkeyPatch, layout: PackedLayout, value: int, heads: tuple[int, int]):
+def test_varlen_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+    layout: PackedLayout,
+    value: int,
+    heads: tuple[int, int],
+    varlen: Callable[..., torch.Tensor],
+):
     """The one varlen call for GPUs gets blocks, gathered keys and padded widths that add up to the SDPA path."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen_by_definition)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     ours = _with_gradients(attention._attend_varlen, layout, value=value, heads=heads)
     for mine, exact in zip(ours, _with_gradients(attend, layout, value=value, heads=heads), strict=True):
         assert torch.allclose(mine, exact, atol=1e-5)

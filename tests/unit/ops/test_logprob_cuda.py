@@ -57,11 +57,15 @@ def gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, 
     vocab=st.integers(1, 67),
     rows=st.integers(1, 40),
     squares=st.booleans(),
+    empty=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_cpus_head(counts: Counts, width: int, vocab: int, rows: int, squares: bool, seed: int) -> None:
-    """Random odd shapes in fp64, pairs of more rows than exist at once, empty parts: loss, losses, sums, gradients of
-    both modes, and sums without gradient."""
+def test_equals_the_cpus_head(
+    counts: Counts, width: int, vocab: int, rows: int, squares: bool, empty: bool, seed: int
+) -> None:
+    """Random odd shapes in fp64, pairs of more rows than exist at once, empty parts, and empty pairs before and behind:
+    loss, losses, sums, gradients of both modes, and sums without gradient."""
+    counts = ((0, 0), *counts, (0, 0)) if empty else counts
     given_ = hidden, weight, _ = problem(counts, width, vocab, seed=seed)
     loss, losses, sums = logprob_cuda.part_loss(*given_, counts, margin_loss, rows, squares, factor=0.3)
     slow_loss, slow_losses, slow_sums = logprob.part_loss(*given_, counts, margin_loss, squares=squares, factor=0.3)
@@ -403,3 +407,10 @@ def test_a_gpus_tensors_are_given_to_it(monkeypatch: pytest.MonkeyPatch, squares
     for found, expected in zip(*both, strict=True):
         torch.testing.assert_close(found, expected)
     assert asked == [rows_at_once("cuda", 9), 7, 7, 6]
+
+
+def test_no_row_at_all() -> None:
+    """No log-probs, and sums of nothing: 0."""
+    hidden, weight, targets = problem(((0, 0),), 5, 7)
+    assert logprob_cuda.token_logps(hidden, weight, targets, 4).shape == (0,)
+    assert logprob_cuda.part_logps(hidden, weight, targets, ((0, 0),), 4).tolist() == [[0], [0]]

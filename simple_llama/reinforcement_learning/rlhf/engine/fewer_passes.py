@@ -97,7 +97,7 @@ def _one_norm(zero: Any, sums: _Sums, exchange: Exchange | None) -> None:
     def norm(norm_type: float = 2) -> torch.Tensor:
         flats = sums.whole()
         if flats is None:
-            return direct(norm_type)
+            return direct(norm_type).cpu()  # read once, not by each comparison
         squares = torch.cat([block_norms(flat) for flat in flats]).square().sum()
         if exchange:
             exchange(squares)
