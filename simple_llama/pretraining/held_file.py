@@ -54,6 +54,7 @@ class HeldFile:
             raise UserError(f"{path}: {expected}, found: {error.strerror or error}") from error
         weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
+        _faster_hash()  # chosen before threads read: each of two that asked at once could get another answer
         self.digests: dict[str, bytes] = {}  # of the pieces of a tensor, when it was read first
 
     def opened(self) -> BufferedReader:

@@ -219,6 +219,9 @@ def load_inputs(
     require_same("settings", asdict(config), ranks)
     require_same("data set (digest)", inputs.data_digest, ranks)
     require_same("what ends an answer (token ids)", sorted(inputs.chat.stop_ids), ranks)
+    # before an engine is made, whose ranks exchange tensors of these shapes
+    shape = {name: str(value) for name, value in asdict(inputs.start.architecture).items()}
+    require_same("start model (architecture)", {**shape, **inputs.start.numerics}, ranks)
     if settled:
         settle_models(inputs, ranks)
     return inputs

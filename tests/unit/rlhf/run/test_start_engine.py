@@ -137,3 +137,14 @@ def test_a_model_that_changes_under_its_digest_trains_nothing(
     with pytest.raises(StartChanged, match="tensor 'norm.weight' differs"):
         train(config, load_inputs(config, ranks, settled=False), ranks)
     assert go.is_set() and not (job.folder / "runs").exists() and not (job.folder / "ref_cache").exists()
+
+
+def test_shapes_are_compared_before_an_engine_is_made(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks whose models have other shapes would be ended by exchanging tensors of them; the digest is later."""
+    job, compared = make_job(tmp_path), dict[str, object]()
+    monkeypatch.setattr(inputs, "require_same", lambda what, value, _ranks: compared.update({what: value}))
+    load_inputs(DPOConfig(**{**job.settings, "reference": "online"}), ranks, settled=False)  # type: ignore[arg-type]
+    shape = compared["start model (architecture)"]
+    assert isinstance(shape, dict) and shape["width"] == "32" and "start model (digest)" not in compared
